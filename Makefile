@@ -1,0 +1,43 @@
+# make demo      the main job, on data that comes with the dependencies
+# make test      everything that is tested
+# make mutants   plants mistakes in a copy of the source and shows which test catches each
+# make lint      style and imports
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test mutants lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/anyrank demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check src tests
+	$(BIN)/python -m pytest -q --durations=10
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/mutants.py
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "anyrank needs Python 3.11 or newer; got $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (a minute or two; torch is the large one)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need"
+	$(PIP) -e '.[test]'
+	@touch $@

@@ -1,0 +1,189 @@
+"""The command line. Verbs import what they need when they run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Before torch is loaded: threads that wait must not spin on cores that others use (2 to 8 times slower on shared cores).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+app = typer.Typer(
+    help="Federated LoRA fine-tuning where every client picks its own rank.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Override a key of the configuration; repeatable.")]
+Jobs = Annotated[int, typer.Option("--jobs", help="Runs at a time; default: one a core.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration of the federation.")]
+
+DEMO_METHODS = "zeropad,flexlora,rbla,raflora"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and the report.")] = Path("runs/demo"),
+    methods: Annotated[str, typer.Option("--methods", help="Methods to compare, comma-separated.")] = DEMO_METHODS,
+    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each method.")] = 3,
+    jobs: Jobs = 0,
+    as_json: Json = False,
+) -> None:
+    """The main job on data that comes along: 20 clients of ranks 2 to 32 fine-tune a small transformer on turned digits.
+
+    Example: [cyan]anyrank demo[/cyan]
+    """
+    import tomli_w
+
+    from anyrank.config import to_table
+    from anyrank.demo import CONFIG
+    from anyrank.rundir import remove_run
+
+    remove_run(out)
+    rows = _compare(CONFIG, methods.split(","), seeds, out, jobs, resume=False, quiet=as_json)
+    (out / "demo.toml").write_text(tomli_w.dumps(to_table(CONFIG)))
+    _show_comparison(rows, out, as_json, "20 clients of ranks 2 to 32, digits turned by 90 degrees")
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Set = [],  # noqa: B006 - Typer's way
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped (or start it).")] = False,
+    as_json: Json = False,
+) -> None:
+    """One federated run.
+
+    Example: [cyan]anyrank run banking77.toml --set method.name=rbla --out runs/rbla[/cyan]
+    """
+    from anyrank import config as configs
+    from anyrank import console, report, simulation
+
+    chosen = configs.load(config, overrides)
+    folder = out or Path("runs") / chosen.run.name
+    rounds = console.Rounds(chosen.run.rounds, chosen.method.name, quiet=as_json)
+    with console.Preparing("frozen features", quiet=as_json) as preparing, rounds:
+        summary = simulation.execute(chosen, folder, resume, lambda metrics: rounds("", metrics), preparing)
+    page = report.build([folder], folder / "report.html")
+    if as_json:
+        return _print_json(summary | {"out": str(folder), "report": str(page)})
+    console.out.print(console.run_table(summary))
+    console.out.print(f"report   {page}\nadapter  {folder / 'adapter'}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    methods: Annotated[str, typer.Option("--methods", help="Comma-separated; METHOD@RANK gives every client that rank.")],
+    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each method, seeds counting up from run.seed.")] = 1,
+    overrides: Set = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; default: runs/NAME-compare.")] = None,
+    jobs: Jobs = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a grid that stopped.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The same federation under several methods and seeds: mean and spread, one report.
+
+    Example: [cyan]anyrank compare banking77.toml --methods fedavg@2,flexlora,raflora --seeds 5[/cyan]
+    """
+    from anyrank import config as configs
+
+    chosen = configs.load(config, overrides)
+    folder = out or Path("runs") / f"{chosen.run.name}-compare"
+    rows = _compare(chosen, methods.split(","), seeds, folder, jobs, resume, quiet=as_json)
+    _show_comparison(rows, folder, as_json, chosen.run.name)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """The methods: what each one does, what is trained and sent, which ranks it takes, and where it comes from.
+
+    Example: [cyan]anyrank methods --json[/cyan]
+    """
+    from rich.table import Table
+
+    from anyrank import console
+    from anyrank.catalog import catalog
+
+    entries = catalog()
+    if as_json:
+        return _print_json({"methods": entries})
+    table = Table(header_style="bold")
+    for heading in ("method", "server rule", "trained and sent", "mixed ranks", "paper"):
+        table.add_column(heading, no_wrap=heading == "method")
+    for entry in entries:
+        mixed = "yes" if entry["mixed_ranks"] else "no"
+        table.add_row(entry["name"], entry["summary"], ", ".join(entry["train"]), mixed, entry["paper"])
+    console.out.print(table)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR ...", help="Run folders, or folders of a comparison.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The page; default: report.html in the first folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The report again, from the files of one or more runs.
+
+    Example: [cyan]anyrank report runs/demo[/cyan]
+    """
+    from anyrank import console
+    from anyrank import report as reports
+    from anyrank.rundir import find_runs
+
+    page = reports.build([found for folder in runs for found in find_runs(folder)], out or runs[0] / "report.html")
+    if as_json:
+        return _print_json({"report": str(page)})
+    console.out.print(f"report  {page}", soft_wrap=True)
+
+
+def _compare(config, methods: list[str], seeds: int, out: Path, jobs: int, resume: bool, quiet: bool) -> list[dict[str, Any]]:
+    from anyrank import comparison, console, report
+
+    cells = comparison.plan(config, [name.strip() for name in methods], seeds, out)
+    with console.Preparing("frozen features", quiet) as preparing:
+        comparison.check(cells, out, resume, preparing)
+    rounds = console.Rounds(sum(cell.config.run.rounds for cell in cells), "rounds", quiet)
+    with rounds:
+        tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
+        rows = comparison.execute(cells, out, jobs or len(os.sched_getaffinity(0)), tell)
+    report.build([cell.out for cell in cells], out / "report.html")
+    report.figure([cell.out for cell in cells], out / "figure.png")
+    return rows
+
+
+def _show_comparison(rows: list[dict[str, Any]], out: Path, as_json: bool, title: str) -> None:
+    from anyrank import console
+
+    if as_json:
+        return _print_json({"rows": rows, "out": str(out), "report": str(out / "report.html")})
+    count = f"{rows[0]['seeds']} seeds, mean ± standard deviation" if rows[0]["seeds"] > 1 else "one seed"
+    console.out.print(console.comparison_table(rows, f"{title} ({count})"))
+    console.out.print(f"report  {out / 'report.html'}\nfigure  {out / 'figure.png'}", soft_wrap=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    """The command `anyrank`: exit 0 done, 1 the run failed, 2 the request is wrong; one line on stderr for either."""
+    from anyrank.errors import AnyRankError, RunFailed
+
+    try:
+        app()
+    except AnyRankError as error:
+        sys.stderr.write(f"anyrank: {error}\n")
+        sys.exit(1 if isinstance(error, RunFailed) else 2)
+    except KeyboardInterrupt:
+        sys.stderr.write("anyrank: stopped; go on by --resume\n")
+        sys.exit(1)

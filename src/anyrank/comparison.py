@@ -1,0 +1,159 @@
+"""The same federation under several methods and seeds: a grid of runs over the cores, and its means with their spread."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import queue
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyrank import collapse, simulation
+from anyrank.adapter import write_whole
+from anyrank.config import Config
+from anyrank.errors import ConfigError, RunError, RunFailed
+from anyrank.rundir import METRICS, SUMMARY, is_finished
+
+COMPARISON = "compare.json"
+OnRound = Callable[[str, int, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    label: str
+    config: Config
+    out: Path
+
+
+def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[Cell]:
+    """The runs of `methods` x `seeds`. A method may carry a rank, `fedavg@2`: then every client has that one.
+
+    The configuration's own options go to the method that it names, and to no other. Seeds count up from the configuration's.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
+    if not methods or len(set(methods)) != len(methods):
+        raise ConfigError(f"--methods: expected different methods, comma-separated, got {', '.join(methods) or 'none'}")
+    cells = []
+    for label in methods:
+        name, at, rank = label.partition("@")
+        if at and not (rank.isdigit() and int(rank) > 0):
+            raise ConfigError(f"--methods {label}: expected METHOD or METHOD@RANK, e.g. fedavg@8")
+        options = config.method.options if name == config.method.name else {}
+        chosen = config.replace(method={"name": name, "options": options})
+        chosen = chosen.replace(clients={"ranks": (int(rank),)}) if at else chosen
+        for seed in range(config.run.seed, config.run.seed + seeds):
+            cells.append(Cell(label, chosen.replace(run={"seed": seed}), out / label / f"seed-{seed}"))
+    return cells
+
+
+def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None:
+    """Build the first run of each method, so that whatever is wrong with the request stops before anything is trained."""
+    if out.exists() and any(out.iterdir()) and not (resume and (out / COMPARISON).exists()):
+        raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
+    for cell in {cell.label: cell for cell in reversed(cells)}.values():
+        simulation.build(cell.config, progress).engine.model.close()
+
+
+def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> list[dict[str, Any]]:
+    """Run every cell that is not finished yet, `jobs` at a time, then write and return the table's rows."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out, [])
+    waiting = [cell for cell in cells if not is_finished(cell.out)]
+    if jobs == 1 or len(waiting) <= 1:
+        for cell in waiting:
+            _run(cell, on_round)
+    else:
+        _run_parallel(waiting, jobs, on_round)
+    rows = table(cells)
+    _write(out, rows)
+    return rows
+
+
+def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row a method: means over seeds with their sample standard deviation (0 for one seed)."""
+    rows, rank = [], min(min(cell.config.clients.ranks) for cell in cells)
+    for label in dict.fromkeys(cell.label for cell in cells):
+        runs = [cell for cell in cells if cell.label == label]
+        summaries = [json.loads((cell.out / SUMMARY).read_text()) for cell in runs]
+        row: dict[str, Any] = {"label": label, "method": summaries[0]["method"], "seeds": len(runs)}
+        for figure in ("accuracy", "best_accuracy", "last_accuracy", "start_accuracy", "loss", "seconds"):
+            row |= _mean(figure, [summary[figure] for summary in summaries])
+        beyond = [_energy_past(cell, rank) for cell in runs]
+        row |= {"rank": rank, **(_mean("collapse", beyond) if None not in beyond else {"collapse": None})}
+        row |= {key: statistics.fmean(s[key] for s in summaries) for key in ("upload_bytes", "download_bytes")}
+        rows.append(row | {"rejected": sum(summary["rejected"] for summary in summaries)})
+    return rows
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: statistics.fmean(values), f"{name}_std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _energy_past(cell: Cell, rank: int) -> float | None:
+    """The share of energy past the comparison's smallest rank after the last round, also where all clients are larger."""
+    import torch
+
+    spectrum = json.loads((cell.out / METRICS).read_text().splitlines()[-1])["spectrum"]
+    if spectrum is None:
+        return None
+    return collapse.energy_beyond({name: torch.tensor(values) for name, values in spectrum.items()}, rank)
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    write_whole(out / COMPARISON, lambda file: file.write_text(json.dumps({"rows": rows}, indent=2) + "\n"))
+
+
+def _run(cell: Cell, on_round: OnRound | None) -> None:
+    tell = (lambda metrics: on_round(cell.label, cell.config.run.seed, metrics)) if on_round else None
+    simulation.execute(cell.config, cell.out, resume=True, on_round=tell)
+
+
+# --- over several processes --------------------------------------------------------------------------------------------
+
+_events: Any = None  # in a worker: where its rounds are told
+
+
+def _start_worker(events: Any) -> None:
+    global _events
+    _events = events
+
+
+def _work(cell: Cell) -> None:
+    _run(cell, lambda *event: _events.put(event))
+
+
+def _run_parallel(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) -> None:
+    """Spread the cells over worker processes, and hand on their rounds as they end. The first failure stops the rest."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(events,))
+    try:
+        running: set[Future] = {pool.submit(_work, cell) for cell in cells}
+        while running:
+            done, running = wait(running, timeout=0.2)
+            _tell(events, on_round)
+            for future in done:
+                future.result()
+    except BrokenPipeError as error:
+        raise RunFailed(f"a worker process ended unexpectedly ({error}); go on by --resume") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        _tell(events, on_round)
+
+
+def _tell(events: Any, on_round: OnRound | None) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            event = events.get_nowait()
+            if on_round:
+                on_round(*event)

@@ -1,0 +1,1 @@
+"""Where clients run. The in-process engine is here; others follow the same `Engine` protocol."""

@@ -1,0 +1,42 @@
+"""All clients in this process, one after another, on one shared frozen model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from anyrank import local
+from anyrank.adapter import Adapter
+from anyrank.cohort import Shards
+from anyrank.engines.base import Job
+from anyrank.errors import AnyRankError
+from anyrank.models import LoraModel
+from anyrank.records import ClientUpdate, Failure, Scaling
+from anyrank.tasks.base import evaluate
+
+
+@dataclass(frozen=True, eq=False)
+class InProcess:
+    """The default engine: `shards[i]` are the training examples of client i; scores in batches of `eval_batch_size`."""
+
+    model: LoraModel
+    shards: Shards
+    eval_batch_size: int = 1024
+
+    def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
+        return self.model.start(rank, scaling, seed)
+
+    def train(self, jobs: Sequence[Job], plan: local.Plan) -> Iterator[ClientUpdate | Failure]:
+        for job in jobs:
+            began = time.perf_counter()
+            try:
+                update = local.train(self.model, job.client.name, job.download, self.shards[job.index], plan)
+            except AnyRankError as error:
+                yield Failure(job.client.name, str(error))
+                continue
+            yield replace(update, metrics={**update.metrics, "seconds": time.perf_counter() - began})
+
+    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> tuple[float, float]:
+        self.model.apply(adapter, merged)
+        return evaluate(self.model.task, self.eval_batch_size)

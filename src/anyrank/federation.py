@@ -1,0 +1,156 @@
+"""The round loop: cohort, dispatch, local training, guard, aggregate, evaluate, run folder. It knows no method and no task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyrank import collapse, guard, local
+from anyrank.cohort import Population
+from anyrank.config import Config
+from anyrank.engines.base import Engine, Job
+from anyrank.errors import RunFailed
+from anyrank.methods import Method
+from anyrank.records import Client, ClientUpdate, Failure, Scaling, ServerState
+from anyrank.rundir import RunDir
+from anyrank.summary import summarize
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """Everything a run consists of. `step_factor` multiplies the local steps of the round plan (1 but for `centralized`)."""
+
+    config: Config
+    method: Method
+    population: Population
+    engine: Engine
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    step_factor: int = 1
+
+
+@dataclass
+class Collected:
+    """What came back in one round: updates that entered it, and a log row for each client of the cohort."""
+
+    updates: list[ClientUpdate] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def count(self, *statuses: str) -> int:
+        return sum(row["status"] in statuses for row in self.rows)
+
+
+def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Run, or go on with, the federation in `store`; returns the summary. `on_round` gets each round's metrics.
+
+    Raises `RunFailed` when every client of a round fails; the last checkpoint stands.
+    """
+    config, method, engine = federation.config, federation.method, federation.engine
+    first = start(federation)
+    state = store.restore() or first
+    while state.round < config.run.rounds:
+        began, round = time.perf_counter(), state.round + 1
+        jobs, idle = dispatch(federation, state, round)
+        plan = local.plan_round(config.train, round, config.run.rounds, config.run.seed, federation.step_factor)
+        collected = collect(engine.train(jobs, plan), jobs, idle, round)
+        state = method.aggregate(state, collected.updates)
+        metrics = measure(federation, state, jobs, collected) | {"seconds": time.perf_counter() - began}
+        store.commit(state, metrics, collected.rows)
+        if on_round:
+            on_round(metrics)
+    summary = summarize(federation, first, store.metrics())
+    store.finish(shares(federation, state), summary)
+    return summary
+
+
+def start(federation: Federation) -> ServerState:
+    """The state before round 1."""
+    config, ranks = federation.config, federation.population.levels()
+    scaling = Scaling(config.lora.alpha, config.lora.scaling)
+    adapter = federation.engine.start(ranks[-1], scaling, config.run.seed)
+    return federation.method.init(adapter, scaling, config.run.seed)
+
+
+def dispatch(federation: Federation, state: ServerState, round: int) -> tuple[list[Job], list[Client]]:
+    """The jobs of the round's cohort, and its clients that have no examples to train on."""
+    jobs, idle = [], []
+    for index in federation.population.draw(round):
+        client, count = federation.population.client(index), len(federation.population.shards[index])
+        if count:
+            jobs.append(Job(index, client, count, federation.method.dispatch(state, client)))
+        else:
+            idle.append(client)
+    return jobs, idle
+
+
+def collect(replies, jobs: Sequence[Job], idle: Sequence[Client], round: int) -> Collected:
+    """Pass each reply through the guard. One bad client costs one client; a round in which all fail ends the run."""
+    collected, by_name = Collected(), {job.client.name: job for job in jobs}
+    for reply in replies:
+        job = by_name.pop(reply.client, None)
+        if job is None:
+            raise RunFailed(f"round {round}: a reply from {reply.client or 'nobody'}, who is not (or no longer) awaited")
+        collected.rows.append(_judge(reply, job, collected.updates) | {"round": round})
+    for job in by_name.values():
+        collected.rows.append(_row(job.client, job.num_examples, "failed", "sent nothing") | {"round": round})
+    for client in idle:
+        collected.rows.append(_row(client, 0, "skipped", "has no examples") | {"round": round})
+    collected.rows.sort(key=lambda row: row["client"])
+    if jobs and not collected.updates:
+        worst = next(row for row in collected.rows if row["status"] in ("failed", "rejected"))
+        raise RunFailed(f"round {round}: no client sent a usable update; {worst['client']}: {worst['reason']}")
+    return collected
+
+
+def _judge(reply: ClientUpdate | Failure, job: Job, updates: list[ClientUpdate]) -> dict[str, Any]:
+    if isinstance(reply, Failure):
+        return _row(job.client, job.num_examples, "failed", reply.reason)
+    try:
+        updates.append(guard.admit(reply, job.download, job.client.name, job.num_examples))
+    except guard.Rejected as reason:
+        return _row(job.client, job.num_examples, "rejected", str(reason))
+    return _row(job.client, job.num_examples, "ok", "") | {key: reply.metrics.get(key) for key in ("loss", "seconds")}
+
+
+def _row(client: Client, num_examples: int, status: str, reason: str) -> dict[str, Any]:
+    figures = {"num_examples": num_examples, "loss": None, "seconds": None}
+    return {"round": 0, "client": client.name, "rank": client.rank, **figures, "status": status, "reason": reason}
+
+
+def measure(federation: Federation, state: ServerState, jobs: Sequence[Job], collected: Collected) -> dict[str, Any]:
+    """The round's metrics; accuracy and loss are `None` in rounds that are not scored, spectra where there is no one model."""
+    config, served = federation.config, federation.method.served(state)
+    scored = state.round % config.eval.every == 0 or state.round == config.run.rounds
+    accuracy, loss = score(federation, state) if scored else (None, None)
+    spectra = collapse.spectra(served["global"]) if "global" in served else None
+    used = {update.client for update in collected.updates}
+    losses = [update.metrics["loss"] for update in collected.updates if "loss" in update.metrics]
+    smallest = federation.population.levels()[0]
+    return {
+        "round": state.round,
+        "accuracy": accuracy,
+        "loss": loss,
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "collapse": collapse.energy_beyond(spectra, smallest) if spectra else None,
+        "effective_rank": collapse.effective_rank(spectra) if spectra else None,
+        "spectrum": {name: [float(f"{v:.6g}") for v in values] for name, values in spectra.items()} if spectra else None,
+        "upload_bytes": sum(job.download.upload_bytes() for job in jobs if job.client.name in used),
+        "download_bytes": sum(job.download.download_bytes() for job in jobs),
+        "clients": len(collected.updates),
+        "rejected": collected.count("rejected", "failed"),
+    }
+
+
+def score(federation: Federation, state: ServerState) -> tuple[float, float]:
+    """Accuracy and loss of what the federation's users run: of the global model, or the mean over personal ones."""
+    served = federation.method.served(state)
+    scores = [federation.engine.evaluate(adapter, state.merged) for _, adapter in sorted(served.items())]
+    return sum(a for a, _ in scores) / len(scores), sum(b for _, b in scores) / len(scores)
+
+
+def shares(federation: Federation, state: ServerState) -> dict[str, Any]:
+    """The adapters that a finished run leaves: the global one, and what a client of each rank gets."""
+    ranks = {f"adapter-rank-{rank}": rank for rank in federation.population.levels()}
+    by_rank = {folder: federation.method.dispatch(state, Client(folder, rank)).adapter for folder, rank in ranks.items()}
+    return {"adapter": state.adapter, **by_rank}

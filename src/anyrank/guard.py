@@ -1,0 +1,61 @@
+"""What may enter a round: every check on an upload, in one place. One bad client costs one client."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anyrank.adapter import Adapter, LoraLayer
+from anyrank.errors import AnyRankError
+from anyrank.records import ClientUpdate, Download
+
+
+class Rejected(AnyRankError):
+    """An upload that does not enter the round; its text is the reason."""
+
+
+def admit(update: ClientUpdate, download: Download, client: str, num_examples: int) -> ClientUpdate:
+    """The part of `update` that the server believes: the trained factors, under the server's own name, rank and weight.
+
+    Whatever the download did not ask to train is taken from the download itself. Raises `Rejected` for an upload from
+    somebody else, other layers or tensors than were sent, other shapes or dtypes, values or metrics that are not finite.
+    """
+    if update.client != client:
+        raise Rejected(f"expected an update of {client}, got one of {update.client or 'nobody'}")
+    if update.num_examples != num_examples:
+        raise Rejected(f"claims {update.num_examples} examples, {num_examples} are registered")
+    sent, got = download.adapter, update.adapter
+    _same_names("layers", sent.layers, got.layers)
+    _same_names("tensors", sent.tensors, got.tensors)
+    for key, value in update.metrics.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise Rejected(f"metric {key}: expected a finite number, got {value!r}")
+    layers = {name: _layer(name, sent.layers[name], got.layers[name], download.train) for name in sorted(sent.layers)}
+    tensors = {name: _tensor(name, sent.tensors[name], got.tensors[name]) for name in sorted(sent.tensors)}
+    return replace(update, adapter=Adapter(layers, tensors, sent.config))
+
+
+def _same_names(what: str, sent, got) -> None:
+    lacking, strange = sorted(sent.keys() - got.keys()), sorted(got.keys() - sent.keys())
+    if lacking or strange:
+        raise Rejected(f"{what} differ from what was sent: missing {lacking[:3] or 'none'}, unknown {strange[:3] or 'none'}")
+
+
+def _layer(name: str, sent: LoraLayer, got: LoraLayer, train: frozenset[str]) -> LoraLayer:
+    if got.scaling != sent.scaling:
+        raise Rejected(f"layer {name}: expected scaling {sent.scaling}, got {got.scaling}")
+    A = _tensor(f"layer {name}, A", sent.A, got.A) if "A" in train else sent.A
+    B = _tensor(f"layer {name}, B", sent.B, got.B) if "B" in train else sent.B
+    return sent.with_factors(A, B)
+
+
+def _tensor(where: str, sent: Tensor, got: Tensor) -> Tensor:
+    if got.shape != sent.shape or got.dtype != sent.dtype:
+        expected, came = (tuple(sent.shape), sent.dtype), (tuple(got.shape), got.dtype)
+        raise Rejected(f"{where}: expected {expected[1]} of shape {expected[0]}, got {came[1]} of shape {came[0]}")
+    if not torch.isfinite(got).all():
+        raise Rejected(f"{where}: holds NaN or infinite values")
+    return got

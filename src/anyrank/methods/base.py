@@ -1,0 +1,236 @@
+"""What a method is, and the pieces that methods share: weights, slice shares, SVD shares, the mean of plain tensors.
+
+A method is a small frozen dataclass of pure functions over a `ServerState`. Its fields are its options and nothing else.
+Most methods are one rule for one layer (`merge_layer`); the rest stands here, once.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anyrank import keys, lowrank
+from anyrank.adapter import Adapter, LoraLayer, iter_names
+from anyrank.errors import MethodError
+from anyrank.methods.registry import taking_mixed_ranks
+from anyrank.records import BOTH, Client, ClientUpdate, Download, Scaling, ServerState
+
+Split = Literal["singular-in-b", "balanced"]
+EmptySlice = Literal["keep", "zero"]
+
+
+class Holds(Enum):
+    """For which clients a trait holds."""
+
+    NEVER = "no"
+    EQUAL = "equal ranks"
+    ALWAYS = "any ranks"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method claims. The conformance suite checks each claim, and that what is not claimed has a counterexample.
+
+    `mixed_ranks`: takes clients of unequal rank · `exact`: the new effective weight is `sum_k p_k` x the clients' ·
+    `linear`: the new factors are affine in the trained ones · `gauge_free`: unchanged under `(B G, G^-1 A)` of a client ·
+    `stationary`: a round in which nobody trains changes nothing · `keeps_product`: a download has the product of the
+    server's slices that it names.
+    """
+
+    mixed_ranks: bool
+    exact: Holds
+    linear: Holds
+    gauge_free: Holds
+    stationary: Holds
+    keeps_product: Holds = Holds.ALWAYS
+
+
+class Part(NamedTuple):
+    """One client's contribution to one layer: its trained `layer` and the `num_examples` that weigh it."""
+
+    layer: LoraLayer
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all methods. A subclass gives `name`, `summary`, `paper`, `traits` and `merge_layer`, and often nothing more."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    traits: ClassVar[Traits]
+    train: ClassVar[frozenset[str]] = BOTH
+    send: ClassVar[frozenset[str]] = BOTH
+    # Which factor takes up the change of scaling from the server's s(R) to a client's s(r): B alone, or both by its root.
+    rescale: ClassVar[Literal["B", "both"]] = "B"
+    # True for the reference line that gathers all examples in one place: the federation then has one client.
+    pools_data: ClassVar[bool] = False
+
+    def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
+        """The state before round 1: `adapter` at the largest rank, A random and B zero, one for all clients."""
+        return ServerState(round=0, seed=seed, adapter=adapter, scaling=scaling)
+
+    def dispatch(self, state: ServerState, client: Client) -> Download:
+        """What `client` starts from: the first r slices of each layer, so scaled that they keep their product under s(r)."""
+        layers = {name: self.share_layer(state, name, client.rank_of(name)) for name in state.adapter.layers}
+        slices = {name: tuple(range(layer.rank)) for name, layer in layers.items()}
+        adapter = replace(state.adapter, layers=layers)
+        return Download(adapter, slices, train=self.train, send=self.send, merged=state.merged)
+
+    def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+        """The state after the round in which `updates` came back. The order of `updates` does not matter."""
+        updates = sorted(updates, key=lambda update: update.client)
+        if not updates:
+            return replace(state, round=state.round + 1)
+        names = list(iter_names({f"client {u.client or i}": u.adapter for i, u in enumerate(updates, 1)}))
+        if not self.traits.mixed_ranks:
+            self._refuse_mixed_ranks(updates)
+        layers = {}
+        for name in names:
+            parts = [Part(u.adapter.layers[name], u.num_examples) for u in updates]
+            merged = self.merge_layer(state, name, parts)
+            layers[name] = pad(merged, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
+        tensors = mean_tensors(state.adapter.tensors, updates)
+        return replace(state, round=state.round + 1, adapter=replace(state.adapter, layers=layers, tensors=tensors))
+
+    @abstractmethod
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+        """The server's new factors of layer `name`, at most as many slices as `state` holds, in `state`'s dtype."""
+
+    def share_layer(self, state: ServerState, name: str, rank: int) -> LoraLayer:
+        """The first `rank` slices of a layer, under the client's scaling; past the server's rank, B zero and A fresh."""
+        layer, scaling = state.adapter.layers[name], state.scaling.of(name, rank)
+        kept = min(rank, layer.rank)
+        ratio = layer.scaling / scaling
+        on_a, on_b = (math.sqrt(ratio), math.sqrt(ratio)) if self.rescale == "both" else (1.0, ratio)
+        first = layer.with_factors(layer.A[:kept] * on_a, layer.B[:, :kept] * on_b, scaling)
+        return pad(first, rank, state.seed, "fresh", state.round, name)
+
+    def served(self, state: ServerState) -> Mapping[str, Adapter]:
+        """The adapters that the federation's users would run, by name; all have the same weight when they are scored."""
+        return {"global": state.adapter}
+
+    def _refuse_mixed_ranks(self, updates: Sequence[ClientUpdate]) -> None:
+        for name in updates[0].adapter.layers:
+            ranks = sorted({update.adapter.layers[name].rank for update in updates})
+            if len(ranks) > 1:
+                raise MethodError(
+                    f"{self.name}: expected clients of one rank, got ranks {', '.join(map(str, ranks))} in layer {name}; "
+                    f"give all clients one rank, or use a method that takes mixed ranks: {taking_mixed_ranks()}"
+                )
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def client_weights(parts: Sequence[Part]) -> Tensor:
+    """`p_k = n_k / sum n`, `[K]`."""
+    counts = torch.tensor([part.num_examples for part in parts], dtype=torch.float64)
+    return counts / counts.sum()
+
+
+def ownership(parts: Sequence[Part], rank: int) -> Tensor:
+    """1 where client k has slice j (`r_k >= j`), else 0: `[K, rank]`."""
+    ranks = torch.tensor([part.layer.rank for part in parts])
+    return (torch.arange(rank) < ranks[:, None]).double()
+
+
+def slice_weights(parts: Sequence[Part], rank: int) -> Tensor:
+    """`q_kj = n_k / sum of n over the clients that have slice j`, `[K, rank]`; zeros where client k lacks it."""
+    owned = client_weights(parts)[:, None] * ownership(parts, rank)
+    return owned / owned.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+# --- factors averaged slice by slice ---------------------------------------------------------------------------------
+
+
+def average_slices(parts: Sequence[Part], weights: Tensor, empty: LoraLayer | None = None) -> tuple[Tensor, Tensor]:
+    """`sum_k w_kj sqrt(s_k) A_k[j]` and the same of B: factors `[R, in]`, `[out, R]` (float64) of an update of scaling 1.
+
+    The root of each client's scaling goes to each factor, so that clients of unequal alpha/r average what they apply.
+    Slices that no client has are zero, or those of `empty`.
+    """
+    (out, width), rank = parts[0].layer.shape, weights.shape[1]
+    A, B = torch.zeros(rank, width, dtype=torch.float64), torch.zeros(out, rank, dtype=torch.float64)
+    for (layer, _), w in zip(parts, weights, strict=True):
+        w = math.sqrt(layer.scaling) * w[: layer.rank]
+        A[: layer.rank] += w[:, None] * layer.A.double()
+        B[:, : layer.rank] += w * layer.B.double()
+    if empty is not None:
+        lone = weights[:, : empty.rank].sum(dim=0) == 0
+        A[: empty.rank][lone] = math.sqrt(empty.scaling) * empty.A.double()[lone]
+        B[:, : empty.rank][:, lone] = math.sqrt(empty.scaling) * empty.B.double()[:, lone]
+    return A, B
+
+
+def from_average(state: ServerState, name: str, A: Tensor, B: Tensor) -> LoraLayer:
+    """The server's layer from factors of scaling 1, half of `1/s(R)` to each factor."""
+    layer = state.adapter.layers[name]
+    root = math.sqrt(layer.scaling)
+    return layer.with_factors(A / root, B / root)
+
+
+# --- products, and their SVD -----------------------------------------------------------------------------------------
+
+
+def weighted_product(parts: Sequence[Part], weights: Tensor) -> lowrank.Product:
+    """`sum_k sum_j w_kj s_k B_k[:, j] A_k[j]`, as factors, for weights `[K, R]`."""
+    return lowrank.stack([lowrank.of_layer(layer, w[: layer.rank]) for (layer, _), w in zip(parts, weights, strict=True)])
+
+
+def from_product(state: ServerState, name: str, product: lowrank.Product, split: Split) -> LoraLayer:
+    """The server's layer for the top of `product`'s SVD: `B = U S / s`, `A = Vt`, or the root of S to each (balanced)."""
+    layer = state.adapter.layers[name]
+    U, S, Vt = lowrank.svd(product, rank=layer.rank)
+    if len(S) == 0:  # nothing learned yet: B stays zero and A as it was, alive for the next round
+        return layer.with_factors(layer.A, torch.zeros_like(layer.B))
+    if split == "balanced":
+        root = (S / layer.scaling).sqrt()
+        return layer.with_factors(root[:, None] * Vt, U * root)
+    return layer.with_factors(Vt, U * (S / layer.scaling))
+
+
+def empty_slices(state: ServerState, name: str, weights: Tensor) -> lowrank.Product:
+    """The server's own previous slices that no client of the round has, as a product."""
+    layer = state.adapter.layers[name]
+    return lowrank.of_layer(layer, (weights.sum(dim=0) == 0).double())
+
+
+def pad(layer: LoraLayer, rank: int, seed: int, *names: str | int) -> LoraLayer:
+    """`layer` brought to `rank` by slices that change nothing yet can learn: B zero, A fresh from the key of `names`."""
+    missing = rank - layer.rank
+    if missing <= 0:
+        return layer
+    fresh = init_a(missing, layer, keys.generator(seed, *names))
+    A = torch.cat([layer.A, fresh])
+    B = torch.cat([layer.B, layer.B.new_zeros(layer.B.shape[0], missing)], dim=1)
+    return layer.with_factors(A, B)
+
+
+def init_a(rank: int, like: LoraLayer, generator: torch.Generator) -> Tensor:
+    """PEFT's own start of A: uniform within `1/sqrt(in)` (Kaiming with a = sqrt 5), `[rank, in]`, in `like`'s dtype."""
+    width = like.A.shape[1]
+    draw = torch.rand(rank, width, generator=generator, dtype=torch.float64) * 2 - 1
+    return (draw / math.sqrt(width)).to(like.A.dtype).to(like.A.device)
+
+
+# --- plain tensors ---------------------------------------------------------------------------------------------------
+
+
+def mean_tensors(previous: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
+    """Each plain tensor's mean over the clients that sent it, weighted by examples; `previous` where none did."""
+    tensors = dict(previous)
+    for name in sorted({name for update in updates for name in update.adapter.tensors}):
+        senders = [update for update in updates if name in update.adapter.tensors]
+        total = sum(update.num_examples for update in senders)
+        mean = sum(update.adapter.tensors[name].double() * (update.num_examples / total) for update in senders)
+        tensors[name] = mean.to(senders[0].adapter.tensors[name].dtype)
+    return tensors

@@ -1,0 +1,38 @@
+"""RBLA: rank-based LoRA aggregation (Chen et al. 2024, arXiv 2408.08699, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyrank.adapter import LoraLayer
+from anyrank.methods.base import EmptySlice, Holds, Method, Part, Traits, average_slices, from_average, slice_weights
+from anyrank.methods.registry import register
+from anyrank.records import ServerState
+
+
+@register
+@dataclass(frozen=True)
+class RBLA(Method):
+    """`A[j] = sum over owners of q_kj A_k[j]`, the same for B: each slice averaged over the clients that have it.
+
+    What nobody has is absent, not zero: a slice without an owner in the round stays as the server held it
+    (`empty_slice = "keep"`) or is dropped (`"zero"`). With equal ranks this is FedAvg. Deviation from the paper, which has
+    one scaling: factors are averaged as `sqrt(s_k) A_k`, `sqrt(s_k) B_k` and handed out the same way.
+    """
+
+    name = "rbla"
+    summary = "mean of A, mean of B, slice by slice over owners"
+    paper = "RBLA, arXiv 2408.08699"
+    traits = Traits(
+        mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS
+    )
+    rescale = "both"
+
+    empty_slice: EmptySlice = "keep"
+
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+        previous = state.adapter.layers[name]
+        kept = previous if self.empty_slice == "keep" else None
+        A, B = average_slices(parts, slice_weights(parts, previous.rank), empty=kept)
+        return from_average(state, name, A, B)

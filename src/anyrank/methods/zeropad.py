@@ -1,0 +1,33 @@
+"""Zero-padding: the naive way to average unequal ranks (the baseline of Cho et al. 2024 and of RBLA)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyrank.adapter import LoraLayer
+from anyrank.methods.base import Holds, Method, Part, Traits, average_slices, client_weights, from_average, ownership
+from anyrank.methods.registry import register
+from anyrank.records import ServerState
+
+
+@register
+@dataclass(frozen=True)
+class ZeroPad(Method):
+    """Pad every factor to the largest rank with zeros, then average: slice j comes out `pi_j` times RBLA's.
+
+    A client that lacks a slice votes for zero, so what only large-rank clients learned is washed out.
+    """
+
+    name = "zeropad"
+    summary = "pad factors with zeros, then mean"
+    paper = "baseline of HetLoRA, EMNLP 2024"
+    traits = Traits(
+        mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.EQUAL
+    )
+    rescale = "both"
+
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+        rank = state.adapter.layers[name].rank
+        A, B = average_slices(parts, client_weights(parts)[:, None] * ownership(parts, rank))
+        return from_average(state, name, A, B)

@@ -1,0 +1,232 @@
+"""The run folder: what a run writes, how it is read back, and how a killed run goes on.
+
+Logs are appended first, the checkpoint follows, each in one step that happens or does not. On resume the checkpoint
+rules: log lines of rounds it does not know are dropped, since those rounds are run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from anyrank.adapter import Adapter, LoraLayer, write_whole
+from anyrank.config import Config, from_table, to_table
+from anyrank.errors import AnyRankError, RunError
+from anyrank.records import Scaling, ServerState
+
+CONFIG, METRICS, CLIENTS, SUMMARY = "config.toml", "metrics.jsonl", "clients.jsonl", "summary.json"
+_STATE = "state.safetensors"
+_FORMAT = 1
+
+
+class RunDir:
+    """One run's folder, locked while it is open, so that two processes never write one run."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self.config = config
+        self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held until close
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise RunError(f"{path}: another process is writing this run; wait for it, or choose another --out") from None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], config: Config, resume: bool = False) -> RunDir:
+        """A new run folder, or (with `resume`) one to go on with; made if there is none yet. Raises what `check` raises."""
+        path = Path(path)
+        cls.check(path, config, resume)
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, config)
+        run._sweep()
+        write_whole(path / CONFIG, lambda file: file.write_text(tomli_w.dumps(to_table(config))))
+        return run
+
+    @staticmethod
+    def check(path: Path, config: Config, resume: bool = False) -> None:
+        """Raise `RunError` where the folder is of something else, holds a run although `resume` is not asked for, or holds
+        one of another configuration. Writes nothing."""
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: expected a folder for the run, got a file; choose another --out")
+        if (path / CONFIG).exists():
+            if not resume:
+                raise RunError(f"{path}: holds a run already; go on with it by --resume, or choose another --out")
+            _same_config(path, config)
+        elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise RunError(f"{path}: expected an empty or new folder, or one with a run in it; choose another --out")
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def restore(self) -> ServerState | None:
+        """The state after the last whole round, with the logs cut back to it; `None` where no round was finished."""
+        path = self.path / "checkpoint" / _STATE
+        state = load_state(path) if path.exists() else None
+        for name in (METRICS, CLIENTS):
+            self._cut(name, state.round if state else 0)
+        return state
+
+    def commit(self, state: ServerState, metrics: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
+        """Log the round that led to `state`, then make `state` the checkpoint."""
+        self._append(CLIENTS, clients)
+        self._append(METRICS, [metrics])
+        (self.path / "checkpoint").mkdir(exist_ok=True)
+        save_state(state, self.path / "checkpoint" / _STATE)
+
+    def finish(self, adapters: Mapping[str, Adapter], summary: Mapping[str, Any]) -> None:
+        """Write the adapters by folder name, and last of all the summary: its presence says that the run is done."""
+        for name, adapter in adapters.items():
+            adapter.save(self.path / name)
+        write_whole(self.path / SUMMARY, lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rounds' metrics so far."""
+        return _read_lines(self.path / METRICS)
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        with open(self.path / name, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _cut(self, name: str, round: int) -> None:
+        path = self.path / name
+        if path.exists():
+            kept = "".join(json.dumps(row) + "\n" for row in _read_lines(path) if row["round"] <= round)
+            write_whole(path, lambda file: file.write_text(kept))
+
+    def _sweep(self) -> None:
+        """Remove temporary files that a killed process left behind."""
+        for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
+            leftover.unlink(missing_ok=True)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run in the folder came to its end."""
+    return (path / SUMMARY).is_file()
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders at or below `folder` (two levels, as a comparison lays them out), sorted."""
+    if (folder / CONFIG).is_file():
+        return [folder]
+    found = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
+    if not found:
+        raise RunError(f"{folder}: expected a run folder or a folder of runs ({CONFIG} in it), found none")
+    return found
+
+
+def remove_run(path: Path) -> None:
+    """Delete a folder that holds runs (or nothing); `RunError` for any other folder."""
+    if not path.exists():
+        return
+    runs = [path, *path.glob("*/"), *path.glob("*/*/")]
+    if any(path.iterdir()) and not any((run / CONFIG).exists() for run in runs):
+        raise RunError(f"{path}: expected a folder of runs or none, and will not delete anything else; choose another --out")
+    shutil.rmtree(path)
+
+
+def _same_config(path: Path, config: Config) -> None:
+    try:
+        stored = from_table(tomllib.loads((path / CONFIG).read_text()))
+    except (AnyRankError, tomllib.TOMLDecodeError, OSError) as error:
+        raise RunError(f"{path / CONFIG}: cannot be read back ({error}); choose another --out") from None
+    theirs, ours = _flat(to_table(stored)), _flat(to_table(config))
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            raise RunError(
+                f"{path}: was started with {key} = {theirs.get(key)!r}, not {ours.get(key)!r}; "
+                "resume with the configuration in the folder, or choose another --out"
+            )
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; the last one may have been cut off by a kill."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+# --- the checkpoint: one safetensors file, everything that is not a tensor in its header -------------------------------
+
+
+def save_state(state: ServerState, path: Path) -> None:
+    """Write a server state whole or not at all."""
+    tensors: dict[str, torch.Tensor] = {}
+    header = {
+        "format": _FORMAT,
+        "round": state.round,
+        "seed": state.seed,
+        "scaling": vars(state.scaling) | {"layer_alpha": dict(state.scaling.layer_alpha)},
+        "adapter": _pack("adapter", state.adapter, tensors),
+        "merged": _pack("merged", state.merged, tensors) if state.merged else None,
+        "extra": {name: _pack(f"extra/{name}", adapter, tensors) for name, adapter in sorted(state.extra.items())},
+    }
+    write_whole(path, lambda file: save_file(tensors, file, metadata={"state": json.dumps(header)}))
+
+
+def load_state(path: Path) -> ServerState:
+    """Read a server state back, bit for bit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["state"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunError(f"{path}: not a readable checkpoint ({error}); start the run anew in another --out") from None
+    if header["format"] != _FORMAT:
+        raise RunError(f"{path}: expected checkpoint format {_FORMAT}, got {header['format']}; use the version that wrote it")
+    return ServerState(
+        round=header["round"],
+        seed=header["seed"],
+        adapter=_unpack("adapter", header["adapter"], tensors),
+        scaling=Scaling(**header["scaling"]),
+        merged=_unpack("merged", header["merged"], tensors) if header["merged"] else None,
+        extra={name: _unpack(f"extra/{name}", packed, tensors) for name, packed in header["extra"].items()},
+    )
+
+
+def _pack(prefix: str, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    for name, layer in adapter.layers.items():
+        tensors[f"{prefix}/layers/{name}/A"] = layer.A.contiguous()
+        tensors[f"{prefix}/layers/{name}/B"] = layer.B.contiguous()
+    for name, tensor in adapter.tensors.items():
+        tensors[f"{prefix}/tensors/{name}"] = tensor.contiguous()
+    layers = {name: [layer.scaling, layer.kind, list(layer.kernel)] for name, layer in adapter.layers.items()}
+    return {"layers": layers, "tensors": list(adapter.tensors), "config": dict(adapter.config)}
+
+
+def _unpack(prefix: str, packed: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Adapter:
+    layers = {
+        name: LoraLayer(
+            tensors[f"{prefix}/layers/{name}/A"], tensors[f"{prefix}/layers/{name}/B"], scaling, kind, tuple(kernel)
+        )
+        for name, (scaling, kind, kernel) in packed["layers"].items()
+    }
+    return Adapter(layers, {name: tensors[f"{prefix}/tensors/{name}"] for name in packed["tensors"]}, packed["config"])

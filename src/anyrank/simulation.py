@@ -1,0 +1,102 @@
+"""From a configuration to a federation in this process: task, partition, population, method, engine."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from anyrank import cohort, federation, methods, partition
+from anyrank.config import Config, DataConfig, LoraConfig, ModelConfig
+from anyrank.engines.inprocess import InProcess
+from anyrank.errors import ConfigError
+from anyrank.federation import Federation
+from anyrank.methods.registry import taking_mixed_ranks
+from anyrank.models import LoraModel
+from anyrank.rundir import RunDir
+from anyrank.tasks.base import Task
+
+Progress = Callable[[int, int], None]
+
+
+def cache_dir() -> Path:
+    """Where frozen features and pretrained demo models are kept between runs: `$ANYRANK_CACHE`, or the user's cache."""
+    chosen = os.environ.get("ANYRANK_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else base / "anyrank"
+
+
+def load_task(config: Config, progress: Progress | None = None) -> Task:
+    """The task that a configuration describes; the last one is kept, so that a grid of runs loads it once."""
+    return _load_task(config.model, config.data, config.lora, progress)
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig) -> list:
+    return []
+
+
+def _load_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
+    slot = _cached_task(model, data, lora)  # a list, so that `progress` is no part of the key
+    if not slot:
+        if model.task == "text-classification":
+            from anyrank.tasks import text
+
+            slot.append(text.load(model, data, lora, cache_dir(), progress))
+        else:
+            from anyrank.tasks import digits
+
+            slot.append(digits.load(model, data, lora, cache_dir(), progress))
+    return slot[0]
+
+
+def build(config: Config, progress: Progress | None = None) -> Federation:
+    """The federation of a configuration, ready to run in this process; checks all that can be checked before round 1."""
+    torch.set_num_threads(config.run.threads)
+    if config.method.file:
+        methods.load_file(config.method.file)
+    method = methods.make(config.method.name, config.method.options)
+    _check_ranks(config, method)
+    task = load_task(config, progress)
+    torch.set_num_threads(config.run.threads)
+    shards = partition.partition(
+        config.data.partition, task.train.labels, config.clients.count, config.run.seed, task.columns
+    )
+    population = cohort.populate(config.clients, shards, config.run.seed)
+    step_factor = 1
+    if method.pools_data:
+        population, step_factor = population.pooled(), population.cohort_size
+    model = LoraModel(task)
+    model.check_rank(population.levels()[-1])
+    engine = InProcess(model, population.shards, config.eval.batch_size)
+    facts = {
+        "task": task.name,
+        "head": task.head,
+        "base_model": task.base_model,
+        "train_examples": len(task.train),
+        "test_examples": len(task.test),
+    }
+    return Federation(config, method, population, engine, facts, step_factor)
+
+
+def execute(config: Config, out: Path, resume: bool = False, on_round=None, progress: Progress | None = None) -> dict:
+    """Build and run a configuration in the folder `out`; returns the summary. Nothing is written before all is checked."""
+    RunDir.check(out, config, resume)
+    built = build(config, progress)
+    try:
+        with RunDir.open(out, config, resume) as store:
+            return federation.run(built, store, on_round)
+    finally:
+        built.engine.model.close()
+
+
+def _check_ranks(config: Config, method: methods.Method) -> None:
+    ranks = sorted(set(config.clients.ranks))
+    if len(ranks) > 1 and not method.traits.mixed_ranks and not method.pools_data:
+        raise ConfigError(
+            f"method.name: {method.name} needs clients of one rank, clients.ranks has {', '.join(map(str, ranks))}; "
+            f"set one rank, or use a method that takes mixed ranks: {taking_mixed_ranks()}"
+        )

@@ -1,0 +1,73 @@
+"""The closing figures of a run, from its metrics."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anyrank.cohort import count_ranks
+from anyrank.records import ServerState
+
+if TYPE_CHECKING:
+    from anyrank.federation import Federation
+
+LAST = 5  # evaluated rounds whose mean stands beside the final and the best figure
+
+
+def summarize(federation: Federation, first: ServerState, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on."""
+    from anyrank.federation import score
+
+    config, method, population = federation.config, federation.method, federation.population
+    scored = [row for row in metrics if row["accuracy"] is not None]
+    accuracies = [row["accuracy"] for row in scored]
+    start_accuracy, start_loss = score(federation, first)
+    sizes = [len(population.shards[index]) for index in range(len(population))]
+    return {
+        "name": config.run.name,
+        "label": label(method.name, config.clients.ranks, population),
+        "method": method.name,
+        "paper": method.paper,
+        "options": vars(method),
+        "seed": config.run.seed,
+        "rounds": config.run.rounds,
+        "accuracy": accuracies[-1],
+        "best_accuracy": max(accuracies),
+        "last_accuracy": float(np.mean(accuracies[-LAST:])),
+        "loss": scored[-1]["loss"],
+        "start_accuracy": start_accuracy,
+        "start_loss": start_loss,
+        "collapse": metrics[-1]["collapse"],
+        "effective_rank": metrics[-1]["effective_rank"],
+        "upload_bytes": sum(row["upload_bytes"] for row in metrics),
+        "download_bytes": sum(row["download_bytes"] for row in metrics),
+        "seconds": sum(row["seconds"] for row in metrics),
+        "clients": len(population),
+        "cohort": population.cohort_size,
+        "ranks": count_ranks(population.ranks),
+        "examples": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
+        "rejected": sum(row["rejected"] for row in metrics),
+        **federation.facts,
+        "versions": versions(),
+        "platform": platform.platform(),
+    }
+
+
+def label(method: str, ranks: Sequence[int], population: Any) -> str:
+    """What a table calls the run: the method, with `@rank` where every client has that one rank."""
+    return f"{method}@{ranks[0]}" if len(set(ranks)) == 1 and len(population) > 1 else method
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("anyrank", "torch", "numpy", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
