@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyrank.errors import AdapterError
+from anyrank.files import write_whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -30,7 +30,6 @@ _PREFIX = "base_model.model."
 _KINDS = ("linear", "conv2d", "embedding")
 # PEFT options whose forward pass is more than base(x) + scaling * B @ A @ x: merging their factors would be wrong.
 _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "target_parameters", "trainable_token_indices")
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,21 +120,13 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = json.dumps(_peft_config(self), indent=2, sort_keys=True) + "\n"
-        write_whole(folder / WEIGHTS_FILE, lambda path: save_file(_peft_tensors(self), path, metadata={"format": "pt"}))
-        write_whole(folder / CONFIG_FILE, lambda path: path.write_text(config))
+
+        def write_both(weights: Path) -> None:  # both are on the disk before either is put in place
+            save_file(_peft_tensors(self), weights, metadata={"format": "pt"})
+            write_whole(folder / CONFIG_FILE, lambda path: path.write_text(config))
+
+        write_whole(folder / WEIGHTS_FILE, write_both)
         return folder
-
-
-def write_whole(path: Path, write) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -208,30 +199,33 @@ def _read_layer(name: str, pair: dict[str, Any], config: Mapping[str, Any], wher
     if A.ndim == 4 and B.ndim == 4 and tuple(B.shape[2:]) == (1, 1):
         kind, kernel = "conv2d", tuple(A.shape[2:])
         A, B = A.flatten(1), B.flatten(1)
-    rank = _pattern(config.get("rank_pattern"), name, config.get("r"))
-    if A.ndim == 2 and rank is not None and A.shape[0] != rank:
-        raise AdapterError(
-            f"{where}, layer {name}: {CONFIG_FILE} says rank {rank}, A has {A.shape[0]} rows; "
-            "the two files are not of one adapter"
-        )
     try:
-        scaling = _scaling(name, A.shape[0], config)
-        return LoraLayer(A, B, scaling, kind, kernel)
+        rank = _pattern("rank_pattern", name, config, config.get("r"))
+        if A.ndim == 2 and rank is not None and A.shape[0] != rank:
+            raise AdapterError(f"{CONFIG_FILE} says rank {rank}, A has {A.shape[0]} rows; the two files are not of one adapter")
+        return LoraLayer(A, B, _scaling(name, A.shape[0], config), kind, kernel)
     except (AdapterError, TypeError) as error:
         raise AdapterError(f"{where}, layer {name}: {error}") from None
 
 
 def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    alpha = _pattern("alpha_pattern", name, config, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)):
         raise AdapterError(f"lora_alpha: expected a number in {CONFIG_FILE}, got {alpha!r}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first key that matches the end of the module's name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+def _pattern(key: str, name: str, config: Mapping[str, Any], default: Any) -> Any:
+    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first entry that matches the end of the module's name."""
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, Mapping):
+        raise AdapterError(f"{key}: expected {{name pattern: number}} in {CONFIG_FILE}, got {patterns!r}")
+    for pattern, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise AdapterError(f"{key}: expected regular expressions in {CONFIG_FILE}, got {pattern!r} ({error})") from None
+        if found:
             return value
     return default
 
@@ -248,9 +242,10 @@ _OWN_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
 def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    tensors = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.tensors.items()}
+    # Copies, because the file format refuses tensors that share memory, as two views of one tensor do.
+    tensors = {f"{_PREFIX}{name}": _copy(tensor) for name, tensor in adapter.tensors.items()}
     for name, layer in adapter.layers.items():
-        A, B = layer.A.contiguous(), layer.B.contiguous()
+        A, B = _copy(layer.A), _copy(layer.B)
         if layer.kind == "embedding":
             tensors |= {f"{_PREFIX}{name}.lora_embedding_A": A, f"{_PREFIX}{name}.lora_embedding_B": B}
             continue
@@ -260,11 +255,13 @@ def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
     rslora = bool(adapter.config.get("use_rslora"))
-    alphas = {
-        name: layer.scaling * (math.sqrt(layer.rank) if rslora else layer.rank) for name, layer in adapter.layers.items()
-    }
+    alphas = {name: layer.scaling * (math.sqrt(layer.rank) if rslora else layer.rank) for name, layer in adapter.layers.items()}
     alphas = {name: _tidy(alpha) for name, alpha in alphas.items()}
     rank, rank_pattern = _common(adapter.ranks)
     alpha, alpha_pattern = _common(alphas)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from anyrank import collapse, simulation
-from anyrank.adapter import write_whole
 from anyrank.config import Config
 from anyrank.errors import ConfigError, RunError, RunFailed
+from anyrank.files import write_whole
 from anyrank.rundir import METRICS, SUMMARY, is_finished
 
 COMPARISON = "compare.json"

@@ -28,11 +28,13 @@ class Rounds:
         self._title = title
 
     def __enter__(self) -> Rounds:
-        self._progress.start()
+        if not self._progress.disable:  # a Progress that shows nothing would still print a line end
+            self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        if not self._progress.disable:
+            self._progress.stop()
 
     def __call__(self, who: str, metrics: Mapping[str, Any]) -> None:
         self._done += 1
@@ -61,7 +63,8 @@ class Preparing:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        if self._task is not None:
+            self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
         if self._task is None:

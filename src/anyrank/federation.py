@@ -59,7 +59,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         store.commit(state, metrics, collected.rows)
         if on_round:
             on_round(metrics)
-    summary = summarize(federation, first, store.metrics())
+    summary = summarize(federation, score(federation, first), store.metrics())
     store.finish(shares(federation, state), summary)
     return summary
 

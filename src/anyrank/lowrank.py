@@ -54,12 +54,13 @@ def svd(product: Product, rank: int | None = None) -> SVD:
 
     Signs are fixed: the entry of largest magnitude in each right singular vector is positive, so that equal inputs give
     equal factors. Singular values at rounding level (`max(out, in) * eps * S[0]`, or 4 eps of the
-    factors' norms) are dropped: a zero product gives k = 0.
+    slices' summed norms) are dropped: a zero product gives k = 0.
     """
     Ql, core, Qr = _core(product)
     u, S, vt = torch.linalg.svd(core, full_matrices=False)
-    # A sum that cancels leaves noise of the factors' size, not of S[0]: the floor looks at both.
-    size = float(torch.linalg.matrix_norm(product.left) * torch.linalg.matrix_norm(product.right))
+    # A sum that cancels leaves noise of the factors' size, not of S[0]: the floor looks at both. The size is taken slice by
+    # slice, so that it does not depend on how a slice's scale is divided between its two factors.
+    size = float(torch.linalg.vector_norm(product.left, dim=0) @ torch.linalg.vector_norm(product.right, dim=1))
     largest = max(product.left.shape[0], product.right.shape[1]) * float(S.max() if len(S) else 0.0)
     keep = int((_EPS * max(largest, 4 * size) < S).sum())
     keep = keep if rank is None else min(keep, rank)

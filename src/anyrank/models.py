@@ -153,4 +153,6 @@ def _conv2d(module: nn.Conv2d, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _embedding(module: nn.Embedding, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return F.linear(F.embedding(x, A.T), B)
+    # The module's padding and frequency rules shape the gradient of A, as in PEFT.
+    rows = F.embedding(x, A.T, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
+    return F.linear(rows, B)

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from anyrank.adapter import Adapter, LoraLayer, write_whole
+from anyrank.adapter import Adapter, LoraLayer
 from anyrank.config import Config, from_table, to_table
 from anyrank.errors import AnyRankError, RunError
+from anyrank.files import write_whole
 from anyrank.records import Scaling, ServerState
 
 CONFIG, METRICS, CLIENTS, SUMMARY = "config.toml", "metrics.jsonl", "clients.jsonl", "summary.json"

@@ -62,9 +62,7 @@ def build(config: Config, progress: Progress | None = None) -> Federation:
     _check_ranks(config, method)
     task = load_task(config, progress)
     torch.set_num_threads(config.run.threads)
-    shards = partition.partition(
-        config.data.partition, task.train.labels, config.clients.count, config.run.seed, task.columns
-    )
+    shards = partition.partition(config.data.partition, task.train.labels, config.clients.count, config.run.seed, task.columns)
     population = cohort.populate(config.clients, shards, config.run.seed)
     step_factor = 1
     if method.pools_data:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anyrank.cohort import count_ranks
-from anyrank.records import ServerState
 
 if TYPE_CHECKING:
     from anyrank.federation import Federation
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
 LAST = 5  # evaluated rounds whose mean stands beside the final and the best figure
 
 
-def summarize(federation: Federation, first: ServerState, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on."""
-    from anyrank.federation import score
+def summarize(federation: Federation, start: tuple[float, float], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on.
 
+    `start`: accuracy and loss before round 1.
+    """
     config, method, population = federation.config, federation.method, federation.population
     scored = [row for row in metrics if row["accuracy"] is not None]
     accuracies = [row["accuracy"] for row in scored]
-    start_accuracy, start_loss = score(federation, first)
     sizes = [len(population.shards[index]) for index in range(len(population))]
     return {
         "name": config.run.name,
@@ -39,8 +38,8 @@ def summarize(federation: Federation, first: ServerState, metrics: Sequence[Mapp
         "best_accuracy": max(accuracies),
         "last_accuracy": float(np.mean(accuracies[-LAST:])),
         "loss": scored[-1]["loss"],
-        "start_accuracy": start_accuracy,
-        "start_loss": start_loss,
+        "start_accuracy": start[0],
+        "start_loss": start[1],
         "collapse": metrics[-1]["collapse"],
         "effective_rank": metrics[-1]["effective_rank"],
         "upload_bytes": sum(row["upload_bytes"] for row in metrics),

@@ -73,6 +73,8 @@ class Method(ABC):
     rescale: ClassVar[Literal["B", "both"]] = "B"
     # True for the reference line that gathers all examples in one place: the federation then has one client.
     pools_data: ClassVar[bool] = False
+    # True for the lines that methods are measured against, which no federation would run.
+    reference: ClassVar[bool] = False
 
     def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
         """The state before round 1: `adapter` at the largest rank, A random and B zero, one for all clients."""

@@ -23,9 +23,7 @@ class FedAvg(Method):
     name = "fedavg"
     summary = "mean of A, mean of B"
     paper = "FedIT, arXiv 2305.05644"
-    traits = Traits(
-        mixed_ranks=False, exact=Holds.NEVER, linear=Holds.EQUAL, gauge_free=Holds.NEVER, stationary=Holds.EQUAL
-    )
+    traits = Traits(mixed_ranks=False, exact=Holds.NEVER, linear=Holds.EQUAL, gauge_free=Holds.NEVER, stationary=Holds.EQUAL)
     rescale = "both"
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:

@@ -33,9 +33,7 @@ class FlexLoRA(Method):
     name = "flexlora"
     summary = "mean of products, SVD share"
     paper = "FlexLoRA, arXiv 2402.11505"
-    traits = Traits(
-        mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.ALWAYS, stationary=Holds.EQUAL
-    )
+    traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.ALWAYS, stationary=Holds.EQUAL)
 
     split: Split = "singular-in-b"
 

@@ -36,9 +36,7 @@ class RaFLoRA(Method):
     name = "raflora"
     summary = "mean of products, slice by slice over owners, SVD share"
     paper = "raFLoRA, arXiv 2602.13486"
-    traits = Traits(
-        mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.EQUAL, stationary=Holds.ALWAYS
-    )
+    traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.EQUAL, stationary=Holds.ALWAYS)
 
     split: Split = "singular-in-b"
     empty_slice: EmptySlice = "keep"

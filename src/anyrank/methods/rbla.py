@@ -24,9 +24,7 @@ class RBLA(Method):
     name = "rbla"
     summary = "mean of A, mean of B, slice by slice over owners"
     paper = "RBLA, arXiv 2408.08699"
-    traits = Traits(
-        mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS
-    )
+    traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
     rescale = "both"
 
     empty_slice: EmptySlice = "keep"

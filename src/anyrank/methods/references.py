@@ -21,6 +21,7 @@ class Centralized(FedAvg):
     summary = "all data in one place, one adapter"
     paper = "reference line"
     pools_data = True
+    reference = True
 
 
 @register
@@ -34,10 +35,9 @@ class LocalOnly(Method):
     name = "local-only"
     summary = "no federation: every client keeps its own adapter"
     paper = "reference line"
-    traits = Traits(
-        mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.ALWAYS, stationary=Holds.ALWAYS
-    )
+    traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.ALWAYS, stationary=Holds.ALWAYS)
     send = frozenset()
+    reference = True
 
     def dispatch(self, state: ServerState, client: Client) -> Download:
         download = super().dispatch(state, client)

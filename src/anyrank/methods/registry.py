@@ -44,7 +44,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 def taking_mixed_ranks() -> str:
     """The names of the methods that take clients of unequal rank, for an error's advice."""
-    return ", ".join(sorted(name for name, kind in REGISTRY.items() if kind.traits.mixed_ranks))
+    return ", ".join(sorted(name for name, kind in REGISTRY.items() if kind.traits.mixed_ranks and not kind.reference))
 
 
 def load_file(path: str | Path) -> None:

@@ -22,9 +22,7 @@ class ZeroPad(Method):
     name = "zeropad"
     summary = "pad factors with zeros, then mean"
     paper = "baseline of HetLoRA, EMNLP 2024"
-    traits = Traits(
-        mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.EQUAL
-    )
+    traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.EQUAL)
     rescale = "both"
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:

@@ -1,7 +1,7 @@
 """The embedded task: scikit-learn's bundled 8x8 digits, learned upright, then met turned by 90 degrees.
 
-The base model, a small network, is made on the spot (a second or two, kept in the cache), its head stays frozen, and clients adapt it to
-the turned images by LoRA. Real data, nothing to download, a whole federation in seconds.
+The base model, a small network, is made on the spot (a second or two, kept in the cache), its head stays frozen, and
+clients adapt it to the turned images by LoRA. Real data, nothing to download, a whole federation in seconds.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anyrank import keys
-from anyrank.adapter import write_whole
 from anyrank.config import DataConfig, LoraConfig, ModelConfig
 from anyrank.errors import ConfigError, ModelError, nearest
+from anyrank.files import write_whole
 from anyrank.tasks.base import Examples, Task, TensorInputs, resolve_targets
 
 _SEED = 0  # of the base model and of the held-out images: they are given, and the same for every run seed

@@ -1,0 +1,5 @@
+"""`python -m anyrank` is the command `anyrank`."""
+
+from anyrank.cli import main
+
+main()

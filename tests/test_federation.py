@@ -1,0 +1,274 @@
+"""The round loop, with clients that a test can make misbehave."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anyrank import federation, methods, simulation
+from anyrank.adapter import Adapter, LoraLayer
+from anyrank.cohort import Population
+from anyrank.config import Config
+from anyrank.engines.base import Job
+from anyrank.errors import ConfigError, ModelError, RunFailed
+from anyrank.local import Plan, plan_round
+from anyrank.records import ClientUpdate, Failure, Scaling
+from anyrank.rundir import RunDir
+
+
+@dataclass
+class Script:
+    """An engine whose clients add 1 to every entry of B, but for those that `mischief` names."""
+
+    mischief: dict[str, str] = field(default_factory=dict)
+    seen: list[list[Job]] = field(default_factory=list)
+
+    def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
+        layer = LoraLayer(
+            torch.ones(rank, 6, dtype=torch.float64), torch.zeros(5, rank, dtype=torch.float64), scaling.of("x", rank)
+        )
+        return Adapter({"x": layer})
+
+    def train(self, jobs: Sequence[Job], plan: Plan) -> Iterator[ClientUpdate | Failure]:
+        self.seen.append(list(jobs))
+        for job in reversed(jobs):  # replies come in any order
+            deed = self.mischief.get(job.client.name, "honest")
+            if deed == "silent":
+                continue
+            if deed == "crashes":
+                yield Failure(job.client.name, "out of memory")
+                continue
+            layer = job.download.adapter.layers["x"]
+            B = layer.B + (float("nan") if deed == "nan" else 1.0)
+            A = layer.A[:, :3] if deed == "shape" else layer.A
+            name, count = job.client.name, job.num_examples * (1000 if deed == "boasts" else 1)
+            yield ClientUpdate(Adapter({"x": LoraLayer(A, B, layer.scaling)}), count, name, {"loss": 1.0})
+
+    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> tuple[float, float]:
+        return 0.5, float(adapter.layers["x"].delta().abs().sum())
+
+
+def build(tmp_path: Path, engine: Script, sizes: Sequence[int] = (3, 1, 2, 4), ranks=(1, 2, 2, 4), method="rbla", **run):
+    config = Config().replace(run={"rounds": 2, **run}, clients={"count": len(sizes), "participation": 1.0})
+    edges = np.cumsum([0, *sizes])
+    shards = [np.arange(low, high) for low, high in itertools.pairwise(edges)]
+    population = Population(np.array(ranks), shards, len(sizes), config.run.seed)
+    built = federation.Federation(config, methods.make(method), population, engine)
+    return built, RunDir.open(tmp_path / "run", config)
+
+
+def rows(tmp_path: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("deed", "status", "reason"),
+    [
+        ("nan", "rejected", "layer x, B: holds NaN"),
+        ("shape", "rejected", "layer x, A: expected"),
+        ("boasts", "rejected", "claims 1000 examples, 1 are registered"),
+        ("crashes", "failed", "out of memory"),
+        ("silent", "failed", "sent nothing"),
+    ],
+)
+def test_one_bad_client_costs_one_client(tmp_path: Path, deed: str, status: str, reason: str) -> None:
+    built, store = build(tmp_path, Script({"client-1": deed}))
+    federation.run(built, store)
+    bad = [row for row in rows(tmp_path, "clients.jsonl") if row["client"] == "client-1"]
+    assert [row["status"] for row in bad] == [status, status]
+    assert reason in bad[0]["reason"]
+    metrics = rows(tmp_path, "metrics.jsonl")
+    assert [(row["clients"], row["rejected"]) for row in metrics] == [(3, 1), (3, 1)]
+    assert all(np.isfinite(row["loss"]) for row in metrics)
+
+
+def test_the_bad_client_leaves_no_trace_in_the_result(tmp_path: Path) -> None:
+    """Rejecting client 1 gives the very state of a federation that it never belonged to."""
+    with_bad, store = build(tmp_path / "a", Script({"client-1": "nan"}))
+    federation.run(with_bad, store)
+    without, store = build(tmp_path / "b", Script(), sizes=(3, 0, 2, 4))
+    federation.run(without, store)
+    a, b = (Adapter.load(tmp_path / side / "run" / "adapter").layers["x"] for side in "ab")
+    assert torch.equal(a.A, b.A)
+    assert torch.equal(a.B, b.B)
+
+
+def test_a_round_in_which_all_fail_ends_the_run_and_the_checkpoint_stands(tmp_path: Path) -> None:
+    engine = Script()
+    built, store = build(tmp_path, engine)
+
+    def then_break(metrics: dict) -> None:
+        engine.mischief = dict.fromkeys(("client-0", "client-1", "client-2", "client-3"), "nan")
+
+    with pytest.raises(RunFailed, match=r"round 2: no client sent a usable update; client-0: layer x, B: holds NaN"):
+        federation.run(built, store, then_break)
+    assert store.restore().round == 1
+    assert [row["round"] for row in rows(tmp_path, "metrics.jsonl")] == [1]
+
+
+def test_clients_without_examples_are_skipped_and_said_so(tmp_path: Path) -> None:
+    built, store = build(tmp_path, engine := Script(), sizes=(3, 0, 2, 4))
+    federation.run(built, store)
+    assert {job.client.name for jobs in engine.seen for job in jobs} == {"client-0", "client-2", "client-3"}
+    skipped = [row for row in rows(tmp_path, "clients.jsonl") if row["status"] == "skipped"]
+    assert [(row["round"], row["client"], row["reason"]) for row in skipped] == [
+        (1, "client-1", "has no examples"),
+        (2, "client-1", "has no examples"),
+    ]
+    assert rows(tmp_path, "metrics.jsonl")[0]["rejected"] == 0
+
+
+def test_bytes_are_those_of_the_downloads_and_of_the_uploads_that_were_used(tmp_path: Path) -> None:
+    """Ranks 1, 2, 2, 4 of a [5, 6] layer in float64: 11 numbers a rank, 8 bytes each; client 1 (rank 2) is rejected."""
+    built, store = build(tmp_path, Script({"client-1": "nan"}))
+    federation.run(built, store)
+    first = rows(tmp_path, "metrics.jsonl")[0]
+    assert first["download_bytes"] == (1 + 2 + 2 + 4) * 11 * 8
+    assert first["upload_bytes"] == (1 + 2 + 4) * 11 * 8
+
+
+def test_ffa_lora_moves_half_of_the_numbers_each_way(tmp_path: Path) -> None:
+    """Only B `[5, r]` travels: 5 numbers a rank."""
+    built, store = build(tmp_path, Script(), method="ffa_lora")
+    federation.run(built, store)
+    first = rows(tmp_path, "metrics.jsonl")[0]
+    assert (first["upload_bytes"], first["download_bytes"]) == (9 * 5 * 8, 9 * 5 * 8)
+
+
+def test_cohorts_are_drawn_by_seed_and_round_and_do_not_depend_on_the_method() -> None:
+    population = Population(np.full(1000, 4), [[0]] * 1000, 10, seed=3)
+    again = replace(population, ranks=np.full(1000, 2))
+    assert population.draw(1) == again.draw(1)
+    assert population.draw(1) != population.draw(2)
+    assert replace(population, seed=4).draw(1) != population.draw(1)
+    drawn = population.draw(1)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == 10
+
+
+def test_every_client_takes_part_about_equally_often() -> None:
+    """20 clients, 5 a round, 2,000 rounds: 500 times each, with a standard deviation of sqrt(2000 * 1/4 * 3/4) = 19.4."""
+    population = Population(np.full(20, 4), [[0]] * 20, 5, seed=0)
+    counts = np.bincount(np.concatenate([population.draw(round) for round in range(2000)]), minlength=20)
+    assert abs(counts - 500).max() < 5 * 19.4
+
+
+def test_learning_rates_fall_by_their_schedule() -> None:
+    """From 0.1 to 0.01 over 5 rounds; the cosine is half way in the middle, as the line is."""
+    train = replace(Config().train, learning_rate=0.1, final_learning_rate=0.01)
+    rates = {
+        s: [plan_round(replace(train, schedule=s), r, 5, 0).learning_rate for r in (1, 3, 5)]
+        for s in ("constant", "linear", "cosine")
+    }
+    assert rates["constant"] == pytest.approx([0.1, 0.1, 0.1])
+    assert rates["linear"] == pytest.approx([0.1, 0.055, 0.01])
+    assert rates["cosine"] == pytest.approx([0.1, 0.055, 0.01])
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYRANK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+MLP = Config().replace(model={"name": "digits-mlp"}, run={"rounds": 3})
+
+
+def test_ten_thousand_registered_clients_are_a_config_like_any_other(tmp_path: Path) -> None:
+    """Examples are few here, so most clients have none; what counts is that nothing grows with those that are not drawn."""
+    shards = [np.arange(20)] * 10_000
+    population = Population(np.resize([2, 4, 8], 10_000), shards, 10, seed=0)
+    built = simulation.build(MLP)
+    built = replace(built, population=population, engine=replace(built.engine, shards=shards))
+    summary = federation.run(built, RunDir.open(tmp_path / "run", MLP))
+    assert summary["clients"] == 10_000
+    assert len(rows(tmp_path, "clients.jsonl")) == 3 * 10
+    size = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoint").iterdir())
+    assert size < 2 * 4 * 8 * (128 + 128) + 4_000, "the checkpoint holds one adapter of rank 8 and nothing for each client"
+
+
+def test_collapse_and_its_cure_on_the_digits(tmp_path: Path) -> None:
+    """After 20 rounds on three seeds: FlexLoRA's energy past rank 2 below raFLoRA's, zero-padding's accuracy below RBLA's."""
+    results = {}
+    for method in ("zeropad", "flexlora", "rbla", "raflora"):
+        for seed in range(3):
+            config = MLP.replace(run={"rounds": 20, "seed": seed}, method={"name": method}, eval={"every": 20})
+            results[method, seed] = simulation.execute(config, tmp_path / method / str(seed))
+    mean = lambda method, figure: np.mean([results[method, seed][figure] for seed in range(3)])  # noqa: E731
+    assert mean("flexlora", "collapse") < 0.2
+    assert mean("raflora", "collapse") > 0.4
+    assert mean("raflora", "accuracy") > mean("zeropad", "accuracy") + 0.2
+    assert mean("rbla", "accuracy") > mean("zeropad", "accuracy") + 0.1
+    assert mean("raflora", "accuracy") > mean("flexlora", "accuracy")
+
+
+def test_centralized_has_all_examples_and_a_cohorts_steps() -> None:
+    built = simulation.build(MLP.replace(method={"name": "centralized"}))
+    assert len(built.population) == 1
+    assert len(built.population.shards[0]) == built.facts["train_examples"]
+    assert built.step_factor == 5  # a quarter of 20 clients
+    assert built.population.levels() == [32]
+
+
+def test_local_only_never_mixes_clients(tmp_path: Path) -> None:
+    config = MLP.replace(method={"name": "local-only"}, clients={"count": 4, "participation": 0.5})
+    simulation.execute(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["collapse"] is None, "there is no global update to look at"
+    assert summary["download_bytes"] == 0
+
+
+def test_fedprox_holds_clients_nearer_to_where_they_started(tmp_path: Path) -> None:
+    def moved(mu: float) -> float:
+        built = simulation.build(
+            MLP.replace(train={"proximal_mu": mu, "optimizer": "sgd", "learning_rate": 0.05, "local_steps": 30})
+        )
+        state = federation.start(built)
+        jobs, _ = federation.dispatch(built, state, 1)
+        plan = plan_round(built.config.train, 1, 3, 0)
+        updates = list(built.engine.train(jobs, plan))
+        built.engine.model.close()
+        return sum(float(layer.delta().norm()) for u in updates for layer in u.adapter.layers.values())
+
+    assert moved(1.0) < moved(0.1) < moved(0.0)
+
+
+def test_local_epochs_see_every_example_once_each(tmp_path: Path) -> None:
+    from anyrank.local import batches
+
+    train = replace(Config().train, local_epochs=2, local_steps=0, batch_size=4)
+    drawn = batches(10, plan_round(train, 1, 3, 0), "client-1")
+    assert [len(batch) for batch in drawn] == [4, 4, 2, 4, 4, 2]
+    assert sorted(np.concatenate(drawn[:3])) == list(range(10))
+    assert sorted(np.concatenate(drawn[3:])) == list(range(10))
+
+
+def test_local_steps_go_round_a_small_client(tmp_path: Path) -> None:
+    """3 examples, batches of 16 wanted: every step takes the 3 there are."""
+    from anyrank.local import batches
+
+    drawn = batches(3, plan_round(Config().train, 1, 3, 0), "client-1")
+    assert [sorted(batch) for batch in drawn] == [[0, 1, 2]] * 10
+
+
+def test_a_diverging_client_sends_nothing(tmp_path: Path) -> None:
+    config = MLP.replace(train={"optimizer": "sgd", "learning_rate": 1e30})
+    with pytest.raises(RunFailed, match="lower train.learning_rate"):
+        simulation.execute(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank", [65, 1000])
+def test_a_rank_above_the_layer_is_refused(rank: int) -> None:
+    with pytest.raises(ModelError, match=rf"rank {rank}: expected at most 64"):
+        simulation.build(MLP.replace(clients={"ranks": (2, rank)}))
+
+
+def test_fedavg_refuses_mixed_ranks_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"fedavg needs clients of one rank.*raflora"):
+        simulation.build(MLP.replace(method={"name": "fedavg"}))
