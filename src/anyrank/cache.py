@@ -1,0 +1,80 @@
+"""Computed tensors kept on disk between runs: one safetensors file for each key, which holds the key and a checksum.
+
+A file that is missing, cut short, damaged or made for another key is no error: it is as if it were not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anyrank.adapter import write_whole
+from anyrank.errors import RunError
+
+_STAMP = "anyrank"
+
+
+def digest(parts: Iterable[str]) -> str:
+    """The sha256 of a sequence of texts; each goes in with its length, so that no two sequences run together.
+
+    >>> digest(["ab", "c"]) == digest(["a", "bc"])
+    False
+    """
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        total.update(len(data).to_bytes(8, "big") + data)
+    return total.hexdigest()
+
+
+def load(folder: Path, kind: str, key: Mapping[str, str]) -> dict[str, Tensor] | None:
+    """The tensors stored for `key`, or `None` where there is no whole and undamaged file for it."""
+    path, text = _place(folder, kind, key)
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            stamp = (file.metadata() or {}).get(_STAMP)
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, OSError):
+        return None
+    return tensors if stamp == _stamp(text, tensors) else None
+
+
+def store(folder: Path, kind: str, key: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Path:
+    """Write the tensors of `key`, whole or not at all; `kind` begins the file's name. Raises `RunError` where it cannot."""
+    path, text = _place(folder, kind, key)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {_STAMP: _stamp(text, tensors)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot write to the cache: {error}; free space, or choose another cache folder") from None
+    return path
+
+
+def _place(folder: Path, kind: str, key: Mapping[str, str]) -> tuple[Path, str]:
+    text = json.dumps(dict(key), sort_keys=True)
+    return folder / f"{kind}-{digest([text])[:16]}.safetensors", text
+
+
+def _stamp(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Key and checksum in one entry: safetensors writes several in an order that differs from file to file."""
+    return json.dumps({"key": text, "sha256": _checksum(tensors)})
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()

@@ -1,0 +1,117 @@
+"""Merging adapters without training: from records, from PEFT folders, with whatever scalings they carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate
+from anyrank.aggregation import infer_scaling
+from anyrank.errors import AdapterError, MethodError
+
+
+def random_adapter(rank: int, seed: int, scaling: float, layers: tuple[str, ...] = ("a.q", "a.v")) -> Adapter:
+    draw = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    return Adapter({name: LoraLayer(make(rank, 12), make(10, rank), scaling) for name in layers})
+
+
+def test_folders_and_records_merge_alike(tmp_path: Path) -> None:
+    adapters = [random_adapter(rank, seed, 16 / rank) for seed, rank in enumerate((2, 4, 8))]
+    folders = [adapter.save(tmp_path / f"site-{i}") for i, adapter in enumerate(adapters)]
+    from_folders = aggregate(folders, method="raflora")
+    from_records = aggregate([ClientUpdate(a, 1, f"site-{i}") for i, a in enumerate(adapters)], method="raflora")
+    for name in ("a.q", "a.v"):
+        assert torch.equal(from_folders.adapter.layers[name].delta(), from_records.adapter.layers[name].delta())
+
+
+def test_shares_are_the_best_approximation_of_their_rank() -> None:
+    """What a client of rank r applies is the top-r part of the dense sum: the residual is what SVD says it must be."""
+    updates = [ClientUpdate(random_adapter(rank, rank, 16 / rank), rank, f"c{rank}") for rank in (2, 4, 8)]
+    result = aggregate(updates, method="flexlora")
+    for name in ("a.q", "a.v"):
+        dense = sum(u.num_examples / 14 * u.adapter.layers[name].delta() for u in updates)
+        U, S, Vt = torch.linalg.svd(dense)
+        for rank in (1, 2, 4, 8):
+            best = U[:, :rank] @ torch.diag(S[:rank]) @ Vt[:rank]
+            share = result.share(rank).layers[name]
+            assert share.scaling == pytest.approx(16 / rank)
+            torch.testing.assert_close(share.delta(), best)
+        torch.testing.assert_close(result.spectrum()[name], S[:8])
+
+
+@pytest.mark.parametrize(
+    ("scalings", "rule", "at_four"),
+    [
+        ({2: 8.0, 8: 2.0}, "standard", 4.0),  # alpha 16: 16/2, 16/8 -> 16/4
+        ({4: 8.0, 16: 4.0}, "rslora", 8.0),  # alpha 16: 16/sqrt(4), 16/sqrt(16)
+        ({2: 2.0, 8: 2.0}, "constant", 2.0),
+        ({2: 1.0, 8: 3.0}, "constant", 2.0),  # explained by no rule: the mean, with the product kept right
+    ],
+)
+def test_the_scaling_rule_is_read_off_the_clients(scalings: dict[int, float], rule: str, at_four: float) -> None:
+    clients = {f"c{rank}": random_adapter(rank, rank, scaling) for rank, scaling in scalings.items()}
+    found = infer_scaling(clients)
+    assert (found.rule, found.of("a.q", 4)) == (rule, pytest.approx(at_four))
+    updates = [ClientUpdate(adapter, 1, name) for name, adapter in clients.items()]
+    dense = sum(adapter.layers["a.q"].delta() for adapter in clients.values()) / 2
+    torch.testing.assert_close(
+        aggregate(updates, method="flexlora").share(12).layers["a.q"].delta(), rank_part(dense, max(scalings))
+    )
+
+
+def rank_part(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank] @ torch.diag(S[:rank]) @ Vt[:rank]
+
+
+def test_previous_fills_the_slices_that_nobody_has() -> None:
+    """Three rounds' worth of one rank-4 server; only a rank-2 client came back: slices 3 and 4 stay as they were."""
+    previous, small = random_adapter(4, 0, 1.0), random_adapter(2, 1, 1.0)
+    merged = aggregate([ClientUpdate(small, 5, "small")], method="rbla", previous=previous)
+    layer, held, sent = merged.adapter.layers["a.q"], previous.layers["a.q"], small.layers["a.q"]
+    torch.testing.assert_close(layer.delta(), sent.delta() + held.B[:, 2:] @ held.A[2:])
+
+
+def test_ffa_lora_needs_one_a_for_all() -> None:
+    common = random_adapter(4, 0, 2.0)
+    half = Adapter({name: LoraLayer(layer.A[:2], layer.B[:, :2] * 3, 2.0) for name, layer in common.layers.items()})
+    merged = aggregate([ClientUpdate(common, 1, "a"), ClientUpdate(half, 1, "b")], method="ffa_lora")
+    layer = merged.adapter.layers["a.q"]
+    assert torch.equal(layer.A, common.layers["a.q"].A)
+    torch.testing.assert_close(layer.B[:, :2], 2 * common.layers["a.q"].B[:, :2])  # (1 + 3) / 2
+    torch.testing.assert_close(layer.B[:, 2:], common.layers["a.q"].B[:, 2:])  # the one owner's
+    with pytest.raises(MethodError, match="needs one A for all clients, but b's A differs in layer a.q"):
+        aggregate([ClientUpdate(common, 1, "a"), ClientUpdate(random_adapter(2, 9, 2.0), 1, "b")], method="ffa_lora")
+
+
+def test_clients_that_do_not_fit_together_are_named() -> None:
+    one = ClientUpdate(random_adapter(2, 0, 1.0), 1, "clinic")
+    lacking = ClientUpdate(random_adapter(2, 0, 1.0, layers=("a.q",)), 1, "bank")
+    with pytest.raises(AdapterError, match=r"layer a.v: clinic has it, bank does not"):
+        aggregate([one, lacking], method="rbla")
+    other = ClientUpdate(
+        Adapter({n: LoraLayer(torch.ones(2, 9).double(), torch.ones(10, 2).double(), 1.0) for n in ("a.q", "a.v")}), 1, "bank"
+    )
+    with pytest.raises(AdapterError, match=r"layer a.q: clinic has linear \[out, in\] \[10, 12\], bank has linear \[10, 9\]"):
+        aggregate([one, other], method="rbla")
+    with pytest.raises(AdapterError, match="client clinic is named twice"):
+        aggregate([one, one], method="rbla")
+    with pytest.raises(AdapterError, match="at least one client"):
+        aggregate([], method="rbla")
+    with pytest.raises(MethodError, match=r"fedavg: expected clients of one rank, got ranks 2, 4 in layer a.q"):
+        aggregate([one, ClientUpdate(random_adapter(4, 0, 1.0), 1, "bank")], method="fedavg")
+    with pytest.raises(AdapterError, match="share: expected a rank of at least 1, got 0"):
+        aggregate([one], method="rbla").share(0)
+
+
+def test_unequal_layers_of_one_client_have_their_own_ranks() -> None:
+    """Ranks may differ by layer (rank_pattern): each layer's server rank is the largest among its own."""
+
+    def adapter(q: int, v: int) -> Adapter:
+        return Adapter({"q": random_adapter(q, 1, 1.0).layers["a.q"], "v": random_adapter(v, 2, 1.0).layers["a.v"]})
+
+    result = aggregate([ClientUpdate(adapter(2, 8), 1, "a"), ClientUpdate(adapter(4, 1), 1, "b")], method="rbla")
+    assert result.adapter.ranks == {"q": 4, "v": 8}

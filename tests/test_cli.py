@@ -1,0 +1,167 @@
+"""The commands as a user types them: what they print, what they leave behind, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DIGITS = '[run]\nname = "small"\nrounds = 2\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 2\n'
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def anyrank(tmp_path: Path, cache: Path):
+    """Runs the command in an empty folder with `digits.toml` in it."""
+    (tmp_path / "digits.toml").write_text(DIGITS)
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"ANYRANK_CACHE": str(cache), "COLUMNS": "140"}
+        command = [sys.executable, "-m", "anyrank", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return call
+
+
+def test_run_leaves_every_file_of_the_contract(anyrank, tmp_path: Path) -> None:
+    done = anyrank("run", "digits.toml")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "small"
+    names = {"config.toml", "metrics.jsonl", "clients.jsonl", "checkpoint", "adapter", "report.html", "summary.json"}
+    assert names | {f"adapter-rank-{rank}" for rank in (2, 4, 8, 16, 32)} <= {path.name for path in folder.iterdir()}
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    figures = {
+        "round",
+        "accuracy",
+        "loss",
+        "collapse",
+        "effective_rank",
+        "upload_bytes",
+        "download_bytes",
+        "seconds",
+        "clients",
+        "rejected",
+    }
+    assert figures <= first.keys()
+    client = json.loads((folder / "clients.jsonl").read_text().splitlines()[0])
+    assert {"round", "client", "rank", "num_examples", "loss", "seconds", "status", "reason"} == client.keys()
+    assert "accuracy" in done.stdout
+
+
+def test_the_resolved_config_repeats_the_run(anyrank, tmp_path: Path) -> None:
+    assert anyrank("run", "digits.toml", "--set", "method.name=rbla", "--out", "first").returncode == 0
+    assert anyrank("run", "first/config.toml", "--out", "second").returncode == 0
+    one, two = ((tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("first", "second"))
+    assert one == two
+
+
+def test_compare_shows_means_over_seeds_and_resumes_a_grid(anyrank, tmp_path: Path) -> None:
+    request = ("compare", "digits.toml", "--methods", "fedavg@2,raflora", "--seeds", "2", "--out", "grid", "--json")
+    done = anyrank(*request)
+    assert done.returncode == 0, done.stderr
+    rows = {row["label"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows.keys() == {"fedavg@2", "raflora"}
+    finals = [json.loads((tmp_path / f"grid/raflora/seed-{seed}/summary.json").read_text())["accuracy"] for seed in (0, 1)]
+    assert rows["raflora"]["accuracy"] == pytest.approx(sum(finals) / 2)
+    assert rows["raflora"]["accuracy_std"] == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)  # sample std of two
+    assert rows["fedavg@2"]["collapse"] == pytest.approx(0.0, abs=1e-9), "rank 2 has no energy past rank 2"
+    assert (tmp_path / "grid" / "report.html").exists()
+    assert (tmp_path / "grid" / "figure.png").exists()
+
+    stamp = (tmp_path / "grid/raflora/seed-0/summary.json").stat().st_mtime_ns
+    (tmp_path / "grid/fedavg@2/seed-1/summary.json").unlink()
+    again = anyrank(*request, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["rows"][0]["accuracy"] == rows["fedavg@2"]["accuracy"]
+    assert (tmp_path / "grid/raflora/seed-0/summary.json").stat().st_mtime_ns == stamp, "finished runs are left alone"
+    refused = anyrank(*request)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+
+
+def test_one_process_or_two_give_the_same_bytes(anyrank, tmp_path: Path) -> None:
+    for jobs in ("1", "2"):
+        request = ("compare", "digits.toml", "--methods", "rbla,raflora", "--jobs", jobs, "--out", f"jobs-{jobs}")
+        assert anyrank(*request).returncode == 0
+    for method in ("rbla", "raflora"):
+        path = Path(method) / "seed-0" / "adapter" / "adapter_model.safetensors"
+        assert (tmp_path / "jobs-1" / path).read_bytes() == (tmp_path / "jobs-2" / path).read_bytes()
+
+
+def test_report_makes_the_page_again(anyrank, tmp_path: Path) -> None:
+    assert anyrank("run", "digits.toml", "--out", "run").returncode == 0
+    page = tmp_path / "run" / "report.html"
+    first = page.read_bytes()
+    page.unlink()
+    assert anyrank("report", "run").returncode == 0
+    assert page.read_bytes() == first
+
+
+def test_methods_lists_them_for_people_and_machines(anyrank) -> None:
+    listed = json.loads(anyrank("methods", "--json").stdout)["methods"]
+    assert {"raflora", "rbla", "ffa_lora", "fedavg", "zeropad", "flexlora", "centralized", "local-only"} <= {
+        m["name"] for m in listed
+    }
+    table = anyrank("methods").stdout
+    assert "arXiv 2602.13486" in table
+
+
+def test_a_method_of_ones_own_takes_part(anyrank, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from anyrank.methods import register\n"
+        "from anyrank.methods.rbla import RBLA\n"
+        "@register\n@dataclass(frozen=True)\nclass Mine(RBLA):\n    name = 'mine'\n"
+    )
+    request = ("compare", "digits.toml", "--methods", "mine,rbla", "--set", "method.file=mine.py", "--out", "grid", "--json")
+    done = anyrank(*request)
+    assert done.returncode == 0, done.stderr
+    mine, rbla = json.loads(done.stdout)["rows"]
+    assert mine["accuracy"] == rbla["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "absent.toml"), "absent.toml: no such file"),
+        (("run", "digits.toml", "--set", "trian.x=1"), "did you mean 'train'"),
+        (("run", "digits.toml", "--set", "train.learnin_rate=1"), "did you mean 'learning_rate'"),
+        (("run", "digits.toml", "--set", "method.name=rafola"), "did you mean 'raflora'"),
+        (("run", "digits.toml", "--set", "method.splt=balanced"), "did you mean 'split'"),
+        (("run", "digits.toml", "--set", "method.split=other"), "expects one of 'singular-in-b', 'balanced'"),
+        (("run", "digits.toml", "--set", "clients.ranks=[2, 0]"), "ranks of at least 1, got 0"),
+        (("run", "digits.toml", "--set", "clients.ranks=[-4]"), "ranks of at least 1, got -4"),
+        (("run", "digits.toml", "--set", "clients.ranks=[2, 65]"), "rank 65: expected at most 64"),
+        (("run", "digits.toml", "--set", "clients.count=5000"), "more clients than the"),
+        (("run", "digits.toml", "--set", "method.name=fedavg"), "needs clients of one rank"),
+        (("run", "digits.toml", "--set", "privacy.epsilon=3"), "not in this version"),
+        (("run", "digits.toml", "--set", "method.file=absent.py"), "no such file"),
+        (("compare", "digits.toml", "--methods", "raflora,raflora"), "expected different methods"),
+        (("compare", "digits.toml", "--methods", "raflora@two"), "expected METHOD or METHOD@RANK"),
+        (("compare", "digits.toml", "--methods", "rbla", "--seeds", "0"), "expected at least 1, got 0"),
+        (("report", "."), "expected a run folder"),
+        (("demo", "--out", "."), "will not delete anything else"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_leaves_nothing(
+    anyrank, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    refused = anyrank(*arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.toml"]
+
+
+def test_a_run_that_diverges_exits_with_1(anyrank) -> None:
+    failed = anyrank("run", "digits.toml", "--set", "train.optimizer=sgd", "--set", "train.learning_rate=1e30")
+    assert failed.returncode == 1
+    assert "lower train.learning_rate" in failed.stderr

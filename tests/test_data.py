@@ -1,0 +1,211 @@
+"""Files become tables as they stand, or stop with one line that says where and how to mend it."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from anyrank import data
+from anyrank.config import DataConfig
+from anyrank.errors import DataError
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return str(path)
+
+
+def refusal(config, read=data.load):
+    """The one line that reading `config` raises."""
+    with pytest.raises(DataError) as caught:
+        read(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_csv_has_quotes_commas_and_line_breaks_inside_fields(tmp_path):
+    source = write(tmp_path / "a.csv", 'text,label,user\r\n"one, ""two""\nthree",yes,u1\r\nplain, no ,u2\r\n')
+    table = data.load(DataConfig(source=source))
+    assert table.texts == ('one, "two"\nthree', "plain")
+    assert table.label_names == ("no", "yes")  # blanks around a label are dropped
+    assert table.labels.tolist() == [1, 0]
+    assert table.labels.dtype == np.int64
+    assert table.columns["user"].tolist() == ["u1", "u2"]
+    assert len(table) == 2
+
+
+def test_tsv_quotes_are_part_of_the_text(tmp_path):
+    source = write(tmp_path / "a.tsv", '"a" film\t1\nso-called "art\t0\n')
+    table = data.load(DataConfig(source=source, text=0, label=1, header=False))
+    assert table.texts == ('"a" film', 'so-called "art')
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    csv = write(tmp_path / "a.csv", "text,label\nx,1\n", "utf-8-sig")
+    lines = write(tmp_path / "a.jsonl", '{"text": "x", "label": 1}\n', "utf-8-sig")
+    for source in (csv, lines):
+        assert data.load(DataConfig(source=source)).texts == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "x", "label": true, "age": 3}\n\n{"text": "y", "label": false, "age": null, "more": 1}\n'),
+        ("a.json", '[{"text": "x", "label": true, "age": 3}, {"text": "y", "label": false, "age": null, "more": 1}]'),
+    ],
+)
+def test_json_lines_and_json_lists_read_alike(tmp_path, name, content):
+    table = data.load(DataConfig(source=write(tmp_path / name, content)))
+    assert table.texts == ("x", "y")
+    assert table.label_names == ("false", "true")  # as JSON spells them
+    assert {name: column.tolist() for name, column in table.columns.items()} == {"age": ["3", ""]}  # only what all rows have
+
+
+def test_whole_number_labels_are_in_order_of_value_others_by_alphabet(tmp_path):
+    numbers = write(tmp_path / "a.csv", "text,label\na,10\nb,9\nc,-1\n")
+    names = write(tmp_path / "b.csv", "text,label\na,10\nb,9\nc,x\n")
+    assert data.load(DataConfig(source=numbers)).label_names == ("-1", "9", "10")
+    assert data.load(DataConfig(source=names)).label_names == ("10", "9", "x")
+
+
+def test_columns_go_by_number_without_a_header(tmp_path):
+    source = write(tmp_path / "a.csv", '"3","title","body"\n"1","other","more"\n')
+    table = data.load(DataConfig(source=source, text=2, label=0, header=False))
+    assert table.texts == ("body", "more")
+    assert list(table.columns) == ["1"]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "says"),
+    [
+        ("text,category\na,b\n", {}, ["no column 'label' for data.label", "'text', 'category'"]),
+        ("texts,label\na,b\n", {}, ["did you mean 'texts'?"]),
+        ("good film,1\nbad film,0\n", {}, ["data.header = false"]),
+        ("text,label\na,b\nc\n", {}, ["line 3", "expected 2 columns, got 1"]),
+        ('text,label\n"a\n\nb",x\nc,y,z\n', {}, ["line 5", "got 3"]),  # the record before spans three lines
+        ("text,label\na,b\n\n  ,b\n", {}, ["line 4", "expected a text in column 'text', got an empty one"]),
+        ("text,label\na,b\nc,\n", {}, ["line 3", "label", "got an empty one"]),
+        ('text,label\na,b\n"c,d\n', {}, ["line 3", "not a valid row"]),  # the quote is never closed
+        ("text,text\na,b\n", {}, ["column 'text' is there twice"]),
+        ("", {}, ["an empty file"]),
+        ("text,label\n", {}, ["expected rows of data, got none"]),
+        ("a,b\n", {"header": False}, ["data.text: expected a column number", "got 'text'"]),
+        ("a,b\n", {"header": False, "text": 0, "label": 2}, ["expected a column number from 0 to 1"]),
+        ("a,b\n", {"header": False, "text": 1, "label": 1}, ["expected two columns"]),
+    ],
+)
+def test_a_bad_csv_stops_with_the_place_and_the_mend(tmp_path, content, options, says):
+    said = refusal(DataConfig(source=write(tmp_path / "a.csv", content), **options))
+    assert str(tmp_path / "a.csv") in said
+    for part in says:
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"text": "a", "label": 1}\n{"text": "b"}\n', ["line 2", "expected a label", "got none"]),
+        ('{"text": "a", "label": 1}\n{"text": 5, "label": 1}\n', ["line 2", "expected a text", "got 5"]),
+        ('{"text": "a", "label": 1.5}\n', ["line 1", "expected a label", "1.5"]),
+        ('{"text": "a", "label": 1}\n\n{"text": \n', ["line 3", "one JSON object a line"]),
+        ('{"text": "a", "label": 1}\n[1]\n', ["line 2", "got list"]),
+        ('[{"text": "a", "label": 1}, 7]', ["item 2", "got int"]),
+        ('[{"text": "a", "label": 1}, {"text": "", "label": 1}]', ["item 2", "an empty one"]),
+        ('[{"text": "a"', ["not readable as JSON"]),
+        ('{"Text": "a", "label": 1}\n', ["did you mean 'Text'?"]),
+        ("[]", ["got none"]),
+    ],
+)
+def test_bad_json_stops_with_the_place_and_the_mend(tmp_path, content, says):
+    said = refusal(DataConfig(source=write(tmp_path / "a.jsonl", content)))
+    for part in says:
+        assert part in said
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    assert "no such file" in refusal(DataConfig(source=str(tmp_path / "none.csv")))
+    assert "expected a file ending in .csv" in refusal(DataConfig(source=write(tmp_path / "a.xlsx", "x")))
+    (tmp_path / "folder.csv").mkdir()
+    assert "cannot read" in refusal(DataConfig(source=str(tmp_path / "folder.csv")))
+    (tmp_path / "latin.csv").write_bytes("text,label\ncafé,1\n".encode("latin-1"))
+    assert "not UTF-8" in refusal(DataConfig(source=str(tmp_path / "latin.csv")))
+
+
+# --- held-out rows ---------------------------------------------------------------------------------------------------
+
+
+def rows(counts):
+    return "text,label,user\n" + "".join(f"{label} {i},{label},u{i % 3}\n" for label, n in counts.items() for i in range(n))
+
+
+def test_the_split_keeps_every_label_in_proportion_and_every_row_once(tmp_path):
+    config = DataConfig(source=write(tmp_path / "a.csv", rows({"a": 50, "b": 25, "c": 5})), test_fraction=0.2)
+    train, test = data.load_split(config)
+    assert Counter(test.labels.tolist()) == {0: 10, 1: 5, 2: 1}
+    assert sorted(train.texts + test.texts) == sorted(data.load(config).texts)
+    assert train.label_names == test.label_names == ("a", "b", "c")
+    assert len(train.columns["user"]) == len(train)
+    again = data.load_split(config)[1]
+    assert again.texts == test.texts  # there is no seed to change it
+
+
+def test_a_label_with_one_row_stays_in_training(tmp_path):
+    config = DataConfig(source=write(tmp_path / "a.csv", rows({"a": 1, "b": 9})), test_fraction=0.9)
+    train, test = data.load_split(config)
+    assert set(train.labels.tolist()) == {0, 1}
+    assert test.labels.tolist() == [1] * 8  # nine rows are asked for; each label keeps one
+
+
+def test_a_split_with_nothing_to_hold_out_is_refused(tmp_path):
+    config = DataConfig(source=write(tmp_path / "a.csv", rows({"a": 1, "b": 1})))
+    assert "test_fraction" in refusal(config, data.load_split)
+
+
+def test_one_label_is_nothing_to_learn(tmp_path):
+    config = DataConfig(source=write(tmp_path / "a.csv", rows({"only": 5})))
+    assert "at least two labels" in refusal(config, data.load_split)
+
+
+def test_a_test_file_has_the_training_files_labels(tmp_path):
+    source = write(tmp_path / "a.csv", rows({"a": 2, "b": 2}))
+    known = DataConfig(source=source, test_source=write(tmp_path / "b.csv", rows({"b": 1})))
+    train, test = data.load_split(known)
+    assert (len(train), test.labels.tolist()) == (4, [1])  # b is label 1 though alone in its file
+    unknown = DataConfig(source=source, test_source=write(tmp_path / "c.csv", rows({"b": 1, "new": 1})))
+    assert "label 'new' is not among the 2 labels" in refusal(unknown, data.load_split)
+
+
+# --- real files ------------------------------------------------------------------------------------------------------
+
+
+def test_banking77_reads_whole(shared_data):
+    folder = shared_data / "banking77"
+    config = DataConfig(source=str(folder / "train.csv"), test_source=str(folder / "test.csv"), label="category")
+    train, test = data.load_split(config)
+    assert (len(train), len(test)) == (10_003, 3_080)
+    assert sorted(train.label_names) == sorted(json.loads((folder / "categories.json").read_text()))
+    assert set(np.bincount(test.labels)) == {40}
+    assert any("\n" in text for text in train.texts)  # some texts hold line breaks
+    said = refusal(DataConfig(source=str(folder / "train.csv")))
+    assert "'text', 'category'" in said
+
+
+def test_sst2_reads_whole_without_a_header(shared_data):
+    folder = shared_data / "sst2"
+    config = DataConfig(source=str(folder / "train.tsv"), test_source=str(folder / "dev.tsv"), text=0, label=1, header=False)
+    train, test = data.load_split(config)
+    assert (len(train), len(test), train.label_names) == (6_920, 872, ("0", "1"))
+
+
+def test_ag_news_and_gsm8k_read_whole(shared_data):
+    news = DataConfig(source=str(shared_data / "ag_news_test" / "test.csv"), text=2, label=0, header=False)
+    assert np.bincount(data.load(news).labels).tolist() == [1900] * 4
+    sums = DataConfig(source=str(shared_data / "gsm8k" / "test.jsonl"), text="question", label="answer")
+    assert len(data.load(sums)) == 1_319
