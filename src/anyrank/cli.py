@@ -50,7 +50,7 @@ def demo(
     remove_run(out)
     rows = _compare(CONFIG, methods.split(","), seeds, out, jobs, resume=False, quiet=as_json)
     (out / "demo.toml").write_text(tomli_w.dumps(to_table(CONFIG)))
-    _show_comparison(rows, out, as_json, "20 clients of ranks 2 to 32, digits turned by 90 degrees")
+    _show_comparison(rows, out, as_json, "digits turned by 90 degrees")
 
 
 @app.command()
@@ -166,7 +166,7 @@ def _show_comparison(rows: list[dict[str, Any]], out: Path, as_json: bool, title
 
     if as_json:
         return _print_json({"rows": rows, "out": str(out), "report": str(out / "report.html")})
-    count = f"{rows[0]['seeds']} seeds, mean ± standard deviation" if rows[0]["seeds"] > 1 else "one seed"
+    count = f"{rows[0]['seeds']} seeds, mean ± std" if rows[0]["seeds"] > 1 else "one seed"
     console.out.print(console.comparison_table(rows, f"{title} ({count})"))
     console.out.print(f"report  {out / 'report.html'}\nfigure  {out / 'figure.png'}", soft_wrap=True)
 

@@ -78,8 +78,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     rank, best = rows[0]["rank"], max(row["accuracy"] for row in rows)
     table.add_column("method", no_wrap=True)
-    for heading in ("accuracy", "last 5", f"energy past rank {rank}", "MB up", "MB down", "s / run"):
-        table.add_column(heading, justify="right")
+    for heading in ("accuracy", "last 5\nrounds", f"energy past\nrank {rank}", "MB up", "MB down", "s / run"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         accuracy = spread(row, "accuracy")
         figures = (

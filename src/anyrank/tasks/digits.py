@@ -6,23 +6,21 @@ clients adapt it to the turned images by LoRA. Real data, nothing to download, a
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anyrank import keys
+from anyrank import cache, keys
 from anyrank.config import DataConfig, LoraConfig, ModelConfig
 from anyrank.errors import ConfigError, ModelError, nearest
-from anyrank.files import write_whole
 from anyrank.tasks.base import Examples, Task, TensorInputs, resolve_targets
 
 _SEED = 0  # of the base model and of the held-out images: they are given, and the same for every run seed
 _EPOCHS, _BATCH, _RATE = 30, 64, 2e-3
+_RECIPE = 1  # of the base model; raise it when the network or its training changes
 
 
 class Block(nn.Module):
@@ -76,8 +74,11 @@ MODELS = {
 }
 
 
-def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, progress=None) -> Task:
-    """The digits task: 1,437 images to train on and 360 held out, all turned by 90 degrees; head frozen or trained."""
+def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, progress=None) -> Task:
+    """The digits task: 1,437 images to train on and 360 held out, all turned by 90 degrees; head frozen or trained.
+
+    `folder`: the cache of base models.
+    """
     name = model.name or "digits-transformer"
     if name not in MODELS or model.path:
         raise ConfigError(f"model.name: '{model.path or name}' is no model for the digits; {nearest(name, MODELS)}")
@@ -87,7 +88,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
         raise ConfigError("model.head: label-names is for text; the digits take frozen or trained")
     kind, default_targets = MODELS[name]
     images, labels, held_out = _images()
-    module = _pretrained(name, kind, images[~held_out], labels[~held_out], cache)
+    module = _pretrained(name, kind, images[~held_out], labels[~held_out], folder)
     targets = resolve_targets(module, lora.target_modules or default_targets)
     if not targets:
         known = [target for target, child in module.named_modules() if isinstance(child, nn.Linear)]
@@ -117,22 +118,21 @@ def _images() -> tuple[Tensor, Tensor, Tensor]:
     return images, torch.from_numpy(labels).long(), torch.from_numpy(held_out)
 
 
-def _pretrained(name: str, kind: type[nn.Module], images: Tensor, labels: Tensor, cache: Path) -> nn.Module:
-    """The base model, trained on the upright images; from the cache if it was made before by the same code and torch."""
-    recipe = f"{name} {torch.__version__} {_SEED} {_EPOCHS} {_BATCH} {_RATE} 1"
-    path = cache / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.safetensors"
+def _pretrained(name: str, kind: type[nn.Module], images: Tensor, labels: Tensor, folder: Path) -> nn.Module:
+    """The base model, trained on the upright images; from the cache if the same recipe and torch made it before."""
     module = kind()
-    if path.is_file():
-        module.load_state_dict(load_file(path))
-        return module
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same bytes whatever the caller's threads
-    try:
-        _pretrain(module, images, labels)
-    finally:
-        torch.set_num_threads(threads)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: save_file(module.state_dict(), file))
+    key = {"model": name, "torch": torch.__version__, "recipe": f"{_RECIPE} {_SEED} {_EPOCHS} {_BATCH} {_RATE}"}
+    found = cache.load(folder, name, key)
+    if found is None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the same bytes whatever the caller's threads
+        try:
+            _pretrain(module, images, labels)
+        finally:
+            torch.set_num_threads(threads)
+        cache.store(folder, name, key, module.state_dict())
+    else:
+        module.load_state_dict(found)
     return module
 
 

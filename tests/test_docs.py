@@ -1,0 +1,106 @@
+"""The documents promise nothing that the code does not keep."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyrank import Adapter, LoraLayer, simulation
+from anyrank.catalog import catalog
+from anyrank.config import Config, from_table, load
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_methods_table_is_the_registry() -> None:
+    table = re.findall(r"^\| `([a-z_-]+)` \| (.*) \|$", README.split("## Methods")[1].split("## On a folder")[0], flags=re.M)
+    told = {name: [cell.strip() for cell in cells.split(" | ")] for name, cells in table}
+    entries = catalog()
+    assert told.keys() == {entry["name"] for entry in entries}
+    for entry in entries:
+        mixed = "yes" if entry["mixed_ranks"] else "no"
+        expected = [entry["summary"], ", ".join(entry["train"]), mixed, entry["exact"], entry["stationary"], entry["paper"]]
+        assert told[entry["name"]] == expected
+
+
+def test_every_method_and_option_is_explained() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for entry in catalog():
+        assert re.search(rf"^## .*\b{entry['name']}\b", text, flags=re.M), entry["name"]
+        for option in entry["options"]:
+            assert f"`{option}`" in text, f"{entry['name']}: {option}"
+
+
+def test_the_library_example_runs(tmp_path: Path) -> None:
+    for site, rank in (("site-a", 8), ("site-b", 32)):
+        layer = LoraLayer(torch.randn(rank, 40), torch.randn(48, rank), 16 / rank)
+        Adapter({"encoder.q": layer}).save(tmp_path / site)
+    (code,) = blocks(README, "python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Adapter.load(tmp_path / "merged").ranks == {"encoder.q": 32}
+    share = Adapter.load(tmp_path / "for-site-a").layers["encoder.q"]
+    assert (share.rank, share.scaling) == (8, 2.0)
+
+
+def test_the_explained_config_is_the_one_in_the_repository() -> None:
+    (text,) = blocks(README, "toml")
+    stored = tomllib.loads((ROOT / "configs" / "banking77.toml").read_text())
+    assert from_table(tomllib.loads(text)) == from_table(stored)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path: Path) -> None:
+    assert load(path).run.name
+
+
+def test_the_method_to_paste_in_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pasted into a file and named in a config, it runs; its weights are the owners' plain mean, as it says."""
+    (code,) = blocks((ROOT / "docs" / "add-a-method.md").read_text(), "python")
+    assert len(code.splitlines()) < 60
+    (tmp_path / "equal_voices.py").write_text(code)
+    monkeypatch.setenv("ANYRANK_CACHE", str(tmp_path / "cache"))
+    config = Config().replace(
+        run={"rounds": 3},
+        model={"name": "digits-mlp"},
+        method={"name": "equal-voices", "file": str(tmp_path / "equal_voices.py")},
+    )
+    try:
+        summary = simulation.execute(config, tmp_path / "run")
+        assert summary["accuracy"] > summary["start_accuracy"]
+    finally:
+        from anyrank.methods import REGISTRY
+
+        del REGISTRY["equal-voices"]
+
+
+def test_the_tree_in_the_readme_exists() -> None:
+    tree = README.split("## The repository")[1].split("```")[1]
+    names = re.findall(r"[\w./]+(?:\.py|/)(?=\s)", tree)
+    assert len(names) > 20
+    for name in names:
+        assert (ROOT / name).exists() or any((ROOT / "src" / "anyrank").rglob(name.rstrip("/"))), name
+
+
+def test_commands_and_links_exist() -> None:
+    verbs = set(re.findall(r"\$ anyrank (\w+)|`anyrank (\w+)`", README))
+    known = subprocess.run([sys.executable, "-m", "anyrank", "--help"], capture_output=True, text=True, check=True).stdout
+    for verb in {name for pair in verbs for name in pair if name}:
+        assert re.search(rf"│ {verb} ", known), verb
+    targets = set(re.findall(r"make (\w+)", README)) - {"sure"}
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
