@@ -95,6 +95,7 @@ class Method(ABC):
         names = list(iter_names({f"client {u.client or i}": u.adapter for i, u in enumerate(updates, 1)}))
         if not self.traits.mixed_ranks:
             self._refuse_mixed_ranks(updates)
+        self._refuse_ranks_above(state, updates)
         layers = {}
         for name in names:
             parts = [Part(u.adapter.layers[name], u.num_examples) for u in updates]
@@ -128,6 +129,16 @@ class Method(ABC):
                     f"{self.name}: expected clients of one rank, got ranks {', '.join(map(str, ranks))} in layer {name}; "
                     f"give all clients one rank, or use a method that takes mixed ranks: {taking_mixed_ranks()}"
                 )
+
+    def _refuse_ranks_above(self, state: ServerState, updates: Sequence[ClientUpdate]) -> None:
+        for update in updates:
+            for name, layer in update.adapter.layers.items():
+                largest = state.adapter.layers[name].rank if name in state.adapter.layers else layer.rank
+                if layer.rank > largest:
+                    raise MethodError(
+                        f"{self.name}: layer {name}: expected a rank of at most {largest}, the server's, from client "
+                        f"{update.client or '?'}, got {layer.rank}; start the server at the largest rank of its clients"
+                    )
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -192,8 +203,9 @@ def from_product(state: ServerState, name: str, product: lowrank.Product, split:
     """The server's layer for the top of `product`'s SVD: `B = U S / s`, `A = Vt`, or the root of S to each (balanced)."""
     layer = state.adapter.layers[name]
     U, S, Vt = lowrank.svd(product, rank=layer.rank)
-    if len(S) == 0:  # nothing learned yet: B stays zero and A as it was, alive for the next round
-        return layer.with_factors(layer.A, torch.zeros_like(layer.B))
+    if len(S) == 0:  # nothing learned: the product is zero, with one factor as it was, alive for the next round
+        keeps_a = bool(layer.A.any())  # an embedding starts with A zero and B random
+        return layer.with_factors(layer.A, torch.zeros_like(layer.B)) if keeps_a else layer
     if split == "balanced":
         root = (S / layer.scaling).sqrt()
         return layer.with_factors(root[:, None] * Vt, U * root)
@@ -234,5 +246,6 @@ def mean_tensors(previous: Mapping[str, Tensor], updates: Sequence[ClientUpdate]
         senders = [update for update in updates if name in update.adapter.tensors]
         total = sum(update.num_examples for update in senders)
         mean = sum(update.adapter.tensors[name].double() * (update.num_examples / total) for update in senders)
-        tensors[name] = mean.to(senders[0].adapter.tensors[name].dtype)
+        dtype = senders[0].adapter.tensors[name].dtype
+        tensors[name] = (mean if dtype.is_floating_point else mean.round()).to(dtype)  # a counter is a whole number
     return tensors
