@@ -26,7 +26,7 @@ FLOORS = [
     ["summary"],
     ["federation"],
     ["simulation", "demo"],
-    ["comparison", "figures"],
+    ["comparison"],
     ["report", "console"],
     ["cli"],
 ]
@@ -38,7 +38,7 @@ HEAVY = {  # third-party package -> the only rooms that may import it when they 
     "transformers": set(),
     "peft": set(),
     "sklearn": set(),
-    "matplotlib": {"figures"},
+    "matplotlib": {"report"},
     "typer": {"cli"},
 }
 
@@ -107,6 +107,11 @@ def test_help_loads_nothing_heavy() -> None:
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "anyrank" in loaded
     assert not heavy & set(loaded)
+
+
+def test_the_report_is_made_without_torch() -> None:
+    program = "import sys, anyrank.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_every_method_is_a_file_a_reader_takes_in() -> None:

@@ -75,6 +75,9 @@ def test_compare_shows_means_over_seeds_and_resumes_a_grid(anyrank, tmp_path: Pa
     assert rows["fedavg@2"]["collapse"] == pytest.approx(0.0, abs=1e-9), "rank 2 has no energy past rank 2"
     assert (tmp_path / "grid" / "report.html").exists()
     assert (tmp_path / "grid" / "figure.png").exists()
+    page = (tmp_path / "grid" / "report.html").read_bytes()
+    assert anyrank("report", "grid", "--out", "again.html").returncode == 0
+    assert (tmp_path / "again.html").read_bytes() == page
 
     stamp = (tmp_path / "grid/raflora/seed-0/summary.json").stat().st_mtime_ns
     (tmp_path / "grid/fedavg@2/seed-1/summary.json").unlink()

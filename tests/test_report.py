@@ -10,8 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anyrank import figures, report
+from anyrank import report
 from anyrank.errors import RunError
+from anyrank.report.charts import energy_by_round
+from anyrank.report.figures import apart, thin
+from anyrank.report.groups import grouped
+from anyrank.report.runs import read
+from anyrank.report.style import DARK, LIGHT, OF_METHOD, styles
 
 LAYERS = ("first", "second")
 
@@ -359,16 +364,16 @@ def test_privacy_is_shown_just_where_it_was_spent(tmp_path):
 
 
 def test_layers_add_by_energy_and_partitions_share_it(tmp_path):
-    run = report._read(write_run(tmp_path / "run"))
+    run = read(write_run(tmp_path / "run"))
     assert run.spectrum[0] == pytest.approx(np.sqrt(2) * np.array([2.0, 1.0, 1.0, 0.0]))  # two equal layers
-    assert report._energy_by_round(run, [2, 4])[1] == pytest.approx([5 / 6, 1 / 6])
-    assert report._energy_by_round(run, [1, 2, 4])[1] == pytest.approx([4 / 6, 1 / 6, 1 / 6])
+    assert energy_by_round(run, [2, 4])[1] == pytest.approx([5 / 6, 1 / 6])
+    assert energy_by_round(run, [1, 2, 4])[1] == pytest.approx([4 / 6, 1 / 6, 1 / 6])
 
 
 def test_curves_are_means_at_the_rounds_that_every_seed_has(tmp_path):
     one = write_run(tmp_path / "a", metrics=[metric(1, 0.2), metric(2, None), metric(3, 0.4)])
     other = write_run(tmp_path / "b", seed=1, metrics=[metric(1, 0.4), metric(2, 0.5), metric(3, 0.4)])
-    (group,), _ = report._groups([report._read(one), report._read(other)])
+    (group,), _ = grouped([read(one), read(other)])
     line = group.series("accuracy", "start_accuracy")
     assert line.x.tolist() == [0, 1, 3]  # round 0 is the start
     assert line.mean == pytest.approx([0.1, 0.3, 0.4])
@@ -376,17 +381,17 @@ def test_curves_are_means_at_the_rounds_that_every_seed_has(tmp_path):
 
 
 def test_a_method_keeps_its_colour_whatever_stands_beside_it():
-    alone = figures.styles([("flexlora", "flexlora")])["flexlora"]
-    among = figures.styles([("mine", "mine"), ("raflora", "raflora"), ("flexlora", "flexlora"), ("fedavg@2", "fedavg")])
+    alone = styles([("flexlora", "flexlora")])["flexlora"]
+    among = styles([("mine", "mine"), ("raflora", "raflora"), ("flexlora", "flexlora"), ("fedavg@2", "fedavg")])
     assert among["flexlora"] == alone
     assert len(set(among.values())) == 4
-    twelve = figures.styles([(name, name) for name in [*figures._OF_METHOD][:8]] + [(f"own{i}", f"own{i}") for i in range(4)])
+    twelve = styles([(name, name) for name in [*OF_METHOD][:8]] + [(f"own{i}", f"own{i}") for i in range(4)])
     assert len(set(twelve.values())) == 12
 
 
 @pytest.mark.parametrize("background", ["#ffffff", "#0d1117"])
 def test_line_colours_stand_out_from_the_page(background):
-    for color in figures.LIGHT if background == "#ffffff" else figures.DARK:
+    for color in LIGHT if background == "#ffffff" else DARK:
         light, dark = sorted((luminance(color), luminance(background)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.0  # WCAG asks 3 of graphics
 
@@ -400,11 +405,11 @@ BLINDNESS = {
 
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
-@pytest.mark.parametrize("palette", [figures.LIGHT, figures.DARK])
+@pytest.mark.parametrize("palette", [LIGHT, DARK])
 def test_line_colours_stay_apart_for_colour_blind_readers(palette, blindness):
     seen = [lab(np.array(BLINDNESS[blindness]) @ linear(color)) for color in palette]
-    apart = [np.linalg.norm(one - other) for at, one in enumerate(seen) for other in seen[:at]]
-    assert min(apart) > 14  # CIE76; 2.3 is just noticeable
+    distances = [np.linalg.norm(one - other) for at, one in enumerate(seen) for other in seen[:at]]
+    assert min(distances) > 14  # CIE76; 2.3 is just noticeable
 
 
 def linear(color: str) -> np.ndarray:
@@ -426,7 +431,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def test_names_at_line_ends_stand_apart_in_their_order():
-    places = figures._apart([0.9, 0.1, 0.91, 0.92, 0.1], gap=0.06)
+    places = apart([0.9, 0.1, 0.91, 0.92, 0.1], gap=0.06)
     assert min(np.diff(sorted(places))) > 0.06 - 1e-9
     assert places[1] < places[0] < places[2] < places[3]
     assert min(places) >= 0
@@ -434,7 +439,7 @@ def test_names_at_line_ends_stand_apart_in_their_order():
 
 
 def test_long_runs_are_thinned_and_keep_their_last_round(tmp_path):
-    keep = figures.thin(1000)
+    keep = thin(1000)
     assert len(keep) == 200
     assert (keep[0], keep[-1]) == (0, 999)
     run = write_run(tmp_path / "run", metrics=[metric(number, 0.5) for number in range(1, 1001)])

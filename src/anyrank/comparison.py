@@ -18,9 +18,8 @@ from anyrank import collapse, simulation
 from anyrank.config import Config
 from anyrank.errors import ConfigError, RunError, RunFailed
 from anyrank.files import write_whole
-from anyrank.rundir import METRICS, SUMMARY, is_finished
+from anyrank.rundir import COMPARISON, METRICS, SUMMARY, is_finished
 
-COMPARISON = "compare.json"
 OnRound = Callable[[str, int, Mapping[str, Any]], None]
 
 
@@ -66,7 +65,7 @@ def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None
 def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> list[dict[str, Any]]:
     """Run every cell that is not finished yet, `jobs` at a time, then write and return the table's rows."""
     out.mkdir(parents=True, exist_ok=True)
-    _write(out, [])
+    _write(out, cells, [])
     waiting = [cell for cell in cells if not is_finished(cell.out)]
     if jobs == 1 or len(waiting) <= 1:
         for cell in waiting:
@@ -74,7 +73,7 @@ def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | Non
     else:
         _run_parallel(waiting, jobs, on_round)
     rows = table(cells)
-    _write(out, rows)
+    _write(out, cells, rows)
     return rows
 
 
@@ -108,8 +107,9 @@ def _energy_past(cell: Cell, rank: int) -> float | None:
     return collapse.energy_beyond({name: torch.tensor(values) for name, values in spectrum.items()}, rank)
 
 
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    write_whole(out / COMPARISON, lambda file: file.write_text(json.dumps({"rows": rows}, indent=2) + "\n"))
+def _write(out: Path, cells: Sequence[Cell], rows: list[dict[str, Any]]) -> None:
+    runs = [str(cell.out.relative_to(out)) for cell in cells]  # in the order that was asked for: reports keep it
+    write_whole(out / COMPARISON, lambda file: file.write_text(json.dumps({"runs": runs, "rows": rows}, indent=2) + "\n"))
 
 
 def _run(cell: Cell, on_round: OnRound | None) -> None:

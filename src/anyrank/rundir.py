@@ -27,6 +27,7 @@ from anyrank.files import write_whole
 from anyrank.records import Scaling, ServerState
 
 CONFIG, METRICS, CLIENTS, SUMMARY = "config.toml", "metrics.jsonl", "clients.jsonl", "summary.json"
+COMPARISON = "compare.json"
 _STATE = "state.safetensors"
 _FORMAT = 1
 
@@ -127,9 +128,12 @@ def is_finished(path: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders at or below `folder` (two levels, as a comparison lays them out), sorted."""
+    """The folder if it holds a run, else the runs below it: in a comparison's own order, or sorted, at most two levels down."""
     if (folder / CONFIG).is_file():
         return [folder]
+    if (folder / COMPARISON).is_file():
+        listed = json.loads((folder / COMPARISON).read_text())["runs"]
+        return [folder / run for run in listed if (folder / run / CONFIG).is_file()]
     found = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
     if not found:
         raise RunError(f"{folder}: expected a run folder or a folder of runs ({CONFIG} in it), found none")

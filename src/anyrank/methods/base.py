@@ -96,13 +96,32 @@ class Method(ABC):
         if not self.traits.mixed_ranks:
             self._refuse_mixed_ranks(updates)
         self._refuse_ranks_above(state, updates)
-        layers = {}
+        layers, into_base = {}, {}
         for name in names:
             parts = [Part(u.adapter.layers[name], u.num_examples) for u in updates]
-            merged = self.merge_layer(state, name, parts)
-            layers[name] = pad(merged, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
+            layers[name], base = self.aggregate_layer(state, name, parts)
+            if base is not None:
+                into_base[name] = base
         tensors = mean_tensors(state.adapter.tensors, updates)
-        return replace(state, round=state.round + 1, adapter=replace(state.adapter, layers=layers, tensors=tensors))
+        adapter = replace(state.adapter, layers=layers, tensors=tensors)
+        merged = Adapter(into_base, {}, state.adapter.config) if into_base else state.merged
+        return replace(state, round=state.round + 1, adapter=adapter, merged=merged)
+
+    def aggregate_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> tuple[LoraLayer, LoraLayer | None]:
+        """One layer of `aggregate`, which needs no other: the server's new layer, and all that is in the base so far.
+
+        `parts` come in the order of the clients' names.
+        """
+        merged = self.merge_layer(state, name, parts)
+        layer = pad(merged, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
+        return layer, self.merge_base(state, name, parts, layer)
+
+    def merge_base(self, state: ServerState, name: str, parts: Sequence[Part], layer: LoraLayer) -> LoraLayer | None:
+        """The low-rank sum that has gone into the base weight, this round's part included; `None` if the method has none.
+
+        `layer` is the server's new layer of the round.
+        """
+        return None
 
     @abstractmethod
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:

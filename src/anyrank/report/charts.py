@@ -1,0 +1,218 @@
+"""The page's charts with their captions, and the small tables beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from anyrank.report import figures, words
+from anyrank.report.figures import Series
+from anyrank.report.groups import Group
+from anyrank.report.runs import Run
+from anyrank.report.style import heat_gradient, partition_colors
+
+
+def learning(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Accuracy and loss over the rounds."""
+    spread = _spread_note(groups)
+    accuracy = [group.series("accuracy", "start_accuracy") for group in groups]
+    loss = [group.series("loss", "start_loss") for group in groups]
+    return [
+        _chart(
+            figures.lines(
+                accuracy, "Accuracy, %", "round", "Accuracy of the global model over the rounds, a line a method", percent=True
+            ),
+            f"Higher is better: accuracy of the global model on held-out examples after each round{spread}"
+            + _zoom_note(accuracy),
+        ),
+        _chart(
+            figures.lines(loss, "Loss", "round", "Loss of the global model over the rounds, a line a method"),
+            f"Lower is better: loss of the global model on the same examples{spread}" + _zoom_note(loss),
+        ),
+    ]
+
+
+def collapse(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Energy beyond the minimum rank, and effective rank, over the rounds, of those that have them."""
+    charts = []
+    series = [line for group in groups if group.mixed and len((line := group.series("collapse")).x)]
+    if series:
+        log = figures.wants_log(series)
+        alt = "Share of the update's energy beyond the minimum rank over the rounds, a line a method"
+        told = "A line that sinks is rank collapse: what only larger ranks hold is being lost."
+        told += " The axis is logarithmic: a straight fall is a steady decay." if log else ""
+        svg = figures.lines(series, "Energy beyond the minimum rank, %", "round", alt, percent=True, log=log, from_zero=True)
+        charts.append(
+            _chart(
+                svg,
+                told + _spread_note(groups, " "),
+            )
+        )
+    series = [line for group in groups if len((line := group.series("effective_rank")).x)]
+    if series:
+        svg = figures.lines(
+            series,
+            "Effective rank",
+            "round",
+            "Effective rank of the global update over the rounds, a line a method",
+            from_zero=True,
+        )
+        told = "Higher is richer: how many directions the global update really uses (the exponential of its energy's entropy)."
+        charts.append(_chart(svg, told + _spread_note(groups, " ")))
+    return charts
+
+
+def spectra(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """A heatmap a label, of its first seed, on one colour scale."""
+    shown = [(group, run) for group in groups if (run := group.runs[0]).spectrum.size and np.nansum(run.spectrum) > 0]
+    if not shown:
+        return None
+    floor = _floor([run.spectrum for _, run in shown])
+    minis = []
+    for group, run in shown:
+        alt = f"Singular values of {group.label} over the rounds, by rank partition"
+        minis.append(
+            {
+                "label": group.label,
+                "style": group.style,
+                "svg": figures.heatmap(run.spectrum, run.rounds, group.levels, floor, alt),
+            }
+        )
+    return {
+        "minis": minis,
+        "gradient": heat_gradient(),
+        "floor": f"{10**floor:.2g}",
+        "middle": f"{10 ** (floor / 2):.2g}",
+    }
+
+
+def _floor(spectra: Sequence[np.ndarray]) -> float:
+    """The dark end of the colour scale, a power of ten from -4 to -1: low enough for all but the smallest 2 % of the ratios."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.concatenate([np.log10(spectrum / spectrum[:, :1]).ravel() for spectrum in spectra])
+    ratios = ratios[np.isfinite(ratios)]
+    return float(np.clip(math.floor(np.quantile(ratios, 0.02)), -4, -1)) if len(ratios) else -4.0
+
+
+def partitions(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """A stack a label: the mean share of the energy in each rank partition, with a legend for each set of ranks."""
+    minis, legends = [], {}
+    for group in groups:
+        tables = [table for run in group.runs if (table := energy_by_round(run, group.levels))]
+        shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+        if not shared or not group.mixed:
+            continue
+        energy = np.mean([[table[number] for number in shared] for table in tables], axis=0).T
+        parts = figures.bands(group.levels, max(run.spectrum.shape[1] for run in group.runs))[: len(energy)]
+        names = tuple(f"{low + 1}–{high}" if high > low + 1 else f"{high}" for low, high in parts)
+        legends.setdefault(names, []).append(group.label)
+        alt = f"Shares of the energy of {group.label} by rank partition over the rounds"
+        minis.append({"label": group.label, "style": group.style, "svg": figures.stack(energy, np.array(shared), alt)})
+    keys = [
+        {
+            "of": words.joined(labels) if len(legends) > 1 else "",
+            "parts": list(zip(names, partition_colors(len(names)), strict=True)),
+        }
+        for names, labels in legends.items()
+    ]
+    return {"minis": minis, "legends": keys} if minis else None
+
+
+def energy_by_round(run: Run, levels: Sequence[int]) -> dict[int, list[float]]:
+    """`{round: [partitions]}`: the share of the energy between two neighbouring ranks."""
+    energy = run.spectrum**2
+    total = energy.sum(axis=1)
+    parts = figures.bands(levels, energy.shape[1])
+    return {
+        int(number): [float(row[low:high].sum() / whole) for low, high in parts]
+        for number, row, whole in zip(run.rounds, energy, total, strict=True)
+        if whole > 0
+    }
+
+
+def layers(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """Energy beyond the minimum rank in the last round, layer by layer, of each label's first seed, in %."""
+    shown = [group for group in groups if group.mixed and group.levels and group.runs[0].layers]
+    names = list(dict.fromkeys(name for group in shown for name in group.runs[0].layers))
+    if not names or len(names) == 1:
+        return None
+    rows = [(name, [_beyond(group.runs[0].layers.get(name), group.levels[0]) for group in shown]) for name in names]
+    return {"labels": [(group.label, group.style) for group in shown], "rows": rows}
+
+
+def _beyond(values: np.ndarray | None, rank: int) -> str:
+    if values is None or not (total := float((values**2).sum())):
+        return "–"
+    return words.places(100 * float((values[rank:] ** 2).sum()) / total, 2)
+
+
+def traffic(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Megabytes up and down, and the accuracy that uploads bought."""
+    rows = [
+        (g.label, g.style, up.mean / 1e6, g.stat("download_bytes").mean / 1e6)
+        for g in groups
+        if (up := g.stat("upload_bytes")) and g.stat("download_bytes")
+    ]
+    if not rows:
+        return []
+    charts = [
+        _chart(
+            figures.bars(rows, "Megabytes over the whole run", "Megabytes up and down in the whole run, two bars a method"),
+            "Solid: uploaded by all clients. Pale: downloaded by them. Shorter is cheaper.",
+        )
+    ]
+    series = [line for group in groups if len((line := _against_upload(group)).x)]
+    if series:
+        alt = "Accuracy against megabytes uploaded so far, a line a method"
+        svg = figures.lines(series, "Accuracy, %", "megabytes uploaded so far, all clients", alt, percent=True)
+        charts.append(
+            _chart(
+                svg,
+                f"Further left and higher is better: the accuracy that so many uploaded megabytes bought.{_zoom_note(series)}",
+            )
+        )
+    return charts
+
+
+def _against_upload(group: Group) -> Series:
+    line = group.series("accuracy")
+    sums = []
+    for run in group.runs:
+        if len(run.rounds):
+            total = np.cumsum(np.nan_to_num(run.columns["upload_bytes"])) / 1e6
+            sums.append(np.interp(line.x, run.rounds, total))
+    return replace(line, x=np.mean(sums, axis=0)) if sums and len(line.x) else line
+
+
+def privacy(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """The ε spent, where any was."""
+    private = [(group, stat) for group in groups if (stat := group.stat("epsilon"))]
+    if not private:
+        return None
+    series = [line for group, _ in private if len((line := group.series("epsilon")).x)]
+    svg = figures.lines(series, "ε spent", "round", "Privacy spent over the rounds, a line a method") if series else None
+    return {
+        "rows": [(group.label, group.style, stat.text(3)) for group, stat in private],
+        "chart": _chart(svg, "Lower is more private: ε spent from the first round up to this one.") if svg else None,
+        "without": words.joined(group.label for group in groups if not group.stat("epsilon")),
+    }
+
+
+def _chart(svg: Any, caption: str) -> dict[str, Any]:
+    return {"svg": svg, "caption": caption}
+
+
+def _zoom_note(series: Sequence[Series]) -> str:
+    return " The axis leaves out the steep start." if figures.zoomed(series) else ""
+
+
+def _spread_note(groups: Sequence[Group], lead: str = ". ") -> str:
+    return (
+        f"{lead}Shaded: ± one standard deviation over seeds."
+        if any(len(group.runs) > 1 for group in groups)
+        else "." * (lead == ". ")
+    )

@@ -1,0 +1,155 @@
+"""Runs of one label and one configuration are seeds of each other; what a reader must know about the rest is a note."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from anyrank.errors import RunError
+from anyrank.report import words
+from anyrank.report.figures import Series
+from anyrank.report.runs import Run, finite, section
+from anyrank.report.style import Style, styles
+
+
+@dataclass(frozen=True)
+class Stat:
+    """The mean over `n` seeds, and their sample standard deviation, 0 with one seed."""
+
+    mean: float
+    std: float
+    n: int
+
+    def text(self, digits: int = 2, scale: float = 1.0) -> str:
+        mean = self.mean * scale
+        return words.places(mean, digits) + (f" ± {self.std * scale:.{words.decimals(mean, digits)}f}" if self.n > 1 else "")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one label: its seeds. Finished runs only, where there are any."""
+
+    label: str
+    runs: Sequence[Run]
+    style: Style = field(default=Style(0, 0))
+
+    @property
+    def levels(self) -> list[int]:
+        """The ranks of the federation, rising."""
+        return sorted({rank for run in self.runs for rank in (*run.ranks, *run.planned_ranks)})
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there can be energy beyond the minimum rank: with one rank for all there is none, by definition."""
+        return len(self.levels) != 1 or any((run.columns["collapse"] > 1e-9).any() for run in self.runs)
+
+    @property
+    def rounds(self) -> int:
+        return max((int(run.rounds[-1]) for run in self.runs if len(run.rounds)), default=0)
+
+    def stat(self, name: str) -> Stat | None:
+        values = [value for run in self.runs if (value := run.final(name)) is not None]
+        if not values:
+            return None
+        return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+    def series(self, name: str, start: str = "") -> Series:
+        """The mean over seeds of a column, at the rounds that every seed has; `start` is the summary's name of round 0."""
+        tables = [table for run in self.runs if (table := _by_round(run, name, start))]
+        shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+        values = np.array([[table[number] for number in shared] for table in tables]).reshape(len(tables), len(shared))
+        mean = values.mean(axis=0) if len(tables) else np.zeros(0)
+        std = values.std(axis=0, ddof=1) if len(tables) > 1 else np.zeros(len(mean))
+        return Series(self.label, self.style, np.array(shared, dtype=float), mean, std)
+
+
+def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+    """The runs by label, in the order given, and what a reader must know about them."""
+    if not runs:
+        raise RunError("report: expected at least one run folder, got none; name the folders that `anyrank run` wrote")
+    notes = [
+        f"{run.folder.name}: left out {words.count(run.unreadable, 'line')} of its records that could not be read."
+        for run in runs
+        if run.unreadable
+    ]
+    by_label: dict[str, dict[str, dict[Any, Run]]] = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        seeds = by_label[run.label][_fingerprint(run)]
+        if run.seed in seeds and run.seed is not None:
+            notes.append(
+                f"{run.folder.name} has the label, configuration and seed of {seeds[run.seed].folder.name}: counted once."
+            )
+        else:
+            seeds[run.folder if run.seed is None else run.seed] = run
+    named: list[tuple[str, list[Run]]] = []
+    for label, variants in by_label.items():
+        for number, seeds in enumerate(variants.values(), start=1):
+            own = f"{label} #{number}" if len(variants) > 1 else label
+            named.append((own, list(seeds.values())))
+            if len(variants) > 1:
+                folders = words.joined(run.folder.name for run in seeds.values())
+                notes.append(f"Runs of {label} differ in configuration: {own} is {folders}.")
+    chosen = styles([(label, members[0].method) for label, members in named])
+    groups = []
+    for label, members in named:
+        kept, told = _finished(label, sorted(members, key=lambda run: -1 if run.seed is None else run.seed))
+        groups.append(Group(label, kept, chosen[label]))
+        notes += told
+    return groups, notes + _unlike(groups)
+
+
+def _fingerprint(run: Run) -> str:
+    """The configuration without what may differ between the seeds of one label."""
+    config = {name: table for name, table in run.config.items() if name != "run"}
+    return json.dumps([config, section(run.config, "run").get("rounds")], sort_keys=True, default=str)
+
+
+def _finished(label: str, runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    done = [run for run in runs if run.finished]
+    open_ = [run for run in runs if not run.finished]
+    notes = []
+    for run in open_:
+        at = f"round {run.rounds[-1]}" if len(run.rounds) else "no round yet"
+        seed = "" if run.seed is None else f", seed {run.seed}"
+        of = f" of {run.planned}" if run.planned and len(run.rounds) else ""
+        fate = "left out of every figure" if done else "shown as far as it went"
+        notes.append(f"{label}{seed} is unfinished ({at}{of}): {fate}.")
+    return done or open_, notes
+
+
+def _unlike(groups: Sequence[Group]) -> list[str]:
+    """What the runs do not share, and that makes their accuracies hard to compare."""
+    notes = []
+    for key, what in (
+        ("task", "task"),
+        ("base_model", "base model"),
+        ("head", "head"),
+        ("test_examples", "number of test examples"),
+        ("clients", "number of clients"),
+        ("rounds", "number of rounds"),
+    ):
+        values = {str(run.summary[key]) for group in groups for run in group.runs if key in run.summary}
+        if len(values) > 1:
+            notes.append(f"These runs differ in their {what} ({words.joined(sorted(values))}): compare with care.")
+    return notes
+
+
+def _by_round(run: Run, name: str, start: str) -> dict[int, float]:
+    table = {
+        int(number): float(value) for number, value in zip(run.rounds, run.columns[name], strict=True) if not math.isnan(value)
+    }
+    first = finite(run.summary.get(start)) if start else None
+    return ({0: first} if first is not None and table else {}) | table
+
+
+def seed_count(groups: Sequence[Group]) -> str:
+    """How many seeds the groups have, in words: `3 seeds`, or `1 to 3 seeds`."""
+    counts = sorted({len(group.runs) for group in groups})
+    return words.count(counts[0], "seed") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"

@@ -1,0 +1,186 @@
+"""What the template `page.html.j2` shows: the headline, the facts, the results, and every section's charts and tables."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from anyrank.report import charts, clients, words
+from anyrank.report.groups import Group, Stat, seed_count
+from anyrank.report.runs import Run
+from anyrank.report.style import DARK, LIGHT
+
+
+def contents(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    return {
+        "title": f"anyrank report: {', '.join(group.label for group in groups)}",
+        "headline": _headline(groups),
+        "notes": notes,
+        "facts": _facts(groups),
+        "table": _table(groups),
+        "keys": [(group.label, group.style) for group in groups],
+        "learning": charts.learning(groups),
+        "collapse": charts.collapse(groups),
+        "spectra": charts.spectra(groups),
+        "partitions": charts.partitions(groups),
+        "layers": charts.layers(groups),
+        "traffic": charts.traffic(groups),
+        "federations": clients.federations(groups),
+        "rejections": clients.rejections(groups),
+        "privacy": charts.privacy(groups),
+        "configs": [
+            (group.label, group.runs[0].seed, group.runs[0].config_text) for group in groups if group.runs[0].config_text
+        ],
+        "methods": _methods(groups),
+        "versions": _versions(groups),
+        "light": LIGHT,
+        "dark": DARK,
+    }
+
+
+def _headline(groups: Sequence[Group]) -> str:
+    """One sentence from the numbers: the best mean final accuracy, who ties with it, and where the energy lies."""
+    scored = sorted(((stat, group) for group in groups if (stat := group.stat("accuracy"))), key=lambda pair: -pair[0].mean)
+    if not scored:
+        return "No round of these runs has been scored yet."
+    (best, winner), *rest = scored
+    value = f"{best.text(2, 100)} %"
+    seeds = words.count(best.n, "seed")
+    if not rest:
+        sentence = f"{winner.label} ends at an accuracy of {value} after {words.count(winner.rounds, 'round')} ({seeds})"
+    else:
+        sentence = f"{winner.label} has the highest final accuracy, {value} ({seeds}), {_rivals(best, rest)}"
+    energy = _energy_clause(groups)
+    return f"{sentence}; {energy}." if energy else f"{sentence}."
+
+
+def _rivals(best: Stat, rest: Sequence[tuple[Stat, Group]]) -> str:
+    ties = [group.label for stat, group in rest if _tie(best, stat)]
+    second, runner = rest[0]
+    if ties:
+        return f"a tie with {words.joined(ties)} within the spread"
+    gap = f"{words.places(100 * (best.mean - second.mean), 2)} points ahead of {runner.label}"
+    if best.mean == second.mean:
+        return f"level with {runner.label}, with too few seeds to tell them apart"
+    return f"{gap}, more than the spread" if min(best.n, second.n) > 1 else f"{gap}, with too few seeds to know the spread"
+
+
+def _tie(one: Stat, other: Stat) -> bool:
+    """Whether two means differ by no more than the larger of their standard deviations. Without a spread: not known."""
+    return min(one.n, other.n) > 1 and abs(one.mean - other.mean) <= max(one.std, other.std)
+
+
+def _energy_clause(groups: Sequence[Group]) -> str:
+    ends = sorted(
+        ((stat.mean, i, group) for i, group in enumerate(groups) if group.mixed and (stat := group.stat("collapse"))),
+        reverse=True,
+    )
+    if not ends:
+        return ""
+    ranks = {group.levels[0] for _, _, group in ends if group.levels}
+    beyond = f"beyond rank {ranks.pop()}" if len(ranks) == 1 else "beyond the minimum rank"
+    told = [
+        f"{words.share(mean)} with {group.label}{_from(group)}"
+        for mean, _, group in (ends if len(ends) < 3 else (ends[0], ends[-1]))
+    ]
+    if len(ends) == 1:
+        return (
+            f"the energy of its update {beyond} ends at {words.share(ends[0][0])}{_from(ends[0][2])}"
+            if len(groups) == 1
+            else f"energy {beyond} ends at {told[0]}"
+        )
+    if len(ends) == 2:
+        return f"energy {beyond} ends at {told[0]} and at {told[1]}"
+    return f"energy {beyond} ends highest at {told[0]} and lowest at {told[1]}"
+
+
+def _from(group: Group) -> str:
+    line = group.series("collapse")
+    return f" (round {line.x[0]:.0f}: {words.share(line.mean[0])})" if len(line.x) > 1 else ""
+
+
+def _facts(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """What the runs share, as short pairs; what they do not share is given as a list."""
+    runs = [run for group in groups for run in group.runs]
+    mixed = max(groups, key=lambda group: len(group.levels))
+    examples = [f"{told} {what}" for what in ("train", "test") if (told := _shared(runs, f"{what}_examples"))]
+    pairs = [
+        ("task", _shared(runs, "task")),
+        ("base model", _shared(runs, "base_model")),
+        ("head", _shared(runs, "head")),
+        ("clients", _shared(runs, "clients")),
+        ("cohort", _shared(runs, "cohort")),
+        ("ranks", ", ".join(map(str, mixed.levels))),
+        ("rounds", str(max(group.rounds for group in groups))),
+        ("seeds", seed_count(groups).removesuffix(" seeds").removesuffix(" seed")),
+        ("examples", ", ".join(examples)),
+    ]
+    return [(name, value) for name, value in pairs if value]
+
+
+def _shared(runs: Iterable[Run], key: str) -> str:
+    return ", ".join(dict.fromkeys(str(run.summary[key]) for run in runs if run.summary.get(key) not in (None, "")))
+
+
+# heading, name of the figure, decimals, scale, whether the spread is told
+_TABLE = (
+    ("final accuracy, %", "accuracy", 2, 100, True),
+    ("best, %", "best_accuracy", 2, 100, True),
+    ("last 5, %", "last_accuracy", 2, 100, True),
+    ("energy beyond min rank, %", "collapse", 2, 100, True),
+    ("effective rank", "effective_rank", 2, 1, True),
+    ("up, MB", "upload_bytes", 1, 1e-6, False),
+    ("down, MB", "download_bytes", 1, 1e-6, False),
+    ("time, s", "seconds", 1, 1, False),
+    ("rejected", "rejected", 0, 1, False),
+)
+
+
+def _table(groups: Sequence[Group]) -> dict[str, Any]:
+    """The results: a row a label, its cells as text. Accuracy and energy in %, traffic in MB (10^6 bytes), time in s."""
+    best = max((stat.mean for group in groups if (stat := group.stat("accuracy"))), default=None)
+    rows = []
+    for group in groups:
+        stats = {name: group.stat(name) for _, name, *_ in _TABLE if name != "collapse" or group.mixed}
+        cells = [_cell(stats.get(name), digits, scale, spread) for _, name, digits, scale, spread in _TABLE]
+        top = len(groups) > 1 and stats["accuracy"] is not None and stats["accuracy"].mean == best
+        rows.append({"label": group.label, "style": group.style, "seeds": len(group.runs), "cells": cells, "best": top})
+    return {
+        "columns": [heading for heading, *_ in _TABLE],
+        "rows": rows,
+        "alone": [group.label for group in groups if not group.mixed],
+        "spread": any(len(group.runs) > 1 for group in groups),
+    }
+
+
+def _cell(stat: Stat | None, digits: int, scale: float, spread: bool) -> str:
+    if stat is None:
+        return "–"
+    if digits == 0:  # a count, whose mean need not be whole
+        return f"{round(stat.mean, 1):g}"
+    return (stat if spread else replace(stat, n=1)).text(digits, scale)
+
+
+def _methods(groups: Sequence[Group]) -> list[tuple[str, str, str, str]]:
+    """Label, method, options and paper, as far as they are recorded."""
+    rows = []
+    for group in groups:
+        summary = group.runs[0].summary
+        options = summary.get("options")
+        told = ", ".join(f"{key} = {value}" for key, value in options.items()) if isinstance(options, Mapping) else ""
+        rows.append((group.label, group.runs[0].method, told, str(summary.get("paper") or "")))
+    return rows
+
+
+def _versions(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for run in (run for group in groups for run in group.runs):
+        versions = run.summary.get("versions")
+        for name, version in versions.items() if isinstance(versions, Mapping) else ():
+            found[str(name)][str(version)] = None
+        if run.summary.get("platform"):
+            found["platform"][str(run.summary["platform"])] = None
+    return [(name, ", ".join(values)) for name, values in found.items()]

@@ -1,0 +1,253 @@
+"""A run folder, as far as it can be read. A round that was repeated after a resume counts once, by its last record."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyrank.errors import RunError
+from anyrank.report import words
+
+_COLUMNS = (
+    "accuracy",
+    "loss",
+    "collapse",
+    "effective_rank",
+    "upload_bytes",
+    "download_bytes",
+    "seconds",
+    "rejected",
+    "epsilon",
+)
+
+
+@dataclass(frozen=True)
+class TakingPart:
+    """What clients.jsonl says, in short: each client's `ranks`; by rank how many updates were `used` and the examples of
+    each client and round, `sizes`; and the rows of updates that were `unused`.
+    """
+
+    ranks: Mapping[str, int]
+    used: Mapping[int, int]
+    sizes: Mapping[int, Sequence[float]]
+    unused: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: one method, one seed. `columns` `{name: [rounds]}`, NaN where a round has no such value;
+    `spectrum` `[rounds, r]`: singular values combined over layers by root-sum-square; `layers`: the last round's, apart.
+    """
+
+    folder: Path
+    label: str
+    method: str
+    seed: int | None
+    config_text: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    rounds: np.ndarray
+    columns: Mapping[str, np.ndarray]
+    spectrum: np.ndarray
+    layers: Mapping[str, np.ndarray]
+    taking_part: TakingPart
+    unreadable: int
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """How many registered clients hold each rank; from the clients that took part where nothing was summed up."""
+        held = self.summary.get("ranks")
+        if isinstance(held, Mapping) and held:
+            return {int(rank): int(count) for rank, count in sorted(held.items(), key=lambda item: int(item[0]))}
+        return dict(sorted(Counter(self.taking_part.ranks.values()).items()))
+
+    @property
+    def planned(self) -> int | None:
+        rounds = section(self.config, "run").get("rounds")
+        return rounds if isinstance(rounds, int) else None
+
+    @property
+    def planned_ranks(self) -> list[int]:
+        """The configuration's ranks, for an unfinished run: a rank that was not drawn yet has left no trace."""
+        ranks = section(self.config, "clients").get("ranks")
+        return [rank for rank in ranks if isinstance(rank, int)] if isinstance(ranks, list) and not self.finished else []
+
+    def final(self, name: str) -> float | None:
+        """A final figure: the summary's where the run is finished, else the same reckoned from its rounds."""
+        value = finite(self.summary.get(name))
+        if value is not None or name not in _FINAL:
+            return value
+        column, reduce = _FINAL[name]
+        values = self.columns[column]
+        values = values[~np.isnan(values)]
+        return float(reduce(values)) if len(values) else None
+
+
+# summary.json's name: the column of metrics.jsonl that it comes from, and how
+_FINAL = {
+    "accuracy": ("accuracy", lambda values: values[-1]),
+    "best_accuracy": ("accuracy", max),
+    "last_accuracy": ("accuracy", lambda values: values[-5:].mean()),
+    "loss": ("loss", lambda values: values[-1]),
+    "collapse": ("collapse", lambda values: values[-1]),
+    "effective_rank": ("effective_rank", lambda values: values[-1]),
+    "upload_bytes": ("upload_bytes", sum),
+    "download_bytes": ("download_bytes", sum),
+    "seconds": ("seconds", sum),
+    "rejected": ("rejected", sum),
+    "epsilon": ("epsilon", lambda values: values[-1]),
+}
+
+
+def read(folder: Path) -> Run:
+    """The run of a folder; `RunError` where it is no run folder, or its summary is broken."""
+    if not any((folder / name).is_file() for name in ("summary.json", "config.toml")):
+        raise RunError(f"{folder}: expected a run folder with config.toml or summary.json, got {_instead(folder)}")
+    config_text, config = _read_config(folder / "config.toml")
+    summary = _read_summary(folder / "summary.json")
+    metrics, broken = _read_lines(folder / "metrics.jsonl")
+    taking_part, broken_clients = _read_clients(folder / "clients.jsonl")
+    metrics = {int(row["round"]): row for row in metrics if finite(row.get("round")) is not None}  # a repeated round: its last
+    ordered = [metrics[number] for number in sorted(metrics)]
+    method = summary.get("method") or section(config, "method").get("name") or folder.name
+    seed = summary.get("seed", section(config, "run").get("seed"))
+    return Run(
+        folder=folder,
+        label=" ".join(str(summary.get("label") or method).split()),
+        method=str(method),
+        seed=seed if isinstance(seed, int) else None,
+        config_text=config_text,
+        config=config,
+        summary=summary,
+        rounds=np.array(sorted(metrics), dtype=int),
+        columns={name: np.array([_float(row.get(name)) for row in ordered]) for name in _COLUMNS},
+        spectrum=_combined([_spectra(row) for row in ordered]),
+        layers=_spectra(ordered[-1]) if ordered else {},
+        taking_part=taking_part,
+        unreadable=broken + broken_clients,
+    )
+
+
+def _instead(folder: Path) -> str:
+    if not folder.exists():
+        return "no such folder; check the path, or run `anyrank run CONFIG.toml --out DIR` first"
+    if not folder.is_dir():
+        return "a file; name the folder that holds it"
+    inside = sorted({path.parent.relative_to(folder) for path in folder.glob("*/config.toml")})
+    inside = inside or sorted({path.parent.relative_to(folder) for path in folder.glob("*/*/config.toml")})
+    if inside:
+        all_of_them = folder / "/".join("*" * len(inside[0].parts))
+        return f"a folder that holds {words.count(len(inside), 'run folder')} ({inside[0]}, …); name those: {all_of_them}"
+    return "neither; name a folder that `anyrank run` wrote"
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return text, tomllib.loads(text)
+    except FileNotFoundError:
+        return "", {}
+    except tomllib.TOMLDecodeError:
+        return text, {}  # shown as it stands: the run that wrote it is past
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise RunError(f"{path}: expected one JSON object, got {error}; delete it to report from metrics.jsonl alone") from None
+    if not isinstance(summary, dict):
+        raise RunError(
+            f"{path}: expected one JSON object, got {type(summary).__name__}; delete it to report from metrics.jsonl alone"
+        )
+    return summary
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSON-lines file, and how many lines could not be read. A last line without its end was being
+    written when the run stopped: it is passed over and not counted.
+    """
+    try:
+        *lines, partial = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return [], 0
+    rows = [_object(line) for line in lines if line.strip()]
+    last = _object(partial)
+    good = [row for row in rows if row is not None]
+    return good + ([last] if last else []), len(rows) - len(good)
+
+
+def _read_clients(path: Path) -> tuple[TakingPart, int]:
+    """clients.jsonl in short, and how many of its lines could not be read."""
+    rows, broken = _read_lines(path)
+    ranks: dict[str, int] = {}
+    used: Counter[int] = Counter()
+    sizes: dict[int, list[float]] = defaultdict(list)
+    unused = []
+    for row in {(row.get("round"), str(row.get("client"))): row for row in rows}.values():  # a repeated round: its last
+        client, rank, size = str(row.get("client")), row.get("rank"), finite(row.get("num_examples"))
+        if isinstance(rank, int):
+            ranks[client] = rank
+            used[rank] += row.get("status") == "ok"
+            sizes[rank] += [size] if size else []
+        if row.get("status") not in ("ok", None):
+            unused.append(row | {"client": client})
+    return TakingPart(ranks, used, sizes, unused), broken
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _spectra(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    spectrum = row.get("spectrum")
+    if not isinstance(spectrum, Mapping):
+        return {}
+    return {str(layer): np.nan_to_num(np.array([_float(value) for value in values])) for layer, values in spectrum.items()}
+
+
+def _combined(rounds: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """`[rounds, r]`: at each index the root of the sum of squares over layers, so that energies add; NaN without a spectrum."""
+    length = max((len(values) for layers in rounds for values in layers.values()), default=0)
+    energy = np.full((len(rounds), length), np.nan)
+    for row, layers in zip(energy, rounds, strict=True):
+        if layers:
+            row[:] = 0
+        for values in layers.values():
+            row[: len(values)] += values**2
+    return np.sqrt(energy)
+
+
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A table of a configuration, empty where there is none."""
+    table = config.get(name)
+    return table if isinstance(table, Mapping) else {}
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float where it is a finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else None
+
+
+def _float(value: Any) -> float:
+    number = finite(value)
+    return math.nan if number is None else number

@@ -1,0 +1,149 @@
+"""What the frozen part of an encoder computes of texts: computed once, kept on disk, handed out in padded batches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anyrank import cache as store
+from anyrank.tasks.encoder import Encoder, pool
+
+Progress = Callable[[int, int], None]
+_BATCH_TOKENS = 1024  # small batches stay in the processor cache; larger ones measured slower
+_FORMAT = "1"  # of the cached features; raise it when what is computed changes
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedInputs:
+    """Texts of differing length, end to end: `values` `[tokens, …]`, `lengths` `[n]` int64. Padded batch by batch.
+
+    A batch is `inputs` `[b, t, …]` (float32, or int64 token ids) and `mask` `[b, t]` bool, `t` the longest text of the batch.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    pad: int = 0
+    starts: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", self.lengths.cumsum(0) - self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        lengths = self.lengths[index]
+        place = torch.arange(int(lengths.max())).expand(len(index), -1)
+        mask = place < lengths[:, None]
+        rows = self.values[(self.starts[index, None] + place).masked_fill(~mask, 0)]
+        rows = rows.float() if rows.is_floating_point() else rows.long()
+        padding = ~mask.view(*mask.shape, *(1,) * (rows.ndim - 2))
+        return {"inputs": rows.masked_fill(padding, self.pad), "mask": mask}
+
+
+def token_inputs(encoder: Encoder, texts: Sequence[str]) -> RaggedInputs:
+    """The token ids of `texts`, for a model that runs from there."""
+    ids = encoder.token_ids(texts)
+    values = torch.tensor([token for each in ids for token in each], dtype=torch.int32)
+    return RaggedInputs(values, torch.tensor([len(each) for each in ids]), encoder.pad)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features wanted: embeddings of `texts`, or the hidden states that layer `stop` takes."""
+
+    texts: Sequence[str]
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Computes features with `encoder`, or finds them in the folder `cache`; `progress(done, total)` counts texts."""
+
+    encoder: Encoder
+    cache: Path
+    progress: Progress | None
+
+    def __call__(self, wanted: Mapping[str, Features]) -> dict[str, dict[str, Tensor]]:
+        """`{part: tensors}`; see `_encode` for the tensors."""
+        places = {part: ("features", _key(self.encoder, each)) for part, each in wanted.items()}
+        found = {part: store.load(self.cache, *place) for part, place in places.items()}
+        missing = [part for part, tensors in found.items() if tensors is None]
+        total, done = sum(len(wanted[part].texts) for part in missing), 0
+
+        def step(number: int) -> None:
+            nonlocal done
+            done += number
+            if self.progress is not None:
+                self.progress(done, total)
+
+        for part in missing:
+            with _all_cores():
+                found[part] = _encode(self.encoder, wanted[part], step)
+            store.store(self.cache, *places[part], found[part])
+        return found
+
+
+def _key(encoder: Encoder, wanted: Features) -> dict[str, str]:
+    return {
+        "format": _FORMAT,
+        "model": encoder.source.digest,
+        "max_length": str(encoder.max_length),
+        "dtype": encoder.dtype_name,
+        "features": "mean-pooled, length 1" if wanted.stop is None else f"input of layer {wanted.stop}",
+        "texts": store.digest(wanted.texts),
+    }
+
+
+def _encode(encoder: Encoder, wanted: Features, step: Callable[[int], None]) -> dict[str, Tensor]:
+    """Embeddings: `values` `[n, d]` float32. Hidden states: `values` `[tokens, d]` in the encoder's dtype, `lengths` `[n]`.
+
+    Texts go longest first, so that a batch pads little and the largest one comes before the rest.
+    """
+    ids = encoder.token_ids(wanted.texts)
+    lengths = torch.tensor([len(each) for each in ids])
+    starts, width = lengths.cumsum(0) - lengths, encoder.model.config.hidden_size
+    pooled = wanted.stop is None
+    dtype = torch.bfloat16 if encoder.bfloat16 and not pooled else torch.float32
+    values = torch.empty(len(ids) if pooled else int(lengths.sum()), width, dtype=dtype)
+    for index in _batches(lengths):
+        mask = torch.arange(int(lengths[index].max())) < lengths[index, None]
+        padded = torch.full(mask.shape, encoder.pad)
+        padded[mask] = torch.tensor([token for i in index.tolist() for token in ids[i]])
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=encoder.bfloat16):
+            hidden = encoder.hidden(padded, mask, wanted.stop)
+        if pooled:
+            values[index] = pool(hidden, mask)
+        else:
+            rows = (starts[index, None] + torch.arange(mask.shape[1]))[mask]
+            values[rows] = hidden[mask].to(dtype)
+        step(len(index))
+    return {"values": values} if pooled else {"values": values, "lengths": lengths}
+
+
+def _batches(lengths: Tensor) -> Iterator[Tensor]:
+    """Indices of texts, longest first, in batches of about `_BATCH_TOKENS` tokens."""
+    order = lengths.argsort(descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        size = max(1, _BATCH_TOKENS // int(lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Every core that this process may use, for as long as it encodes."""
+    threads = torch.get_num_threads()
+    affinity = getattr(os, "sched_getaffinity", None)
+    torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
