@@ -1,0 +1,1 @@
+"""One suite for all methods: what each claims, and what all of them must do."""

@@ -1,0 +1,115 @@
+"""What may enter a round: a good upload as it is, a bad one never, and nothing that the download did not ask for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from anyrank.adapter import Adapter, LoraLayer
+from anyrank.guard import Rejected, admit
+from anyrank.records import BOTH, ClientUpdate, Download
+
+
+def adapter(value: float = 1.0, rank: int = 2, scaling: float = 0.5, dtype=torch.float32, layer: str = "fc") -> Adapter:
+    A, B = torch.full((rank, 4), value, dtype=dtype), torch.full((3, rank), value, dtype=dtype)
+    return Adapter({layer: LoraLayer(A, B, scaling)}, {"head.weight": torch.full((2, 3), value, dtype=dtype)})
+
+
+def download(train: frozenset[str] = BOTH) -> Download:
+    return Download(adapter(), {"fc": (0, 1)}, train=train)
+
+
+def update(adapter: Adapter, **changes) -> ClientUpdate:
+    return replace(ClientUpdate(adapter, 10, "ada", {"loss": 0.5}), **changes)
+
+
+def with_factor(name: str, position: tuple[int, int], value: float) -> Adapter:
+    layer = adapter(2.0).layers["fc"]
+    factors = {"A": layer.A.clone(), "B": layer.B.clone()}
+    factors[name][position] = value
+    return replace(adapter(2.0), layers={"fc": layer.with_factors(**factors)})
+
+
+def test_a_good_upload_enters_as_it_is():
+    sent = update(adapter(2.0))
+    admitted = admit(sent, download(), "ada", 10)
+    assert torch.equal(admitted.adapter.layers["fc"].A, sent.adapter.layers["fc"].A)
+    assert torch.equal(admitted.adapter.layers["fc"].B, sent.adapter.layers["fc"].B)
+    assert torch.equal(admitted.adapter.tensors["head.weight"], sent.adapter.tensors["head.weight"])
+    assert (admitted.client, admitted.num_examples, admitted.metrics) == ("ada", 10, {"loss": 0.5})
+
+
+@pytest.mark.parametrize(("train", "a", "b"), [({"A"}, 2.0, 1.0), ({"B"}, 1.0, 2.0), ({"A", "B"}, 2.0, 2.0)])
+def test_a_factor_that_was_not_to_be_trained_is_the_downloads_own(train, a, b):
+    admitted = admit(update(adapter(2.0)), download(frozenset(train)), "ada", 10)
+    assert torch.equal(admitted.adapter.layers["fc"].A, torch.full((2, 4), a))
+    assert torch.equal(admitted.adapter.layers["fc"].B, torch.full((3, 2), b))
+
+
+def test_what_was_not_to_be_trained_cannot_spoil_the_round():
+    admitted = admit(update(with_factor("A", (0, 0), math.nan)), download(frozenset({"B"})), "ada", 10)
+    assert torch.equal(admitted.adapter.layers["fc"].A, download().adapter.layers["fc"].A)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("factor", "position"), [("A", (1, 3)), ("B", (2, 1))])
+def test_one_value_that_is_not_finite_costs_the_upload(factor, position, value):
+    with pytest.raises(Rejected, match=f"layer fc, {factor}: holds NaN or infinite"):
+        admit(update(with_factor(factor, position, value)), download(), "ada", 10)
+
+
+def test_a_head_that_is_not_finite_costs_the_upload():
+    bad = replace(adapter(), tensors={"head.weight": torch.full((2, 3), math.nan)})
+    with pytest.raises(Rejected, match=r"head\.weight: holds NaN"):
+        admit(update(bad), download(), "ada", 10)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (adapter(rank=1), r"layer fc, A: expected .*\(2, 4\), got .*\(1, 4\)"),  # would broadcast
+        (adapter(rank=3), r"expected .*\(2, 4\), got .*\(3, 4\)"),
+        (adapter(dtype=torch.float64), r"expected torch\.float32 .* got torch\.float64"),
+        (adapter(scaling=5.0), r"layer fc: expected scaling 0\.5, got 5\.0"),
+        (adapter(layer="other"), r"layers differ .* missing \['fc'\], unknown \['other'\]"),
+        (replace(adapter(), tensors={}), r"tensors differ .* missing \['head\.weight'\], unknown none"),
+        (replace(adapter(), tensors={"head.weight": torch.ones(3, 2)}), r"head\.weight: expected .*\(2, 3\), got .*\(3, 2\)"),
+    ],
+    ids=["rank-1", "rank-3", "dtype", "scaling", "layers", "no-head", "head-shape"],
+)
+def test_an_upload_of_another_form_is_rejected_with_what_was_expected(bad, says):
+    with pytest.raises(Rejected, match=says):
+        admit(update(bad), download(), "ada", 10)
+
+
+def test_an_unexpected_tensor_is_rejected():
+    more = adapter()
+    more = replace(more, tensors={**more.tensors, "extra": torch.ones(1)})
+    with pytest.raises(Rejected, match=r"unknown \['extra'\]"):
+        admit(update(more), download(), "ada", 10)
+
+
+def test_nobody_sends_in_anothers_name_or_gives_themselves_weight():
+    with pytest.raises(Rejected, match="expected an update of ada, got one of eve"):
+        admit(update(adapter(), client="eve"), download(), "ada", 10)
+    with pytest.raises(Rejected, match="expected an update of ada, got one of nobody"):
+        admit(update(adapter(), client=""), download(), "ada", 10)
+    with pytest.raises(Rejected, match="claims 1000 examples, 10 are registered"):
+        admit(update(adapter(), num_examples=1000), download(), "ada", 10)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "low", None])
+def test_a_metric_that_is_not_a_finite_number_is_rejected(value):
+    with pytest.raises(Rejected, match="metric loss: expected a finite number"):
+        admit(update(adapter(), metrics={"loss": value}), download(), "ada", 10)
+
+
+def test_kind_kernel_and_config_are_the_servers():
+    sent = adapter()
+    conv = LoraLayer(sent.layers["fc"].A, sent.layers["fc"].B, 0.5, "conv2d", (2, 2))
+    admitted = admit(update(Adapter({"fc": conv}, sent.tensors, {"task_type": "EVIL"})), download(), "ada", 10)
+    assert admitted.adapter.layers["fc"].kind == "linear"
+    assert admitted.adapter.config == {}
