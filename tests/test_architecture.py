@@ -33,7 +33,7 @@ FLOORS = [
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded
     "torch": {
         *("adapter", "lowrank", "collapse", "guard", "methods", "models", "tasks", "local", "aggregation", "rundir"),
-        *("simulation", "cache"),
+        *("simulation", "cache", "engines"),
     },
     "transformers": set(),
     "peft": set(),

@@ -24,21 +24,26 @@ TASKS = ("image-classification", "text-classification")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 SCALINGS = ("constant", "standard", "rslora")
+STACKINGS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """`[run]`: `name` of the run and its folder, `seed` of every draw, `rounds`, and CPU `threads` of local training."""
+    """`[run]`: `name` of the run and its folder, `seed` of every draw, `rounds`, CPU `threads` of local training,
+    and `stacking`: whether clients train side by side (`auto`: where the model is small enough to gain from it).
+    """
 
     name: str = "run"
     seed: int = 0
     rounds: int = 40
     threads: int = 1
+    stacking: str = "auto"
 
     def __post_init__(self) -> None:
         _expect(self.rounds >= 1, "run.rounds", "a whole number of at least 1", self.rounds)
         _expect(self.threads >= 1, "run.threads", "a whole number of at least 1", self.threads)
+        _one_of(self.stacking, STACKINGS, "run.stacking")
         _expect(self.seed >= 0, "run.seed", "a whole number of at least 0", self.seed)
         _expect(bool(self.name) and "/" not in self.name, "run.name", "a name without '/'", self.name)
 

@@ -42,15 +42,15 @@ def train(model: LoraModel, client: str, download: Download, examples: np.ndarra
     """
     parameters = model.load(download)
     start = [parameter.detach().clone() for parameter in parameters] if plan.config.proximal_mu else []
-    optimizer = _optimizer(parameters, plan)
+    optimizer = make_optimizer(parameters, plan)
     losses = []
     for step, index in enumerate(batches(len(examples), plan, client), 1):
         index = torch.from_numpy(examples[index])
         logits = model.module(**model.task.train.inputs.batch(index))
-        loss = model.task.loss(logits, model.task.train.labels[index])
+        loss = model.task.losses(logits, model.task.train.labels[index]).mean()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
-            raise RunFailed(f"loss is {losses[-1]} at local step {step}; lower train.learning_rate")
+            raise RunFailed(diverged(losses[-1], step))
         (loss + _proximal(parameters, start, plan.config.proximal_mu) if start else loss).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -70,7 +70,12 @@ def batches(num_examples: int, plan: Plan, client: str) -> list[np.ndarray]:
     return [order[step * size : (step + 1) * size] for step in range(steps)]
 
 
-def _optimizer(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+def diverged(loss: float, step: int) -> str:
+    """Why a client whose loss is no number any more sends nothing."""
+    return f"loss is {loss} at local step {step}; lower train.learning_rate"
+
+
+def make_optimizer(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
     config = plan.config
     fused = parameters[0].device.type in ("cpu", "cuda")
     common = {"lr": plan.learning_rate, "weight_decay": config.weight_decay, "fused": fused}

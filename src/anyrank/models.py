@@ -92,6 +92,13 @@ class LoraModel:
         for name, parameter in self.trained.items():
             parameter.requires_grad_(False).data.copy_(adapter.tensors[name])
 
+    def set_stack(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Put a cohort's factors on a linear target, A `[clients, rank, in]`, B `[clients, out, rank]` with its scaling in it.
+
+        The module's batches are then the clients' batches one after another, of one length each.
+        """
+        self._active[name][:] = [(A, B, 1.0)]
+
     def _merge(self, merged: Adapter | None) -> None:
         for name, layer in merged.layers.items() if merged else ():
             self._active[name].append((layer.A, layer.B, layer.scaling))
@@ -144,6 +151,9 @@ def _hook(target: Target, active: list[tuple[Tensor, Tensor, float]]):
 
 
 def _linear(module: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    if A.ndim == 3:
+        own = x.to(A.dtype).reshape(len(A), -1, A.shape[2])
+        return torch.bmm(torch.bmm(own, A.mT), B.mT).view(*x.shape[:-1], B.shape[1])
     return F.linear(F.linear(x.to(A.dtype), A), B)
 
 

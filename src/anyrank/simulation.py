@@ -69,7 +69,7 @@ def build(config: Config, progress: Progress | None = None) -> Federation:
         population, step_factor = population.pooled(), population.cohort_size
     model = LoraModel(task)
     model.check_rank(population.levels()[-1])
-    engine = InProcess(model, population.shards, config.eval.batch_size)
+    engine = InProcess(model, population.shards, config.eval.batch_size, config.run.stacking)
     facts = {
         "task": task.name,
         "head": task.head,

@@ -66,9 +66,9 @@ class Task:
     trained: tuple[str, ...] = ()
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of a batch."""
-        return nn.functional.cross_entropy(logits, labels)
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of each example of a batch, `[b]`."""
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 def evaluate(task: Task, batch_size: int) -> tuple[float, float]:
@@ -79,7 +79,7 @@ def evaluate(task: Task, batch_size: int) -> tuple[float, float]:
             logits = task.module(**task.test.inputs.batch(index))
             labels = task.test.labels[index]
             correct += int((logits.argmax(dim=1) == labels).sum())
-            loss += float(task.loss(logits, labels).double()) * len(index)
+            loss += float(task.losses(logits, labels).double().sum())
     return correct / len(task.test), loss / len(task.test)
 
 

@@ -1,0 +1,143 @@
+"""Clients trained side by side end where they end when trained one by one, but for float rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anyrank import federation, simulation
+from anyrank.config import Config
+from anyrank.engines import stacked
+from anyrank.errors import ConfigError
+from anyrank.local import plan_round
+from anyrank.records import ClientUpdate, Failure
+
+MLP = Config().replace(model={"name": "digits-mlp"}, clients={"count": 8, "participation": 1.0, "ranks": (1, 2, 5, 16)})
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYRANK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def replies(config: Config, stacking: str, round: int = 2) -> dict[str, ClientUpdate | Failure]:
+    """What the clients of a round send, from a state that one real round has reached (so that B is not zero)."""
+    built = simulation.build(config)
+    state = federation.start(built)
+    for number in (1, round):
+        jobs, _ = federation.dispatch(built, state, number)
+        plan = plan_round(config.train, number, 5, 0)
+        engine = replace(built.engine, stacking=stacking if number == round else "never")
+        got = list(engine.train(jobs, plan))
+        if number == 1:
+            state = built.method.aggregate(state, got)
+    built.engine.model.close()
+    return {reply.client: reply for reply in got}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"train": {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9}},
+        {"train": {"weight_decay": 0.1}},
+        {"train": {"proximal_mu": 0.5, "optimizer": "sgd", "learning_rate": 0.05}},
+        {"train": {"local_steps": 0, "local_epochs": 2, "batch_size": 32}, "data": {}},
+        {"method": {"name": "ffa_lora"}},
+        {"lora": {"scaling": "standard", "alpha": 16.0}},
+        {"model": {"name": "digits-transformer"}},
+    ],
+    ids=["adamw", "momentum", "weight decay", "fedprox", "unequal epochs", "only B", "alpha over r", "transformer"],
+)
+def test_side_by_side_equals_one_by_one(change: dict) -> None:
+    config = MLP.replace(**change)
+    one_by_one, side_by_side = replies(config, "never"), replies(config, "always")
+    assert one_by_one.keys() == side_by_side.keys()
+    assert len(one_by_one) == 8
+    for client, update in one_by_one.items():
+        other = side_by_side[client]
+        assert other.num_examples == update.num_examples
+        assert other.metrics["steps"] == update.metrics["steps"]
+        assert other.metrics["loss"] == pytest.approx(update.metrics["loss"], rel=1e-5)
+        for name, layer in update.adapter.layers.items():
+            stack = other.adapter.layers[name]
+            assert stack.scaling == layer.scaling
+            torch.testing.assert_close(stack.A, layer.A, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(stack.B, layer.B, rtol=1e-3, atol=1e-5)
+
+
+def test_epochs_of_unequal_clients_are_unequal() -> None:
+    """What the case above is about: clients that leave the stack at different steps."""
+    config = MLP.replace(train={"local_steps": 0, "local_epochs": 2, "batch_size": 32})
+    steps = {reply.metrics["steps"] for reply in replies(config, "always").values()}
+    assert len(steps) > 2
+
+
+def test_a_stack_is_cut_where_memory_would_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = replies(MLP, "always")
+    monkeypatch.setattr(stacked, "MOST_EXAMPLES", 3 * MLP.train.batch_size)  # three clients at a time
+    cut = replies(MLP, "always")
+    for client, update in whole.items():
+        for name, layer in update.adapter.layers.items():
+            torch.testing.assert_close(cut[client].adapter.layers[name].B, layer.B, rtol=1e-3, atol=1e-5)
+
+
+def test_a_client_that_diverges_leaves_the_others_alone() -> None:
+    """One client starts from factors so large that its loss overflows; the others end as they would without it."""
+    built = simulation.build(MLP)
+    jobs, _ = federation.dispatch(built, federation.start(built), 1)
+    layer = jobs[3].download.adapter.layers["fc1"]
+    huge = layer.with_factors(layer.A * 1e30, layer.B + 1e30)
+    download = replace(
+        jobs[3].download, adapter=replace(jobs[3].download.adapter, layers={**jobs[3].download.adapter.layers, "fc1": huge})
+    )
+    broken = [*jobs[:3], replace(jobs[3], download=download), *jobs[4:]]
+    plan = plan_round(MLP.train, 1, 5, 0)
+    engine = replace(built.engine, stacking="always")
+    good = {reply.client: reply for reply in engine.train(jobs, plan)}
+    bad = {reply.client: reply for reply in engine.train(broken, plan)}
+    built.engine.model.close()
+    name = jobs[3].client.name
+    assert isinstance(bad[name], Failure)
+    assert "lower train.learning_rate" in bad[name].reason
+    for client in good.keys() - {name}:
+        for layer_name, layer in good[client].adapter.layers.items():
+            torch.testing.assert_close(bad[client].adapter.layers[layer_name].B, layer.B, rtol=1e-3, atol=1e-6)
+
+
+def test_a_trained_head_goes_one_by_one() -> None:
+    built = simulation.build(MLP.replace(model={"head": "trained"}))
+    jobs, _ = federation.dispatch(built, federation.start(built), 1)
+    assert not stacked.possible(built.engine.model, jobs)
+    built.engine.model.close()
+
+
+def test_the_choice_is_a_matter_of_size_and_can_be_forced(tmp_path: Path) -> None:
+    built = simulation.build(MLP)
+    assert stacked.worthwhile(built.engine.model)
+    built.engine.model.close()
+    big = torch.nn.Linear(1000, 1000)
+    assert not stacked.worthwhile(type("Model", (), {"module": big})())
+    with pytest.raises(ConfigError, match=r"run.stacking: expected one of auto, always, never, got 'maybe'"):
+        MLP.replace(run={"stacking": "maybe"})
+
+
+def test_losses_are_means_over_each_clients_own_batch() -> None:
+    """Clients of 3 and 40 examples, batches of 16: the small one's mean is over its 3, repeats weigh nothing."""
+    built = simulation.build(MLP)
+    jobs, _ = federation.dispatch(built, federation.start(built), 1)
+    examples = [np.arange(3), np.arange(40)]
+    pair = [replace(jobs[0], num_examples=3), replace(jobs[1], num_examples=40)]
+    plan = plan_round(replace(MLP.train, local_steps=1), 1, 5, 0)
+    told = {reply.client: reply.metrics["loss"] for reply in stacked.train(built.engine.model, pair, examples, plan)}
+    task = built.engine.model.task
+    built.engine.model.apply(jobs[0].download.adapter)  # B is zero at the start: every client sees the base model
+    with torch.no_grad():
+        index = torch.arange(3)
+        expected = task.losses(task.module(**task.train.inputs.batch(index)), task.train.labels[index]).mean()
+    built.engine.model.close()
+    assert told[jobs[0].client.name] == pytest.approx(float(expected), rel=1e-6)
