@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,11 @@ import torch
 from anyrank import federation, methods, simulation
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.cohort import Population
-from anyrank.config import Config
+from anyrank.config import Config, PartitionConfig
 from anyrank.engines.base import Job
 from anyrank.errors import ConfigError, ModelError, RunFailed
 from anyrank.local import Plan, plan_round
+from anyrank.partition import Shards
 from anyrank.records import ClientUpdate, Failure, Scaling
 from anyrank.rundir import RunDir
 
@@ -58,7 +58,7 @@ class Script:
 def build(tmp_path: Path, engine: Script, sizes: Sequence[int] = (3, 1, 2, 4), ranks=(1, 2, 2, 4), method="rbla", **run):
     config = Config().replace(run={"rounds": 2, **run}, clients={"count": len(sizes), "participation": 1.0})
     edges = np.cumsum([0, *sizes])
-    shards = [np.arange(low, high) for low, high in itertools.pairwise(edges)]
+    shards = Shards(np.arange(edges[-1]), edges)
     population = Population(np.array(ranks), shards, len(sizes), config.run.seed)
     built = federation.Federation(config, methods.make(method), population, engine)
     return built, RunDir.open(tmp_path / "run", config)
@@ -181,13 +181,13 @@ MLP = Config().replace(model={"name": "digits-mlp"}, run={"rounds": 3})
 
 
 def test_ten_thousand_registered_clients_are_a_config_like_any_other(tmp_path: Path) -> None:
-    """Examples are few here, so most clients have none; what counts is that nothing grows with those that are not drawn."""
-    shards = [np.arange(20)] * 10_000
-    population = Population(np.resize([2, 4, 8], 10_000), shards, 10, seed=0)
-    built = simulation.build(MLP)
-    built = replace(built, population=population, engine=replace(built.engine, shards=shards))
-    summary = federation.run(built, RunDir.open(tmp_path / "run", MLP))
-    assert summary["clients"] == 10_000
+    """Nothing that is kept or written grows with the clients that are not drawn."""
+    config = MLP.replace(
+        clients={"count": 10_000, "participation": 0.001, "ranks": (2, 4, 8)},
+        data={"partition": PartitionConfig(kind="sampled", examples_per_client=30)},
+    )
+    summary = simulation.execute(config, tmp_path / "run")
+    assert (summary["clients"], summary["cohort"]) == (10_000, 10)
     assert len(rows(tmp_path, "clients.jsonl")) == 3 * 10
     size = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoint").iterdir())
     assert size < 2 * 4 * 8 * (128 + 128) + 4_000, "the checkpoint holds one adapter of rank 8 and nothing for each client"

@@ -13,6 +13,8 @@ from anyrank.config import PARTITIONS, PartitionConfig
 from anyrank.errors import DataError
 from anyrank.partition import Shards, _proportional, partition
 
+SPLITS = tuple(kind for kind in PARTITIONS if kind != "sampled")  # in which every example goes to exactly one client
+
 
 def labels_of(counts):
     """Labels `[n]`, shuffled, with `counts[l]` examples of label l."""
@@ -38,7 +40,7 @@ def splits(draw):
     counts = draw(st.lists(st.integers(1, 40), min_size=2, max_size=8))
     labels = labels_of(counts)
     clients = draw(st.integers(1, min(len(labels), 30)))
-    kind = draw(st.sampled_from(PARTITIONS))
+    kind = draw(st.sampled_from(SPLITS))
     at_least = -(-len(counts) // clients)  # labels a client, so that every label is held
     k = draw(st.integers(at_least, len(counts)))
     alpha = draw(st.sampled_from([0.01, 0.1, 0.5, 1.0, 100.0]))
@@ -68,7 +70,7 @@ def test_another_seed_gives_another_split(kind):
     assert (one.order != other.order).any()
 
 
-@pytest.mark.parametrize("kind", PARTITIONS)
+@pytest.mark.parametrize("kind", SPLITS)
 def test_more_clients_than_examples_is_refused(kind):
     with pytest.raises(DataError, match=r"clients.count = 5: more clients than the 4 training examples"):
         partition(config(kind, min_examples=0), labels_of([2, 2]), 5, 0, {"site": np.array(list("abcd"), dtype=object)})
@@ -238,3 +240,41 @@ def test_columns_that_do_not_fit_are_refused():
         partition(config("column"), np.zeros(3, dtype=int), 2, 0)
     with pytest.raises(DataError, match="1 examples have no value"):
         partition(config("column"), np.zeros(3, dtype=int), 2, 0, {"site": np.array(["a", "", "b"], dtype=object)})
+
+
+# --- sampled ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_million_clients_cost_what_one_does() -> None:
+    """Nothing is made until it is asked for, and then for that client alone; asked again, it is the same."""
+    labels = np.arange(200) % 10
+    shards = partition(PartitionConfig(kind="sampled", examples_per_client=12, alpha=0.3), labels, 1_000_000, seed=1)
+    assert len(shards) == 1_000_000
+    own = shards[987_654]
+    assert len(own) == len(set(own.tolist())) == 12
+    assert own.tolist() == sorted(own.tolist())
+    np.testing.assert_array_equal(shards[987_654], own)
+    assert shards[987_653].tolist() != own.tolist()
+    assert shards.sizes.sum() == 12_000_000
+
+
+def test_sampled_labels_are_as_skewed_as_alpha_says() -> None:
+    """At alpha 0.05 most clients see one or two labels, at alpha 1000 nearly all ten of them."""
+    labels = np.arange(5000) % 10
+    seen = {}
+    for alpha in (0.05, 1000.0):
+        shards = partition(PartitionConfig(kind="sampled", examples_per_client=40, alpha=alpha), labels, 200, seed=1)
+        seen[alpha] = np.mean([len(np.unique(labels[shards[client]])) for client in range(200)])
+    assert seen[0.05] < 3
+    assert seen[1000.0] > 9
+
+
+def test_a_rare_label_runs_out_and_others_fill_up() -> None:
+    """Two labels, one with a single example: a client of 5 has 5 different ones all the same."""
+    shards = partition(PartitionConfig(kind="sampled", examples_per_client=5, alpha=0.01), np.array([0] * 9 + [1]), 50, seed=0)
+    assert all(len(set(shards[client].tolist())) == 5 for client in range(50))
+
+
+def test_more_examples_than_there_are_cannot_be_drawn() -> None:
+    with pytest.raises(DataError, match="the data has 10 training examples"):
+        partition(PartitionConfig(kind="sampled", examples_per_client=11), np.zeros(10, dtype=int), 3, seed=0)

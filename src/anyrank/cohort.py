@@ -22,6 +22,28 @@ class Shards(Protocol):
 
     def __getitem__(self, client: int) -> np.ndarray: ...
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples of each client, `[clients]`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The shards of a single client that holds `examples`."""
+
+    examples: np.ndarray
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, client: int) -> np.ndarray:
+        return self.examples
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.array([len(self.examples)])
+
 
 @dataclass(frozen=True, eq=False)
 class Population:
@@ -58,8 +80,8 @@ class Population:
 
     def pooled(self) -> Population:
         """One client of the largest rank that has everybody's examples."""
-        everything = np.sort(np.concatenate([self.shards[i] for i in range(len(self))]))
-        return Population(np.array([self.ranks.max()]), [everything], 1, self.seed, (POOLED,))
+        everything = np.unique(np.concatenate([self.shards[i] for i in range(len(self))]))
+        return Population(np.array([self.ranks.max()]), Whole(everything), 1, self.seed, (POOLED,))
 
 
 def populate(config: ClientsConfig, shards: Shards, seed: int) -> Population:

@@ -17,7 +17,7 @@ from typing import Any
 
 from anyrank.errors import ConfigError, nearest
 
-PARTITIONS = ("iid", "dirichlet", "pathological", "staircase", "quantity", "column")
+PARTITIONS = ("iid", "dirichlet", "pathological", "staircase", "quantity", "column", "sampled")
 RANK_ORDERS = ("shuffled", "cycled", "rising")
 HEADS = ("trained", "frozen", "label-names")
 TASKS = ("image-classification", "text-classification")
@@ -73,13 +73,15 @@ class ModelConfig:
 @dataclass(frozen=True)
 class PartitionConfig:
     """`[data.partition]`: how training examples fall to clients. `alpha` for dirichlet and quantity, `labels_per_client` for
-    pathological, `column` for column; a split that leaves a client below `min_examples` is an error.
+    pathological, `column` for column; a split that leaves a client below `min_examples` is an error. `sampled` is no split:
+    each client draws `examples_per_client` of all examples, with label skew `alpha`, when it first takes part.
     """
 
     kind: str = "dirichlet"
     alpha: float = 0.5
     labels_per_client: int = 2
     column: str = ""
+    examples_per_client: int = 0
     min_examples: int = 1
 
     def __post_init__(self) -> None:
@@ -87,6 +89,10 @@ class PartitionConfig:
         _expect(self.alpha > 0, "data.partition.alpha", "a number above 0", self.alpha)
         _expect(self.labels_per_client >= 1, "data.partition.labels_per_client", "at least 1", self.labels_per_client)
         _expect(self.min_examples >= 0, "data.partition.min_examples", "at least 0", self.min_examples)
+        wanted = "set (at least 1) just with kind = 'sampled'"
+        sampled = self.kind == "sampled"
+        right = self.examples_per_client >= 1 if sampled else self.examples_per_client == 0
+        _expect(right, "data.partition.examples_per_client", wanted, self.examples_per_client)
         _expect(
             bool(self.column) == (self.kind == "column"), "data.partition.column", "set just with kind = 'column'", self.column
         )

@@ -59,9 +59,45 @@ class Shards:
         return np.diff(self.offsets)
 
 
+@dataclass(frozen=True, eq=False)
+class SampledShards:
+    """Clients that draw from all examples, each by a key of its own and only when asked: a million clients cost what one does.
+
+    Client `c` holds `size` different examples; its label proportions are drawn from Dirichlet(`alpha`). Clients may share
+    examples. `by_label`: the indices of each label's examples.
+    """
+
+    by_label: tuple[np.ndarray, ...]
+    clients: int
+    size: int
+    alpha: float
+    seed: int
+
+    def __len__(self) -> int:
+        return self.clients
+
+    def __getitem__(self, client: int) -> np.ndarray:
+        """The client's examples, sorted, int64."""
+        if not 0 <= client < len(self):
+            raise IndexError(f"client {client}: expected 0 to {len(self) - 1}")
+        rng = keys.rng(self.seed, "partition", client)
+        wanted = rng.multinomial(self.size, rng.dirichlet(np.full(len(self.by_label), self.alpha)))
+        drawn = [rng.permutation(group)[:count] for group, count in zip(self.by_label, wanted, strict=True)]
+        chosen = np.concatenate(drawn)
+        if len(chosen) < self.size:  # a label has fewer examples than were drawn of it: the rest come from anywhere
+            others = np.setdiff1d(np.concatenate(self.by_label), chosen)
+            chosen = np.concatenate([chosen, rng.choice(others, self.size - len(chosen), replace=False)])
+        return np.sort(chosen).astype(np.int64)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples of each client, `[clients]`."""
+        return np.full(self.clients, self.size)
+
+
 def partition(
     config: PartitionConfig, labels: Any, num_clients: int, seed: int, columns: Mapping[str, np.ndarray] = _EMPTY
-) -> Shards:
+) -> Shards | SampledShards:
     """Split examples over clients as `config.kind` says; `labels` `[n]` (array or tensor) are whole numbers from 0.
 
     * `iid`: shuffled and dealt out evenly.
@@ -70,6 +106,7 @@ def partition(
     * `pathological`: each client is given `labels_per_client` labels, the least given out first; holders share a label equally.
     * `staircase`: client i of K holds the labels 0 … ceil((i+1)·L/K)-1, as RBLA's clients do; holders share a label equally.
     * `quantity`: sizes in proportions from Dirichlet(`alpha`), labels as they come.
+    * `sampled`: no split, see `SampledShards`: for federations of more clients than there are examples.
     * `column`: one client a distinct value of `config.column`; with more values than clients the values, in order, are dealt
       round to the clients.
 
@@ -78,8 +115,13 @@ def partition(
     clients, though never more clients than examples.
     """
     labels = np.asarray(labels).astype(np.int64)
+    if config.kind == "sampled":
+        return _sampled(config, labels, num_clients, seed)
     if num_clients > len(labels):
-        raise DataError(f"clients.count = {num_clients}: more clients than the {len(labels)} training examples; lower it")
+        raise DataError(
+            f"clients.count = {num_clients}: more clients than the {len(labels)} training examples; lower it, or let clients "
+            "share examples: data.partition.kind = 'sampled'"
+        )
     rng = keys.rng(seed, "partition")
     draw = _KINDS[config.kind]
     for _ in range(_ATTEMPTS if config.kind in ("dirichlet", "quantity") else 1):
@@ -92,6 +134,15 @@ def partition(
         f"least {config.min_examples}; {_MENDS[config.kind]}lower clients.count or data.partition.min_examples "
         "(0 permits empty clients)"
     )
+
+
+def _sampled(config: PartitionConfig, labels: np.ndarray, clients: int, seed: int) -> SampledShards:
+    if config.examples_per_client > len(labels):
+        raise DataError(
+            f"data.partition.examples_per_client = {config.examples_per_client}: the data has {len(labels)} training examples; "
+            "lower it"
+        )
+    return SampledShards(tuple(_by_label(labels)), clients, config.examples_per_client, config.alpha, seed)
 
 
 def _iid(config: PartitionConfig, labels: np.ndarray, clients: int, rng: np.random.Generator, columns: Mapping) -> np.ndarray:

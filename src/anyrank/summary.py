@@ -25,7 +25,7 @@ def summarize(federation: Federation, start: tuple[float, float], metrics: Seque
     config, method, population = federation.config, federation.method, federation.population
     scored = [row for row in metrics if row["accuracy"] is not None]
     accuracies = [row["accuracy"] for row in scored]
-    sizes = [len(population.shards[index]) for index in range(len(population))]
+    sizes = population.shards.sizes
     return {
         "name": config.run.name,
         "label": label(method.name, config.clients.ranks, population),
@@ -48,7 +48,7 @@ def summarize(federation: Federation, start: tuple[float, float], metrics: Seque
         "clients": len(population),
         "cohort": population.cohort_size,
         "ranks": count_ranks(population.ranks),
-        "examples": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
+        "examples": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
         "rejected": sum(row["rejected"] for row in metrics),
         **federation.facts,
         "versions": versions(),
