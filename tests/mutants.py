@@ -48,7 +48,7 @@ MISTAKES = (
     Mistake("scaling dropped in products", "lowrank.py", "(layer.scaling * weights)", "(1.0 * weights)"),
     Mistake("scaling dropped in averaged factors", "methods/base.py", "math.sqrt(layer.scaling) * w[:", "w[:"),
     Mistake("scaling dropped in the SVD share", "methods/base.py", "U * (S / layer.scaling))", "U * S)"),
-    Mistake("scaling dropped in FFA's columns", "methods/ffa_lora.py", "(sent.scaling / layer.scaling)", "1.0"),
+    Mistake("scaling dropped in the mean of B", "methods/base.py", "(sent.scaling / layer.scaling)", "1.0"),
     Mistake("download not rescaled", "methods/base.py", "ratio = layer.scaling / scaling", "ratio = 1.0"),
     Mistake("alpha / sqrt(r) for alpha / r", "records.py", '"standard": alpha / rank', '"standard": alpha / math.sqrt(rank)'),
     # weights
@@ -78,7 +78,9 @@ MISTAKES = (
     Mistake("pad with A that is dead", "methods/base.py", "torch.cat([layer.A, fresh])", "torch.cat([layer.A, 0 * fresh])"),
     Mistake("empty slice zeroed by raFLoRA", "methods/raflora.py", 'if self.empty_slice == "keep"', "if False"),
     Mistake("empty slice zeroed by RBLA", "methods/rbla.py", 'previous if self.empty_slice == "keep" else None', "None"),
-    Mistake("empty slice zeroed by FFA", "methods/ffa_lora.py", "(weights.sum(dim=0) == 0)", "0"),
+    Mistake(
+        "empty slice zeroed by FFA", "methods/base.py", "layer.B.double() * (weights.sum(dim=0) == 0)", "0 * layer.B.double()"
+    ),
     # FFA-LoRA
     Mistake("B frozen instead of A", "methods/ffa_lora.py", 'train = frozenset({"B"})', 'train = frozenset({"A"})'),
     Mistake(
@@ -87,6 +89,27 @@ MISTAKES = (
         "return layer.with_factors(layer.A, B)",
         'return layer.with_factors(init_a(layer.rank, layer, keys.generator(state.seed, "a", state.round)), B)',
     ),
+    # the other methods
+    Mistake("the base forgets earlier rounds", "methods/base.py", "lowrank.stack([lowrank.of_layer(before), total])", "total"),
+    Mistake(
+        "the base grows without end", "methods/base.py", "if total.left.shape[1] * (out + width) > out * width:", "if False:"
+    ),
+    Mistake(
+        "FedEx's residual of the other sign",
+        "methods/fedex.py",
+        "lowrank.difference(weighted_product(parts, weights), lowrank.of_layer(layer))",
+        "lowrank.difference(lowrank.of_layer(layer), weighted_product(parts, weights))",
+    ),
+    Mistake("RoLoRA's turns swapped", "methods/rolora.py", '"BA"[state.round % 2]', '"AB"[state.round % 2]'),
+    Mistake("FedSA hands out one B", "methods/fedsa.py", "(layer.A, own.layers[name].B)", "(layer.A, layer.B)"),
+    Mistake("FedSA's B counted as traffic", "records.py", "factors - self.private", "factors"),
+    Mistake("HetLoRA weighs by examples", "methods/hetlora.py", "if norms.any()", "if False"),
+    Mistake("HetLoRA forgets pruned ranks", "methods/hetlora.py", "if known is not None:", "if False:"),
+    Mistake("HetLoRA prunes whatever grew", "local.py", "if after[name] < before[name]", "if after[name] > before[name]"),
+    Mistake("FLoRIST counts values, not energy", "methods/florist.py", "torch.cumsum(S**2, dim=0)", "torch.cumsum(S, dim=0)"),
+    Mistake("LoRA-FAIR's penalty halved", "methods/lora_fair.py", "B @ Q, 2 * penalty", "B @ Q, penalty"),
+    Mistake("FedSVD loses S", "methods/fedsvd.py", "_complete(layer, Vt, U * S,", "_complete(layer, Vt, U,"),
+    Mistake("FedSVD's A not at right angles", "methods/fedsvd.py", "basis[known:]", "fresh"),
     # arithmetic, purity, folders, bytes, guard
     Mistake("averages in float32", "methods/base.py", "w[:, None] * layer.A.double()", "w[:, None] * layer.A.float()"),
     Mistake("products in float32", "lowrank.py", "weights), layer.A.double())", "weights), layer.A.float().double())"),
@@ -101,11 +124,13 @@ MISTAKES = (
     Mistake(
         "upload counts what is not trained",
         "records.py",
-        "factor_bytes(self.adapter, self.train)",
-        "factor_bytes(self.adapter, BOTH)",
+        "self._travelling(adapter or self.adapter, self.train)",
+        "self._travelling(adapter or self.adapter, BOTH)",
     ),
     Mistake("NaN let through by the guard", "guard.py", "if not torch.isfinite(got).all()", "if False"),
-    Mistake("untrained factors taken from the upload", "guard.py", 'if "A" in train else sent.A', "if True else sent.A"),
+    Mistake(
+        "untrained factors taken from the upload", "guard.py", 'if "A" in download.train else sent.A', "if True else sent.A"
+    ),
 )
 
 

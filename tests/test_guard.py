@@ -10,7 +10,7 @@ import torch
 
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.guard import Rejected, admit
-from anyrank.records import BOTH, ClientUpdate, Download
+from anyrank.records import BOTH, ClientUpdate, Download, Pruning
 
 
 def adapter(value: float = 1.0, rank: int = 2, scaling: float = 0.5, dtype=torch.float32, layer: str = "fc") -> Adapter:
@@ -113,3 +113,46 @@ def test_kind_kernel_and_config_are_the_servers():
     admitted = admit(update(Adapter({"fc": conv}, sent.tensors, {"task_type": "EVIL"})), download(), "ada", 10)
     assert admitted.adapter.layers["fc"].kind == "linear"
     assert admitted.adapter.config == {}
+
+
+# --- pruned ranks ------------------------------------------------------------------------------------------------------
+
+
+def cut(adapter: Adapter, rank: int) -> Adapter:
+    layers = {name: la.with_factors(la.A[:rank], la.B[:, :rank]) for name, la in adapter.layers.items()}
+    return replace(adapter, layers=layers)
+
+
+def prunable(rank: int, gamma: float = 0.5, min_rank: int = 1) -> Download:
+    return replace(download(), adapter=adapter(rank=rank), pruning=Pruning(gamma, 0.0, min_rank))
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(4, 2), (5, 2), (3, 1)])
+def test_a_client_that_may_prune_comes_back_at_its_own_rank_or_at_the_one_that_pruning_leaves(rank, kept):
+    for came in (rank, kept):
+        admitted = admit(update(cut(adapter(2.0, rank=rank), came)), prunable(rank), "ada", 10)
+        assert admitted.adapter.ranks == {"fc": came}
+        assert admitted.adapter.layers["fc"].scaling == 0.5
+
+
+@pytest.mark.parametrize("came", [1, 3, 5])
+def test_no_other_rank_is_admitted(came):
+    with pytest.raises(Rejected, match=rf"layer fc, A: expected .*\(4, 4\), got .*\({came}, 4\)"):
+        admit(update(adapter(2.0, rank=came)), prunable(4), "ada", 10)
+
+
+def test_nobody_prunes_below_the_least_rank():
+    with pytest.raises(Rejected, match=r"layer fc, A: expected"):
+        admit(update(cut(adapter(2.0, rank=4), 2)), prunable(4, min_rank=3), "ada", 10)
+    with pytest.raises(Rejected, match=r"layer fc, A: expected"):
+        admit(update(cut(adapter(2.0, rank=3), 2)), prunable(3, min_rank=3), "ada", 10)
+
+
+def test_a_pruned_factor_is_checked_like_any_other():
+    half = cut(adapter(2.0, rank=4), 2).layers["fc"]
+    lopsided = LoraLayer(half.A, torch.ones(2, 2), 0.5)
+    with pytest.raises(Rejected, match=r"layer fc, B: expected .*\(3, 2\), got .*\(2, 2\)"):
+        admit(update(replace(adapter(2.0), layers={"fc": lopsided})), prunable(4), "ada", 10)
+    spoiled = half.with_factors(half.A * math.nan, half.B)
+    with pytest.raises(Rejected, match="holds NaN"):
+        admit(update(replace(adapter(2.0), layers={"fc": spoiled})), prunable(4), "ada", 10)

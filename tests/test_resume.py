@@ -33,17 +33,17 @@ name = "METHOD"
 # Each moment is a patch that runs in the child before the command; `die` is what kill -9 is from inside.
 PRELUDE = """
 import itertools, os, signal, sys
-import anyrank.rundir as rundir, anyrank.engines.inprocess as inprocess, anyrank.adapter as adapter
+import anyrank.rundir as rundir, anyrank.optimizers as optimizers, anyrank.adapter as adapter
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 calls = itertools.count(1)
 """
 MOMENTS = {
-    "while a client of round 3 trains": """
-train = inprocess.local.train
-def patched(*a):
-    if a[4].round == 3 and next(calls) == 2: die()
-    return train(*a)
-inprocess.local.train = patched
+    "while the clients of round 3 train": """
+step = optimizers.Optimizer.step
+def patched(self):
+    if next(calls) == 8: die()  # three steps a round
+    step(self)
+optimizers.Optimizer.step = patched
 """,
     "half way through a line of metrics.jsonl": """
 append = rundir.RunDir._append

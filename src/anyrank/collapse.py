@@ -18,9 +18,16 @@ from anyrank.adapter import Adapter
 Spectra = Mapping[str, Tensor]
 
 
-def spectra(adapter: Adapter) -> dict[str, Tensor]:
-    """`{layer: singular values of scaling * B @ A}`, each `[min(rank, in, out)]`, falling, float64."""
-    return {name: lowrank.spectrum(lowrank.of_layer(layer)) for name, layer in sorted(adapter.layers.items())}
+def spectra(adapter: Adapter, merged: Adapter | None = None) -> dict[str, Tensor]:
+    """`{layer: singular values of scaling * B @ A}`, each `[min(rank, in, out)]`, falling, float64.
+
+    `merged`: what has gone into the base model counts along with it, since users run the sum.
+    """
+    found = {}
+    for name, layer in sorted(adapter.layers.items()):
+        into_base = [merged.layers[name]] if merged and name in merged.layers else []
+        found[name] = lowrank.spectrum(lowrank.stack([lowrank.of_layer(part) for part in (layer, *into_base)]))
+    return found
 
 
 def energy(values: Tensor) -> float:

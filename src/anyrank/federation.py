@@ -123,8 +123,8 @@ def measure(federation: Federation, state: ServerState, jobs: Sequence[Job], col
     config, served = federation.config, federation.method.served(state)
     scored = state.round % config.eval.every == 0 or state.round == config.run.rounds
     accuracy, loss = score(federation, state) if scored else (None, None)
-    spectra = collapse.spectra(served["global"]) if "global" in served else None
-    used = {update.client for update in collected.updates}
+    spectra = collapse.spectra(served["global"], state.merged) if "global" in served else None
+    uploads = {update.client: update.adapter for update in collected.updates}
     losses = [update.metrics["loss"] for update in collected.updates if "loss" in update.metrics]
     smallest = federation.population.levels()[0]
     return {
@@ -135,7 +135,7 @@ def measure(federation: Federation, state: ServerState, jobs: Sequence[Job], col
         "collapse": collapse.energy_beyond(spectra, smallest) if spectra else None,
         "effective_rank": collapse.effective_rank(spectra) if spectra else None,
         "spectrum": {name: [float(f"{v:.6g}") for v in values] for name, values in spectra.items()} if spectra else None,
-        "upload_bytes": sum(job.download.upload_bytes() for job in jobs if job.client.name in used),
+        "upload_bytes": sum(job.download.upload_bytes(uploads[name]) for job in jobs if (name := job.client.name) in uploads),
         "download_bytes": sum(job.download.download_bytes() for job in jobs),
         "clients": len(collected.updates),
         "rejected": collected.count("rejected", "failed"),
@@ -150,7 +150,8 @@ def score(federation: Federation, state: ServerState) -> tuple[float, float]:
 
 
 def shares(federation: Federation, state: ServerState) -> dict[str, Any]:
-    """The adapters that a finished run leaves: the global one, and what a client of each rank gets."""
+    """The adapters that a finished run leaves: the global one, what a client of each rank gets, what is in the base model."""
     ranks = {f"adapter-rank-{rank}": rank for rank in federation.population.levels()}
     by_rank = {folder: federation.method.dispatch(state, Client(folder, rank)).adapter for folder, rank in ranks.items()}
-    return {"adapter": state.adapter, **by_rank}
+    into_base = {"base-update": state.merged} if state.merged else {}
+    return {"adapter": state.adapter, **by_rank, **into_base}

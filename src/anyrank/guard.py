@@ -20,8 +20,9 @@ class Rejected(AnyRankError):
 def admit(update: ClientUpdate, download: Download, client: str, num_examples: int) -> ClientUpdate:
     """The part of `update` that the server believes: the trained factors, under the server's own name, rank and weight.
 
-    Whatever the download did not ask to train is taken from the download itself. Raises `Rejected` for an upload from
-    somebody else, other layers or tensors than were sent, other shapes or dtypes, values or metrics that are not finite.
+    Whatever the download did not ask to train is taken from the download itself. Where the download allows pruning, a layer
+    may come back at exactly the rank that pruning leaves. Raises `Rejected` for an upload from somebody else, other layers or
+    tensors than were sent, other shapes or dtypes, values or metrics that are not finite.
     """
     if update.client != client:
         raise Rejected(f"expected an update of {client}, got one of {update.client or 'nobody'}")
@@ -33,7 +34,7 @@ def admit(update: ClientUpdate, download: Download, client: str, num_examples: i
     for key, value in update.metrics.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise Rejected(f"metric {key}: expected a finite number, got {value!r}")
-    layers = {name: _layer(name, sent.layers[name], got.layers[name], download.train) for name in sorted(sent.layers)}
+    layers = {name: _layer(name, sent.layers[name], got.layers[name], download) for name in sorted(sent.layers)}
     tensors = {name: _tensor(name, sent.tensors[name], got.tensors[name]) for name in sorted(sent.tensors)}
     return replace(update, adapter=Adapter(layers, tensors, sent.config))
 
@@ -44,11 +45,13 @@ def _same_names(what: str, sent, got) -> None:
         raise Rejected(f"{what} differ from what was sent: missing {lacking[:3] or 'none'}, unknown {strange[:3] or 'none'}")
 
 
-def _layer(name: str, sent: LoraLayer, got: LoraLayer, train: frozenset[str]) -> LoraLayer:
+def _layer(name: str, sent: LoraLayer, got: LoraLayer, download: Download) -> LoraLayer:
     if got.scaling != sent.scaling:
         raise Rejected(f"layer {name}: expected scaling {sent.scaling}, got {got.scaling}")
-    A = _tensor(f"layer {name}, A", sent.A, got.A) if "A" in train else sent.A
-    B = _tensor(f"layer {name}, B", sent.B, got.B) if "B" in train else sent.B
+    if download.pruning and got.rank == (kept := download.pruning.kept(sent.rank)):
+        sent = sent.with_factors(sent.A[:kept], sent.B[:, :kept])
+    A = _tensor(f"layer {name}, A", sent.A, got.A) if "A" in download.train else sent.A
+    B = _tensor(f"layer {name}, B", sent.B, got.B) if "B" in download.train else sent.B
     return sent.with_factors(A, B)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyrank import keys
+from anyrank.adapter import Adapter
 from anyrank.config import TrainConfig
 from anyrank.errors import RunFailed
 from anyrank.models import LoraModel
-from anyrank.records import ClientUpdate, Download
+from anyrank.optimizers import Optimizer
+from anyrank.records import ClientUpdate, Download, Pruning
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ def train(model: LoraModel, client: str, download: Download, examples: np.ndarra
     """
     parameters = model.load(download)
     start = [parameter.detach().clone() for parameter in parameters] if plan.config.proximal_mu else []
-    optimizer = make_optimizer(parameters, plan)
+    tails = _tails(model, download.pruning)
+    optimizer = Optimizer(parameters, plan.config, plan.learning_rate)
     losses = []
     for step, index in enumerate(batches(len(examples), plan, client), 1):
         index = torch.from_numpy(examples[index])
@@ -51,11 +55,17 @@ def train(model: LoraModel, client: str, download: Download, examples: np.ndarra
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise RunFailed(diverged(losses[-1], step))
-        (loss + _proximal(parameters, start, plan.config.proximal_mu) if start else loss).backward()
+        if start:
+            loss = loss + _proximal(parameters, start, plan.config.proximal_mu)
+        if download.pruning:
+            loss = loss + download.pruning.penalty * sum(_tails(model, download.pruning).values())
+        loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     metrics = {"loss": sum(losses) / len(losses), "steps": len(losses)}
-    return ClientUpdate(model.read(download), len(examples), client, metrics)
+    adapter = model.read(download)
+    if download.pruning:
+        adapter = _prune(adapter, tails, _tails(model, download.pruning), download.pruning)
+    return ClientUpdate(adapter, len(examples), client, metrics)
 
 
 def batches(num_examples: int, plan: Plan, client: str) -> list[np.ndarray]:
@@ -75,15 +85,28 @@ def diverged(loss: float, step: int) -> str:
     return f"loss is {loss} at local step {step}; lower train.learning_rate"
 
 
-def make_optimizer(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-    config = plan.config
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    common = {"lr": plan.learning_rate, "weight_decay": config.weight_decay, "fused": fused}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **common)
-    return torch.optim.AdamW(parameters, **common)
-
-
-def _proximal(parameters: list[nn.Parameter], start: list[Tensor], mu: float) -> Tensor:
+def _proximal(parameters: list[Tensor], start: list[Tensor], mu: float) -> Tensor:
     """FedProx (Li et al. 2020, equation 2): `mu / 2 * |w - w_global|^2` over everything trained."""
     return mu / 2 * sum(((now - then) ** 2).sum() for now, then in zip(parameters, start, strict=True))
+
+
+def _tails(model: LoraModel, pruning: Pruning | None) -> dict[str, Tensor]:
+    """`{layer: |B[:, tail]| * |A[tail]|}` of the slices that pruning would drop (HetLoRA)."""
+    norms = {}
+    for name in model.targets if pruning else ():
+        A, B = model.factors(name)
+        kept = pruning.kept(len(A))
+        if kept < len(A):
+            norms[name] = torch.linalg.vector_norm(B[:, kept:]) * torch.linalg.vector_norm(A[kept:])
+    return norms
+
+
+def _prune(adapter: Adapter, before: Mapping[str, Tensor], after: Mapping[str, Tensor], pruning: Pruning) -> Adapter:
+    """`adapter` without the tails that have become smaller."""
+    layers = dict(adapter.layers)
+    for name in after:
+        if after[name] < before[name]:
+            A, B = layers[name].A, layers[name].B
+            kept = pruning.kept(len(A))
+            layers[name] = layers[name].with_factors(A[:kept], B[:, :kept])
+    return replace(adapter, layers=layers)

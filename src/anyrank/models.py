@@ -79,10 +79,15 @@ class LoraModel:
         """The adapter as it stands in the module, in the form of `download`."""
         layers = {}
         for name, layer in download.adapter.layers.items():
-            A, B, _ = self._active[name][0]
+            A, B = self.factors(name)
             layers[name] = layer.with_factors(A.detach(), B.detach())
         tensors = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         return Adapter(layers, tensors, download.adapter.config)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of one target as they stand in the module, trained ones with their gradients."""
+        A, B, _ = self._active[name][0]
+        return A, B
 
     def apply(self, adapter: Adapter, merged: Adapter | None = None) -> None:
         """Put an adapter into the module for scoring; nothing of it is trained."""

@@ -10,6 +10,7 @@ from anyrank.adapter import Adapter
 from anyrank.errors import AdapterError, ConfigError
 
 BOTH = frozenset({"A", "B"})
+EVERYTHING = BOTH | {"tensors"}
 SCALING_RULES = ("constant", "standard", "rslora")
 
 
@@ -52,26 +53,55 @@ class Client:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """How a client may lower its own rank (HetLoRA): it presses on the slices past `kept(rank)`, the tail, and drops them
+    if that worked.
+
+    The local loss of each layer grows by `penalty * |B[:, tail]| * |A[tail]|` (Frobenius norms); a layer whose product of
+    norms is smaller after the training than it was before loses its tail.
+
+    >>> [Pruning(gamma=0.99, penalty=0.0, min_rank=2).kept(rank) for rank in (1, 2, 3, 32, 200)]
+    [1, 2, 2, 31, 198]
+    """
+
+    gamma: float
+    penalty: float
+    min_rank: int
+
+    def kept(self, rank: int) -> int:
+        """`max(min_rank, floor(gamma * rank))`, and never more than `rank`."""
+        return min(rank, max(self.min_rank, math.floor(self.gamma * rank)))
+
+
+@dataclass(frozen=True)
 class Download:
     """What a client gets to start its round from.
 
     `adapter` in the client's ranks; `slices` `{layer: which of the server's slices these are}`; `train`: the factors that
     the client trains and sends back; `send`: the factors that travel to it (FFA-LoRA's A comes from the seed instead);
-    `merged`: a low-rank sum that the client adds to its pristine base model for this round.
+    `private`: what of `A`, `B` and `tensors` stays with the client, so that it travels neither way; `merged`: a low-rank sum
+    that the client adds to its pristine base model for this round; `pruning`: how it may lower its rank, if at all.
     """
 
     adapter: Adapter
     slices: Mapping[str, tuple[int, ...]]
     train: frozenset[str] = BOTH
     send: frozenset[str] = BOTH
+    private: frozenset[str] = frozenset()
     merged: Adapter | None = None
+    pruning: Pruning | None = None
 
     def download_bytes(self) -> int:
         merged = factor_bytes(self.merged, BOTH) if self.merged else 0
-        return factor_bytes(self.adapter, self.send) + tensor_bytes(self.adapter) + merged
+        return self._travelling(self.adapter, self.send) + merged
 
-    def upload_bytes(self) -> int:
-        return factor_bytes(self.adapter, self.train) + tensor_bytes(self.adapter)
+    def upload_bytes(self, adapter: Adapter | None = None) -> int:
+        """Bytes of what comes back: `adapter`, or by default one of the download's own ranks."""
+        return self._travelling(adapter or self.adapter, self.train)
+
+    def _travelling(self, adapter: Adapter, factors: frozenset[str]) -> int:
+        tensors = 0 if "tensors" in self.private else tensor_bytes(adapter)
+        return factor_bytes(adapter, factors - self.private) + tensors
 
 
 @dataclass(frozen=True)

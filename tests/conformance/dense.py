@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.optimize
 
 
 class Held(NamedTuple):
@@ -121,6 +122,73 @@ def ffa_lora(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) 
     return first(slices)
 
 
+def hetlora(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
+    """As zero-padding, with the products' Frobenius norms for the examples."""
+    norms = [np.linalg.norm(u.layer.s * u.layer.B @ u.layer.A) for u in uploads]
+    return zeropad(held, [Upload(u.client, u.layer, norm) for u, norm in zip(uploads, norms, strict=True)], options)
+
+
+def mean_of_products(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
+    """`sum p_k s_k B_k A_k`, whole, for a client of any rank: in the base, or in base and adapter together."""
+    M = sum(u.n / examples(uploads) * u.layer.s * u.layer.B @ u.layer.A for u in uploads)
+    return lambda client, rank: M
+
+
+def rolora(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
+    """Means of both factors over the owners of each slice: of the one that was not trained, that is what it was."""
+    slices = []
+    for j in range(len(held.A)):
+        have = owners(uploads, j)
+        b = sum(u.n / examples(have) * u.layer.s * u.layer.B[:, j] for u in have)
+        a = sum(u.n / examples(have) * u.layer.A[j] for u in have)
+        slices.append(np.outer(b, a) if have else slice_of(held, j))
+    return first(slices)
+
+
+def fedsa(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
+    """The client's own B times the mean of A over the owners of each row; a row that nobody has stays."""
+    rows = []
+    for j in range(len(held.A)):
+        have = owners(uploads, j)
+        rows.append(sum(u.n / examples(have) * u.layer.A[j] for u in have) if have else held.A[j])
+    own = {u.client: u.layer.s * u.layer.B for u in uploads}
+    return lambda client, rank: own[client] @ np.array(rows)[:rank]
+
+
+def florist(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
+    """FlexLoRA's product, cut to the fewest singular values that hold the share `energy` of its energy."""
+    M = sum(u.n / examples(uploads) * u.layer.s * u.layer.B @ u.layer.A for u in uploads)
+    S = np.linalg.svd(M, compute_uv=False)
+    enough = next(p for p in range(1, len(S) + 1) if np.sum(S[:p] ** 2) >= options["energy"] * np.sum(S**2))
+    return truncated(truncated(M)("", min(enough, len(held.A))))
+
+
+def lora_fair(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
+    """RBLA's A and B, and the D at which the gradient of `1 - cos(W, (B + D) A) + penalty |D|^2` vanishes; W as raFLoRA's."""
+    A, B, W = np.zeros_like(held.A), np.zeros_like(held.B), np.zeros((held.B.shape[0], held.A.shape[1]))
+    for j in range(len(held.A)):
+        have = owners(uploads, j)
+        A[j] = sum(u.n / examples(have) * np.sqrt(u.layer.s / held.s) * u.layer.A[j] for u in have) if have else held.A[j]
+        B[:, j] = (
+            sum(u.n / examples(have) * np.sqrt(u.layer.s / held.s) * u.layer.B[:, j] for u in have) if have else held.B[:, j]
+        )
+        W += sum(u.n / examples(have) * slice_of(u.layer, j) for u in have) if have else slice_of(held, j)
+
+    def gradient(D: np.ndarray) -> np.ndarray:
+        D = D.reshape(B.shape)
+        X = held.s * (B + D) @ A
+        w, x, dot = np.linalg.norm(W), np.linalg.norm(X), np.sum(W * X)
+        return (held.s * (dot * X / (w * x**3) - W / (w * x)) @ A.T + 2 * options["penalty"] * D).ravel()
+
+    D = scipy.optimize.root(gradient, np.zeros(B.size), tol=1e-13).x.reshape(B.shape)
+    return first([slice_of(Held(A, B + D, held.s), j) for j in range(len(A))])
+
+
+def fedsvd(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
+    """FFA-LoRA's product, whose best part of rank r a client gets."""
+    return truncated(ffa_lora(held, uploads, options)("", len(held.A)))
+
+
 def local_only(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
     """Each client has what it trained."""
     own = {u.client: u.layer.s * u.layer.B @ u.layer.A for u in uploads}
@@ -135,5 +203,13 @@ DEFINITIONS: dict[str, Definition] = {
     "flexlora": flexlora,
     "raflora": raflora,
     "ffa_lora": ffa_lora,
+    "hetlora": hetlora,
+    "flora": mean_of_products,
+    "fedex": mean_of_products,
+    "rolora": rolora,
+    "fedsa": fedsa,
+    "florist": florist,
+    "lora_fair": lora_fair,
+    "fedsvd": fedsvd,
     "local-only": local_only,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,10 @@ from conformance.world import (
     Case,
     World,
     after_one_round,
+    after_rounds,
     changes,
     label,
+    turns,
     updates_of,
 )
 
@@ -73,9 +76,9 @@ def held(layer: LoraLayer) -> Held:
     return Held(layer.A.numpy(), layer.B.numpy(), layer.scaling)
 
 
-def mean_head(method, updates: list[ClientUpdate], client: str) -> dict[str, np.ndarray]:
-    """Plain tensors: the mean over senders by examples, or the client's own where nothing is shared."""
-    mine = [u for u in updates if u.client == client] if method.name == "local-only" else updates
+def mean_head(updates: list[ClientUpdate], only: str | None) -> dict[str, np.ndarray]:
+    """Plain tensors: the mean over senders by examples, or the named client's own where nothing of them is shared."""
+    mine = [u for u in updates if only in (u.client, None)]
     total = sum(u.num_examples for u in mine)
     return {
         name: sum(u.num_examples / total * u.adapter.tensors[name].numpy() for u in mine) for name in mine[0].adapter.tensors
@@ -91,12 +94,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("method", DEFINED, ids=label)
+WHEN = [(method, replace(case, rounds=rounds)) for method in DEFINED for case in CASES for rounds in turns(method)]
+
+
+@pytest.mark.parametrize(("method", "case"), WHEN, ids=[f"{label(method)}-{case}" for method, case in WHEN])
 def test_a_client_applies_its_share_of_the_dense_definition(method, case, tmp_path):
     if len(set(case.world.ranks)) > 1 and not method.traits.mixed_ranks:
-        case = Case(World(EQUAL, case.world.rule))
-    before = after_one_round(method, case.world)
+        case = Case(World(EQUAL, case.world.rule), rounds=case.rounds)
+    before = after_rounds(method, case.world, case.rounds)
     updates = updates_of(method, before, case.drawn())
     after = method.aggregate(before, updates)
     options = dataclasses.asdict(method)
@@ -105,11 +110,11 @@ def test_a_client_applies_its_share_of_the_dense_definition(method, case, tmp_pa
     for name in (CONV, FC):
         uploads = [Upload(u.client, held(u.adapter.layers[name]), u.num_examples) for u in updates]
         shares[name] = DEFINITIONS[method.name](held(before.adapter.layers[name]), uploads, options)
-    # A method that keeps nothing common has nothing to say of clients that were not there.
-    receivers = case.drawn() if method.name == "local-only" else case.world.clients()
+    personal = "global" not in method.served(after)  # then the uploads say nothing of clients that were not there
+    receivers = case.drawn() if personal else case.world.clients()
     for client in receivers:
         share = {name: shares[name](client.name, client.rank_of(name)) + already.get(name, 0.0) for name in shares}
-        expected = with_weights(share, mean_head(method, updates, client.name))(IMAGES).detach()
+        expected = with_weights(share, mean_head(updates, client.name if personal else None))(IMAGES).detach()
         found = through_peft(method.dispatch(after, client), tmp_path / client.name)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, msg=lambda text, c=client: f"{c.name}: {text}")
 

@@ -20,16 +20,16 @@ from conformance.world import (
     VARIANTS,
     Case,
     World,
-    after_one_round,
+    after_rounds,
     applied,
     begin,
     cases,
-    change,
     changes,
     distance,
     label,
     noise,
     stay,
+    turns,
     updates_of,
 )
 
@@ -40,7 +40,7 @@ HOLDS, SINGLE, FAILS = 1e-9, 2e-5, 1e-3  # rounding of float64, of float32, and 
 
 def exact(method: Method, case: Case) -> float:
     """New effective weight against `sum_k p_k` times what each client's model applied, its merged part included."""
-    state = after_one_round(method, case.world)
+    state = after_rounds(method, case.world, case.rounds)
     updates = updates_of(method, state, case.drawn())
     total = sum(update.num_examples for update in updates)
     expected = {name: 0.0 for name in state.adapter.layers}
@@ -53,7 +53,7 @@ def exact(method: Method, case: Case) -> float:
 
 def linear(method: Method, case: Case) -> float:
     """Factors from a mix of two trainings against the same mix of the factors from each."""
-    state, t = after_one_round(method, case.world), 0.3
+    state, t = after_rounds(method, case.world, case.rounds), 0.3
     one, two = updates_of(method, state, case.drawn(), "one"), updates_of(method, state, case.drawn(), "two")
     mixed = [replace(a, adapter=mix(a.adapter, b.adapter, t)) for a, b in zip(one, two, strict=True)]
     first, second, found = (factors(method, method.aggregate(state, u), case.world) for u in (one, two, mixed))
@@ -62,7 +62,7 @@ def linear(method: Method, case: Case) -> float:
 
 def gauge_free(method: Method, case: Case) -> float:
     """The result of uploads `(B, A)` against that of `(B G, G^-1 A)`, which apply the same."""
-    state = after_one_round(method, case.world)
+    state = after_rounds(method, case.world, case.rounds)
     updates = updates_of(method, state, case.drawn())
     turned = [replace(update, adapter=turn(update)) for update in updates]
     assert distance(changes(turned[0].adapter), changes(updates[0].adapter)) < SINGLE
@@ -72,23 +72,24 @@ def gauge_free(method: Method, case: Case) -> float:
 
 def stationary(method: Method, case: Case) -> float:
     """What users run after a round in which nobody trained, against what they ran before."""
-    state = after_one_round(method, case.world)
+    state = after_rounds(method, case.world, case.rounds)
     updates = [stay(method.dispatch(state, client), client) for client in case.drawn()]
     after = method.aggregate(state, updates)
     return distance(applied(method, after, case.world), applied(method, state, case.world))
 
 
 def keeps_product(method: Method, case: Case) -> float:
-    """What each client gets against the server's product of the slices that the download names."""
-    state = after_one_round(method, case.world)
+    """What each client runs against the server's product of the slices that the download names, both on the base as it is."""
+    state = after_rounds(method, case.world, case.rounds)
     found, expected = {}, {}
     for client in case.drawn():
         download, served = method.dispatch(state, client), method.served(state)
         held = served.get("global") or served[client.name]
         for name, layer in held.layers.items():
             named = [j for j in download.slices[name] if j < layer.rank]
-            expected[client.name, name] = layer.scaling * (layer.B[:, named].double() @ layer.A[named].double()).numpy()
-            found[client.name, name] = change(download.adapter.layers[name])
+            kept = replace(held, layers={name: layer.with_factors(layer.A[named], layer.B[:, named])})
+            expected[client.name, name] = changes(kept, only(state.merged, name))[name]
+            found[client.name, name] = changes(only(download.adapter, name), only(download.merged, name))[name]
     return distance(found, expected)
 
 
@@ -99,6 +100,10 @@ MEASURES: dict[str, Callable[[Method, Case], float]] = {
     "stationary": stationary,
     "keeps_product": keeps_product,
 }
+
+
+def only(adapter: Adapter | None, name: str) -> Adapter | None:
+    return adapter and replace(adapter, layers={name: adapter.layers[name]})
 
 
 def mix(one: Adapter, two: Adapter, t: float) -> Adapter:
@@ -132,7 +137,7 @@ def applicable(method: Method, trait: str, case: Case) -> bool:
 
 
 def deviations(method: Method, trait: str, ranks: tuple[int, ...], dtype: torch.dtype = torch.float64) -> dict[str, float]:
-    found = [case for case in cases(ranks, dtype) if applicable(method, trait, case)]
+    found = [case for case in cases(ranks, dtype, turns(method)) if applicable(method, trait, case)]
     return {str(case): MEASURES[trait](method, case) for case in found}
 
 

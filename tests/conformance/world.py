@@ -70,10 +70,11 @@ COHORTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A world, and who of it is drawn for the round under test."""
+    """A world, who of it is drawn for the round under test, and how many rounds of all its clients came before."""
 
     world: World
     cohort: str = FULL
+    rounds: int = 1
 
     def drawn(self) -> list[Client]:
         clients = self.world.clients()
@@ -87,25 +88,35 @@ class Case:
         )
 
     def __str__(self) -> str:
-        return f"ranks {self.world.ranks}, scaling {self.world.rule}, cohort: {self.cohort}"
+        later = f", round {self.rounds + 1}" if self.rounds > 1 else ""
+        return f"ranks {self.world.ranks}, scaling {self.world.rule}, cohort: {self.cohort}{later}"
 
 
-def cases(ranks: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Case]:
-    return [Case(World(ranks, rule, dtype), cohort) for rule in RULES for cohort in COHORTS[ranks]]
+def cases(ranks: tuple[int, ...], dtype: torch.dtype = torch.float64, rounds: Sequence[int] = (1,)) -> list[Case]:
+    return [Case(World(ranks, rule, dtype), c, before) for rule in RULES for c in COHORTS[ranks] for before in rounds]
+
+
+# Options under which a method shows in worlds this small what it does not claim: at its default of 0.99, FLoRIST would cut
+# nothing off from four slices of like size.
+SHOWN_WITH = {"florist": {"energy": 0.8}}
 
 
 def variants() -> list[Method]:
     """Every registered method under every combination of its options that name a choice."""
     found = []
     for name, kind in sorted(REGISTRY.items()):
-        hints = typing.get_type_hints(kind)
         choices = {
-            f.name: typing.get_args(hints[f.name])
-            for f in dataclasses.fields(kind)
-            if typing.get_origin(hints[f.name]) is typing.Literal
+            option: choice for option, hint in typing.get_type_hints(kind).items() if (choice := _choices(kind, option, hint))
         }
-        found += [make(name, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
+        chosen = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+        found += [make(name, SHOWN_WITH.get(name, {}) | options) for options in chosen]
     return found
+
+
+def _choices(kind: type[Method], option: str, hint: typing.Any) -> tuple:
+    if option not in {field.name for field in dataclasses.fields(kind)}:
+        return ()
+    return (True, False) if hint is bool else typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 def label(method: Method) -> str:
@@ -159,10 +170,22 @@ def updates_of(method: Method, state: ServerState, clients: Iterable[Client], *n
 
 
 @functools.cache
-def after_one_round(method: Method, world: World) -> ServerState:
-    """The state after a real first round of all clients."""
-    state = begin(method, world)
+def after_rounds(method: Method, world: World, rounds: int) -> ServerState:
+    """The state after so many real rounds of all clients."""
+    if rounds == 0:
+        return begin(method, world)
+    state = after_rounds(method, world, rounds - 1)
     return method.aggregate(state, updates_of(method, state, world.clients()))
+
+
+def after_one_round(method: Method, world: World) -> ServerState:
+    return after_rounds(method, world, 1)
+
+
+def turns(method: Method) -> tuple[int, ...]:
+    """After how many rounds to look at a method: after one, and after two if it then trains something else (RoLoRA)."""
+    one, two = (method.dispatch(after_rounds(method, World(EQUAL), n), World(EQUAL).clients()[0]).train for n in (1, 2))
+    return (1,) if one == two else (1, 2)
 
 
 # --- what is looked at -----------------------------------------------------------------------------------------------

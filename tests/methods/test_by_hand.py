@@ -113,6 +113,101 @@ def test_ffa_lora_averages_columns_of_b_over_their_owners():
     assert torch.equal(layer.A, A_0)
 
 
+def test_hetlora_weighs_by_the_norm_of_what_each_client_applies():
+    # |[[2, 0], [0, 0]]| = 2, |[[1, 0], [0, 4]]| = sqrt 17: p = 2 / (2 + sqrt 17) and q = 1 - p, whatever the examples.
+    # Slice 1: B = [2p + q, 0], A = [p + q, 0] = [1, 0]; slice 2: B = [0, q], A = [0, 4q].
+    p = 2 / (2 + math.sqrt(17))
+    q = 1 - p
+    _, state = merged("hetlora")
+    np.testing.assert_allclose(state.adapter.layers["layer"].delta(), [[2 * p + q, 0], [0, 4 * q * q]], atol=1e-6)
+
+
+def test_hetlora_weighs_by_examples_where_nobody_has_learned_anything():
+    # B = 0 for both; A = 3/4 [1, 0] + 1/4 [5, 4] = [2, 1].
+    one, two = LoraLayer(ONE.A, 0 * ONE.B, 1.0), LoraLayer(torch.tensor([[5.0, 4.0]]), 0 * ONE.B, 1.0)
+    state = ServerState(0, 0, adapter(ONE), Scaling(1.0, "constant"))
+    after = make("hetlora").aggregate(state, [update(one, 3, "1"), update(two, 1, "2")])
+    np.testing.assert_allclose(after.adapter.layers["layer"].A, [[2, 1]], atol=1e-6)
+
+
+def test_flora_puts_the_mean_of_products_into_the_base_and_starts_anew():
+    # 3/4 [[2, 0], [0, 0]] + 1/4 [[1, 0], [0, 4]]
+    _, state = merged("flora")
+    np.testing.assert_allclose(state.merged.layers["layer"].delta(), [[1.75, 0], [0, 1]], atol=1e-6)
+    np.testing.assert_array_equal(state.adapter.layers["layer"].delta(), 0)
+
+
+def test_flora_adds_the_next_round_on_top():
+    # [[1.75, 0], [0, 1]] from round 1; in round 2 client 1 alone adds [[2, 0], [0, 0]].
+    method, state = merged("flora")
+    after = method.aggregate(state, [update(ONE, 3, "1")])
+    np.testing.assert_allclose(after.merged.layers["layer"].delta(), [[3.75, 0], [0, 1]], atol=1e-6)
+
+
+def test_fedex_puts_what_the_means_miss_into_the_base():
+    # Means as fedavg's: [[21/16, 7/4], [0, 0]]. Products: 3/4 [[2, 0], [0, 0]] + 1/4 [[0, 4], [0, 0]] = [[3/2, 1], [0, 0]].
+    other = LoraLayer(torch.tensor([[0.0, 4.0]]), torch.tensor([[1.0], [0.0]]), 1.0)
+    state = ServerState(0, 0, adapter(ONE), Scaling(1.0, "constant"))
+    after = make("fedex").aggregate(state, [update(ONE, 3, "1"), update(other, 1, "2")])
+    np.testing.assert_allclose(after.adapter.layers["layer"].delta(), [[21 / 16, 7 / 4], [0, 0]], atol=1e-6)
+    np.testing.assert_allclose(after.merged.layers["layer"].delta(), [[3 / 16, -3 / 4], [0, 0]], atol=1e-6)
+
+
+FIVE = torch.tensor([[5.0, 4.0], [0.0, 4.0]])
+
+
+def test_rolora_averages_b_in_round_1_and_a_in_round_2():
+    # Round 1 as ffa_lora: B = [[1.75, 0], [0, 1]] over A_0. Round 2: slice 1 of A is 3/4 [1, 0] + 1/4 [5, 4] = [2, 1],
+    # slice 2 is client 2's [0, 4]: B A = [[3.5, 1.75], [0, 4]].
+    method = make("rolora")
+    uploads = [update(LoraLayer(A_0[:1], ONE.B, 1.0), 3, "1"), update(LoraLayer(A_0, TWO.B, 1.0), 1, "2")]
+    after = method.aggregate(server(), uploads)
+    np.testing.assert_allclose(after.adapter.layers["layer"].delta(), [[5.25, 1.75], [1, 2]], atol=1e-6)
+    B = after.adapter.layers["layer"].B
+    uploads = [update(LoraLayer(ONE.A, B[:, :1], 1.0), 3, "1"), update(LoraLayer(FIVE, B, 1.0), 1, "2")]
+    after = method.aggregate(after, uploads)
+    np.testing.assert_allclose(after.adapter.layers["layer"].A, [[2, 1], [0, 4]], atol=1e-6)
+    np.testing.assert_allclose(after.adapter.layers["layer"].delta(), [[3.5, 1.75], [0, 4]], atol=1e-6)
+
+
+def test_fedsa_gives_each_client_the_mean_a_under_its_own_b():
+    # A: [2, 1] and [0, 4] as above. Client 1: [2, 0]^T [2, 1] = [[4, 2], [0, 0]]; client 2, whose B is I: A itself.
+    _, state = merged("fedsa", update(ONE, 3, "1"), update(LoraLayer(FIVE, TWO.B, 1.0), 1, "2"))
+    own = make("fedsa").served(state)
+    np.testing.assert_allclose(own["1"].layers["layer"].delta(), [[4, 2], [0, 0]], atol=1e-6)
+    np.testing.assert_allclose(own["2"].layers["layer"].delta(), [[2, 1], [0, 4]], atol=1e-6)
+
+
+@pytest.mark.parametrize(("energy", "corner"), [(0.75, 0.0), (0.76, 1.0)])
+def test_florist_keeps_singular_values_up_to_their_share_of_energy(energy, corner):
+    # diag(1.75, 1) as flexlora's: 1.75^2 / (1.75^2 + 1) = 0.754.
+    _, state = merged("florist", energy=energy)
+    np.testing.assert_allclose(state.adapter.layers["layer"].delta(), [[1.75, 0], [0, corner]], atol=1e-6)
+
+
+def test_lora_fair_turns_b_half_way():
+    # in = 1. Client 1: A = 2, B = (1, t); client 2: A = 0, B = (1, -t), t = 2 + sqrt 3 = tan 75. Means: A = 1, B = (1, 0).
+    # Mean of products: (1, t), at 75 degrees. C = rho (cos x, sin x) minimises 1 - cos(75 - x) + 1/2 |C - B|^2: rho = cos x,
+    # which leaves 1 - cos(75 - x) + 1/2 sin^2 x, whose slope -sin(75 - x) + 1/2 sin 2x is 0 at x = 45: C = (1/2, 1/2).
+    t = 2 + math.sqrt(3)
+    one = LoraLayer(torch.tensor([[2.0]]), torch.tensor([[1.0], [t]]), 1.0)
+    two = LoraLayer(torch.tensor([[0.0]]), torch.tensor([[1.0], [-t]]), 1.0)
+    state = ServerState(0, 0, adapter(LoraLayer(torch.ones(1, 1), torch.zeros(2, 1), 1.0)), Scaling(1.0, "constant"))
+    after = make("lora_fair", {"penalty": 0.5}).aggregate(state, [update(one, 1, "1"), update(two, 1, "2")])
+    np.testing.assert_allclose(after.adapter.layers["layer"].A, [[1]], atol=1e-6)
+    np.testing.assert_allclose(after.adapter.layers["layer"].B, [[0.5], [0.5]], atol=1e-6)
+
+
+def test_fedsvd_turns_the_mean_of_b_into_singular_vectors():
+    # Over A = I, as ffa_lora: column 1 is 3/4 [2, 0] + 1/4 [1, 0] = [1.75, 0], column 2 is client 2's [0, 4].
+    # The SVD of diag(1.75, 4) puts the 4 first: A = [[0, 1], [1, 0]], B = [[0, 1.75], [4, 0]].
+    uploads = [update(LoraLayer(torch.eye(2)[:1], ONE.B, 1.0), 3, "1")]
+    uploads += [update(LoraLayer(torch.eye(2), torch.diag(torch.tensor([1.0, 4.0])), 1.0), 1, "2")]
+    after = make("fedsvd").aggregate(server(A=torch.eye(2)), uploads).adapter.layers["layer"]
+    np.testing.assert_allclose(after.A, [[0, 1], [1, 0]], atol=1e-6)
+    np.testing.assert_allclose(after.B, [[0, 1.75], [4, 0]], atol=1e-6)
+
+
 # --- scalings that differ: alpha = 4 under alpha / r, so s(1) = 4 and s(2) = 2 -----------------------------------------
 
 

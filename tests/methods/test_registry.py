@@ -66,6 +66,9 @@ def test_a_method_has_the_options_that_it_was_given():
         ("rbla", {"empty_slice": "drop"}, "method 'rbla': option empty_slice expects one of 'keep', 'zero', got 'drop'"),
         ("ffa_lora", {"init_a": 3}, "option init_a expects one of 'kaiming', 'orthonormal', 'gaussian', got 3"),
         ("rbla", {"name": "other"}, "method 'rbla': unknown option 'name'"),
+        ("hetlora", {"prune": 1}, "method 'hetlora': option prune expects bool, got 1"),
+        ("florist", {"energy": 0.0}, "florist: energy: expected a share above 0 and at most 1, got 0.0"),
+        ("lora_fair", {"penalty": 0}, "lora_fair: penalty: expected a number above 0, got 0.0"),
     ],
 )
 def test_a_wrong_word_is_an_error_with_the_right_one(name, options, says):

@@ -28,6 +28,7 @@ from conformance.world import (
     contents,
     distance,
     label,
+    train,
     updates_of,
 )
 
@@ -88,27 +89,26 @@ def test_each_factor_of_zeropads_slice_j_is_its_coverage_times_rblas(rule):
         torch.testing.assert_close(zeropad.layers[name].B, rbla.layers[name].B * pi, rtol=0, atol=1e-12)
 
 
+# FLoRIST cuts off a share of the energy, even of one client's.
 @RULES
-@pytest.mark.parametrize("method", [m for m in TAKE_MIXED if m.name != "local-only"], ids=label)
+@pytest.mark.parametrize("method", [m for m in TAKE_MIXED if m.name not in ("local-only", "florist")], ids=label)
 def test_one_client_of_the_top_rank_alone_gets_back_what_it_sent(method, rule):
     world = World((3, 5), rule)  # the last client has rank 4 in the convolution, the server's there
     state = after_one_round(method, world)
     [update] = updates_of(method, state, world.clients()[-1:])
     after = method.aggregate(state, [update])
-    back = method.dispatch(after, world.clients()[-1]).adapter
-    assert distance(changes(back), changes(update.adapter)) < 1e-12
+    back = method.dispatch(after, world.clients()[-1])
+    assert distance(changes(back.adapter, back.merged), changes(update.adapter, state.merged)) < 1e-12
 
 
-@pytest.mark.parametrize("method", TAKE_MIXED, ids=label)
+# HetLoRA weighs clients by what they learned, not by their examples.
+@pytest.mark.parametrize("method", [m for m in TAKE_MIXED if m.name != "hetlora"], ids=label)
 def test_two_clients_that_agree_are_one_with_both_their_examples(method):
     world = World((3, 3, 5))
     state = after_one_round(method, world)
     a, _, c = updates_of(method, state, world.clients())
-    twin = replace(a, client="client-1", num_examples=4)  # 3 + 4 = 7
+    twin = replace(a, client="twin", num_examples=4)  # 3 + 4 = 7
     apart, together = [a, twin, c], [replace(a, num_examples=7), c]
-    if method.name == "local-only":
-        assert method.aggregate(state, apart).extra.keys() >= {"client-0", "client-1", "client-2"}
-        return
     found, expected = (applied(method, method.aggregate(state, u), world) for u in (apart, together))
     assert distance(found, expected) < 1e-12
 
@@ -138,6 +138,155 @@ def test_local_only_keeps_each_client_apart():
     # Who was not there starts from the start.
     idle = world.clients()[4]
     assert contents(method.dispatch(after, idle).adapter) == contents(method.dispatch(state, idle).adapter)
+
+
+# --- FLoRA, FedEx-LoRA and the mean of products ------------------------------------------------------------------------
+
+
+@RULES
+def test_flora_fedex_and_flexlora_with_room_for_all_hold_the_same_weight(rule):
+    """Two clients of rank 2 under a server of rank 4: FlexLoRA cuts nothing off, and the other two never do."""
+    world = World((2, 2), rule)
+    start = replace(begin(make("flexlora"), World((4, 4), rule)), scaling=world.scaling())
+    uploads = updates_of(make("flexlora"), start, world.clients())
+    ends = {name: make(name).aggregate(start, uploads) for name in ("flora", "fedex", "flexlora")}
+    held = {name: changes(state.adapter, state.merged) for name, state in ends.items()}
+    assert distance(held["flora"], held["flexlora"]) < 1e-12
+    assert distance(held["fedex"], held["flexlora"]) < 1e-12
+
+
+def test_fedex_is_fedavg_with_a_remainder():
+    world = World(EQUAL)
+    fedavg, fedex = second_round(make("fedavg"), world), second_round(make("fedex"), world)
+    first = after_one_round(make("fedex"), world)
+    assert contents(first.adapter) == contents(after_one_round(make("fedavg"), world).adapter)
+    assert fedavg.merged is None
+    # The residual sum p_k (B_k - B)(A_k - A) of 4 clients of rank 4 has rank (4 - 1) * 4, and never more than the layer.
+    assert first.merged.ranks == {"body.conv": 9, "body.fc": 9}
+    assert fedex.merged.ranks == {"body.conv": 9, "body.fc": 9}
+
+
+def test_flora_starts_anew_from_one_a_for_all_that_no_round_repeats():
+    world, method = World(MIXED), make("flora")
+    states = [begin(method, world), after_one_round(method, world), second_round(method, world)]
+    for state in states:
+        for client in world.clients():
+            for name, layer in method.dispatch(state, client).adapter.layers.items():
+                assert not layer.B.any()
+                assert torch.equal(layer.A, state.adapter.layers[name].A[: layer.rank])
+    first, second, third = (state.adapter.layers["body.fc"].A for state in states)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+# --- RoLoRA, FedSA-LoRA, FedSVD ------------------------------------------------------------------------------------------
+
+
+@RULES
+def test_rolora_moves_b_then_a_and_each_mean_of_a_factor_is_a_mean_of_products(rule):
+    world, method = World(EQUAL, rule), make("rolora")
+    state = begin(method, world)
+    for moved, still in ("BA", "AB", "BA"):
+        downloads = [method.dispatch(state, client) for client in world.clients()]
+        assert {download.train for download in downloads} == {frozenset(moved)}
+        uploads = [train(d, c, state.round) for d, c in zip(downloads, world.clients(), strict=True)]
+        after = method.aggregate(state, uploads)
+        for name in SHAPES:
+            before, layer = state.adapter.layers[name], after.adapter.layers[name]
+            assert torch.equal(getattr(layer, still), getattr(before, still))
+            mean_product = sum(n / 10 * u.adapter.layers[name].delta() for n, u in zip(COUNTS, uploads, strict=False))
+            torch.testing.assert_close(layer.delta(), mean_product, rtol=0, atol=1e-12)
+            assert not torch.equal(getattr(layer, moved), getattr(before, moved))
+        state = after
+
+
+def test_fedsa_shares_a_and_nothing_else():
+    world, method = World(MIXED), make("fedsa")
+    state = begin(method, world)
+    uploads = updates_of(method, state, world.clients()[:3])
+    after = method.aggregate(state, uploads)
+    assert contents(replace(after.adapter, layers={})) == contents(replace(state.adapter, layers={}))  # the head at its start
+    for client, upload in zip(world.clients()[:3], uploads, strict=True):
+        download = method.dispatch(after, client)
+        for name, layer in download.adapter.layers.items():
+            assert torch.equal(layer.B, upload.adapter.layers[name].B)
+            assert torch.equal(layer.A, after.adapter.layers[name].A[: layer.rank])
+        assert torch.equal(download.adapter.tensors["head.bias"], upload.adapter.tensors["head.bias"])
+        assert contents(method.served(after)[client.name]) == contents(download.adapter)
+        # float64: only A [rank, in] of both layers, either way
+        assert download.upload_bytes() == download.download_bytes() == 8 * client.rank * (18 + 9)
+    newcomer = method.dispatch(after, world.clients()[4]).adapter
+    assert all(np.abs(value).max() == 0 for value in changes(newcomer).values())
+    assert torch.equal(newcomer.tensors["head.bias"], state.adapter.tensors["head.bias"])
+    assert set(method.served(state)) == {"start"}
+
+
+@RULES
+@pytest.mark.parametrize("ranks", [EQUAL, MIXED], ids=str)
+def test_fedsvds_a_is_orthonormal_in_every_round_and_holds_what_ffa_lora_would(rule, ranks):
+    world, method = World(ranks, rule), make("fedsvd")
+    state = begin(method, world)
+    for _ in range(3):
+        uploads = updates_of(method, state, world.clients())
+        after = method.aggregate(state, uploads)
+        ffa = make("ffa_lora").aggregate(state, uploads)
+        assert distance(changes(after.adapter), changes(ffa.adapter)) < 1e-12
+        for held in (state, after):
+            for layer in held.adapter.layers.values():
+                torch.testing.assert_close(layer.A @ layer.A.T, torch.eye(layer.rank, dtype=layer.A.dtype), rtol=0, atol=1e-12)
+        state = after
+
+
+def test_fedsvd_fills_slices_that_nobody_learned_at_right_angles():
+    """One client of rank 2 under a server of rank 4: the other two slices are zero, and can be learned."""
+    method = make("fedsvd")
+    state = method.init(World(EQUAL).start(), World(EQUAL).scaling(), 7)
+    client = Client("client-0", 2)
+    after = method.aggregate(state, [train(method.dispatch(state, client), client)])
+    for layer in after.adapter.layers.values():
+        assert not layer.B[:, 2:].any()
+        torch.testing.assert_close(layer.A @ layer.A.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+# --- FLoRIST, LoRA-FAIR --------------------------------------------------------------------------------------------------
+
+
+@RULES
+@pytest.mark.parametrize("ranks", [EQUAL, MIXED], ids=str)
+def test_florist_with_all_the_energy_is_flexlora(rule, ranks):
+    flexlora = second_round(make("flexlora"), World(ranks, rule))
+    florist = second_round(make("florist", {"energy": 1.0}), World(ranks, rule))
+    assert distance(changes(florist.adapter), changes(flexlora.adapter)) < 1e-12
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.8, 0.9])
+def test_florist_keeps_the_fewest_values_that_hold_the_energy(energy):
+    world = World((9, 9))
+    state = begin(make("florist"), world)
+    uploads = updates_of(make("florist"), state, world.clients())
+    whole = collapse.spectra(make("florist", {"energy": 1.0}).aggregate(state, uploads).adapter)
+    found = collapse.spectra(make("florist", {"energy": energy}).aggregate(state, uploads).adapter)
+    for name, values in whole.items():
+        kept = int((found[name] > 1e-9).sum())
+        share = torch.cumsum(values**2, dim=0) / (values**2).sum()
+        assert share[kept - 1] >= energy
+        assert kept == 1 or share[kept - 2] < energy
+
+
+@RULES
+def test_lora_fair_with_a_large_penalty_is_rbla_and_otherwise_points_nearer_to_the_mean_of_products(rule):
+    def cosine(method: Method, state: ServerState, uploads: list[ClientUpdate]) -> float:
+        after = changes(make(method.name, vars(method)).aggregate(state, uploads).adapter)["body.fc"]
+        ideal = sum(n / 10 * u.adapter.layers["body.fc"].delta().numpy() for n, u in zip(COUNTS, uploads, strict=False))
+        return float((after * ideal).sum() / np.linalg.norm(after) / np.linalg.norm(ideal))
+
+    world = World(EQUAL, rule)
+    state = after_one_round(make("rbla"), world)
+    uploads = updates_of(make("rbla"), state, world.clients())
+    stiff, fair, rbla = make("lora_fair", {"penalty": 1e9}), make("lora_fair"), make("rbla")
+    found, expected = (changes(method.aggregate(state, uploads).adapter) for method in (stiff, rbla))
+    assert distance(found, expected) < 1e-8
+    assert cosine(fair, state, uploads) > cosine(rbla, state, uploads) + 0.01
 
 
 # --- FFA-LoRA ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from anyrank import local
 from anyrank.adapter import Adapter
 from anyrank.engines.base import Job
 from anyrank.models import LoraModel
+from anyrank.optimizers import Optimizer
 from anyrank.records import ClientUpdate, Failure
 
 MOST_EXAMPLES = 2048  # of one stacked batch: memory grows with it, and beyond this nothing gets faster
@@ -46,7 +47,7 @@ class _Stack:
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         self.start = {key: parameter.detach().clone() for key, parameter in self.trained.items()}
-        self.optimizer = local.make_optimizer(list(self.trained.values()), plan)
+        self.optimizer = Optimizer(list(self.trained.values()), plan.config, plan.learning_rate)
         self.losses: list[list[float]] = [[] for _ in jobs]
         self.seconds = [0.0] * len(jobs)
 
@@ -73,14 +74,13 @@ class _Stack:
         for name, factors in self.factors.items():
             self.model.set_stack(name, factors["A"], factors["B"] * factors["s"])
         task = self.model.task
-        logits = self.model.module(**task.train.inputs.batch(index))
+        logits = self.model.module(**task.train.inputs.batch(index, even=True))
         losses = (task.losses(logits, task.train.labels[index]).view(weights.shape) * weights).sum(dim=1)
         losses.sum().backward()
         for key, parameter in self.trained.items():  # FedProx: the gradient of mu / 2 * |w - w_global|^2
             if self.plan.config.proximal_mu:
                 parameter.grad.add_(parameter.detach() - self.start[key], alpha=self.plan.config.proximal_mu)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return losses.tolist()
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -110,16 +110,11 @@ class _Stack:
     def _keep(self, places: list[int]) -> None:
         """Go on with the clients at `places` alone; the optimizer's memory of them goes along."""
         self.active, index = [self.active[place] for place in places], torch.tensor(places, dtype=torch.long)
-        memory = {key: self.optimizer.state[parameter] for key, parameter in self.trained.items()}
         for factors in self.factors.values():
             factors |= {kind: _select(factor, index) for kind, factor in factors.items()}
         self.trained = {(name, kind): self.factors[name][kind] for name, kind in self.trained}
         self.start = {key: start[index] for key, start in self.start.items()}
-        self.optimizer = local.make_optimizer(list(self.trained.values()), self.plan)
-        for key, parameter in self.trained.items():
-            self.optimizer.state[parameter] = {
-                what: value[index] if torch.is_tensor(value) and value.ndim else value for what, value in memory[key].items()
-            }
+        self.optimizer = self.optimizer.select(list(self.trained.values()), index)
 
 
 def _select(factor: Tensor, index: Tensor) -> Tensor:
@@ -155,5 +150,6 @@ def worthwhile(model: LoraModel) -> bool:
 def possible(model: LoraModel, jobs: Sequence[Job]) -> bool:
     """Whether the jobs can be trained side by side: linear targets, no plain parameters trained, the same asked of all."""
     plain = not model.trained and all(target.kind == "linear" for target in model.targets.values())
-    alike = len({job.download.train for job in jobs}) <= 1 and all(job.download.merged is None for job in jobs)
+    alike = len({job.download.train for job in jobs}) <= 1
+    alike = alike and all(job.download.merged is None and job.download.pruning is None for job in jobs)
     return plain and alike and len(jobs) > 1

@@ -1,6 +1,22 @@
 """The aggregation methods. One file a method; importing this package registers them all."""
 
-from anyrank.methods import fedavg, ffa_lora, flexlora, raflora, rbla, references, zeropad  # noqa: F401
+from anyrank.methods import (  # noqa: F401
+    fedavg,
+    fedex,
+    fedsa,
+    fedsvd,
+    ffa_lora,
+    flexlora,
+    flora,
+    florist,
+    hetlora,
+    lora_fair,
+    raflora,
+    rbla,
+    references,
+    rolora,
+    zeropad,
+)
 from anyrank.methods.base import Holds, Method, Part, Traits
 from anyrank.methods.registry import REGISTRY, load_file, make, register
 

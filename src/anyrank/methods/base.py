@@ -69,6 +69,8 @@ class Method(ABC):
     traits: ClassVar[Traits]
     train: ClassVar[frozenset[str]] = BOTH
     send: ClassVar[frozenset[str]] = BOTH
+    # What of "A", "B" and "tensors" stays with each client, which the server keeps for it where all run in one process.
+    private: ClassVar[frozenset[str]] = frozenset()
     # Which factor takes up the change of scaling from the server's s(R) to a client's s(r): B alone, or both by its root.
     rescale: ClassVar[Literal["B", "both"]] = "B"
     # True for the reference line that gathers all examples in one place: the federation then has one client.
@@ -85,7 +87,7 @@ class Method(ABC):
         layers = {name: self.share_layer(state, name, client.rank_of(name)) for name in state.adapter.layers}
         slices = {name: tuple(range(layer.rank)) for name, layer in layers.items()}
         adapter = replace(state.adapter, layers=layers)
-        return Download(adapter, slices, train=self.train, send=self.send, merged=state.merged)
+        return Download(adapter, slices, self.train, self.send, self.private, state.merged)
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         """The state after the round in which `updates` came back. The order of `updates` does not matter."""
@@ -210,6 +212,29 @@ def from_average(state: ServerState, name: str, A: Tensor, B: Tensor) -> LoraLay
     return layer.with_factors(A / root, B / root)
 
 
+# --- one factor averaged slice by slice, the other common to all ------------------------------------------------------
+
+
+def mean_a(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
+    """`sum over owners of q_kj A_k[j]`, `[R, in]` (float64); a slice that no client of the round has stays as it was."""
+    layer = state.adapter.layers[name]
+    weights = slice_weights(parts, layer.rank)
+    A = layer.A.double() * (weights.sum(dim=0) == 0)[:, None]
+    for (sent, _), w in zip(parts, weights, strict=True):
+        A[: sent.rank] += w[: sent.rank, None] * sent.A.double()
+    return A
+
+
+def mean_b(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
+    """`sum over owners of q_kj s_k / s(R) B_k[:, j]`, `[out, R]` (float64); a slice that no client has stays as it was."""
+    layer = state.adapter.layers[name]
+    weights = slice_weights(parts, layer.rank)
+    B = layer.B.double() * (weights.sum(dim=0) == 0)
+    for (sent, _), w in zip(parts, weights, strict=True):
+        B[:, : sent.rank] += w[: sent.rank] * (sent.scaling / layer.scaling) * sent.B.double()
+    return B
+
+
 # --- products, and their SVD -----------------------------------------------------------------------------------------
 
 
@@ -253,6 +278,39 @@ def init_a(rank: int, like: LoraLayer, generator: torch.Generator) -> Tensor:
     width = like.A.shape[1]
     draw = torch.rand(rank, width, generator=generator, dtype=torch.float64) * 2 - 1
     return (draw / math.sqrt(width)).to(like.A.dtype).to(like.A.device)
+
+
+# --- what goes into the base weight ----------------------------------------------------------------------------------
+
+# Singular values below this share of the largest are dropped from the sum in the base weight: float32's rounding.
+_ROUNDING = 1e-7
+
+
+def add_to_base(state: ServerState, name: str, product: lowrank.Product) -> LoraLayer | None:
+    """What is in the base weight so far and `product` on top, as one layer of scaling 1; `None` while that is nothing.
+
+    The sum is exact: factors side by side. Once they hold more numbers than the weight itself, it is written anew by its
+    SVD, at its numerical rank, so that its rank stays below `min(out, in)` however many rounds there are.
+    """
+    layer = state.adapter.layers[name]
+    before = state.merged.layers.get(name) if state.merged else None
+    total = balanced(product)
+    if before:
+        total = lowrank.stack([lowrank.of_layer(before), total])
+    out, width = layer.shape
+    if total.left.shape[1] * (out + width) > out * width:
+        total = balanced(total, min(_ROUNDING, torch.finfo(layer.A.dtype).eps))
+    if total.left.shape[1] == 0:
+        return before.with_factors(0 * before.A[:1], 0 * before.B[:, :1]) if before else None
+    return layer.with_factors(total.right, total.left, scaling=1.0)
+
+
+def balanced(product: lowrank.Product, floor: float = 0.0) -> lowrank.Product:
+    """`product` by its SVD, `U sqrt(S)` and `sqrt(S) Vt`, without the singular values below `floor` times the largest."""
+    U, S, Vt = lowrank.svd(lowrank.Product(product.left, product.right))  # in float64 for any dtype: errors would add up
+    keep = int((floor * S.max() <= S).sum()) if len(S) else 0
+    root = S[:keep].sqrt()
+    return lowrank.Product(U[:, :keep] * root, root[:, None] * Vt[:keep])
 
 
 # --- plain tensors ---------------------------------------------------------------------------------------------------

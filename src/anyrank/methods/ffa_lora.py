@@ -11,7 +11,7 @@ import torch
 from anyrank import keys
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.errors import MethodError
-from anyrank.methods.base import Holds, Method, Part, Traits, init_a, slice_weights
+from anyrank.methods.base import Holds, Method, Part, Traits, init_a, mean_b
 from anyrank.methods.registry import register
 from anyrank.records import Scaling, ServerState
 
@@ -53,8 +53,4 @@ class FFALoRA(Method):
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
         layer = state.adapter.layers[name]
-        weights = slice_weights(parts, layer.rank)
-        B = layer.B.double() * (weights.sum(dim=0) == 0)
-        for (sent, _), w in zip(parts, weights, strict=True):
-            B[:, : sent.rank] += w[: sent.rank] * (sent.scaling / layer.scaling) * sent.B.double()
-        return layer.with_factors(layer.A, B)
+        return layer.with_factors(layer.A, mean_b(state, name, parts))

@@ -9,7 +9,7 @@ from anyrank.adapter import Adapter, LoraLayer
 from anyrank.methods.base import Holds, Method, Part, Traits
 from anyrank.methods.fedavg import FedAvg
 from anyrank.methods.registry import register
-from anyrank.records import Client, ClientUpdate, Download, ServerState
+from anyrank.records import EVERYTHING, Client, ClientUpdate, Download, ServerState
 
 
 @register
@@ -36,7 +36,7 @@ class LocalOnly(Method):
     summary = "no federation: every client keeps its own adapter"
     paper = "reference line"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.ALWAYS, stationary=Holds.ALWAYS)
-    send = frozenset()
+    private = EVERYTHING
     reference = True
 
     def dispatch(self, state: ServerState, client: Client) -> Download:

@@ -1,0 +1,33 @@
+"""FedEx-LoRA: what averaging the factors misses goes into the base model (Singhal et al. 2024, arXiv 2410.09432)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyrank import lowrank
+from anyrank.adapter import LoraLayer
+from anyrank.methods.base import Holds, Part, Traits, add_to_base, client_weights, ownership, weighted_product
+from anyrank.methods.fedavg import FedAvg
+from anyrank.methods.registry import register
+from anyrank.records import ServerState
+
+
+@register
+@dataclass(frozen=True)
+class FedEx(FedAvg):
+    """FedAvg's factors, and the residual `sum p_k s_k B_k A_k - s B A` of their product added to the base weight: exact.
+
+    The residual is kept as factors and taken against the factors as they are stored, rounding included. Weighted by examples
+    where the authors' code weighs all clients alike.
+    """
+
+    name = "fedex"
+    summary = "mean of A, mean of B; what their product misses into the base weight"
+    paper = "FedEx-LoRA, arXiv 2410.09432"
+    traits = Traits(mixed_ranks=False, exact=Holds.EQUAL, linear=Holds.NEVER, gauge_free=Holds.EQUAL, stationary=Holds.EQUAL)
+
+    def merge_base(self, state: ServerState, name: str, parts: Sequence[Part], layer: LoraLayer) -> LoraLayer | None:
+        weights = client_weights(parts)[:, None] * ownership(parts, layer.rank)
+        residual = lowrank.difference(weighted_product(parts, weights), lowrank.of_layer(layer))
+        return add_to_base(state, name, residual)

@@ -1,0 +1,55 @@
+"""FedSVD: B averaged over a common A that each round's SVD refreshes (Lee et al., NeurIPS 2025, arXiv 2505.12805)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from anyrank import keys, lowrank
+from anyrank.adapter import Adapter, LoraLayer
+from anyrank.methods.base import Holds, Method, Part, Traits, init_a, mean_b, pad
+from anyrank.methods.registry import register
+from anyrank.records import Scaling, ServerState
+
+
+@register
+@dataclass(frozen=True)
+class FedSVD(Method):
+    """FFA-LoRA's `B A` with the mean B, then `U S V^T` of it: the next round trains `B = U S / s` over the frozen `A = V^T`.
+
+    A is orthonormal from the start on (rows that the SVD leaves empty are drawn at right angles to the others), and it
+    changes, so it travels to the clients; only B comes back. Mixed ranks are our extension: client k trains the first r_k
+    columns, and each column is averaged over those who have it.
+    """
+
+    name = "fedsvd"
+    summary = "A frozen and common; mean of B, slice by slice over owners; A and B anew by SVD"
+    paper = "FedSVD, arXiv 2505.12805"
+    traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.NEVER, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    train = frozenset({"B"})
+
+    def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
+        layers = {name: _complete(layer, layer.A[:0], layer.B[:, :0], seed, name, 0) for name, layer in adapter.layers.items()}
+        return super().init(replace(adapter, layers=layers), scaling, seed)
+
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+        layer = state.adapter.layers[name]
+        U, S, Vt = lowrank.svd(lowrank.Product(mean_b(state, name, parts), layer.A.double()))
+        return _complete(layer, Vt, U * S, state.seed, name, state.round + 1)
+
+
+def _complete(like: LoraLayer, A: Tensor, B: Tensor, seed: int, name: str, round: int) -> LoraLayer:
+    """A layer of `like`'s rank from orthonormal rows of A: the missing ones at right angles to them, B zero there.
+
+    Past the layer's width there is no right angle left: the last rows are then as PEFT draws them.
+    """
+    (rank, width), known = like.A.shape, A.shape[0]
+    draw = keys.generator(seed, "fedsvd", round, name)
+    fresh = init_a(rank, like, draw).double()[: min(rank, width) - known]
+    basis = torch.linalg.qr(torch.cat([A.double(), fresh]).T)[0].T  # the first rows are A's, up to a sign
+    A = torch.cat([A.double(), basis[known:]])
+    B = torch.cat([B.double(), torch.zeros(B.shape[0], len(A) - known, dtype=torch.float64)], dim=1)
+    return pad(like.with_factors(A, B), rank, seed, "fresh", round, name)

@@ -1,0 +1,42 @@
+"""RoLoRA: A and B by turns, each average exact (Chen et al., NeurIPS 2025, arXiv 2502.01755)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from anyrank.adapter import LoraLayer
+from anyrank.methods.base import Holds, Method, Part, Traits, mean_a, mean_b
+from anyrank.methods.registry import register
+from anyrank.records import Client, Download, ServerState
+
+
+@register
+@dataclass(frozen=True)
+class RoLoRA(Method):
+    """Odd rounds train, send and average only B over a common A, even rounds only A under a common B: half the upload.
+
+    With the other factor common, the mean of one factor is the mean of the products. Mixed ranks are our extension: each
+    slice is averaged over those who have it, and one that nobody has stays. A download carries both factors, since a client
+    keeps nothing between its rounds.
+    """
+
+    name = "rolora"
+    summary = "by turns: mean of B (odd rounds), mean of A (even), slice by slice over owners"
+    paper = "RoLoRA, arXiv 2502.01755"
+    traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    train = frozenset({"B"})  # in round 1, and in every second one from there
+
+    def dispatch(self, state: ServerState, client: Client) -> Download:
+        return replace(super().dispatch(state, client), train=frozenset({_turn(state)}))
+
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+        layer = state.adapter.layers[name]
+        if _turn(state) == "B":
+            return layer.with_factors(layer.A, mean_b(state, name, parts))
+        return layer.with_factors(mean_a(state, name, parts), layer.B)
+
+
+def _turn(state: ServerState) -> str:
+    """The factor that is trained in the round after `state`."""
+    return "BA"[state.round % 2]
