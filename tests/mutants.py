@@ -34,18 +34,22 @@ STAGES = (
 )
 
 
+FAST = (("tests/test_subspace.py", "tests/test_folders.py"),)
+
+
 class Mistake(NamedTuple):
-    """In `file`, `right` becomes `wrong`."""
+    """In `file`, `right` becomes `wrong`; `stages` are the tests that should tell."""
 
     name: str
     file: str
     right: str
     wrong: str
+    stages: tuple[tuple[str, ...], ...] = STAGES
 
 
 MISTAKES = (
     # scaling
-    Mistake("scaling dropped in products", "lowrank.py", "(layer.scaling * weights)", "(1.0 * weights)"),
+    Mistake("scaling dropped in products", "lowrank.py", "w = layer.scaling * torch", "w = 1.0 * torch"),
     Mistake("scaling dropped in averaged factors", "methods/base.py", "math.sqrt(layer.scaling) * w[:", "w[:"),
     Mistake("scaling dropped in the SVD share", "methods/base.py", "U * (S / layer.scaling))", "U * S)"),
     Mistake("scaling dropped in the mean of B", "methods/base.py", "(sent.scaling / layer.scaling)", "1.0"),
@@ -60,7 +64,10 @@ MISTAKES = (
         "return owned",
     ),
     Mistake(
-        "weights on both factors", "lowrank.py", "weights), layer.A.double())", "weights), (layer.A.double().T * weights).T)"
+        "weights on both factors",
+        "lowrank.py",
+        "return Product.of([Term(layer.B, w, layer.A)])",
+        "return Product.of([Term(layer.B, w, (layer.A.T * w).T)])",
     ),
     Mistake("clients weighed alike", "methods/base.py", "[part.num_examples for part in parts]", "[1 for part in parts]"),
     Mistake("heads weighed alike", "methods/base.py", "(update.num_examples / total)", "(1 / len(senders))"),
@@ -86,8 +93,9 @@ MISTAKES = (
     Mistake(
         "A of FFA drawn anew each round",
         "methods/ffa_lora.py",
-        "return layer.with_factors(layer.A, B)",
-        'return layer.with_factors(init_a(layer.rank, layer, keys.generator(state.seed, "a", state.round)), B)',
+        "return layer.with_factors(layer.A, mean_b(state, name, parts))",
+        'A = init_a(layer.rank, layer, keys.generator(state.seed, "a", state.round))\n'
+        "        return layer.with_factors(A, mean_b(state, name, parts))",
     ),
     # the other methods
     Mistake("the base forgets earlier rounds", "methods/base.py", "lowrank.stack([lowrank.of_layer(before), total])", "total"),
@@ -111,8 +119,8 @@ MISTAKES = (
     Mistake("FedSVD loses S", "methods/fedsvd.py", "_complete(layer, Vt, U * S,", "_complete(layer, Vt, U,"),
     Mistake("FedSVD's A not at right angles", "methods/fedsvd.py", "basis[known:]", "fresh"),
     # arithmetic, purity, folders, bytes, guard
-    Mistake("averages in float32", "methods/base.py", "w[:, None] * layer.A.double()", "w[:, None] * layer.A.float()"),
-    Mistake("products in float32", "lowrank.py", "weights), layer.A.double())", "weights), layer.A.float().double())"),
+    Mistake("averages in float32", "methods/base.py", "w[:, None], layer.A)", "w[:, None], layer.A.float().bfloat16())"),
+    Mistake("products in float32", "lowrank.py", "term.right.double() for term", "term.right.float().double() for term"),
     Mistake("updates not sorted", "methods/base.py", "sorted(updates, key=lambda update: update.client)", "list(updates)"),
     Mistake("averaging in the server's own dictionary", "methods/base.py", "tensors = dict(previous)", "tensors = previous"),
     Mistake(
@@ -149,15 +157,15 @@ def copied_package(mistake: Mistake | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def suite(folder: Path) -> tuple[int, str]:
-    """Run the suite against the package in `folder` up to the first failure: pytest's exit status and its output."""
+def suite(folder: Path, stages: tuple[tuple[str, ...], ...]) -> tuple[int, str]:
+    """Run `stages` against the package in `folder` up to the first failure: pytest's exit status and its output."""
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     imported = subprocess.run(
         [sys.executable, "-c", "import anyrank; print(anyrank.__file__)"], env=environment, capture_output=True, text=True
     )
     if not imported.stdout.startswith(str(folder)):
         return 2, f"the copy is not what is imported: {imported.stdout or imported.stderr}"
-    for tests in STAGES:
+    for tests in stages:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "--no-header", *tests]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         if done.returncode:
@@ -169,7 +177,7 @@ def verdict(mistake: Mistake) -> tuple[bool, str]:
     """Whether the suite caught the mistake, and by which test."""
     try:
         with copied_package(mistake) as folder:
-            status, output = suite(folder)
+            status, output = suite(folder, mistake.stages)
     except LookupError as error:
         return False, f"OUT OF DATE: {error}"
     failed = re.search(r"^FAILED tests/(.*?)(?: - (.*))?$", output, re.MULTILINE)
@@ -182,7 +190,7 @@ def verdict(mistake: Mistake) -> tuple[bool, str]:
 def main(words: list[str]) -> int:
     chosen = [mistake for mistake in MISTAKES if not words or any(word in mistake.name for word in words)]
     with copied_package(None) as folder:
-        status, output = suite(folder)
+        status, output = suite(folder, (*STAGES, *FAST))
     if status:
         print(f"the unchanged package fails, so nothing can be told of mistakes:\n{output}")
         return 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate
 from anyrank.aggregation import infer_scaling
@@ -115,3 +118,55 @@ def test_unequal_layers_of_one_client_have_their_own_ranks() -> None:
 
     result = aggregate([ClientUpdate(adapter(2, 8), 1, "a"), ClientUpdate(adapter(4, 1), 1, "b")], method="rbla")
     assert result.adapter.ranks == {"q": 4, "v": 8}
+
+
+# --- any shapes, ranks, number types, scalings and weights, against the definitions in dense float64 -------------------
+
+
+@st.composite
+def federations(draw: st.DrawFn) -> list[ClientUpdate]:
+    """Clients of one layer, mixed in everything that a client chooses for itself."""
+    out, width, seed = draw(st.integers(1, 30)), draw(st.integers(1, 30)), draw(st.integers(0, 9999))
+    updates = []
+    for k in range(draw(st.integers(1, 5))):
+        rank, dtype = draw(st.integers(1, 9)), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+        generator = torch.Generator().manual_seed(seed + k)
+        A, B = torch.randn(rank, width, generator=generator), torch.randn(out, rank, generator=generator)
+        layer = LoraLayer(A.to(dtype), B.to(dtype), draw(st.sampled_from([0.1, 1.0, 16 / rank, 16 / rank**0.5])))
+        updates.append(ClientUpdate(Adapter({"layer": layer}), draw(st.integers(1, 1000)), f"client-{k}"))
+    return updates
+
+
+def slices(update: ClientUpdate) -> list[torch.Tensor]:
+    layer = update.adapter.layers["layer"]
+    return [layer.scaling * torch.outer(layer.B[:, j].double(), layer.A[j].double()) for j in range(layer.rank)]
+
+
+def defined(updates: list[ClientUpdate], method: str) -> torch.Tensor:
+    """`sum_k p_k s_k B_k A_k`, or each slice's mean over its owners."""
+    total = sum(update.num_examples for update in updates)
+    if method == "flexlora":
+        return sum(update.num_examples / total * sum(slices(update)) for update in updates)
+    found = 0.0
+    for j in range(max(update.adapter.layers["layer"].rank for update in updates)):
+        owners = [update for update in updates if update.adapter.layers["layer"].rank > j]
+        examples = sum(update.num_examples for update in owners)
+        found = found + sum(update.num_examples / examples * slices(update)[j] for update in owners)
+    return found
+
+
+@settings(max_examples=60)
+@given(federations(), st.sampled_from(["flexlora", "raflora"]), st.sampled_from(["auto", "qr", "gram"]), st.integers(1, 12))
+def test_shares_are_the_truncated_definition(updates: list[ClientUpdate], method: str, algebra: str, rank: int) -> None:
+    """Its distance to the definition is that of the best approximation of its rank, to the rounding of the widest type."""
+    result = aggregate(updates, method, algebra=algebra)
+    M, share = defined(updates, method), result.share(rank).layers["layer"]
+    size = sum(float(part.norm()) for update in updates for part in slices(update))
+    largest = max(update.adapter.layers["layer"].rank for update in updates)
+    left_out = float(torch.linalg.svdvals(M)[min(rank, largest) :].norm())
+    dtype = functools.reduce(torch.promote_types, [update.adapter.layers["layer"].A.dtype for update in updates])
+    assert share.A.dtype == dtype
+    assert share.rank == rank
+    exact = LoraLayer(share.A.double(), share.B.double(), share.scaling).delta()
+    assert float((M - exact).norm()) <= left_out + 30 * torch.finfo(dtype).eps * size
+    assert set(result.work.paths) <= {algebra} or algebra == "auto" or result.work.paths == {"qr": 1}

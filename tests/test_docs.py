@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyrank import Adapter, LoraLayer, simulation
+from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate, simulation
 from anyrank.catalog import catalog
 from anyrank.config import Config, from_table, load
+from anyrank.errors import AdapterError
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -83,6 +84,78 @@ def test_the_method_to_paste_in_works(tmp_path: Path, monkeypatch: pytest.Monkey
         from anyrank.methods import REGISTRY
 
         del REGISTRY["equal-voices"]
+
+
+LOOP, FLOWER, NVFLARE = blocks((ROOT / "docs" / "aggregate.md").read_text(), "python")
+
+
+def peft_clients() -> dict[str, tuple[torch.nn.Module, int]]:
+    """Two PEFT models of one base, at ranks 2 and 4, as after local training, with their examples."""
+    from peft import LoraConfig, get_peft_model
+
+    trained = {}
+    for seed, (name, rank) in enumerate({"a": 2, "b": 4}.items(), 1):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 6))
+        model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=8, target_modules=["0", "2"]))
+        draw = torch.Generator().manual_seed(seed)
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=draw)
+        trained[name] = model, 10 * seed
+    return trained
+
+
+def merged_by_hand(trained: dict[str, tuple[torch.nn.Module, int]]) -> dict[str, Adapter]:
+    from peft import get_peft_model_state_dict
+
+    updates = [
+        ClientUpdate(Adapter.from_state_dict(get_peft_model_state_dict(m), m.peft_config["default"].to_dict()), n, name)
+        for name, (m, n) in trained.items()
+    ]
+    merged = aggregate(updates, method="raflora")
+    return {name: merged.share(m.peft_config["default"].r) for name, (m, _) in trained.items()}
+
+
+def test_the_plain_loop_changes_what_the_models_apply() -> None:
+    trained = peft_clients()
+    expected = merged_by_hand(trained)
+    exec(LOOP, {"trained": trained})
+    for name, (model, _) in trained.items():
+        for layer, share in expected[name].layers.items():
+            change = model.get_submodule(f"base_model.model.{layer}").get_delta_weight("default")
+            torch.testing.assert_close(change, share.delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_flower_and_nvflare_examples_give_the_same_on_arrays() -> None:
+    from peft import get_peft_model_state_dict
+
+    trained = peft_clients()
+    expected = {name: share.state_dict(numpy=True) for name, share in merged_by_hand(trained).items()}
+    configs = {name: model.peft_config["default"] for name, (model, _) in trained.items()}
+    states = {
+        name: {key: value.numpy() for key, value in sorted(get_peft_model_state_dict(model).items())}
+        for name, (model, _) in trained.items()
+    }
+    room: dict = {}
+    exec(FLOWER, room)
+    keys = list(states["a"])
+    results = [(name, list(states[name].values()), examples) for name, (_, examples) in trained.items()]
+    arrays = room["aggregate_arrays"](results, keys, configs)
+    exec(NVFLARE, room)
+    aggregator = room["AnyRankAggregator"](configs)
+    for name, (_, examples) in trained.items():
+        aggregator.accept(name, states[name], examples)
+    dicts = aggregator.aggregate()
+    for name, share in expected.items():
+        for key, array, value in zip(keys, arrays[name], share.values(), strict=True):
+            assert array.tobytes() == value.tobytes() == dicts[name][key].tobytes()
+
+
+def test_bfloat16_does_not_become_an_array_by_itself() -> None:
+    adapter = Adapter({"q": LoraLayer(torch.ones(1, 3).bfloat16(), torch.ones(2, 1).bfloat16(), 1.0)})
+    with pytest.raises(AdapterError, match="NumPy has no bfloat16"):
+        adapter.state_dict(numpy=True)
 
 
 def test_the_tree_in_the_readme_exists() -> None:

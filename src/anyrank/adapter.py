@@ -6,6 +6,7 @@ module names, with the plain tensors (a head, biases) that are trained beside th
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import os
@@ -26,7 +27,8 @@ from anyrank.files import write_whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 _KINDS = ("linear", "conv2d", "embedding")
 # PEFT options whose forward pass is more than base(x) + scaling * B @ A @ x: merging their factors would be wrong.
 _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "target_parameters", "trainable_token_indices")
@@ -107,6 +109,31 @@ class Adapter:
         return {name: layer.rank for name, layer in self.layers.items()}
 
     @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], config: Any) -> Adapter:
+        """An adapter from PEFT's own state dict (`get_peft_model_state_dict`), of tensors or NumPy arrays, and its config.
+
+        `config`: a `LoraConfig`, or what its `to_dict()` gives. Arrays are not copied. Raises `AdapterError` as `load` does.
+
+        >>> state = {"q.lora_A.weight": torch.ones(1, 3).numpy(), "q.lora_B.weight": torch.ones(2, 1).numpy()}
+        >>> Adapter.from_state_dict(state, {"peft_type": "LORA", "r": 1, "lora_alpha": 2}).layers["q"].delta().sum()
+        tensor(12.)
+        """
+        values = config if isinstance(config, Mapping) else config.to_dict()
+        config = check_config({key: _plain(value) for key, value in values.items()}, "adapter config")
+        return from_peft_state({key: torch.as_tensor(value) for key, value in state.items()}, config)
+
+    def state_dict(self, numpy: bool = False) -> dict[str, Any]:
+        """The adapter under PEFT's keys, in sorted order, as `set_peft_model_state_dict` takes it; as NumPy arrays if asked.
+
+        The scaling is not in it: a model that takes it in must have this adapter's ranks and alphas.
+        """
+        state = dict(sorted(_peft_tensors(self).items()))
+        narrow = next((key for key, value in state.items() if numpy and value.dtype == torch.bfloat16), None)
+        if narrow:
+            raise AdapterError(f"{narrow}: NumPy has no bfloat16; take tensors, or make the adapter float32 first")
+        return {key: value.cpu().numpy() for key, value in state.items()} if numpy else state
+
+    @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Adapter:
         """Read a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`); nothing is ever unpickled.
 
@@ -119,7 +146,7 @@ class Adapter:
         """Write a PEFT LoRA folder, which `PeftModel.from_pretrained` takes as it is. Files appear whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(_peft_config(self), indent=2, sort_keys=True) + "\n"
+        config = json.dumps(peft_config(self), indent=2, sort_keys=True) + "\n"
 
         def write_both(weights: Path) -> None:  # both are on the disk before either is put in place
             save_file(_peft_tensors(self), weights, metadata={"format": "pt"})
@@ -133,7 +160,17 @@ class Adapter:
 
 
 def _load(folder: Path) -> Adapter:
-    config = _read_config(folder)
+    config, weights = read_config(folder), find_weights(folder)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise unreadable(weights, error) from None
+    return from_peft_state(tensors, config, where=str(folder))
+
+
+def find_weights(folder: Path) -> Path:
+    """The safetensors file of a PEFT folder."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         pickled = next((name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()), None)
@@ -143,15 +180,15 @@ def _load(folder: Path) -> Adapter:
             else "save the adapter with PEFT's save_pretrained"
         )
         raise AdapterError(f"{folder}: no {WEIGHTS_FILE}; {hint}")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights}: not a readable safetensors file ({error}); save the adapter again") from None
-    return from_peft_state(tensors, config, where=str(folder))
+    return weights
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def unreadable(weights: Path, error: object) -> AdapterError:
+    return AdapterError(f"{weights}: not a readable safetensors file ({error}); save the adapter again")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` of a PEFT folder, if its adapter is a plain LoRA."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         what = "no such folder" if not folder.is_dir() else f"no {CONFIG_FILE} in it"
@@ -160,6 +197,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise AdapterError(f"{path}: not readable as JSON ({error}); save the adapter again") from None
+    return check_config(config, str(path))
+
+
+def check_config(config: Any, path: str) -> dict[str, Any]:
+    """`config`, if it is that of a LoRA adapter which applies `scaling * B @ A` and nothing more."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{path}: expected peft_type 'LORA', got {kind!r}; only LoRA adapters can be merged")
@@ -176,17 +218,17 @@ def from_peft_state(state: Mapping[str, Tensor], config: Mapping[str, Any], wher
     factors: dict[str, dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
     for key in sorted(state):
-        name = key.removeprefix(_PREFIX)
-        match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
+        name = key.removeprefix(PREFIX)
+        match = FACTOR.fullmatch(name)
         if match:
             factors.setdefault(match[1], {"kind": match[2] or ""})[match[3]] = state[key]
         elif "lora_" in name:
             raise AdapterError(f"{where}: tensor {key!r} belongs to a LoRA variant that is not supported; train without it")
         else:
-            tensors[name] = _finite(state[key], where, name)
+            tensors[name] = finite(state[key], where, name)
     layers = {name: _read_layer(name, pair, config, where) for name, pair in factors.items()}
     if not layers:
-        raise AdapterError(f"{where}: holds no LoRA factors (keys like '{_PREFIX}NAME.lora_A.weight')")
+        raise AdapterError(f"{where}: holds no LoRA factors (keys like '{PREFIX}NAME.lora_A.weight')")
     return Adapter(layers, tensors, {k: v for k, v in config.items() if k not in _OWN_KEYS})
 
 
@@ -194,7 +236,7 @@ def _read_layer(name: str, pair: dict[str, Any], config: Mapping[str, Any], wher
     missing = {"A", "B"} - pair.keys()
     if missing:
         raise AdapterError(f"{where}, layer {name}: factor {missing.pop()} is missing; save the adapter again")
-    A, B = _finite(pair["A"], where, name), _finite(pair["B"], where, name)
+    A, B = finite(pair["A"], where, name), finite(pair["B"], where, name)
     kind, kernel = ("embedding" if pair["kind"] else "linear"), (1, 1)
     if A.ndim == 4 and B.ndim == 4 and tuple(B.shape[2:]) == (1, 1):
         kind, kernel = "conv2d", tuple(A.shape[2:])
@@ -230,8 +272,17 @@ def _pattern(key: str, name: str, config: Mapping[str, Any], default: Any) -> An
     return default
 
 
-def _finite(tensor: Tensor, where: str, name: str) -> Tensor:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def _plain(value: Any) -> Any:
+    """What JSON can hold, as PEFT writes it: sets as lists, enumerations as their values."""
+    value = value.value if isinstance(value, enum.Enum) else value
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def finite(tensor: Tensor, where: str, name: str) -> Tensor:
+    """`tensor`, if all its numbers are."""
+    # The extremes are NaN where any entry is, and take one pass without a mask. An outline ("meta") has no entries.
+    known = tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta"
+    if known and not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor)):
         raise AdapterError(f"{where}, {name}: holds NaN or infinite values; the training that made it diverged")
     return tensor
 
@@ -243,23 +294,28 @@ _OWN_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     # Copies, because the file format refuses tensors that share memory, as two views of one tensor do.
-    tensors = {f"{_PREFIX}{name}": _copy(tensor) for name, tensor in adapter.tensors.items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapter.tensors.items()}
     for name, layer in adapter.layers.items():
-        A, B = _copy(layer.A), _copy(layer.B)
-        if layer.kind == "embedding":
-            tensors |= {f"{_PREFIX}{name}.lora_embedding_A": A, f"{_PREFIX}{name}.lora_embedding_B": B}
-            continue
-        if layer.kind == "conv2d":
-            A, B = A.unflatten(1, (-1, *layer.kernel)), B[:, :, None, None]
-        tensors |= {f"{_PREFIX}{name}.lora_A.weight": A, f"{_PREFIX}{name}.lora_B.weight": B}
-    return tensors
+        tensors |= layer_tensors(name, layer)
+    return {key: _copy(tensor) for key, tensor in tensors.items()}
+
+
+def layer_tensors(name: str, layer: LoraLayer) -> dict[str, Tensor]:
+    """One layer under PEFT's keys, in PEFT's shapes."""
+    A, B = layer.A, layer.B
+    if layer.kind == "embedding":
+        return {f"{PREFIX}{name}.lora_embedding_A": A, f"{PREFIX}{name}.lora_embedding_B": B}
+    if layer.kind == "conv2d":
+        A, B = A.unflatten(1, (-1, *layer.kernel)), B[:, :, None, None]
+    return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
 
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _peft_config(adapter: Adapter) -> dict[str, Any]:
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """What `adapter_config.json` says of `adapter`: its own config, with the ranks and alphas that its layers have."""
     rslora = bool(adapter.config.get("use_rslora"))
     alphas = {name: layer.scaling * (math.sqrt(layer.rank) if rslora else layer.rank) for name, layer in adapter.layers.items()}
     alphas = {name: _tidy(alpha) for name, alpha in alphas.items()}
@@ -279,7 +335,10 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "inference_mode": True,
     }
     own = {"r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    return defaults | dict(adapter.config) | own
+    config = dict(adapter.config)
+    if not adapter.tensors:  # a part without the head, such as what goes into the base model: PEFT would look for it
+        config |= {"modules_to_save": None, "bias": "none"}
+    return defaults | config | own
 
 
 def _tidy(alpha: float) -> float | int:

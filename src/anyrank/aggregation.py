@@ -1,28 +1,40 @@
-"""Merging adapters of any ranks without training: one function, for a folder of PEFT adapters or for your own loop."""
+"""Merging adapters of any ranks without training: one function, for folders of PEFT adapters or for your own loop."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from anyrank import collapse, methods
-from anyrank.adapter import Adapter, LoraLayer, iter_names
-from anyrank.errors import AdapterError, MethodError
+from anyrank import collapse, lowrank
+from anyrank.adapter import Adapter
+from anyrank.errors import AdapterError, RunError, RunFailed
+from anyrank.folders import FolderWriter
+from anyrank.merging import Merge, has_own_aggregate, infer_scaling, plan
 from anyrank.methods import Method
-from anyrank.records import BOTH, Client, ClientUpdate, Scaling, ServerState
+from anyrank.records import Client, ClientUpdate, Scaling, ServerState
+
+__all__ = ["AggregateResult", "aggregate", "aggregate_folders", "infer_scaling"]
+
+Updates = Iterable[ClientUpdate | str | os.PathLike[str]]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class AggregateResult:
-    """The merged update: as a whole, as the share of any rank, and as what goes into the base model."""
+    """The merged update: as a whole, as the share of any rank, and as what goes into the base model.
+
+    `work` says how singular values were computed: `work.paths` `{way: layers}` and `work.error`, the largest backward error.
+    """
 
     method: Method
     state: ServerState
+    work: lowrank.Work = field(default_factory=lowrank.Work)
 
     @property
     def adapter(self) -> Adapter:
@@ -46,110 +58,133 @@ class AggregateResult:
 
 
 def aggregate(
-    updates: Iterable[ClientUpdate | str | os.PathLike[str]],
+    updates: Updates,
     method: str | Method,
-    previous: Adapter | None = None,
+    previous: Adapter | str | os.PathLike[str] | None = None,
     seed: int = 0,
     scaling: Scaling | None = None,
+    algebra: str = "auto",
+    allow_different_base: bool = False,
     **options: Any,
 ) -> AggregateResult:
     """Merge the clients' adapters by `method`; `options` are the method's own.
 
-    `updates`: `ClientUpdate`s, or PEFT adapter folders (then all clients weigh the same). `previous`: the global adapter
-    that the clients started from, for methods that keep what no client of this round has. `scaling`: the rule that shares
-    use; by default the one that explains the clients' own scalings.
+    `updates`: `ClientUpdate`s, or PEFT adapter folders (then all clients weigh the same), which are read one layer at a time.
+    `previous`: the global adapter that the clients started from, for methods that keep what no client of this round has.
+    `scaling`: the rule that shares use; by default the one that explains the clients' own scalings. `algebra`: how singular
+    values are computed, see `anyrank.lowrank`. `allow_different_base`: merge although the adapters name different base models
+    (one model may have a name of its own on each machine). The result has the widest number type among the clients'.
 
+    >>> import torch
+    >>> from anyrank import LoraLayer
     >>> one = Adapter({"layer": LoraLayer(torch.eye(1, 2), torch.ones(2, 1), 1.0)})
     >>> two = Adapter({"layer": LoraLayer(torch.eye(2), torch.eye(2), 1.0)})
     >>> merged = aggregate([ClientUpdate(one, 3, "a"), ClientUpdate(two, 1, "b")], method="raflora")
     >>> merged.adapter.ranks, merged.share(rank=1).ranks
     ({'layer': 2}, {'layer': 1})
     """
-    updates = [_update(update, position) for position, update in enumerate(updates, 1)]
-    if not updates:
-        raise AdapterError("aggregate: expected at least one client's adapter, got none")
-    _distinct([update.client for update in updates])
-    method = methods.make(method, options) if isinstance(method, str) else method
-    clients = {update.client: update.adapter for update in updates}
-    scaling = scaling or infer_scaling(clients)
-    state = ServerState(0, seed, _server_adapter(method, clients, previous, scaling), scaling)
-    return AggregateResult(method, method.aggregate(state, updates))
+    merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
+    with lowrank.using(algebra) as work:
+        whole = has_own_aggregate(merge.method)
+        state = merge.method.aggregate(merge.state(), merge.updates) if whole else _layer_by_layer(merge)
+    return AggregateResult(merge.method, state, work)
 
 
-def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
-    """The rule that explains all clients' scalings, layer by layer: alpha / r, alpha / sqrt(r), or one constant.
+def _layer_by_layer(merge: Merge) -> ServerState:
+    merged = {name: merge.layer(name) for name in merge.names}
+    tensors = {name: merge.tensor(name) for name in merge.tensors}
+    into_base = {name: base for name, (_, base) in merged.items() if base is not None}
+    adapter = Adapter({name: layer for name, (layer, _) in merged.items()}, tensors, merge.config)
+    return ServerState(1, merge.seed, adapter, merge.scaling, Adapter(into_base, {}, merge.config) if into_base else None)
 
-    Where none does (say, alpha differs between clients of one rank), shares use the mean of the clients' scalings: a
-    share's product is right under any scaling, and the adapter's own config carries the one that was used.
+
+def aggregate_folders(
+    updates: Updates,
+    method: str | Method,
+    out: str | os.PathLike[str],
+    ranks: Sequence[int] = (),
+    previous: Adapter | str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    scaling: Scaling | None = None,
+    algebra: str = "auto",
+    allow_different_base: bool = False,
+    progress: Progress = lambda done, total: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """As `aggregate`, written to `out` layer by layer as it is computed, so that memory holds one layer of all clients.
+
+    `out/global` is the whole update, `out/rank-R` what a client of each rank in `ranks` gets, `out/base-update` what goes into
+    the base model (for the methods that have such a part): the same numbers, byte for byte, as `aggregate` gives. `out` must
+    not exist, and appears whole or not at all. `progress(done, total)` counts layers. Returns what was done, as a dict.
     """
-    names = list(iter_names(clients))
-    observed = {name: [(a.layers[name].rank, a.layers[name].scaling) for a in clients.values()] for name in names}
-    candidates = {
-        "standard": lambda rank, scaling: scaling * rank,
-        "rslora": lambda rank, scaling: scaling * rank**0.5,
-        "constant": lambda rank, scaling: scaling,
+    out = Path(out)
+    if out.exists():
+        raise RunError(f"{out}: exists already; name a new folder, or remove this one")
+    wrong = next((rank for rank in ranks if not isinstance(rank, int) or rank < 1), None)
+    if wrong is not None:
+        raise AdapterError(f"ranks: expected ranks of at least 1, got {wrong!r}")
+    merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with lowrank.using(algebra) as work, _Folders(unfinished, merge, ranks) as folders:
+            folders.fill(progress)
+        os.replace(unfinished, out)
+    except OSError as error:
+        raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return {
+        "method": merge.method.name,
+        "out": str(out),
+        "folders": sorted(folders.writers),
+        "layers": len(merge.names),
+        "clients": [merge.describe(update) for update in merge.updates],
+        "algebra": work.paths,
+        "error": work.error,
     }
-    for rule, alpha_of in candidates.items():
-        alphas = {name: [alpha_of(*pair) for pair in pairs] for name, pairs in observed.items()}
-        if all(max(values) - min(values) <= 1e-9 * max(values) for values in alphas.values()):
-            layer_alpha = {name: values[0] for name, values in alphas.items()}
-            return Scaling(layer_alpha[names[0]], rule, layer_alpha)
-    means = {name: sum(scaling for _, scaling in pairs) / len(pairs) for name, pairs in observed.items()}
-    return Scaling(means[names[0]], "constant", means)
 
 
-def _update(update: Any, position: int) -> ClientUpdate:
-    if isinstance(update, ClientUpdate):
-        return update if update.client else replace(update, client=f"client-{position}")
-    if isinstance(update, (str, os.PathLike)):
-        return ClientUpdate(Adapter.load(update), 1, os.fspath(update))
-    raise AdapterError(f"aggregate: expected ClientUpdates or adapter folders, got a {type(update).__name__} at {position}")
+class _Folders:
+    """The folders of one merge while they are written, each layer into all of them."""
 
+    def __init__(self, root: Path, merge: Merge, ranks: Sequence[int]) -> None:
+        self._root, self._merge, self._ranks = root, merge, sorted(set(ranks))
+        self.writers: dict[str, FolderWriter] = {}
 
-def _distinct(names: list[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise AdapterError(f"aggregate: client {twice} is named twice; give each update its own client name")
+    def __enter__(self) -> _Folders:
+        self._root.mkdir(parents=True)
+        for name in ("global", *(f"rank-{rank}" for rank in self._ranks)):
+            self._open(name, self._merge.tensors)
+        return self
 
+    def __exit__(self, *failed: object) -> None:
+        for writer in self.writers.values():
+            writer.close()
 
-def _server_adapter(method: Method, clients: Mapping[str, Adapter], previous: Adapter | None, scaling: Scaling) -> Adapter:
-    """The adapter that the server held before: `previous`, or nothing learned yet, at the clients' largest ranks."""
-    if previous is not None:
-        _ = list(iter_names({"previous": previous, **clients}))
-    layers = {}
-    for name in iter_names(clients):
-        _same_shape(name, clients)
-        largest = max((adapter.layers[name] for adapter in clients.values()), key=lambda layer: layer.rank)
-        if method.train != BOTH:
-            _common_a(method, name, clients, largest)
-        held = previous.layers[name] if previous else largest.with_factors(largest.A, torch.zeros_like(largest.B))
-        if held.rank < largest.rank:
-            A = torch.cat([held.A, largest.A[held.rank :]])
-            B = torch.cat([held.B, held.B.new_zeros(held.B.shape[0], largest.rank - held.rank)], dim=1)
-            held = held.with_factors(A, B)
-        if previous is None:
-            held = held.with_factors(held.A, held.B, scaling.of(name, held.rank))
-        layers[name] = held
-    first = next(iter(clients.values()))
-    return Adapter(layers, previous.tensors if previous else {}, first.config)
+    def _open(self, name: str, tensors: Mapping[str, Tensor]) -> FolderWriter:
+        self.writers[name] = FolderWriter(self._root / name, self._merge.outline, tensors)
+        return self.writers[name]
 
+    def fill(self, progress: Progress) -> None:
+        merge = self._merge
+        wide = [name for name, tensor in merge.tensors.items() if tensor.dtype.itemsize >= merge.dtype.itemsize]
+        wide.sort(key=lambda name: -merge.tensors[name].dtype.itemsize)
+        narrow = sorted(merge.tensors.keys() - set(wide), key=lambda name: (-merge.tensors[name].dtype.itemsize, name))
+        self._tensors(wide)
+        for done, name in enumerate(merge.names, 1):
+            layer, base = merge.layer(name)
+            self.writers["global"].add_layer(name, layer)
+            for rank in self._ranks:
+                self.writers[f"rank-{rank}"].add_layer(name, merge.share(name, layer, rank))
+            if base is not None:
+                (self.writers.get("base-update") or self._open("base-update", {})).add_layer(name, base)
+            progress(done, len(merge.names))
+        self._tensors(narrow)
+        for writer in self.writers.values():
+            writer.finish(merge.config)
 
-def _same_shape(name: str, clients: Mapping[str, Adapter]) -> None:
-    (first, adapter), *others = clients.items()
-    for other, theirs in others:
-        a, b = adapter.layers[name], theirs.layers[name]
-        if a.shape != b.shape or a.kind != b.kind or a.kernel != b.kernel:
-            raise AdapterError(
-                f"layer {name}: {first} has {a.kind} [out, in] {list(a.shape)}, {other} has {b.kind} {list(b.shape)}; "
-                "all clients must adapt the same base model"
-            )
-
-
-def _common_a(method: Method, name: str, clients: Mapping[str, Adapter], largest: LoraLayer) -> None:
-    for client, adapter in clients.items():
-        A = adapter.layers[name].A
-        if not torch.equal(A.to(largest.A.dtype), largest.A[: len(A)]):
-            raise MethodError(
-                f"{method.name}: needs one A for all clients, but {client}'s A differs in layer {name}; "
-                "use a method that merges products, such as raflora or flexlora"
-            )
+    def _tensors(self, names: Sequence[str]) -> None:
+        for name in names:
+            tensor = self._merge.tensor(name)
+            for writer in (writer for folder, writer in self.writers.items() if folder != "base-update"):
+                writer.add_tensor(name, tensor)

@@ -34,18 +34,29 @@ def digest(parts: Iterable[str]) -> str:
     return total.hexdigest()
 
 
-def load(folder: Path, kind: str, key: Mapping[str, str]) -> dict[str, Tensor] | None:
-    """The tensors stored for `key`, or `None` where there is no whole and undamaged file for it."""
+def load(folder: Path, kind: str, key: Mapping[str, str], mapped: bool = False) -> dict[str, Tensor] | None:
+    """The tensors stored for `key`, or `None` where there is no whole and undamaged file for it.
+
+    `mapped`: they stay in the file, and the system reads of it what is used, and keeps what fits; else they are in memory.
+    """
     path, text = _place(folder, kind, key)
     if not path.is_file() or not path.stat().st_size:
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            stamp = (file.metadata() or {}).get(_STAMP)
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        tensors, stamp = _open(path)
+        if stamp != _stamp(text, tensors):
+            return None
+        if mapped:
+            return _open(path)[0]  # anew: the check has read every page of the first mapping
     except (SafetensorError, OSError):
         return None
-    return tensors if stamp == _stamp(text, tensors) else None
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """A file's tensors, as safetensors maps them, and its stamp."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}, (file.metadata() or {}).get(_STAMP)
 
 
 def store(folder: Path, kind: str, key: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,6 +82,31 @@ def run(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Set = [],  # noqa: B006
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time one step of each rank, to guess the time.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """What a run would take: clients, parameters, bytes, memory, a guess of the time. Trains nothing and makes no run folder.
+
+    Example: [cyan]anyrank plan banking77.toml --set clients.participation=0.5[/cyan]
+    """
+    from anyrank import config as configs
+    from anyrank import console, plan
+
+    chosen = configs.load(config, overrides)
+    with console.Preparing("frozen features", quiet=as_json) as preparing:
+        figures = plan.plan(chosen, measure, preparing)
+    if as_json:
+        return _print_json(figures)
+    for table in console.plan_tables(figures):
+        console.out.print(table)
+
+
+@app.command()
 def compare(
     config: ConfigFile,
     methods: Annotated[str, typer.Option("--methods", help="Comma-separated; METHOD@RANK gives every client that rank.")],
@@ -101,6 +127,64 @@ def compare(
     folder = out or Path("runs") / f"{chosen.run.name}-compare"
     rows = _compare(chosen, methods.split(","), seeds, folder, jobs, resume, quiet=as_json)
     _show_comparison(rows, folder, as_json, chosen.run.name)
+
+
+@app.command()
+def aggregate(
+    clients: Annotated[list[str], typer.Argument(metavar="CLIENT_DIR[=EXAMPLES] ...", help="PEFT adapter folders.")],
+    method: Annotated[str, typer.Option("--method", help="See `anyrank methods`.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the merged adapters.")],
+    ranks: Annotated[str, typer.Option("--ranks", metavar="4,8,...", help="Also write what a client of each rank gets.")] = "",
+    previous: Annotated[
+        Path | None, typer.Option("--previous", help="The global adapter that the clients started from.")
+    ] = None,
+    options: Annotated[list[str], typer.Option("--option", metavar="KEY=VALUE", help="An option of the method.")] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option("--seed", help="For the fresh rows of A in slices that are left empty.")] = 0,
+    algebra: Annotated[str, typer.Option("--algebra", help="auto, qr, gram or randomized.")] = "auto",
+    allow_different_base: Annotated[
+        bool, typer.Option("--allow-different-base", help="The adapters' different base models are one under two names.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge PEFT adapter folders of any ranks, without training: OUT/global, and OUT/rank-R for each rank asked for.
+
+    Example: [cyan]anyrank aggregate --method raflora --ranks 4,8 --out merged site-a=1200 site-b=300[/cyan]
+    """
+    from anyrank import console, requests
+    from anyrank.aggregation import aggregate_folders
+
+    _use_all_cores()
+    began = time.perf_counter()
+    with console.Preparing("layers", quiet=as_json) as progress:
+        done = aggregate_folders(
+            requests.updates(clients), method, out, requests.ranks(ranks), previous, seed, algebra=algebra,
+            allow_different_base=allow_different_base, progress=progress, **requests.options(options),
+        )  # fmt: skip
+    done["seconds"] = time.perf_counter() - began
+    if as_json:
+        return _print_json(done)
+    console.out.print(console.merge_table(done))
+
+
+@app.command()
+def inspect(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER_DIR ...", help="PEFT adapter folders.")],
+    as_json: Json = False,
+) -> None:
+    """Ranks, scaling, norms, spectrum, effective rank and energy past each rank, layer by layer, of one or more adapters.
+
+    Example: [cyan]anyrank inspect merged/global merged/rank-4[/cyan]
+    """
+    from anyrank import console
+    from anyrank.inspection import inspect_folders
+
+    _use_all_cores()
+    with console.Preparing("layers", quiet=as_json) as progress:
+        reports = inspect_folders(adapters, progress)
+    if as_json:
+        return _print_json({"adapters": reports})
+    for table in console.inspection_tables(reports):
+        console.out.print(table)
 
 
 @app.command()
@@ -169,6 +253,12 @@ def _show_comparison(rows: list[dict[str, Any]], out: Path, as_json: bool, title
     count = f"{rows[0]['seeds']} seeds, mean ± std" if rows[0]["seeds"] > 1 else "one seed"
     console.out.print(console.comparison_table(rows, f"{title} ({count})"))
     console.out.print(f"report  {out / 'report.html'}\nfigure  {out / 'figure.png'}", soft_wrap=True)
+
+
+def _use_all_cores() -> None:
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ class Population:
 
     def levels(self) -> list[int]:
         """The distinct ranks of the federation, rising."""
-        return sorted({int(rank) for rank in self.ranks})
+        return np.unique(self.ranks).tolist()
 
     def pooled(self) -> Population:
         """One client of the largest rank that has everybody's examples."""

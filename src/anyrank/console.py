@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+_PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -50,14 +52,14 @@ class Rounds:
 
 
 class Preparing:
-    """Progress of what is done once before round 1 (features of a frozen model): `callback(done, total)`."""
+    """Progress of one long piece of work, `callback(done, total)`: a live line on a terminal, now and then a plain one."""
 
     def __init__(self, title: str, quiet: bool = False) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=err, disable=quiet, transient=True,
+            console=err, disable=quiet or not err.is_terminal, transient=True,
         )  # fmt: skip
-        self._title, self._task = title, None
+        self._title, self._task, self._quiet, self._spoke = title, None, quiet, time.monotonic()
 
     def __enter__(self) -> Preparing:
         return self
@@ -67,6 +69,11 @@ class Preparing:
             self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
+        if self._progress.disable:
+            if not self._quiet and time.monotonic() - self._spoke > 5:
+                self._spoke = time.monotonic()
+                err.print(f"{self._title}: {done}/{total}", soft_wrap=True)
+            return
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task(self._title, total=total)
@@ -111,11 +118,96 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
         "rejected": str(summary["rejected"]),
         "head": summary["head"],
+        "examples": f"{megabytes(summary['inputs_bytes'])} MB, {_PLACES[summary['inputs_in']]}",
         "time": f"{summary['seconds']:.1f} s",
     }
     for name, value in figures.items():
         table.add_row(name, value)
     return table
+
+
+def merge_table(done: Mapping[str, Any]) -> Table:
+    """What a merge took in, and what it left."""
+    ranks = sorted({rank for client in done["clients"] for rank in client["ranks"]})
+    ways = ", ".join(f"{count} by {way}" for way, count in sorted(done["algebra"].items()))
+    table = Table(title=f"{done['method']}: {len(done['clients'])} adapters", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("layers", str(done["layers"]))
+    table.add_row("ranks", ", ".join(map(str, ranks)))
+    table.add_row("examples", str(sum(client["num_examples"] for client in done["clients"])))
+    table.add_row("singular values", f"{ways}; backward error {done['error']:.1e}" if ways else "none needed")
+    table.add_row("time", f"{done['seconds']:.1f} s")
+    table.add_row("written", "\n".join(f"{done['out']}/{name}" for name in done["folders"]))
+    return table
+
+
+def inspection_tables(reports: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """One row an adapter, side by side, then one table an adapter with a row for each layer."""
+    levels = list(reports[0]["total"]["energy_past"])
+    totals = _inspection_table("adapters", ["adapter", "layers", "ranks"], levels)
+    for report in reports:
+        ranks = ", ".join(map(str, report["total"]["ranks"]))
+        totals.add_row(report["adapter"], str(report["total"]["layers"]), ranks, *_figures(report["total"], levels))
+    tables = [totals]
+    for report in reports:
+        table = _inspection_table(report["adapter"], ["layer", "rank", "scaling", "largest\nvalue"], levels)
+        for layer in report["layers"]:
+            row = (layer["layer"], str(layer["rank"]), f"{layer['scaling']:.3g}", f"{layer['values'][0]:.4g}")
+            table.add_row(*row, *_figures(layer, levels))
+        tables.append(table)
+    return tables
+
+
+def _inspection_table(title: str, columns: Sequence[str], levels: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column(columns[0], overflow="fold", min_width=12)
+    for heading in (*columns[1:], "norm", "effective\nrank", "energy past rank\n" + "".join(f"{level:<5}" for level in levels)):
+        table.add_column(heading, justify="left" if "past" in heading else "right", no_wrap=heading != "ranks")
+    return table
+
+
+def _figures(entry: Mapping[str, Any], levels: Sequence[str]) -> list[str]:
+    past = " ".join(f"{entry['energy_past'][level]:.2f}" for level in levels)
+    return [f"{entry['norm']:.4g}", f"{entry['effective_rank']:.2f}", past]
+
+
+def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
+    """What a run would take: one table of its ranks, one of the whole."""
+    ranks = Table(title=f"{figures['name']}: {figures['method']}", title_justify="left", header_style="bold")
+    for heading in ("rank", "clients", "a round", "trained", "MB up", "MB down", "ms / step"):
+        ranks.add_column(heading, justify="right", no_wrap=True)
+    for level in figures["levels"]:
+        step = "–" if level["step_s"] is None else f"{1e3 * level['step_s']:.1f}"
+        traffic = (f"{level[f'{way}load_bytes'] / 1e6:.3f}" for way in ("up", "down"))
+        counts = (f"{level['rank']}", f"{level['clients']:,}", f"{level['a_round']:.4g}", f"{level['trainable_parameters']:,}")
+        ranks.add_row(*counts, *traffic, step)
+    memory = {name.replace("_", " "): size for name, size in figures["memory_bytes"].items() if size}
+    rows = {
+        "task": figures["task"],
+        "clients": f"{figures['clients']:,} registered, {figures['cohort']:,} a round",
+        "rounds": f"{figures['rounds']:,}, of {figures['local_steps']:.4g} local steps",
+        "traffic a round": f"{_both_ways(figures, '_a_round')}, expected",
+        "traffic in all": f"{_both_ways(figures, '')}, expected",
+        "memory": f"{megabytes(sum(memory.values()))} MB: " + ", ".join(f"{k} {megabytes(v)}" for k, v in memory.items()),
+        "training": "not measured" if figures["training_s"] is None else _guess(figures),
+    }
+    whole = Table(show_header=False)
+    whole.add_column(style="dim")
+    whole.add_column()
+    for name, value in rows.items():
+        whole.add_row(name, value)
+    return [ranks, whole]
+
+
+def _both_ways(figures: Mapping[str, Any], over: str) -> str:
+    return ", ".join(f"{megabytes(figures[f'{way}load_bytes{over}'])} MB {way}" for way in ("up", "down"))
+
+
+def _guess(figures: Mapping[str, Any]) -> str:
+    whole = figures["training_s"]
+    text = f"{whole:.0f} s" if whole < 600 else f"{whole / 3600:.1f} h"
+    return f"{text}, {figures['round_s']:.2g} s a round: a guess from one step of each rank, scoring and merging not counted"
 
 
 def spread(row: Mapping[str, Any], name: str) -> str:

@@ -76,6 +76,8 @@ def build(config: Config, progress: Progress | None = None) -> Federation:
         "base_model": task.base_model,
         "train_examples": len(task.train),
         "test_examples": len(task.test),
+        "inputs_bytes": task.train.inputs.nbytes + task.test.inputs.nbytes,
+        "inputs_in": config.model.features if config.model.task == "text-classification" else "memory",
     }
     return Federation(config, method, population, engine, facts, step_factor)
 

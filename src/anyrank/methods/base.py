@@ -196,8 +196,8 @@ def average_slices(parts: Sequence[Part], weights: Tensor, empty: LoraLayer | No
     A, B = torch.zeros(rank, width, dtype=torch.float64), torch.zeros(out, rank, dtype=torch.float64)
     for (layer, _), w in zip(parts, weights, strict=True):
         w = math.sqrt(layer.scaling) * w[: layer.rank]
-        A[: layer.rank] += w[:, None] * layer.A.double()
-        B[:, : layer.rank] += w * layer.B.double()
+        A[: layer.rank].addcmul_(w[:, None], layer.A)  # in one pass, each number made float64 on its way
+        B[:, : layer.rank].addcmul_(w, layer.B)
     if empty is not None:
         lone = weights[:, : empty.rank].sum(dim=0) == 0
         A[: empty.rank][lone] = math.sqrt(empty.scaling) * empty.A.double()[lone]

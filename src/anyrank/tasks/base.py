@@ -16,8 +16,13 @@ class Inputs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, index: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments of the module's `forward` for the examples `index` `[b]`."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all examples."""
+        ...
+
+    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
+        """Keyword arguments of the module's `forward` for the examples `index` `[b]`; `even`: of one size for each example."""
         ...
 
 
@@ -31,7 +36,11 @@ class TensorInputs:
     def __len__(self) -> int:
         return len(self.values)
 
-    def batch(self, index: Tensor) -> dict[str, Tensor]:
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
         return {self.name: self.values[index]}
 
 

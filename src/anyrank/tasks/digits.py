@@ -6,6 +6,8 @@ clients adapt it to the turned images by LoRA. Real data, nothing to download, a
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +111,27 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, p
 
 def _images() -> tuple[Tensor, Tensor, Tensor]:
     """Images `[1797, 64]` centred and scaled, labels `[1797]`, and which are held out (a fixed fifth)."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = _table()
     held_out = np.zeros(len(labels), dtype=bool)
     held_out[keys.rng(_SEED, "digits", "held-out").permutation(len(labels))[: len(labels) // 5 + 1]] = True
     images = torch.from_numpy(pixels).float() / 8 - 1
     return images, torch.from_numpy(labels).long(), torch.from_numpy(held_out)
+
+
+def _table() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels `[1797, 64]` from 0 to 16 and labels, as `sklearn.datasets.load_digits` gives them.
+
+    They are read from the package's own file: to import scikit-learn takes longer than a short federation.
+    """
+    spec = importlib.util.find_spec("sklearn")  # runs nothing of the package
+    path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz" if spec else None
+    if path is None or not path.is_file():  # a version that keeps it elsewhere
+        from sklearn.datasets import load_digits
+
+        return load_digits(return_X_y=True)
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1], table[:, -1].astype(np.int64)
 
 
 def _pretrained(name: str, kind: type[nn.Module], images: Tensor, labels: Tensor, folder: Path) -> nn.Module:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ LAYERS = {
     "camembert": "encoder.layer",
     "distilbert": "transformer.layer",
 }
+RunLayers = Callable[[Sequence[nn.Module], Tensor, Tensor], Tensor]
 POOLER = "pooler"  # not used: pooling is the mean over tokens
 
 
@@ -65,6 +66,11 @@ class Encoder:
         """Where the model's layers are, if they can be run one by one."""
         return self._load()[2]
 
+    @property
+    def packs(self) -> bool:
+        """Whether the layers can be run on real tokens alone."""
+        return self.layers is not None and _runs_apart(self.model, self.layers, run_packed)
+
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, at most `max_length`."""
         tokenizer = self._load()[0]
@@ -93,7 +99,7 @@ class Encoder:
             tokenizer, model = _pretrained(self.source)
             _check_length(self.source, model.config, self.max_length)
             layers = LAYERS.get(model.config.model_type)
-            self._loaded = tokenizer, model, layers if layers and _runs_apart(model, layers) else None
+            self._loaded = tokenizer, model, layers if layers and _runs_apart(model, layers, run_layers) else None
         return self._loaded
 
 
@@ -114,14 +120,37 @@ def run_layers(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Ten
     return hidden
 
 
+def run_packed(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:
+    """`run_layers` of BERT and its kin without the padding: every product but attention's own is over real tokens alone.
+
+    Texts of a batch differ much in length, so more than half of a padded batch may be padding.
+    """
+    places = mask.flatten().nonzero().squeeze(1)
+    rows = hidden.flatten(0, 1).index_select(0, places)
+
+    def padded(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.numel(), values.shape[1]).index_copy(0, places, values).unflatten(0, mask.shape)
+
+    for layer in layers:
+        attention = layer.attention.self
+        q, k, v = (
+            padded(project(rows)).unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
+            for project in (attention.query, attention.key, attention.value)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        rows = layer.attention.output(mixed.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, places), rows)
+        rows = layer.output(layer.intermediate(rows), rows)
+    return padded(rows)
+
+
 @torch.no_grad()
-def _runs_apart(model: nn.Module, layers: str) -> bool:
-    """Whether the layers, run one by one on two texts of different length, give the model's own last hidden states."""
+def _runs_apart(model: nn.Module, layers: str, run: RunLayers) -> bool:
+    """Whether the layers, `run` on two texts of different length, give the model's own last hidden states."""
     ids = torch.arange(2, 10).remainder(model.config.vocab_size).view(2, 4)
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
     whole = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
     try:
-        apart = run_layers(model.get_submodule(layers), model.embeddings(input_ids=ids), mask)[mask]
+        apart = run(model.get_submodule(layers), model.embeddings(input_ids=ids), mask)[mask]
     except (AttributeError, TypeError, ValueError, RuntimeError):  # other modules, other arguments, other shapes
         return False
     return torch.allclose(apart, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)

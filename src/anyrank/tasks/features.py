@@ -24,11 +24,13 @@ class RaggedInputs:
     """Texts of differing length, end to end: `values` `[tokens, …]`, `lengths` `[n]` int64. Padded batch by batch.
 
     A batch is `inputs` `[b, t, …]` (float32, or int64 token ids) and `mask` `[b, t]` bool, `t` the longest text of the batch.
+    `packs`: the module can leave the padding out of its products, and is asked to unless `even` parts are wanted.
     """
 
     values: Tensor
     lengths: Tensor
     pad: int = 0
+    packs: bool = False
     starts: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -37,21 +39,26 @@ class RaggedInputs:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, index: Tensor) -> dict[str, Tensor]:
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.lengths.nbytes + self.starts.nbytes
+
+    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
         lengths = self.lengths[index]
         place = torch.arange(int(lengths.max())).expand(len(index), -1)
         mask = place < lengths[:, None]
         rows = self.values[(self.starts[index, None] + place).masked_fill(~mask, 0)]
         rows = rows.float() if rows.is_floating_point() else rows.long()
         padding = ~mask.view(*mask.shape, *(1,) * (rows.ndim - 2))
-        return {"inputs": rows.masked_fill(padding, self.pad), "mask": mask}
+        packed = {"packed": True} if self.packs and not even else {}
+        return {"inputs": rows.masked_fill(padding, self.pad), "mask": mask, **packed}
 
 
-def token_inputs(encoder: Encoder, texts: Sequence[str]) -> RaggedInputs:
+def token_inputs(encoder: Encoder, texts: Sequence[str], packs: bool = False) -> RaggedInputs:
     """The token ids of `texts`, for a model that runs from there."""
     ids = encoder.token_ids(texts)
     values = torch.tensor([token for each in ids for token in each], dtype=torch.int32)
-    return RaggedInputs(values, torch.tensor([len(each) for each in ids]), encoder.pad)
+    return RaggedInputs(values, torch.tensor([len(each) for each in ids]), encoder.pad, packs)
 
 
 @dataclass(frozen=True)
@@ -64,16 +71,20 @@ class Features:
 
 @dataclass(frozen=True)
 class Encode:
-    """Computes features with `encoder`, or finds them in the folder `cache`; `progress(done, total)` counts texts."""
+    """Computes features with `encoder`, or finds them in the folder `cache`; `progress(done, total)` counts texts.
+
+    `on_disk`: what is handed out stays in its file (a memory map), whatever its size.
+    """
 
     encoder: Encoder
     cache: Path
     progress: Progress | None
+    on_disk: bool = False
 
     def __call__(self, wanted: Mapping[str, Features]) -> dict[str, dict[str, Tensor]]:
         """`{part: tensors}`; see `_encode` for the tensors."""
         places = {part: ("features", _key(self.encoder, each)) for part, each in wanted.items()}
-        found = {part: store.load(self.cache, *place) for part, place in places.items()}
+        found = {part: store.load(self.cache, *place, mapped=self.on_disk) for part, place in places.items()}
         missing = [part for part, tensors in found.items() if tensors is None]
         total, done = sum(len(wanted[part].texts) for part in missing), 0
 
@@ -87,6 +98,8 @@ class Encode:
             with _all_cores():
                 found[part] = _encode(self.encoder, wanted[part], step)
             store.store(self.cache, *places[part], found[part])
+            if self.on_disk:
+                found[part] = store.load(self.cache, *places[part], mapped=True)
         return found
 
 

@@ -32,7 +32,7 @@ from anyrank import keys
 from anyrank.config import DataConfig, LoraConfig, ModelConfig
 from anyrank.errors import ModelError, nearest
 from anyrank.tasks.base import Examples, Inputs, Task, TensorInputs, resolve_targets
-from anyrank.tasks.encoder import POOLER, Encoder, find_source, pool, run_layers
+from anyrank.tasks.encoder import POOLER, Encoder, find_source, pool, run_layers, run_packed
 from anyrank.tasks.features import Encode, Features, Progress, RaggedInputs, token_inputs
 
 MAP = "map"
@@ -53,7 +53,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
     texts = {"train": train.texts, "test": test.texts}
     if model.head == "label-names":
         texts["names"] = as_words(train.label_names)
-    encode = Encode(Encoder(source, model), cache, progress)
+    encode = Encode(Encoder(source, model), cache, progress, on_disk=model.features == "disk")
     if lora.target_modules in ((), (MAP,)):
         built = _on_map(encode, texts, head)
     else:
@@ -100,7 +100,11 @@ def _in_encoder(encode: Encode, texts: Mapping[str, Sequence[str]], head: _Head,
     if first:
         wanted |= {part: Features(texts[part], first) for part in ("train", "test")}
     found = encode(wanted)
-    inputs = {part: RaggedInputs(**found[part]) if first else token_inputs(encoder, texts[part]) for part in ("train", "test")}
+    packs = encoder.packs
+    inputs = {
+        part: RaggedInputs(**found[part], packs=packs) if first else token_inputs(encoder, texts[part], packs)
+        for part in ("train", "test")
+    }
     classifier = head.build(encoder.model.config.hidden_size, found["names"]["values"] if "names" in texts else None)
     if encoder.layers is None:
         how = "LoRA in the encoder, the whole model from token ids: its layers cannot be run apart"
@@ -130,8 +134,11 @@ class SplitClassifier(nn.Module):
     """The layers of an encoder from `first` on, mean pooling and a head, under the encoder's own module names.
 
     `inputs`: hidden states `[b, t, d]` that layer `first` takes, or token ids `[b, t]` where `first` is 0; `mask` `[b, t]`
-    bool. The encoder is taken apart: its layers below `first` are let go, names and numbers of the others stay, so that an
-    adapter of this module is one of the encoder (`AutoModel`) as PEFT loads it.
+    bool; `packed`: padding is left out of all products, which is only for layers that can do so (`Encoder.packs`), and not for
+    clients trained side by side, whose parts of a batch must be of one size.
+
+    The encoder is taken apart: its layers below `first` are let go, names and numbers of the others stay, so that an adapter
+    of this module is one of the encoder (`AutoModel`) as PEFT loads it.
     """
 
     def __init__(self, encoder: nn.Module, layers: str, first: int, head: nn.Linear) -> None:
@@ -144,9 +151,10 @@ class SplitClassifier(nn.Module):
         self._layers, self._first = layers, first
         self.requires_grad_(False)
 
-    def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, mask: Tensor, packed: bool = False) -> Tensor:
         hidden = inputs if self._first else self.embeddings(input_ids=inputs)
-        hidden = run_layers(self.get_submodule(self._layers)[self._first :], hidden, mask)
+        run = run_packed if packed else run_layers
+        hidden = run(self.get_submodule(self._layers)[self._first :], hidden, mask)
         return self.head(LOGIT_SCALE * pool(hidden, mask))
 
 

@@ -1,0 +1,116 @@
+"""`anyrank plan`: the figures of a run before it is made, checked against the run itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anyrank import plan, simulation
+from anyrank.config import Config
+
+MLP = Config().replace(run={"rounds": 2}, model={"name": "digits-mlp"}, train={"local_steps": 3})
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYRANK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.mark.parametrize("method", ["raflora", "ffa_lora", "fedsa"])
+def test_bytes_are_those_of_the_run_where_all_take_part(method: str, tmp_path: Path) -> None:
+    config = MLP.replace(clients={"participation": 1.0}, method={"name": method})
+    told, made = plan.plan(config, measure=False), simulation.execute(config, tmp_path / "run")
+    assert (told["upload_bytes"], told["download_bytes"]) == (made["upload_bytes"], made["download_bytes"])
+    assert (told["clients"], told["cohort"]) == (made["clients"], made["cohort"])
+    assert {str(level["rank"]): level["clients"] for level in told["levels"]} == made["ranks"]
+
+
+def test_parameters_are_counted_by_what_is_trained() -> None:
+    """Two layers 64 x 64: rank r trains r · 64 numbers of each factor in each; a trained head adds 10 · 64 + 10."""
+    by_rank = lambda config: {  # noqa: E731
+        level["rank"]: level["trainable_parameters"] for level in plan.plan(config, measure=False)["levels"]
+    }
+    assert by_rank(MLP) == {rank: 2 * 2 * 64 * rank for rank in (2, 4, 8, 16, 32)}
+    assert by_rank(MLP.replace(method={"name": "ffa_lora"}))[8] == 2 * 64 * 8
+    assert by_rank(MLP.replace(model={"head": "trained"}))[8] == 2 * 2 * 64 * 8 + 650
+
+
+def test_the_time_is_that_of_the_steps_of_the_clients_of_a_round() -> None:
+    told = plan.plan(MLP.replace(clients={"count": 40, "participation": 0.5}))
+    assert all(level["step_s"] > 0 for level in told["levels"])
+    expected = sum(3 * 4 * level["step_s"] for level in told["levels"])  # 3 steps of 4 of each rank's 8 clients
+    assert told["round_s"] == pytest.approx(expected)
+    assert told["training_s"] == pytest.approx(2 * expected)
+    assert plan.plan(MLP, measure=False)["training_s"] is None
+
+
+def test_epochs_are_counted_by_the_clients_examples() -> None:
+    sampled = Config().replace(model={"name": "digits-mlp"}, train={"local_epochs": 3, "local_steps": 0})
+    partition = {"kind": "sampled", "examples_per_client": 40}
+    config = sampled.replace(data={"partition": type(sampled.data.partition)(**partition)})
+    assert plan.plan(config, measure=False)["local_steps"] == 3 * 3  # ceil(40 / 16) batches, three times
+
+
+def test_adapters_kept_for_private_clients_count_as_memory() -> None:
+    keeps, drops = (plan.plan(MLP.replace(method={"name": name}), measure=False) for name in ("local-only", "raflora"))
+    assert keeps["memory_bytes"]["kept_for_clients"] > 0
+    assert drops["memory_bytes"]["kept_for_clients"] == 0
+
+
+MILLION = """
+[run]
+rounds = 1000
+[model]
+name = "digits-mlp"
+[data]
+partition = { kind = "sampled", examples_per_client = 40 }
+[clients]
+count = 1000000
+participation = 0.001
+"""
+
+
+def test_a_million_clients_on_paper(tmp_path: Path) -> None:
+    """In seconds, in the memory of a small run and a few arrays; nothing is written where the command is given."""
+    (tmp_path / "million.toml").write_text(MILLION)
+    program = """
+import resource, sys
+from anyrank.cli import main
+sys.argv[1:] = ["plan", "million.toml", "--json"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime, used.ru_maxrss, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, kilobytes = map(float, done.stderr.split()[-2:])
+    told = json.loads(done.stdout)
+    assert (told["clients"], told["cohort"], told["rounds"]) == (1_000_000, 1000, 1000)
+    assert {level["clients"] for level in told["levels"]} == {200_000}
+    assert sum(told["memory_bytes"].values()) < 100e6
+    assert seconds < 30
+    assert kilobytes < 600_000, "torch alone takes half of it"
+    assert [path.name for path in tmp_path.iterdir()] == ["million.toml"]
+
+
+def test_the_tables_show_it_and_wrong_requests_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "million.toml").write_text(MILLION)
+    call = lambda *more: subprocess.run(  # noqa: E731
+        [sys.executable, "-m", "anyrank", "plan", "million.toml", "--no-measure", *more],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    shown = call("--set", "clients.count=1000").stdout
+    assert "1,000 registered, 1 a round" in shown
+    assert "not measured" in shown
+    for change, message in (("clients.ranks=[2, 65]", "rank 65: expected at most 64"), ("trian.x=1", "did you mean 'train'")):
+        refused = call("--set", change)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
