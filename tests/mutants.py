@@ -136,6 +136,82 @@ MISTAKES = (
         "self._travelling(adapter or self.adapter, BOTH)",
     ),
     Mistake("NaN let through by the guard", "guard.py", "if not torch.isfinite(got).all()", "if False"),
+    # the fast ways to singular values, and folders read and written layer by layer
+    Mistake(
+        "left vectors from the right Gram matrix",
+        "subspace.py",
+        "gx, gy = _gram(X), _gram(Y.T)",
+        "gx, gy = _gram(Y.T), _gram(X)",
+        FAST,
+    ),
+    Mistake("half a Gram matrix", "subspace.py", "gx.triu_().add_(gx.triu(1).T)", "gx.triu_()", FAST),
+    Mistake("one S lost in the Gram way", "subspace.py", "(on_right[:, :keep] / S**2)", "(on_right[:, :keep] / S)", FAST),
+    Mistake("L for its transpose in the core", "subspace.py", "    L = R.T\n", "    L = R\n", FAST),
+    Mistake("signs of weights lost", "subspace.py", "w.sign() * _over(root, y)", "_over(root, y)", FAST),
+    Mistake(
+        "weights left out of the Krylov space",
+        "subspace.py",
+        "last = ((basis[:, -thin:].T @ X) * weights) @ Y",
+        "last = (basis[:, -thin:].T @ X) @ Y",
+        FAST,
+    ),
+    Mistake("one block for a whole Krylov space", "subspace.py", "if missed <= tolerance(X.dtype) or", "if True or", FAST),
+    Mistake(
+        "an error that is always small", "subspace.py", "return largest / _size(S)", "return 1e-8 * largest / _size(S)", FAST
+    ),
+    Mistake(
+        "squares that overflow let through",
+        "subspace.py",
+        "return bool(torch.isfinite(norms).all()) and",
+        "return True or",
+        FAST,
+    ),
+    Mistake(
+        "rounding taken for signal",
+        "subspace.py",
+        "return 4 * torch.finfo(dtype).eps",
+        "return 0 * torch.finfo(dtype).eps",
+        FAST,
+    ),
+    Mistake(
+        "a large error not left to QR",
+        "lowrank.py",
+        'if found is None or (algebra == "auto" and found.error > subspace.tolerance(X.dtype)):',
+        "if found is None:",
+        FAST,
+    ),
+    Mistake("tensors read from the wrong place", "folders.py", "file.seek(self._start + begin)", "file.seek(begin)", FAST),
+    Mistake(
+        "a short read let through",
+        "folders.py",
+        "file.readinto(memoryview(buffer)) != len(buffer)",
+        "not file.readinto(memoryview(buffer))",
+        FAST,
+    ),
+    Mistake(
+        "every share at the largest rank",
+        "merging.py",
+        'Client(f"rank-{rank}", rank)',
+        'Client(f"rank-{rank}", layer.rank)',
+        FAST,
+    ),
+    Mistake(
+        "the last client's number type",
+        "merging.py",
+        "dtype=functools.reduce(torch.promote_types, dtypes)",
+        "dtype=dtypes[-1]",
+        FAST,
+    ),
+    Mistake("base models not compared", "merging.py", "if base != named[0][1]", "if False", FAST),
+    Mistake(
+        "layers held until the end",
+        "aggregation.py",
+        "            layer, base = merge.layer(name)\n",
+        "            layer, base = merge.layer(name)\n"
+        "            vars(self).setdefault('kept', []).append(merge._sent(name))\n",
+        FAST,
+    ),
+    Mistake("half-written folders left", "aggregation.py", "shutil.rmtree(unfinished, ignore_errors=True)", "pass", FAST),
     Mistake(
         "untrained factors taken from the upload", "guard.py", 'if "A" in download.train else sent.A', "if True else sent.A"
     ),
