@@ -298,9 +298,9 @@ def add_to_base(state: ServerState, name: str, product: lowrank.Product) -> Lora
     if before:
         total = lowrank.stack([lowrank.of_layer(before), total])
     out, width = layer.shape
-    if total.left.shape[1] * (out + width) > out * width:
+    if total.slices * (out + width) > out * width:
         total = balanced(total, min(_ROUNDING, torch.finfo(layer.A.dtype).eps))
-    if total.left.shape[1] == 0:
+    if total.slices == 0:
         return before.with_factors(0 * before.A[:1], 0 * before.B[:, :1]) if before else None
     return layer.with_factors(total.right, total.left, scaling=1.0)
 
