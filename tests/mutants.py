@@ -100,7 +100,7 @@ MISTAKES = (
     # the other methods
     Mistake("the base forgets earlier rounds", "methods/base.py", "lowrank.stack([lowrank.of_layer(before), total])", "total"),
     Mistake(
-        "the base grows without end", "methods/base.py", "if total.left.shape[1] * (out + width) > out * width:", "if False:"
+        "the base grows without end", "methods/base.py", "if total.slices * (out + width) > out * width:", "if False:"
     ),
     Mistake(
         "FedEx's residual of the other sign",
