@@ -170,3 +170,11 @@ def test_shares_are_the_truncated_definition(updates: list[ClientUpdate], method
     exact = LoraLayer(share.A.double(), share.B.double(), share.scaling).delta()
     assert float((M - exact).norm()) <= left_out + 30 * torch.finfo(dtype).eps * size
     assert set(result.work.paths) <= {algebra} or algebra == "auto" or result.work.paths == {"qr": 1}
+
+
+def test_the_spectrum_counts_what_went_into_the_base_model() -> None:
+    """FLoRA's own adapter starts anew, at zero: its update is all in the base, and is the mean of the products."""
+    updates = [ClientUpdate(random_adapter(rank, rank, 1.0), 1, f"c{rank}") for rank in (2, 4)]
+    dense = sum(update.adapter.layers["a.q"].delta() for update in updates) / 2
+    found = aggregate(updates, method="flora").spectrum()["a.q"]
+    torch.testing.assert_close(found[:6], torch.linalg.svdvals(dense)[:6])

@@ -54,7 +54,7 @@ class AggregateResult:
 
     def spectrum(self) -> dict[str, Tensor]:
         """`{layer: singular values of the global update}`, falling, float64."""
-        return collapse.spectra(self.state.adapter)
+        return collapse.spectra(self.state.adapter, self.state.merged)
 
 
 def aggregate(

@@ -189,7 +189,7 @@ def inspect(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """The methods: what each one does, what is trained and sent, which ranks it takes, and where it comes from.
+    """The methods: what each one does, what is trained, which ranks it takes, and where it comes from.
 
     Example: [cyan]anyrank methods --json[/cyan]
     """
@@ -202,7 +202,7 @@ def methods(as_json: Json = False) -> None:
     if as_json:
         return _print_json({"methods": entries})
     table = Table(header_style="bold")
-    for heading in ("method", "server rule", "trained and sent", "mixed ranks", "paper"):
+    for heading in ("method", "server rule", "trained", "mixed ranks", "paper"):
         table.add_column(heading, no_wrap=heading == "method")
     for entry in entries:
         mixed = "yes" if entry["mixed_ranks"] else "no"
