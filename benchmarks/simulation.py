@@ -150,7 +150,7 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
             parts = batches
         with FlopCounterMode(display=False) as counter:
             for part in parts:
-                model.task.losses(model.module(**inputs.batch(part)), model.task.train.labels[part]).sum().backward()
+                model.task.objective.losses(model.module(**inputs.batch(part)), model.task.train.labels[part]).sum().backward()
         total += counter.get_total_flops()
 
         def keep(tensor, kept=kept):
@@ -158,7 +158,7 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.task.losses(model.module(**inputs.batch(batches[0])), model.task.train.labels[batches[0]]).sum()
+            model.task.objective.losses(model.module(**inputs.batch(batches[0])), model.task.train.labels[batches[0]]).sum()
         owned = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
         saved = max(saved, sum(size for place, size in kept.items() if place not in owned))
     a, best = torch.randn(1024, 1024), np.inf

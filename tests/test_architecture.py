@@ -17,6 +17,7 @@ FLOORS = [
     ["adapter", "config", "subspace"],
     ["lowrank", "records", "cache", "data", "folders"],
     ["collapse", "guard", "partition", "tasks.base"],
+    ["standing"],
     ["methods.registry"],
     ["methods.base"],
     ["methods"],

@@ -21,6 +21,7 @@ from anyrank.local import Plan, plan_round
 from anyrank.partition import Shards
 from anyrank.records import ClientUpdate, Failure, Scaling
 from anyrank.rundir import RunDir
+from anyrank.tasks.base import Scores
 
 
 @dataclass
@@ -51,8 +52,9 @@ class Script:
             name, count = job.client.name, job.num_examples * (1000 if deed == "boasts" else 1)
             yield ClientUpdate(Adapter({"x": LoraLayer(A, B, layer.scaling)}), count, name, {"loss": 1.0})
 
-    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> tuple[float, float]:
-        return 0.5, float(adapter.layers["x"].delta().abs().sum())
+    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
+        loss = float(adapter.layers["x"].delta().abs().sum())
+        return Scores(np.array([True, False]), np.array([loss, loss]), np.array([0, 1]))
 
 
 def build(tmp_path: Path, engine: Script, sizes: Sequence[int] = (3, 1, 2, 4), ranks=(1, 2, 2, 4), method="rbla", **run):

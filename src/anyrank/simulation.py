@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,13 @@ from anyrank.federation import Federation
 from anyrank.methods.registry import taking_mixed_ranks
 from anyrank.models import LoraModel
 from anyrank.rundir import RunDir
+from anyrank.standing import MOST_CLIENTS, Labels
 from anyrank.tasks.base import Task
 
 Progress = Callable[[int, int], None]
+
+# The room of each `model.task`: a module of `anyrank.tasks` with `load(model, data, lora, cache, progress) -> Task`.
+_TASKS = {"image-classification": "digits", "text-classification": "text"}
 
 
 def cache_dir() -> Path:
@@ -42,15 +47,15 @@ def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig) -> list
 def _load_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
     slot = _cached_task(model, data, lora)  # a list, so that `progress` is no part of the key
     if not slot:
-        if model.task == "text-classification":
-            from anyrank.tasks import text
-
-            slot.append(text.load(model, data, lora, cache_dir(), progress))
-        else:
-            from anyrank.tasks import digits
-
-            slot.append(digits.load(model, data, lora, cache_dir(), progress))
+        room = importlib.import_module(f"anyrank.tasks.{_room(model, data)}")  # a task's own imports may be heavy
+        slot.append(room.load(model, data, lora, cache_dir(), progress))
     return slot[0]
+
+
+def _room(model: ModelConfig, data: DataConfig) -> str:
+    """The module of `anyrank.tasks` that a configuration's task is made by."""
+    embedded = model.task == "image-classification" and data.source == "digits"
+    return "digits" if embedded else _TASKS[model.task]
 
 
 def build(config: Config, progress: Progress | None = None) -> Federation:
@@ -64,7 +69,7 @@ def build(config: Config, progress: Progress | None = None) -> Federation:
     torch.set_num_threads(config.run.threads)
     shards = partition.partition(config.data.partition, task.train.labels, config.clients.count, config.run.seed, task.columns)
     population = cohort.populate(config.clients, shards, config.run.seed)
-    step_factor = 1
+    labels, step_factor = _labels(population, task), 1  # of the clients there are, also where one stands in for all
     if method.pools_data:
         population, step_factor = population.pooled(), population.cohort_size
     model = LoraModel(task)
@@ -79,7 +84,16 @@ def build(config: Config, progress: Progress | None = None) -> Federation:
         "inputs_bytes": task.train.inputs.nbytes + task.test.inputs.nbytes,
         "inputs_in": config.model.features if config.model.task == "text-classification" else "memory",
     }
-    return Federation(config, method, population, engine, facts, step_factor)
+    return Federation(config, method, population, engine, facts, step_factor, labels)
+
+
+def _labels(population: cohort.Population, task: Task) -> Labels | None:
+    """What kinds of examples the clients have; `None` where there are too many clients to tell them apart."""
+    if len(population) > MOST_CLIENTS:
+        return None
+    members = range(len(population))
+    names, shards = [population.name(i) for i in members], [population.shards[i] for i in members]
+    return Labels.of(names, shards, task.train.labels.cpu().numpy())
 
 
 def execute(config: Config, out: Path, resume: bool = False, on_round=None, progress: Progress | None = None) -> dict:

@@ -13,14 +13,15 @@ from anyrank.cohort import count_ranks
 
 if TYPE_CHECKING:
     from anyrank.federation import Federation
+    from anyrank.standing import Standing
 
 LAST = 5  # evaluated rounds whose mean stands beside the final and the best figure
 
 
-def summarize(federation: Federation, start: tuple[float, float], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize(federation: Federation, start: Standing, end: Standing, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on.
 
-    `start`: accuracy and loss before round 1.
+    `start`: how good the model was before round 1; `end`: after the last.
     """
     config, method, population = federation.config, federation.method, federation.population
     scored = [row for row in metrics if row["accuracy"] is not None]
@@ -38,8 +39,11 @@ def summarize(federation: Federation, start: tuple[float, float], metrics: Seque
         "best_accuracy": max(accuracies),
         "last_accuracy": float(np.mean(accuracies[-LAST:])),
         "loss": scored[-1]["loss"],
-        "start_accuracy": start[0],
-        "start_loss": start[1],
+        "worst_client_accuracy": scored[-1]["worst_client_accuracy"],
+        "client_accuracy_std": scored[-1]["client_accuracy_std"],
+        "client_accuracy": dict(end.clients) or None,
+        "start_accuracy": start.accuracy,
+        "start_loss": start.loss,
         "collapse": metrics[-1]["collapse"],
         "effective_rank": metrics[-1]["effective_rank"],
         "upload_bytes": sum(row["upload_bytes"] for row in metrics),

@@ -9,6 +9,7 @@ from typing import Protocol
 from anyrank.adapter import Adapter
 from anyrank.local import Plan
 from anyrank.records import Client, ClientUpdate, Download, Failure, Scaling
+from anyrank.tasks.base import Scores
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,6 @@ class Engine(Protocol):
         """One reply a job, in any order. A client that fails yields a `Failure`; nothing it does ends the round."""
         ...
 
-    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> tuple[float, float]:
-        """Accuracy and mean loss of base model, merged sum and adapter on the held-out examples."""
+    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
+        """How base model, merged sum and adapter do on the held-out examples."""
         ...

@@ -14,7 +14,7 @@ from anyrank.engines.base import Job
 from anyrank.errors import AnyRankError
 from anyrank.models import LoraModel
 from anyrank.records import ClientUpdate, Failure, Scaling
-from anyrank.tasks.base import evaluate
+from anyrank.tasks.base import Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ class InProcess:
         wanted = self.stacking == "always" or (self.stacking == "auto" and stacked.worthwhile(self.model))
         return wanted and stacked.possible(self.model, jobs)
 
-    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> tuple[float, float]:
+    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         self.model.apply(adapter, merged)
-        return evaluate(self.model.task, self.eval_batch_size)
+        task = self.model.task
+        return task.objective.score(task.module, task.test, self.eval_batch_size)

@@ -75,7 +75,7 @@ class _Stack:
             self.model.set_stack(name, factors["A"], factors["B"] * factors["s"])
         task = self.model.task
         logits = self.model.module(**task.train.inputs.batch(index, even=True))
-        losses = (task.losses(logits, task.train.labels[index]).view(weights.shape) * weights).sum(dim=1)
+        losses = (task.objective.losses(logits, task.train.labels[index]).view(weights.shape) * weights).sum(dim=1)
         losses.sum().backward()
         for key, parameter in self.trained.items():  # FedProx: the gradient of mu / 2 * |w - w_global|^2
             if self.plan.config.proximal_mu:

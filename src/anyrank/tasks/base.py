@@ -56,11 +56,58 @@ class Examples:
 
 
 @dataclass(frozen=True, eq=False)
+class Scores:
+    """How a model did on held-out examples: each one `correct` `[n]` bool, its `losses` `[n]` float64, its `labels` `[n]`."""
+
+    correct: np.ndarray
+    losses: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+
+class Objective(Protocol):
+    """What a task's outputs mean: the loss that is trained, and the score that is told."""
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each example of a batch, `[b]`, from the module's `outputs`; no example's depends on another's."""
+        ...
+
+    def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
+        """How `module` as it stands does on `examples`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Outputs are logits `[b, classes]`: cross-entropy, and the share of examples whose label has the largest logit."""
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+    def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
+        correct, losses = [], []
+        with torch.inference_mode():
+            for index in torch.arange(len(examples)).split(batch_size):
+                logits, labels = module(**examples.inputs.batch(index)), examples.labels[index]
+                correct.append(logits.argmax(dim=1) == labels)
+                losses.append(self.losses(logits, labels).double())
+        return Scores(torch.cat(correct).cpu().numpy(), torch.cat(losses).cpu().numpy(), examples.labels.cpu().numpy())
+
+
+@dataclass(frozen=True, eq=False)
 class Task:
     """What is trained and how it is scored; one object a process, shared by all clients, never changed.
 
-    `module(**batch)` gives logits `[b, classes]`. `targets`: full names of the modules that get LoRA; `trained`: full names
-    of plain parameters trained beside them (a head). `columns`: other columns of the training data, for partitions.
+    `module(**batch)` gives what `objective` reads, for a classifier logits `[b, classes]`. `targets`: full names of the modules
+    that get LoRA; `trained`: full names of plain parameters trained beside them (a head). Labels of examples say to partitions
+    and to per-client scores what kind of example each is. `columns`: other columns of the training data, for partitions.
     `base_model` and `head` say in the adapter's config and in the report what was used.
     """
 
@@ -74,22 +121,7 @@ class Task:
     base_model: str = ""
     trained: tuple[str, ...] = ()
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each example of a batch, `[b]`."""
-        return nn.functional.cross_entropy(logits, labels, reduction="none")
-
-
-def evaluate(task: Task, batch_size: int) -> tuple[float, float]:
-    """Accuracy and mean loss of the module, as it stands, on the held-out examples."""
-    correct, loss = 0, 0.0
-    with torch.inference_mode():
-        for index in torch.arange(len(task.test)).split(batch_size):
-            logits = task.module(**task.test.inputs.batch(index))
-            labels = task.test.labels[index]
-            correct += int((logits.argmax(dim=1) == labels).sum())
-            loss += float(task.losses(logits, labels).double().sum())
-    return correct / len(task.test), loss / len(task.test)
+    objective: Objective = field(default_factory=Classification)
 
 
 def resolve_targets(module: nn.Module, endings: Sequence[str]) -> tuple[str, ...]:
