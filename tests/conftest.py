@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+SMALL = '[run]\nname = "small"\nrounds = 2\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 2\n'
+
 settings.register_profile("anyrank", deadline=None, derandomize=True, database=None)
 settings.load_profile("anyrank")
 
@@ -22,3 +26,22 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no datasets in {folder}; point ANYRANK_DATA at them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of base models and features for all commands that tests call."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def anyrank(tmp_path: Path, cache: Path):
+    """Runs the command in an empty folder with `digits.toml` in it."""
+    (tmp_path / "digits.toml").write_text(SMALL)
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"ANYRANK_CACHE": str(cache), "COLUMNS": "140"}
+        command = [sys.executable, "-m", "anyrank", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return call

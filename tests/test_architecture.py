@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "anyrank"
 # A room may import rooms of lower floors only; rooms of one floor do not import each other unless listed in their order.
 FLOORS = [
     ["errors", "keys", "files"],
-    ["adapter", "config", "subspace"],
+    ["adapter", "config", "hub", "subspace"],
     ["lowrank", "records", "cache", "data", "folders"],
     ["collapse", "guard", "partition", "tasks.base"],
     ["standing"],
@@ -28,6 +28,7 @@ FLOORS = [
     ["federation"],
     ["simulation", "demo"],
     ["comparison", "plan"],
+    ["studies"],
     ["report", "console"],
     ["cli"],
 ]
@@ -40,6 +41,8 @@ HEAVY = {  # third-party package -> the only rooms that may import it when they 
     "transformers": set(),
     "peft": set(),
     "sklearn": set(),
+    "datasets": set(),
+    "pyarrow": set(),
     "matplotlib": {"report"},
     "typer": {"cli"},
 }

@@ -3,32 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-DIGITS = '[run]\nname = "small"\nrounds = 2\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 2\n'
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def anyrank(tmp_path: Path, cache: Path):
-    """Runs the command in an empty folder with `digits.toml` in it."""
-    (tmp_path / "digits.toml").write_text(DIGITS)
-
-    def call(*arguments: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"ANYRANK_CACHE": str(cache), "COLUMNS": "140"}
-        command = [sys.executable, "-m", "anyrank", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    return call
 
 
 def test_run_leaves_every_file_of_the_contract(anyrank, tmp_path: Path) -> None:
@@ -148,7 +125,7 @@ def test_a_method_of_ones_own_takes_part(anyrank, tmp_path: Path) -> None:
         (("run", "digits.toml", "--set", "privacy.epsilon=3"), "not in this version"),
         (("run", "digits.toml", "--set", "method.file=absent.py"), "no such file"),
         (("compare", "digits.toml", "--methods", "raflora,raflora"), "expected different methods"),
-        (("compare", "digits.toml", "--methods", "raflora@two"), "expected METHOD or METHOD@RANK"),
+        (("compare", "digits.toml", "--methods", "raflora@two"), "expected METHOD[:KEY=VALUE][@RANK]"),
         (("compare", "digits.toml", "--methods", "rbla", "--seeds", "0"), "expected at least 1, got 0"),
         (("report", "."), "expected a run folder"),
         (("demo", "--out", "."), "will not delete anything else"),

@@ -109,7 +109,7 @@ def plan(
 @app.command()
 def compare(
     config: ConfigFile,
-    methods: Annotated[str, typer.Option("--methods", help="Comma-separated; METHOD@RANK gives every client that rank.")],
+    methods: Annotated[str, typer.Option("--methods", help="Comma-separated METHOD[:KEY=VALUE][@RANK].")],
     seeds: Annotated[int, typer.Option("--seeds", help="Runs of each method, seeds counting up from run.seed.")] = 1,
     overrides: Set = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; default: runs/NAME-compare.")] = None,
@@ -119,6 +119,8 @@ def compare(
 ) -> None:
     """The same federation under several methods and seeds: mean and spread, one report.
 
+    fedavg@2 gives every client rank 2; raflora:split=balanced sets an option, raflora:train.learning_rate=0.01 any other key.
+
     Example: [cyan]anyrank compare banking77.toml --methods fedavg@2,flexlora,raflora --seeds 5[/cyan]
     """
     from anyrank import config as configs
@@ -127,6 +129,37 @@ def compare(
     folder = out or Path("runs") / f"{chosen.run.name}-compare"
     rows = _compare(chosen, methods.split(","), seeds, folder, jobs, resume, quiet=as_json)
     _show_comparison(rows, folder, as_json, chosen.run.name)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="One claim, its settings, methods and seeds.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; default: runs/STUDY.")] = None,
+    jobs: Jobs = 0,
+    as_json: Json = False,
+) -> None:
+    """One claim put to the test: several settings by methods and seeds, one table, one figure. Goes on where it stopped.
+
+    Example: [cyan]anyrank study configs/papers/1-rank-collapse.toml[/cyan]
+    """
+    from anyrank import console, report, studies
+
+    chosen = studies.load(file)
+    folder = out or Path("runs") / chosen.name
+    with console.Preparing("frozen features", quiet=as_json) as preparing:
+        studies.check(chosen, preparing)
+    with console.Rounds(sum(cell.config.run.rounds for cell in chosen.cells(folder)), chosen.name, quiet=as_json) as rounds:
+        tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
+        results = studies.execute(chosen, folder, jobs or len(os.sched_getaffinity(0)), tell)
+    written = [f"table   {folder / studies.TABLE}"]
+    if chosen.figure != "none":
+        settings = [(setting.name, [cell.out for cell in setting.cells(folder)]) for setting in chosen.settings]
+        written.append(f"figure  {report.study_figure(settings, chosen.figure, folder / 'figure.png')}")
+    if as_json:
+        return _print_json(results | {"out": str(folder)})
+    for table in console.study_tables(results, studies.cells_of):
+        console.out.print(table)
+    console.out.print("\n".join(written), soft_wrap=True)
 
 
 @app.command()

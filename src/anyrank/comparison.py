@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anyrank import collapse, simulation
+from anyrank import config as configs
 from anyrank.config import Config
 from anyrank.errors import ConfigError, RunError, RunFailed
 from anyrank.files import write_whole
@@ -33,25 +34,34 @@ class Cell:
 
 
 def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[Cell]:
-    """The runs of `methods` x `seeds`. A method may carry a rank, `fedavg@2`: then every client has that one.
-
-    The configuration's own options go to the method that it names, and to no other. Seeds count up from the configuration's.
-    """
+    """The runs of `methods` x `seeds`, each method as `variant` reads it. Seeds count up from the configuration's."""
     if seeds < 1:
         raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
     if not methods or len(set(methods)) != len(methods):
         raise ConfigError(f"--methods: expected different methods, comma-separated, got {', '.join(methods) or 'none'}")
     cells = []
     for label in methods:
-        name, at, rank = label.partition("@")
-        if at and not (rank.isdigit() and int(rank) > 0):
-            raise ConfigError(f"--methods {label}: expected METHOD or METHOD@RANK, e.g. fedavg@8")
-        options = config.method.options if name == config.method.name else {}
-        chosen = config.replace(method={"name": name, "options": options})
-        chosen = chosen.replace(clients={"ranks": (int(rank),)}) if at else chosen
+        chosen = variant(config, label)
         for seed in range(config.run.seed, config.run.seed + seeds):
             cells.append(Cell(label, chosen.replace(run={"seed": seed}), out / label / f"seed-{seed}"))
     return cells
+
+
+def variant(config: Config, label: str) -> Config:
+    """`config` under the method that `label` names: `METHOD[:KEY=VALUE ...][@RANK]`.
+
+    `fedavg@2`: every client has rank 2. `stayput:tau=0:rotate=true`: with these options. `raflora:train.learning_rate=0.01`:
+    with a key of another section. The configuration's own options go to the method that it names, and to no other.
+    """
+    method, at, rank = label.partition("@")
+    name, *settings = method.split(":")
+    if not name or "/" in label or (at and not (rank.isdigit() and int(rank) > 0)):
+        raise ConfigError(f"--methods {label}: expected METHOD[:KEY=VALUE][@RANK], e.g. fedavg@8 or raflora:split=balanced")
+    options = config.method.options if name == config.method.name else {}
+    chosen = config.replace(method={"name": name, "options": options}, run={"label": label})
+    chosen = chosen.replace(clients={"ranks": (int(rank),)}) if at else chosen
+    keys = [setting if "." in setting.partition("=")[0] else f"method.{setting}" for setting in settings]
+    return configs.override(chosen, keys) if keys else chosen
 
 
 def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None:
@@ -66,15 +76,19 @@ def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | Non
     """Run every cell that is not finished yet, `jobs` at a time, then write and return the table's rows."""
     out.mkdir(parents=True, exist_ok=True)
     _write(out, cells, [])
-    waiting = [cell for cell in cells if not is_finished(cell.out)]
-    if jobs == 1 or len(waiting) <= 1:
-        for cell in waiting:
-            _run(cell, on_round)
-    else:
-        _run_parallel(waiting, jobs, on_round)
+    run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
     rows = table(cells)
     _write(out, cells, rows)
     return rows
+
+
+def run_cells(cells: Sequence[Cell], jobs: int, on_round: OnRound | None = None) -> None:
+    """Run the cells, `jobs` at a time; each goes on where it stopped."""
+    if jobs == 1 or len(cells) <= 1:
+        for cell in cells:
+            _run(cell, on_round)
+    else:
+        _run_parallel(cells, jobs, on_round)
 
 
 def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -89,8 +103,30 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         beyond = [_energy_past(cell, rank) for cell in runs]
         row |= {"rank": rank, **(_mean("collapse", beyond) if None not in beyond else {"collapse": None})}
         row |= {key: statistics.fmean(s[key] for s in summaries) for key in ("upload_bytes", "download_bytes")}
+        row |= {"worst_client_accuracy": _mean_of_known([summary["worst_client_accuracy"] for summary in summaries])}
         rows.append(row | {"rejected": sum(summary["rejected"] for summary in summaries)})
+    for figure in ("accuracy", "last_accuracy"):
+        _pair(rows, figure, {label: _by_seed(cells, label, figure) for label in dict.fromkeys(cell.label for cell in cells)})
     return rows
+
+
+def _by_seed(cells: Sequence[Cell], label: str, figure: str) -> dict[int, float]:
+    runs = [cell for cell in cells if cell.label == label]
+    return {cell.config.run.seed: json.loads((cell.out / SUMMARY).read_text())[figure] for cell in runs}
+
+
+def _pair(rows: list[dict[str, Any]], figure: str, values: Mapping[str, Mapping[int, float]]) -> None:
+    """Give each row its differences to the row with the best mean, seed by seed: on one seed all methods meet the same
+    clients, cohorts and batches, so that much of the spread over seeds cancels. `wins`: seeds on which the row is ahead.
+    """
+    best = max(rows, key=lambda row: row[figure])["label"]
+    for row in rows:
+        differences = [value - values[best][seed] for seed, value in values[row["label"]].items()]
+        row[f"{figure}_paired"] = {"to": best, **_mean("difference", differences), "wins": sum(d > 0 for d in differences)}
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(values)
 
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, float]:

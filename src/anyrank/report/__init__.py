@@ -12,11 +12,11 @@ from pathlib import Path
 import jinja2
 
 from anyrank.files import write_whole
-from anyrank.report import figures, page
+from anyrank.report import charts, figures, page
 from anyrank.report.groups import Group, grouped, seed_count
 from anyrank.report.runs import read
 
-__all__ = ["build", "figure"]
+__all__ = ["build", "figure", "study_figure"]
 
 
 def build(runs: Sequence[Path], out: Path) -> Path:
@@ -54,6 +54,29 @@ def figure(runs: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, lambda path: figures.headline(accuracy, collapse, note, path))
     return out
+
+
+_PANELS = {
+    "accuracy": ("round", False, lambda group: group.series("accuracy", "start_accuracy")),
+    "collapse": ("round", True, lambda group: group.series("collapse")),
+    "bytes": ("megabytes uploaded so far, all clients", False, charts.against_upload),
+}
+
+
+def study_figure(settings: Sequence[tuple[str, Sequence[Path]]], kind: str, out: Path) -> Path:
+    """Write a PNG with a panel for each setting, `(name, run folders)`, to `out`: lines of `kind`, one of
+    `accuracy` (over rounds), `collapse` (energy beyond the minimum rank over rounds) and `bytes` (accuracy over uploads).
+    """
+    x_label, log, line_of = _PANELS[kind]
+    shown = []
+    for name, folders in settings:
+        groups, _ = _groups_of(folders)
+        lines = [line_of(group) for group in groups if kind != "collapse" or group.mixed]
+        shown.append((name, [line for line in lines if len(line.x)]))
+    what = "Energy beyond the minimum rank" if kind == "collapse" else "Accuracy"
+    note = f"{what}, %. Mean over seeds; shaded: ± one standard deviation."
+    write_whole(Path(out), lambda path: figures.panels(shown, x_label, log, note, path))
+    return Path(out)
 
 
 def _groups_of(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:

@@ -165,7 +165,7 @@ def traffic(groups: Sequence[Group]) -> list[dict[str, Any]]:
             "Solid: uploaded by all clients. Pale: downloaded by them. Shorter is cheaper.",
         )
     ]
-    series = [line for group in groups if len((line := _against_upload(group)).x)]
+    series = [line for group in groups if len((line := against_upload(group)).x)]
     if series:
         alt = "Accuracy against megabytes uploaded so far, a line a method"
         svg = figures.lines(series, "Accuracy, %", "megabytes uploaded so far, all clients", alt, percent=True)
@@ -178,7 +178,8 @@ def traffic(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return charts
 
 
-def _against_upload(group: Group) -> Series:
+def against_upload(group: Group) -> Series:
+    """Accuracy over the megabytes that all clients have uploaded so far."""
     line = group.series("accuracy")
     sums = []
     for run in group.runs:

@@ -187,6 +187,21 @@ def headline(accuracy: Sequence[Series], collapse: Sequence[Series], note: str, 
         figure.savefig(out, format="png", metadata={"Software": None})
 
 
+def panels(shown: Sequence[tuple[str, Sequence[Series]]], x_label: str, log: bool, note: str, out: Path) -> None:
+    """A PNG with a panel a setting, `(title, lines)`, two beside each other, on a white card. Values are shares, told in %."""
+    rows = -(-len(shown) // 2)
+    tall = 3.4 * rows + 0.4
+    with look():
+        figure = Figure(figsize=(9, tall), dpi=150)
+        figure.patch.set_facecolor("white")
+        for place, (title, series) in enumerate(shown):
+            row, column = divmod(place, 2)
+            box = (0.02 + 0.49 * column, (0.4 + 3.4 * (rows - 1 - row)) / tall, 0.475, 3.3 / tall)
+            _draw_lines(figure, box, series, CARD, title, x_label, True, log and wants_log(series), log)
+        figure.text(0.032, 0.16 / tall, note, fontsize=8, color=CARD.muted)
+        figure.savefig(out, format="png", metadata={"Software": None})
+
+
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
