@@ -20,6 +20,10 @@ from anyrank.rundir import RunDir, load_state
 
 ROUNDS = 3
 METHODS = sorted(name for name, kind in REGISTRY.items() if kind.__module__.startswith("anyrank.methods"))
+# Options that add to what a server remembers, or to what follows from a round's number.
+CHOSEN = [(method, {}) for method in METHODS]
+CHOSEN += [("stayput", {"true_point": True, "rotate": True, "momentum": 0.5, "server_rank": 12})]
+every_choice = pytest.mark.parametrize(("method", "options"), CHOSEN, ids=["-".join([m, *options]) for m, options in CHOSEN])
 
 
 @pytest.fixture(autouse=True)
@@ -66,21 +70,21 @@ def stopped(config: Config, out: Path, after: int) -> None:
         built.engine.model.close()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_stopped_after_any_round_goes_on_to_the_same_bytes(method: str, tmp_path: Path) -> None:
-    summary = simulation.execute(config(method), tmp_path / "whole")
+@every_choice
+def test_a_run_stopped_after_any_round_goes_on_to_the_same_bytes(method: str, options: dict, tmp_path: Path) -> None:
+    summary = simulation.execute(config(method, **options), tmp_path / "whole")
     assert summary["rounds"] == ROUNDS
     assert 0 <= summary["accuracy"] <= 1
     assert summary["rejected"] == 0
     for after in range(1, ROUNDS):
-        stopped(config(method), tmp_path / f"stopped-{after}", after)
-        simulation.execute(config(method), tmp_path / f"stopped-{after}", resume=True)
+        stopped(config(method, **options), tmp_path / f"stopped-{after}", after)
+        simulation.execute(config(method, **options), tmp_path / f"stopped-{after}", resume=True)
         assert files(tmp_path / f"stopped-{after}") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns(method: str, tmp_path: Path) -> None:
-    summary = simulation.execute(config(method, rounds=8, steps=20), tmp_path / "run")
+@every_choice
+def test_every_method_learns(method: str, options: dict, tmp_path: Path) -> None:
+    summary = simulation.execute(config(method, rounds=8, steps=20, **options), tmp_path / "run")
     assert summary["accuracy"] > summary["start_accuracy"] + 0.1
 
 

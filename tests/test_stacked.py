@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from anyrank import federation, simulation
+from anyrank import federation, local, simulation
+from anyrank.adapter import Adapter, LoraLayer
 from anyrank.config import Config
 from anyrank.engines import stacked
+from anyrank.engines.base import Job
 from anyrank.errors import ConfigError
 from anyrank.local import plan_round
-from anyrank.records import ClientUpdate, Failure
+from anyrank.models import LoraModel
+from anyrank.records import Client, ClientUpdate, Download, Failure, Scaling
+from anyrank.tasks.base import Examples, Task, TensorInputs
 
 MLP = Config().replace(model={"name": "digits-mlp"}, clients={"count": 8, "participation": 1.0, "ranks": (1, 2, 5, 16)})
 
@@ -50,8 +55,20 @@ def replies(config: Config, stacking: str, round: int = 2) -> dict[str, ClientUp
         {"method": {"name": "ffa_lora"}},
         {"lora": {"scaling": "standard", "alpha": 16.0}},
         {"model": {"name": "digits-transformer"}},
+        {"method": {"name": "flora"}},
+        {"method": {"name": "fedex"}, "clients": {"count": 8, "participation": 1.0, "ranks": (4,)}},
+        {"method": {"name": "stayput", "options": {"true_point": True, "rotate": True}}, "train": {"weight_decay": 0.1}},
+        {"model": {"name": "digits-mlp", "head": "trained"}, "train": {"proximal_mu": 0.5}},
+        {
+            "model": {"name": "digits-mlp", "head": "trained"},
+            "method": {"name": "fedsa"},
+            "train": {"local_steps": 0, "local_epochs": 2},
+        },
     ],
-    ids=["adamw", "momentum", "weight decay", "fedprox", "unequal epochs", "only B", "alpha over r", "transformer"],
+    ids=[
+        *("adamw", "momentum", "weight decay", "fedprox", "unequal epochs", "only B", "alpha over r", "transformer"),
+        *("one sum in the base", "a sum of rank 64", "sums of their own", "trained head", "heads of their own"),
+    ],
 )
 def test_side_by_side_equals_one_by_one(change: dict) -> None:
     config = MLP.replace(**change)
@@ -68,6 +85,9 @@ def test_side_by_side_equals_one_by_one(change: dict) -> None:
             assert stack.scaling == layer.scaling
             torch.testing.assert_close(stack.A, layer.A, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(stack.B, layer.B, rtol=1e-3, atol=1e-5)
+        assert other.adapter.tensors.keys() == update.adapter.tensors.keys()
+        for name, tensor in update.adapter.tensors.items():
+            torch.testing.assert_close(other.adapter.tensors[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_epochs_of_unequal_clients_are_unequal() -> None:
@@ -109,11 +129,73 @@ def test_a_client_that_diverges_leaves_the_others_alone() -> None:
             torch.testing.assert_close(bad[client].adapter.layers[layer_name].B, layer.B, rtol=1e-3, atol=1e-6)
 
 
-def test_a_trained_head_goes_one_by_one() -> None:
-    built = simulation.build(MLP.replace(model={"head": "trained"}))
-    jobs, _ = federation.dispatch(built, federation.start(built), 1)
-    assert not stacked.possible(built.engine.model, jobs)
-    built.engine.model.close()
+class Net(nn.Module):
+    """A strided convolution and a linear map under a head; nothing in it is square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, (2, 3), stride=(1, 2), padding=(1, 0), dilation=(2, 1))
+        self.fc, self.norm, self.head = nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.norm(torch.tanh(self.fc(torch.tanh(self.conv(inputs)).mean(dim=(2, 3))))))
+
+
+def images(trained: tuple[str, ...] = (), targets: tuple[str, ...] = ("conv", "fc")) -> LoraModel:
+    torch.manual_seed(0)
+    examples = Examples(TensorInputs(torch.randn(60, 2, 6, 7)), torch.randint(3, (60,)))
+    return LoraModel(Task("images", Net(), targets, examples, examples, ("a", "b", "c"), "trained", trained=trained))
+
+
+def jobs_on(model: LoraModel) -> list[Job]:
+    """Three clients of ranks 1, 3, 4 with sums of their own in the base: the first with none, the others in one layer."""
+    start, draw = model.start(4, Scaling(8.0), 0), torch.Generator().manual_seed(1)
+
+    def some(layer: LoraLayer, rank: int) -> LoraLayer:
+        A, B = (torch.randn(shape, generator=draw) / 4 for shape in ((rank, layer.shape[1]), (layer.shape[0], rank)))
+        return replace(layer, A=A, B=B, scaling=8 / rank)
+
+    found = []
+    for index, (rank, where) in enumerate([(1, ""), (3, "fc"), (4, "conv")]):
+        adapter = replace(start, layers={name: some(layer, rank) for name, layer in start.layers.items()})
+        merged = Adapter({where: some(start.layers[where], 2)}) if where else None
+        slices = {name: tuple(range(rank)) for name in start.layers}
+        found.append(Job(index, Client(f"client-{index}", rank), 20, Download(adapter, slices, merged=merged)))
+    return found
+
+
+def test_convolutions_and_sums_for_some_layers_side_by_side() -> None:
+    model = images(trained=("head.weight",))
+    jobs, plan = jobs_on(model), plan_round(replace(MLP.train, local_steps=4), 1, 5, 0)
+    shards = [np.arange(20 * job.index, 20 * job.index + 20 - job.index) for job in jobs]
+    assert stacked.possible(model, jobs)
+    side_by_side = {reply.client: reply for reply in stacked.train(model, jobs, shards, plan)}
+    for job, own in zip(jobs, shards, strict=True):
+        expected, found = local.train(model, job.client.name, job.download, own, plan), side_by_side[job.client.name]
+        assert found.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-5)
+        for name, layer in expected.adapter.layers.items():
+            assert found.adapter.layers[name].kind == layer.kind
+            torch.testing.assert_close(found.adapter.layers[name].delta(), layer.delta(), rtol=1e-3, atol=1e-5)
+            assert (layer.delta() - job.download.adapter.layers[name].delta()).abs().max() > 1e-3, "it has trained"
+        torch.testing.assert_close(found.adapter.tensors["head.weight"], expected.adapter.tensors["head.weight"])
+
+
+def test_the_cohorts_heads_are_gone_when_the_model_is_scored() -> None:
+    model = images(trained=("head.weight",))
+    start = model.start(2, Scaling(8.0), 0)
+    model.apply(start)
+    before = model.module(model.task.test.inputs.values)
+    list(stacked.train(model, jobs_on(model), [np.arange(20)] * 3, plan_round(MLP.train, 1, 5, 0)))
+    model.apply(start)
+    assert torch.equal(model.module(model.task.test.inputs.values), before)
+
+
+@pytest.mark.parametrize("trained", ["norm.weight", "fc.bias"])
+def test_what_cannot_be_stacked_goes_one_by_one(trained: str) -> None:
+    """A parameter of a layer that is not linear, or of one that has LoRA on it."""
+    model = images(trained=(trained,))
+    assert not stacked.possible(model, jobs_on(model))
+    assert stacked.possible(images(), jobs_on(images()))
 
 
 def test_the_choice_is_a_matter_of_size_and_can_be_forced(tmp_path: Path) -> None:

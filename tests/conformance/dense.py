@@ -1,8 +1,9 @@
 """What each method computes, written plainly: dense float64 matrices and loops, straight from the page of definitions.
 
-Nothing here uses the package. A layer is `Held(A, B, s)`, an upload is a layer with its example count `n`. A definition
-gives, for one layer, the function `share(client, rank)`: the change of the weight `[out, in]` that a client of that rank
-applies after the round, on top of what was in the base model when it trained.
+Nothing here uses the package. A layer is `Held(A, B, s)`, an upload is a layer with its example count `n` and the server's
+slices that it is of. A definition gives, for one layer, the function `share(client, slices)`: the change of the weight
+`[out, in]` that a client with those of the server's slices applies after the round, on top of what was in the base model when
+it trained.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ class Held(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """A client's trained layer, and the examples that weigh it."""
+    """A client's trained layer, the examples that weigh it, and which of the server's slices its own are."""
 
     client: str
     layer: Held
     n: int
+    slices: tuple[int, ...]
 
 
-Share = Callable[[str, int], np.ndarray]
+Share = Callable[[str, Sequence[int]], np.ndarray]
 Definition = Callable[[Held, Sequence[Upload], Mapping[str, Any]], Share]
 
 
@@ -49,18 +51,18 @@ def examples(uploads: Sequence[Upload]) -> int:
 
 
 def truncated(M: np.ndarray) -> Share:
-    """The best approximation of M at the client's rank."""
+    """Singular triples of M: the first r of them are its best approximation at the client's rank."""
 
-    def share(client: str, rank: int) -> np.ndarray:
+    def share(client: str, slices: Sequence[int]) -> np.ndarray:
         U, S, Vt = np.linalg.svd(M)
-        return sum((S[i] * np.outer(U[:, i], Vt[i]) for i in range(min(rank, len(S)))), np.zeros_like(M))
+        return sum((S[i] * np.outer(U[:, i], Vt[i]) for i in slices if i < len(S)), np.zeros_like(M))
 
     return share
 
 
-def first(slices: Sequence[np.ndarray]) -> Share:
-    """The first r slices."""
-    return lambda client, rank: sum(slices[:rank], np.zeros_like(slices[0]))
+def those(products: Sequence[np.ndarray]) -> Share:
+    """The slices asked for."""
+    return lambda client, slices: sum((products[j] for j in slices), np.zeros_like(products[0]))
 
 
 def fedavg(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
@@ -69,7 +71,7 @@ def fedavg(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) ->
     A = sum(p[u.client] * u.layer.A for u in uploads)
     B = sum(p[u.client] * u.layer.B for u in uploads)
     s = uploads[0].layer.s
-    return first([slice_of(Held(A, B, s), j) for j in range(len(A))])
+    return those([slice_of(Held(A, B, s), j) for j in range(len(A))])
 
 
 def factor_slices(held: Held, uploads: Sequence[Upload], keep: bool, over_all: bool) -> Share:
@@ -84,7 +86,7 @@ def factor_slices(held: Held, uploads: Sequence[Upload], keep: bool, over_all: b
         a = sum(u.n / total * np.sqrt(u.layer.s) * u.layer.A[j] for u in have)
         b = sum(u.n / total * np.sqrt(u.layer.s) * u.layer.B[:, j] for u in have)
         slices.append(np.outer(b, a))
-    return first(slices)
+    return those(slices)
 
 
 def zeropad(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
@@ -119,19 +121,19 @@ def ffa_lora(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) 
         have = owners(uploads, j)
         columns = [u.n / examples(have) * u.layer.s * u.layer.B[:, j] for u in have]
         slices.append(np.outer(sum(columns), held.A[j]) if have else slice_of(held, j))
-    return first(slices)
+    return those(slices)
 
 
 def hetlora(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
     """As zero-padding, with the products' Frobenius norms for the examples."""
     norms = [np.linalg.norm(u.layer.s * u.layer.B @ u.layer.A) for u in uploads]
-    return zeropad(held, [Upload(u.client, u.layer, norm) for u, norm in zip(uploads, norms, strict=True)], options)
+    return zeropad(held, [u._replace(n=norm) for u, norm in zip(uploads, norms, strict=True)], options)
 
 
 def mean_of_products(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
     """`sum p_k s_k B_k A_k`, whole, for a client of any rank: in the base, or in base and adapter together."""
     M = sum(u.n / examples(uploads) * u.layer.s * u.layer.B @ u.layer.A for u in uploads)
-    return lambda client, rank: M
+    return lambda client, slices: M
 
 
 def rolora(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
@@ -142,7 +144,7 @@ def rolora(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) ->
         b = sum(u.n / examples(have) * u.layer.s * u.layer.B[:, j] for u in have)
         a = sum(u.n / examples(have) * u.layer.A[j] for u in have)
         slices.append(np.outer(b, a) if have else slice_of(held, j))
-    return first(slices)
+    return those(slices)
 
 
 def fedsa(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
@@ -152,7 +154,7 @@ def fedsa(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> 
         have = owners(uploads, j)
         rows.append(sum(u.n / examples(have) * u.layer.A[j] for u in have) if have else held.A[j])
     own = {u.client: u.layer.s * u.layer.B for u in uploads}
-    return lambda client, rank: own[client] @ np.array(rows)[:rank]
+    return lambda client, slices: own[client] @ np.array(rows)[list(slices)]
 
 
 def florist(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
@@ -160,7 +162,7 @@ def florist(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -
     M = sum(u.n / examples(uploads) * u.layer.s * u.layer.B @ u.layer.A for u in uploads)
     S = np.linalg.svd(M, compute_uv=False)
     enough = next(p for p in range(1, len(S) + 1) if np.sum(S[:p] ** 2) >= options["energy"] * np.sum(S**2))
-    return truncated(truncated(M)("", min(enough, len(held.A))))
+    return truncated(truncated(M)("", range(min(enough, len(held.A)))))
 
 
 def lora_fair(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
@@ -181,18 +183,33 @@ def lora_fair(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any])
         return (held.s * (dot * X / (w * x**3) - W / (w * x)) @ A.T + 2 * options["penalty"] * D).ravel()
 
     D = scipy.optimize.root(gradient, np.zeros(B.size), tol=1e-13).x.reshape(B.shape)
-    return first([slice_of(Held(A, B + D, held.s), j) for j in range(len(A))])
+    return those([slice_of(Held(A, B + D, held.s), j) for j in range(len(A))])
 
 
 def fedsvd(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
     """FFA-LoRA's product, whose best part of rank r a client gets."""
-    return truncated(ffa_lora(held, uploads, options)("", len(held.A)))
+    return truncated(ffa_lora(held, uploads, options)("", range(len(held.A))))
 
 
 def local_only(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
     """Each client has what it trained."""
     own = {u.client: u.layer.s * u.layer.B @ u.layer.A for u in uploads}
-    return lambda client, rank: own[client]
+    return lambda client, slices: own[client]
+
+
+def stayput(held: Held, uploads: Sequence[Upload], options: Mapping[str, Any]) -> Share:
+    """`sum_j [G_j + sum over C_j of w_kj (P_kj - G_j)]`, `w_kj = n_k / ((sum_{C_j} n)^tau (sum n)^(1 - tau))`.
+
+    `C_j` are the clients that were given slice j. With the true point a client runs all the server's slices, whichever it
+    trains.
+    """
+    M = np.zeros((held.B.shape[0], held.A.shape[1]))
+    for j in range(len(held.A)):
+        G, have = slice_of(held, j), [u for u in uploads if j in u.slices]
+        w = {u.client: u.n / (examples(have) ** options["tau"] * examples(uploads) ** (1 - options["tau"])) for u in have}
+        M += G + sum(w[u.client] * (slice_of(u.layer, u.slices.index(j)) - G) for u in have)
+    everything = truncated(M)("", range(len(held.A)))
+    return (lambda client, slices: everything) if options["true_point"] else truncated(M)
 
 
 DEFINITIONS: dict[str, Definition] = {
@@ -212,4 +229,5 @@ DEFINITIONS: dict[str, Definition] = {
     "lora_fair": lora_fair,
     "fedsvd": fedsvd,
     "local-only": local_only,
+    "stayput": stayput,
 }

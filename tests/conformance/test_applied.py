@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from anyrank.adapter import Adapter, LoraLayer
-from anyrank.methods import REGISTRY
+from anyrank.methods import REGISTRY, make
 from anyrank.records import ClientUpdate, Download
 from conformance.dense import DEFINITIONS, Held, Upload
 from conformance.world import (
@@ -33,7 +33,9 @@ from conformance.world import (
     updates_of,
 )
 
-DEFINED = [method for method in VARIANTS if method.name in DEFINITIONS]
+# At the ends of its range, tau makes other methods of one.
+TAUS = [make("stayput", {"tau": tau, "true_point": on, "rotate": on}) for tau in (0.0, 1.0) for on in (False, True)]
+DEFINED = [method for method in (*VARIANTS, *TAUS) if method.name in DEFINITIONS]
 IMAGES = torch.randn(3, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -108,14 +110,16 @@ def test_a_client_applies_its_share_of_the_dense_definition(method, case, tmp_pa
     already = changes(before.merged) if before.merged else {}  # what went into the base before: all trained on top of it
     shares = {}
     for name in (CONV, FC):
-        uploads = [Upload(u.client, held(u.adapter.layers[name]), u.num_examples) for u in updates]
+        given = {client.name: method.dispatch(before, client).slices[name] for client in case.drawn()}
+        uploads = [Upload(u.client, held(u.adapter.layers[name]), u.num_examples, given[u.client]) for u in updates]
         shares[name] = DEFINITIONS[method.name](held(before.adapter.layers[name]), uploads, options)
     personal = "global" not in method.served(after)  # then the uploads say nothing of clients that were not there
     receivers = case.drawn() if personal else case.world.clients()
     for client in receivers:
-        share = {name: shares[name](client.name, client.rank_of(name)) + already.get(name, 0.0) for name in shares}
+        download = method.dispatch(after, client)
+        share = {name: shares[name](client.name, download.slices[name]) + already.get(name, 0.0) for name in shares}
         expected = with_weights(share, mean_head(updates, client.name if personal else None))(IMAGES).detach()
-        found = through_peft(method.dispatch(after, client), tmp_path / client.name)
+        found = through_peft(download, tmp_path / client.name)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, msg=lambda text, c=client: f"{c.name}: {text}")
 
 

@@ -79,7 +79,7 @@ def stationary(method: Method, case: Case) -> float:
 
 
 def keeps_product(method: Method, case: Case) -> float:
-    """What each client runs against the server's product of the slices that the download names, both on the base as it is."""
+    """What each client trains against the server's product of the slices that the download names."""
     state = after_rounds(method, case.world, case.rounds)
     found, expected = {}, {}
     for client in case.drawn():
@@ -88,8 +88,8 @@ def keeps_product(method: Method, case: Case) -> float:
         for name, layer in held.layers.items():
             named = [j for j in download.slices[name] if j < layer.rank]
             kept = replace(held, layers={name: layer.with_factors(layer.A[named], layer.B[:, named])})
-            expected[client.name, name] = changes(kept, only(state.merged, name))[name]
-            found[client.name, name] = changes(only(download.adapter, name), only(download.merged, name))[name]
+            expected[client.name, name] = changes(kept)[name]
+            found[client.name, name] = changes(only(download.adapter, name))[name]
     return distance(found, expected)
 
 
@@ -102,8 +102,8 @@ MEASURES: dict[str, Callable[[Method, Case], float]] = {
 }
 
 
-def only(adapter: Adapter | None, name: str) -> Adapter | None:
-    return adapter and replace(adapter, layers={name: adapter.layers[name]})
+def only(adapter: Adapter, name: str) -> Adapter:
+    return replace(adapter, layers={name: adapter.layers[name]})
 
 
 def mix(one: Adapter, two: Adapter, t: float) -> Adapter:

@@ -97,8 +97,8 @@ def cases(ranks: tuple[int, ...], dtype: torch.dtype = torch.float64, rounds: Se
 
 
 # Options under which a method shows in worlds this small what it does not claim: at its default of 0.99, FLoRIST would cut
-# nothing off from four slices of like size.
-SHOWN_WITH = {"florist": {"energy": 0.8}}
+# nothing off from four slices of like size. With tau = 0, staying put has one trait more (see tests/methods/test_stayput.py).
+SHOWN_WITH = {"florist": {"energy": 0.8}, "stayput": {"tau": 0.5}}
 
 
 def variants() -> list[Method]:

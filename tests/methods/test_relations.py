@@ -101,8 +101,10 @@ def test_one_client_of_the_top_rank_alone_gets_back_what_it_sent(method, rule):
     assert distance(changes(back.adapter, back.merged), changes(update.adapter, state.merged)) < 1e-12
 
 
-# HetLoRA weighs clients by what they learned, not by their examples.
-@pytest.mark.parametrize("method", [m for m in TAKE_MIXED if m.name != "hetlora"], ids=label)
+# HetLoRA weighs clients by what they learned, not by their examples; a twin of another name is given other slices to train.
+@pytest.mark.parametrize(
+    "method", [m for m in TAKE_MIXED if m.name != "hetlora" and not getattr(m, "rotate", False)], ids=label
+)
 def test_two_clients_that_agree_are_one_with_both_their_examples(method):
     world = World((3, 3, 5))
     state = after_one_round(method, world)

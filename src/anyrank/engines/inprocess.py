@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from anyrank import local
+from anyrank import local, private_training, private_upload
 from anyrank.adapter import Adapter
 from anyrank.cohort import Shards
 from anyrank.engines import stacked
@@ -15,6 +15,9 @@ from anyrank.errors import AnyRankError
 from anyrank.models import LoraModel
 from anyrank.records import ClientUpdate, Failure, Scaling
 from anyrank.tasks.base import Scores
+
+# How a client trains for the unit that its plan protects.
+_PRIVATELY = {"example": private_training.train, "client": private_upload.train}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,10 @@ class InProcess:
         return self.model.start(rank, scaling, seed)
 
     def train(self, jobs: Sequence[Job], plan: local.Plan) -> Iterator[ClientUpdate | Failure]:
-        if self._stacks(jobs):
+        if plan.privacy:
+            yield from (self._private(job, plan) for job in jobs)
+            return
+        if self._stacks(jobs, plan):
             yield from stacked.train(self.model, jobs, [self.shards[job.index] for job in jobs], plan)
             return
         for job in jobs:
@@ -46,9 +52,19 @@ class InProcess:
                 continue
             yield replace(update, metrics={**update.metrics, "seconds": time.perf_counter() - began})
 
-    def _stacks(self, jobs: Sequence[Job]) -> bool:
+    def _private(self, job: Job, plan: local.Plan) -> ClientUpdate | Failure:
+        """A private client's reply: it tells no figures, and of a failure only that it happened."""
+        try:
+            own = self.shards[job.index]
+            train = _PRIVATELY[plan.privacy.plan.level]
+            return train(self.model, job.client.name, job.download, job.num_examples, own, plan)
+        except AnyRankError:
+            return Failure(job.client.name, "private training failed; why stays with the client")
+
+    def _stacks(self, jobs: Sequence[Job], plan: local.Plan) -> bool:
         wanted = self.stacking == "always" or (self.stacking == "auto" and stacked.worthwhile(self.model))
-        return wanted and stacked.possible(self.model, jobs)
+        whole = plan.config.accumulation_steps == 1  # who splits a batch has no memory for those of others beside it
+        return wanted and whole and stacked.possible(self.model, jobs)
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         self.model.apply(adapter, merged)

@@ -15,6 +15,7 @@ from anyrank.methods import (  # noqa: F401
     rbla,
     references,
     rolora,
+    stayput,
     zeropad,
 )
 from anyrank.methods.base import Holds, Method, Part, Traits

@@ -53,10 +53,11 @@ class Traits:
 
 
 class Part(NamedTuple):
-    """One client's contribution to one layer: its trained `layer` and the `num_examples` that weigh it."""
+    """One client's contribution to one layer: its trained `layer`, the `num_examples` that weigh it, and its `client` name."""
 
     layer: LoraLayer
     num_examples: int
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ class Method(ABC):
         adapter = replace(state.adapter, layers=layers)
         return Download(adapter, slices, self.train, self.send, self.private, state.merged)
 
+    def share(self, state: ServerState, client: Client) -> Adapter:
+        """What somebody of `client`'s rank would run, or start from, who takes no part in rounds."""
+        return self.dispatch(state, client).adapter
+
+    def outside_runs(self) -> Method:
+        """The same rule for a merge of adapters, whose clients had no downloads: at most shares of an earlier merge."""
+        return self
+
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         """The state after the round in which `updates` came back. The order of `updates` does not matter."""
         updates = sorted(updates, key=lambda update: update.client)
@@ -100,7 +109,7 @@ class Method(ABC):
         self._refuse_ranks_above(state, updates)
         layers, into_base = {}, {}
         for name in names:
-            parts = [Part(u.adapter.layers[name], u.num_examples) for u in updates]
+            parts = [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates]
             layers[name], base = self.aggregate_layer(state, name, parts)
             if base is not None:
                 into_base[name] = base
@@ -183,7 +192,57 @@ def slice_weights(parts: Sequence[Part], rank: int) -> Tensor:
     return owned / owned.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
 
 
+# --- other slices than the first -------------------------------------------------------------------------------------
+
+
+def slice_order(state: ServerState, name: str, client: str, rank: int, drawn: bool) -> list[int]:
+    """The server's slices of a layer, those first that `client` trains in the round after `state`.
+
+    They are the first `rank`, or, if `drawn`, as many without replacement by seed, round, client and layer: who knows the
+    state knows the draw, so nobody has to keep it or send it.
+    """
+    every = range(state.adapter.layers[name].rank)
+    own = every[:rank]
+    if drawn:
+        own = keys.rng(state.seed, "slices", state.round, client, name).choice(len(every), len(own), replace=False).tolist()
+    return [*sorted(own), *sorted(set(every) - set(own))]
+
+
+def reordered(state: ServerState, order: Mapping[str, Sequence[int]]) -> ServerState:
+    """`state` with its slices in that order, layer by layer."""
+    layers = {name: take(layer, order[name]) for name, layer in state.adapter.layers.items()}
+    return replace(state, adapter=replace(state.adapter, layers=layers))
+
+
+def take(layer: LoraLayer, slices: Sequence[int]) -> LoraLayer:
+    """The named slices of a layer, in that order."""
+    if list(slices) == list(range(layer.rank)):
+        return layer
+    return layer.with_factors(layer.A[slices], layer.B[:, slices])
+
+
+def frozen_rest(state: ServerState, ranks: Mapping[str, int]) -> Adapter | None:
+    """The slices past `ranks` that apply something, as a sum that a client adds to its base model; `None` if there are none."""
+    rest = {}
+    for name, layer in state.adapter.layers.items():
+        applies = (layer.A.any(dim=1) & layer.B.any(dim=0)).tolist()
+        alive = [j for j in range(ranks[name], layer.rank) if applies[j]]
+        rest |= {name: take(layer, alive)} if alive else {}
+    return Adapter(rest, {}, state.adapter.config) if rest else None
+
+
+def widened(adapter: Adapter, rank: int, scaling: Scaling, seed: int) -> Adapter:
+    """`adapter`, in which nothing is learned yet, at `rank` (or its own, if larger), as far as each layer can carry it."""
+    wide = {name: pad(layer, min(rank, *layer.shape), seed, "fresh", 0, name) for name, layer in adapter.layers.items()}
+    layers = {name: replace(layer, scaling=scaling.of(name, layer.rank)) for name, layer in wide.items()}
+    return replace(adapter, layers=layers)
+
+
 # --- factors averaged slice by slice ---------------------------------------------------------------------------------
+
+
+# Numbers of a block that is summed at a time, in float64: half a megabyte, which stays in a core's cache until it is rounded.
+_BLOCK = 1 << 16
 
 
 def average_slices(parts: Sequence[Part], weights: Tensor, empty: LoraLayer | None = None) -> tuple[Tensor, Tensor]:
@@ -192,24 +251,47 @@ def average_slices(parts: Sequence[Part], weights: Tensor, empty: LoraLayer | No
     The root of each client's scaling goes to each factor, so that clients of unequal alpha/r average what they apply.
     Slices that no client has are zero, or those of `empty`.
     """
-    (out, width), rank = parts[0].layer.shape, weights.shape[1]
-    A, B = torch.zeros(rank, width, dtype=torch.float64), torch.zeros(out, rank, dtype=torch.float64)
-    for (layer, _), w in zip(parts, weights, strict=True):
-        w = math.sqrt(layer.scaling) * w[: layer.rank]
-        A[: layer.rank].addcmul_(w[:, None], layer.A)  # in one pass, each number made float64 on its way
-        B[:, : layer.rank].addcmul_(w, layer.B)
+    return _averages(parts, weights, empty, 1.0, torch.float64)
+
+
+def average_layer(
+    state: ServerState, name: str, parts: Sequence[Part], weights: Tensor, empty: LoraLayer | None = None
+) -> LoraLayer:
+    """The server's layer from the averages of `average_slices`, half of `1/s(R)` to each factor, rounded once."""
+    layer = state.adapter.layers[name]
+    return layer.with_factors(*_averages(parts, weights, empty, layer.scaling, layer.A.dtype))
+
+
+def _averages(
+    parts: Sequence[Part], weights: Tensor, empty: LoraLayer | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The averages as factors of an update of this `scaling`, summed in float64, in `dtype`."""
+    layers, rank = [part.layer for part in parts], weights.shape[1]
+    first, (out, width) = layers[0], layers[0].shape
+    shares = [math.sqrt(layer.scaling / scaling) * w[: layer.rank] for layer, w in zip(layers, weights, strict=True)]
+    shares = [share.to(first.A.device) for share in shares]
+    A, B = first.A.new_empty(rank, width, dtype=dtype), first.B.new_empty(out, rank, dtype=dtype)
+    _sum_into(A, [layer.A for layer in layers], [share[:, None] for share in shares])
+    _sum_into(B, [layer.B for layer in layers], [share.expand(out, -1) for share in shares])
     if empty is not None:
-        lone = weights[:, : empty.rank].sum(dim=0) == 0
-        A[: empty.rank][lone] = math.sqrt(empty.scaling) * empty.A.double()[lone]
-        B[:, : empty.rank][:, lone] = math.sqrt(empty.scaling) * empty.B.double()[:, lone]
+        lone = (weights[:, : empty.rank].sum(dim=0) == 0).nonzero().squeeze(1).to(A.device)
+        root = math.sqrt(empty.scaling / scaling)
+        A[lone] = (root * empty.A[lone].double()).to(dtype)
+        B[:, lone] = (root * empty.B[:, lone].double()).to(dtype)
     return A, B
 
 
-def from_average(state: ServerState, name: str, A: Tensor, B: Tensor) -> LoraLayer:
-    """The server's layer from factors of scaling 1, half of `1/s(R)` to each factor."""
-    layer = state.adapter.layers[name]
-    root = math.sqrt(layer.scaling)
-    return layer.with_factors(A / root, B / root)
+def _sum_into(total: Tensor, factors: Sequence[Tensor], shares: Sequence[Tensor]) -> None:
+    """`total[i, j] = sum_k shares[k][i, j] factors[k][i, j]` over those factors that reach (i, j); the rest is zero."""
+    step = max(1, _BLOCK // total.shape[1])
+    room = total.new_empty(min(step, len(total)), total.shape[1], dtype=torch.float64)
+    for start in range(0, len(total), step):
+        rows = slice(start, min(start + step, len(total)))
+        block = room[: rows.stop - start].zero_()
+        for factor, share in zip(factors, shares, strict=True):
+            part = factor[rows]
+            block[: len(part), : part.shape[1]].addcmul_(share[rows], part)  # each number made float64 on its way
+        total[rows] = block
 
 
 # --- one factor averaged slice by slice, the other common to all ------------------------------------------------------
@@ -218,9 +300,9 @@ def from_average(state: ServerState, name: str, A: Tensor, B: Tensor) -> LoraLay
 def mean_a(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
     """`sum over owners of q_kj A_k[j]`, `[R, in]` (float64); a slice that no client of the round has stays as it was."""
     layer = state.adapter.layers[name]
-    weights = slice_weights(parts, layer.rank)
+    weights = slice_weights(parts, layer.rank).to(layer.A.device)
     A = layer.A.double() * (weights.sum(dim=0) == 0)[:, None]
-    for (sent, _), w in zip(parts, weights, strict=True):
+    for (sent, *_), w in zip(parts, weights, strict=True):
         A[: sent.rank] += w[: sent.rank, None] * sent.A.double()
     return A
 
@@ -228,9 +310,9 @@ def mean_a(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
 def mean_b(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
     """`sum over owners of q_kj s_k / s(R) B_k[:, j]`, `[out, R]` (float64); a slice that no client has stays as it was."""
     layer = state.adapter.layers[name]
-    weights = slice_weights(parts, layer.rank)
+    weights = slice_weights(parts, layer.rank).to(layer.B.device)
     B = layer.B.double() * (weights.sum(dim=0) == 0)
-    for (sent, _), w in zip(parts, weights, strict=True):
+    for (sent, *_), w in zip(parts, weights, strict=True):
         B[:, : sent.rank] += w[: sent.rank] * (sent.scaling / layer.scaling) * sent.B.double()
     return B
 
@@ -240,7 +322,7 @@ def mean_b(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
 
 def weighted_product(parts: Sequence[Part], weights: Tensor) -> lowrank.Product:
     """`sum_k sum_j w_kj s_k B_k[:, j] A_k[j]`, as factors, for weights `[K, R]`."""
-    return lowrank.stack([lowrank.of_layer(layer, w[: layer.rank]) for (layer, _), w in zip(parts, weights, strict=True)])
+    return lowrank.stack([lowrank.of_layer(layer, w[: layer.rank]) for (layer, *_), w in zip(parts, weights, strict=True)])
 
 
 def from_product(state: ServerState, name: str, product: lowrank.Product, split: Split) -> LoraLayer:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anyrank.adapter import LoraLayer
-from anyrank.methods.base import Holds, Method, Part, Traits, average_slices, from_average, slice_weights
+from anyrank.methods.base import Holds, Method, Part, Traits, average_layer, slice_weights
 from anyrank.methods.registry import register
 from anyrank.records import ServerState
 
@@ -27,5 +27,4 @@ class FedAvg(Method):
     rescale = "both"
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
-        A, B = average_slices(parts, slice_weights(parts, parts[0].layer.rank))
-        return from_average(state, name, A, B)
+        return average_layer(state, name, parts, slice_weights(parts, parts[0].layer.rank))

@@ -10,7 +10,7 @@ import torch
 from anyrank import lowrank
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.errors import MethodError
-from anyrank.methods.base import Holds, Method, Part, Traits, average_slices, client_weights, from_average, ownership
+from anyrank.methods.base import Holds, Method, Part, Traits, average_layer, client_weights, ownership
 from anyrank.methods.registry import register
 from anyrank.records import Client, ClientUpdate, Download, Pruning, ServerState
 
@@ -67,5 +67,5 @@ class HetLoRA(Method):
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
         norms = torch.tensor([lowrank.norm(lowrank.of_layer(part.layer)) for part in parts], dtype=torch.float64)
         weights = norms / norms.sum() if norms.any() else client_weights(parts)
-        A, B = average_slices(parts, weights[:, None] * ownership(parts, state.adapter.layers[name].rank))
-        return from_average(state, name, A, B)
+        owned = ownership(parts, state.adapter.layers[name].rank)
+        return average_layer(state, name, parts, weights[:, None] * owned)

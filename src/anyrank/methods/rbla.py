@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anyrank.adapter import LoraLayer
-from anyrank.methods.base import EmptySlice, Holds, Method, Part, Traits, average_slices, from_average, slice_weights
+from anyrank.methods.base import EmptySlice, Holds, Method, Part, Traits, average_layer, slice_weights
 from anyrank.methods.registry import register
 from anyrank.records import ServerState
 
@@ -32,5 +32,4 @@ class RBLA(Method):
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
         previous = state.adapter.layers[name]
         kept = previous if self.empty_slice == "keep" else None
-        A, B = average_slices(parts, slice_weights(parts, previous.rank), empty=kept)
-        return from_average(state, name, A, B)
+        return average_layer(state, name, parts, slice_weights(parts, previous.rank), empty=kept)

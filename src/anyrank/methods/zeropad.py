@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anyrank.adapter import LoraLayer
-from anyrank.methods.base import Holds, Method, Part, Traits, average_slices, client_weights, from_average, ownership
+from anyrank.methods.base import Holds, Method, Part, Traits, average_layer, client_weights, ownership
 from anyrank.methods.registry import register
 from anyrank.records import ServerState
 
@@ -27,5 +27,4 @@ class ZeroPad(Method):
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
         rank = state.adapter.layers[name].rank
-        A, B = average_slices(parts, client_weights(parts)[:, None] * ownership(parts, rank))
-        return from_average(state, name, A, B)
+        return average_layer(state, name, parts, client_weights(parts)[:, None] * ownership(parts, rank))
