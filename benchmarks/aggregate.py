@@ -72,12 +72,24 @@ def dictionary_way(folders: Sequence[Path], out: Path) -> None:
 
 
 def plain_read(folders: Sequence[Path]) -> None:
-    """The floor: every byte of the files, into one buffer."""
+    """The floor: every byte of the files, into one small buffer that stays in the core's cache. Nothing is kept or made."""
     buffer = bytearray(1 << 20)
     for folder in folders:
         with open(folder / "adapter_model.safetensors", "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+def fresh_read_and_write(folders: Sequence[Path], out: Path) -> None:
+    """What a merge cannot do without: every file into memory of its own, one after another, and a result on the disk."""
+    largest = b""
+    for folder in folders:
+        held = (folder / "adapter_model.safetensors").read_bytes()
+        largest = max(largest, held, key=len)  # the result has the size of the largest
+    with open(out, "wb") as file:
+        file.write(largest)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -174,13 +186,13 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 # --- one module, in memory -------------------------------------------------------------------------------------------
 
 
-def anyrank_way(layers: Layers) -> LoraLayer:
-    """The library's own rule for one layer, from the clients' factors to the server's."""
+def anyrank_way(layers: Layers) -> Callable[[], LoraLayer]:
+    """The library's own rule for one layer, from the clients' factors to the server's; what the server held is there."""
     rank = max(layer.rank for layer in layers)
     start = LoraLayer(torch.zeros(rank, SIDE), torch.zeros(SIDE, rank), 1.0)
     state = ServerState(0, 0, Adapter({"layer": start}), Scaling(1.0, "constant"))
     updates = [ClientUpdate(Adapter({"layer": layer}), 1, f"{i:03d}") for i, layer in enumerate(layers)]
-    return methods.make("flexlora").aggregate(state, updates).adapter.layers["layer"]
+    return lambda: methods.make("flexlora").aggregate(state, updates).adapter.layers["layer"]
 
 
 def one_module(counts: Sequence[int], repeats: int, with_dense: bool) -> None:
@@ -190,7 +202,7 @@ def one_module(counts: Sequence[int], repeats: int, with_dense: bool) -> None:
         slices = sum(layer.rank for layer in layers)
         ways = {
             "QR way, float32": lambda layers=layers, weights=weights: qr_way(layers, weights, RANKS[-1]),
-            "anyrank": lambda layers=layers: anyrank_way(layers),
+            "anyrank": anyrank_way(layers),
         }
         exact = qr_way(layers, weights, RANKS[-1], torch.float64)
         with lowrank.using("auto"):  # as a merge does, around all its layers
@@ -219,6 +231,7 @@ def whole_folders(plans: Sequence[tuple[int, Sequence[str], int]], root: Path, r
         size = sum((folder / "adapter_model.safetensors").stat().st_size for folder in folders)
         ways = {
             "plain read of the files": lambda folders=folders: plain_read(folders),
+            "read into fresh memory, write": lambda folders=folders: fresh_read_and_write(folders, root / "copy.safetensors"),
             "dictionary averaging": lambda folders=folders: dictionary_way(folders, root / "mean.safetensors"),
             "anyrank zeropad": lambda folders=folders: aggregate_folders(folders, "zeropad", root / "out"),
             "anyrank rbla": lambda folders=folders: aggregate_folders(folders, "rbla", root / "out"),

@@ -35,6 +35,10 @@ STAGES = (
 
 
 FAST = (("tests/test_subspace.py", "tests/test_folders.py"),)
+PRIVATE = (
+    ("tests/test_private_training.py", "tests/test_private_upload.py", "tests/test_privacy_plan.py"),
+    ("tests/test_privacy_run.py",),
+)
 
 
 class Mistake(NamedTuple):
@@ -50,7 +54,7 @@ class Mistake(NamedTuple):
 MISTAKES = (
     # scaling
     Mistake("scaling dropped in products", "lowrank.py", "w = layer.scaling * torch", "w = 1.0 * torch"),
-    Mistake("scaling dropped in averaged factors", "methods/base.py", "math.sqrt(layer.scaling) * w[:", "w[:"),
+    Mistake("scaling dropped in averaged factors", "methods/base.py", "math.sqrt(layer.scaling / scaling) * w[:", "w[:"),
     Mistake("scaling dropped in the SVD share", "methods/base.py", "U * (S / layer.scaling))", "U * S)"),
     Mistake("scaling dropped in the mean of B", "methods/base.py", "(sent.scaling / layer.scaling)", "1.0"),
     Mistake("download not rescaled", "methods/base.py", "ratio = layer.scaling / scaling", "ratio = 1.0"),
@@ -99,9 +103,7 @@ MISTAKES = (
     ),
     # the other methods
     Mistake("the base forgets earlier rounds", "methods/base.py", "lowrank.stack([lowrank.of_layer(before), total])", "total"),
-    Mistake(
-        "the base grows without end", "methods/base.py", "if total.slices * (out + width) > out * width:", "if False:"
-    ),
+    Mistake("the base grows without end", "methods/base.py", "if total.slices * (out + width) > out * width:", "if False:"),
     Mistake(
         "FedEx's residual of the other sign",
         "methods/fedex.py",
@@ -118,8 +120,35 @@ MISTAKES = (
     Mistake("LoRA-FAIR's penalty halved", "methods/lora_fair.py", "B @ Q, 2 * penalty", "B @ Q, penalty"),
     Mistake("FedSVD loses S", "methods/fedsvd.py", "_complete(layer, Vt, U * S,", "_complete(layer, Vt, U,"),
     Mistake("FedSVD's A not at right angles", "methods/fedsvd.py", "basis[known:]", "fresh"),
+    # staying put
+    Mistake("tau for 1 - tau", "methods/stayput.py", "** self.tau", "** (1 - self.tau)"),
+    Mistake("a full denominator whatever tau", "methods/stayput.py", "** self.tau", "** 0"),
+    Mistake("the server's slices lost", "methods/stayput.py", "1 - coverage / shared)", "0 * coverage)"),
+    Mistake("the server's slices kept whole", "methods/stayput.py", "1 - coverage / shared)", "1 + 0 * coverage)"),
+    Mistake(
+        "one draw for all",
+        "methods/stayput.py",
+        "state, name, part.client, part.layer.rank",
+        'state, name, "", part.layer.rank',
+    ),
+    Mistake("the same draw in every round", "methods/base.py", '"slices", state.round, client', '"slices", client'),
+    Mistake("weights in the server's order", "methods/stayput.py", "sent / shared[order]", "sent / shared"),
+    Mistake("what is trained also frozen", "methods/base.py", "range(ranks[name], layer.rank)", "range(layer.rank)"),
+    Mistake(
+        "a random share for everybody",
+        "methods/stayput.py",
+        "return super().dispatch(state, client).adapter",
+        "return self.dispatch(state, client).adapter",
+    ),
+    Mistake("momentum back to where it came from", "methods/stayput.py", "-self.momentum)]", "self.momentum)]"),
+    Mistake(
+        "momentum of the round's own start",
+        "methods/stayput.py",
+        "replace(state.adapter, tensors={})",
+        "replace(after.adapter, tensors={})",
+    ),
     # arithmetic, purity, folders, bytes, guard
-    Mistake("averages in float32", "methods/base.py", "w[:, None], layer.A)", "w[:, None], layer.A.float().bfloat16())"),
+    Mistake("averages in float32", "methods/base.py", "(share[rows], part)", "(share[rows], part.float().bfloat16())"),
     Mistake("products in float32", "lowrank.py", "term.right.double() for term", "term.right.float().double() for term"),
     Mistake("updates not sorted", "methods/base.py", "sorted(updates, key=lambda update: update.client)", "list(updates)"),
     Mistake("averaging in the server's own dictionary", "methods/base.py", "tensors = dict(previous)", "tensors = previous"),
@@ -180,12 +209,14 @@ MISTAKES = (
         "if found is None:",
         FAST,
     ),
-    Mistake("tensors read from the wrong place", "folders.py", "file.seek(self._start + begin)", "file.seek(begin)", FAST),
+    Mistake("tensors read from the wrong place", "folders.py", "self._start + begin : self._start + end", "begin:end", FAST),
+    Mistake("a misaligned tensor taken as it is", "folders.py", "% dtype.itemsize == 0 else", "== -1 or True else", FAST),
+    Mistake("results that are pages of a file", "aggregation.py", "layer.A.clone(), layer.B.clone()", "layer.A, layer.B", FAST),
     Mistake(
-        "a short read let through",
-        "folders.py",
-        "file.readinto(memoryview(buffer)) != len(buffer)",
-        "not file.readinto(memoryview(buffer))",
+        "NaN let through where factors are summed",
+        "merging.py",
+        "if not (_finite(merged) and (base is None or _finite(base))):",
+        "if False:",
         FAST,
     ),
     Mistake(
@@ -214,6 +245,133 @@ MISTAKES = (
     Mistake("half-written folders left", "aggregation.py", "shutil.rmtree(unfinished, ignore_errors=True)", "pass", FAST),
     Mistake(
         "untrained factors taken from the upload", "guard.py", 'if "A" in download.train else sent.A', "if True else sent.A"
+    ),
+    # privacy
+    Mistake(
+        "noise without the clip norm",
+        "private_training.py",
+        "privacy.noise[declared] * privacy.clip_norm",
+        "privacy.noise[declared]",
+        PRIVATE,
+    ),
+    Mistake(
+        "noise divided by the batch twice",
+        "private_training.py",
+        "noise * _normal(draws, total)",
+        "noise / privacy.batch_size * _normal(draws, total)",
+        PRIVATE,
+    ),
+    Mistake(
+        "one noise for all numbers of a tensor",
+        "private_training.py",
+        "draws.standard_normal(like.numel()))",
+        "draws.standard_normal(1).repeat(like.numel()))",
+        PRIVATE,
+    ),
+    Mistake("divided by what was drawn", "private_training.py", "/ privacy.batch_size\n", "/ max(1, len(index))\n", PRIVATE),
+    Mistake(
+        "an empty draw is no step",
+        "private_training.py",
+        "        clipped = sums.clipped(index,",
+        "        if not len(index): continue\n        clipped = sums.clipped(index,",
+        PRIVATE,
+    ),
+    Mistake(
+        "clipped tensor by tensor",
+        "private_training.py",
+        "scales = clip_norm / squares.sqrt().clamp_min(clip_norm)",
+        "scales = clip_norm / (squares / len(gradients)).sqrt().clamp_min(clip_norm)",
+        PRIVATE,
+    ),
+    Mistake(
+        "small gradients made larger",
+        "private_training.py",
+        "scales = clip_norm / squares.sqrt().clamp_min(clip_norm)",
+        "scales = clip_norm / squares.sqrt()",
+        PRIVATE,
+    ),
+    Mistake(
+        "a gradient that is not finite let through",
+        "private_training.py",
+        "finite = torch.isfinite(squares)",
+        "finite = torch.ones_like(squares, dtype=torch.bool)",
+        PRIVATE,
+    ),
+    Mistake(
+        "batches of one size",
+        "private_training.py",
+        "examples[draws.random(len(examples)) < rate]",
+        "examples[draws.random(len(examples)).argsort()[: privacy.batch_size]]",
+        PRIVATE,
+    ),
+    Mistake("the probe passes everything", "private_training.py", "_TOLERANCE = 1e-3", "_TOLERANCE = 1e9", PRIVATE),
+    Mistake(
+        "noise for one round of the run",
+        "privacy/plan.py",
+        "whole = plan.spending(declared, plan.max_rounds)",
+        "whole = plan.spending(declared, 1)",
+        PRIVATE,
+    ),
+    Mistake(
+        "the noise is a little too small",
+        "privacy/accountants.py",
+        "    while excess(math.log(noise)) > 0:",
+        "    noise = round(0.95 * noise, 4)\n    while False:",
+        PRIVATE,
+    ),
+    Mistake(
+        "a sampling rate of one round",
+        "privacy/plan.py",
+        "self.batch_size / declared if",
+        "self.batch_size / declared / 2 if",
+        PRIVATE,
+    ),
+    Mistake(
+        "one key for all clients", "privacy/noise.py", 'private\\x1f{round}\\x1f{client}"', 'private\\x1f{round}"', PRIVATE
+    ),
+    Mistake("a key cut short", "privacy/noise.py", "hmac.digest(self.key, f", "hmac.digest(self.key[:1], f", PRIVATE),
+    Mistake(
+        "one noise for every configuration", "privacy/noise.py", "json.dumps(config, sort_keys=True).encode()", 'b""', PRIVATE
+    ),
+    Mistake(
+        "training that is not charged",
+        "federation.py",
+        "    ledger.charge(round, {job.client.name: job.num_examples for job in left})\n",
+        "",
+        PRIVATE,
+    ),
+    Mistake(
+        "an interrupted round charged twice",
+        "privacy/ledger.py",
+        "if self.plan.secure or not self._has(name, round)",
+        "if True",
+        PRIVATE,
+    ),
+    Mistake(
+        "the system's noise charged once", "privacy/ledger.py", "return len(own) if self.plan.secure else", "return", PRIVATE
+    ),
+    Mistake(
+        "a budget of one round too many", "privacy/ledger.py", "< self.plan.max_rounds", "<= self.plan.max_rounds", PRIVATE
+    ),
+    Mistake(
+        "upload clipped by the factor's norm",
+        "private_upload.py",
+        "gram = layer.scaling**2 * fixed @ fixed.T",
+        "gram = torch.eye(layer.rank, dtype=torch.float64)",
+        PRIVATE,
+    ),
+    Mistake(
+        "scaling dropped in the product's norm", "private_upload.py", "gram = layer.scaling**2 * fixed", "gram = fixed", PRIVATE
+    ),
+    Mistake(
+        "upload noise without the clip norm",
+        "private_upload.py",
+        "noise_multiplier * clip_norm * _normal",
+        "noise_multiplier * _normal",
+        PRIVATE,
+    ),
+    Mistake(
+        "upload noise not brought back", "private_upload.py", "_out(noisy[name], metrics[name], factor)", "noisy[name]", PRIVATE
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate
 from anyrank.aggregation import infer_scaling
 from anyrank.errors import AdapterError, MethodError
+from anyrank.methods import base
+from anyrank.records import Scaling, ServerState
 
 
 def random_adapter(rank: int, seed: int, scaling: float, layers: tuple[str, ...] = ("a.q", "a.v")) -> Adapter:
@@ -118,6 +121,62 @@ def test_unequal_layers_of_one_client_have_their_own_ranks() -> None:
 
     result = aggregate([ClientUpdate(adapter(2, 8), 1, "a"), ClientUpdate(adapter(4, 1), 1, "b")], method="rbla")
     assert result.adapter.ranks == {"q": 4, "v": 8}
+
+
+# --- averages by blocks, on any device ---------------------------------------------------------------------------------
+
+
+def parts(ranks: tuple[int, ...], out: int, width: int, device: str = "cpu") -> list[base.Part]:
+    draw = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=draw).to(device)  # noqa: E731
+    return [base.Part(LoraLayer(make(r, width), make(out, r), 16 / r), 1 + i) for i, r in enumerate(ranks)]
+
+
+@pytest.mark.parametrize(("out", "width"), [(3, 5), (7000, 9000), (5, 200_000)])
+def test_averages_do_not_depend_on_the_blocks_they_are_summed_in(out: int, width: int) -> None:
+    """Sides within one block, of several blocks, and a row longer than a block; the sum over owners, written out."""
+    sent = parts((2, 12, 5), out, width)
+    weights = base.slice_weights(sent, 12)
+    A, B = base.average_slices(sent, weights)
+    for j in (0, 3, 11):
+        owners = [(part, w[j]) for part, w in zip(sent, weights, strict=True) if part.layer.rank > j]
+        expected = [sum(w * p.layer.scaling**0.5 * f for p, w, f in rows) for rows in (
+            [(p, w, p.layer.A[j].double()) for p, w in owners], [(p, w, p.layer.B[:, j].double()) for p, w in owners]
+        )]  # fmt: skip
+        torch.testing.assert_close(A[j], expected[0], rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(B[:, j], expected[1], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_averages_are_made_where_the_factors_are(device: str) -> None:
+    """Weights are drawn up in main memory: they go to the factors, not the other way."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    sent = parts((2, 4), 6, 7, device)
+    largest = sent[1].layer
+    state = ServerState(0, 0, Adapter({"layer": largest}), Scaling(16))
+    weights = base.slice_weights(sent, 4)
+    made = [*base.average_slices(sent, weights, empty=largest), base.mean_a(state, "layer", sent)]
+    made += [base.mean_b(state, "layer", sent), base.average_layer(state, "layer", sent, weights).A]
+    assert [tuple(tensor.shape) for tensor in made] == [(4, 7), (6, 4), (4, 7), (6, 4), (4, 7)]
+    assert {tensor.device.type for tensor in made} == {device}
+
+
+def test_a_merge_on_a_gpu_is_the_merge_on_the_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    updates = [ClientUpdate(random_adapter(rank, rank, 16 / rank), rank, f"c{rank}") for rank in (2, 4, 8)]
+    moved = [
+        replace(
+            u, adapter=Adapter({n: layer.with_factors(layer.A.cuda(), layer.B.cuda()) for n, layer in u.adapter.layers.items()})
+        )
+        for u in updates
+    ]
+    for method in ("rbla", "raflora", "flexlora"):
+        here, there = aggregate(updates, method), aggregate(moved, method)
+        for name in ("a.q", "a.v"):
+            assert there.adapter.layers[name].A.is_cuda
+            torch.testing.assert_close(here.adapter.layers[name].delta(), there.adapter.layers[name].delta().cpu())
 
 
 # --- any shapes, ranks, number types, scalings and weights, against the definitions in dense float64 -------------------

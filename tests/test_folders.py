@@ -116,6 +116,33 @@ def test_stored_and_loaded_adapters_merge_alike(sites: list[Path]) -> None:
     same(stored.adapter, loaded.adapter)
 
 
+@pytest.mark.parametrize("method", ["ffa_lora", "rbla"])
+def test_a_result_is_no_view_of_the_files(tmp_path: Path, method: str) -> None:
+    """Files are read in place: what comes of them must not change with them."""
+    common = site(16, torch.float32, False)
+    folders = [common.save(tmp_path / f"same-{i}") for i in range(2)]
+    result = aggregate(folders, method)
+    before = [(layer.A.clone(), layer.B.clone()) for layer in result.adapter.layers.values()]
+    for folder in folders:
+        weights = folder / "adapter_model.safetensors"
+        with open(weights, "r+b") as file:
+            file.write(b"\0" * weights.stat().st_size)
+    after = [(layer.A, layer.B) for layer in result.adapter.layers.values()]
+    assert all(torch.equal(a, b) for one, two in zip(before, after, strict=True) for a, b in zip(one, two, strict=True))
+
+
+def test_tensors_that_are_not_aligned_are_read(tmp_path: Path) -> None:
+    """The format asks for no alignment of its header: three spaces more, and every number stands at an odd place."""
+    known = site(4, torch.float32, False)
+    folder = known.save(tmp_path / "odd")
+    weights = folder / "adapter_model.safetensors"
+    raw = weights.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    weights.write_bytes((length + 3).to_bytes(8, "little") + raw[8 : 8 + length] + b"   " + raw[8 + length :])
+    opened = open_adapter(folder)
+    same(Adapter(dict(opened.layers), dict(opened.tensors)), known)
+
+
 def test_previous_may_be_a_folder(tmp_path: Path, sites: list[Path]) -> None:
     start = site(16, torch.float32, False, seed=99).save(tmp_path / "start")
     from_folder = aggregate(sites[:2], "rbla", previous=start)
@@ -152,11 +179,15 @@ def test_two_base_models_are_named(tmp_path: Path, sites: list[Path]) -> None:
     assert aggregate_folders(sites, "rbla", tmp_path / "out", allow_different_base=True)["layers"] == 3
 
 
-def test_a_value_that_is_no_number_stops_the_merge_and_leaves_nothing(tmp_path: Path, sites: list[Path]) -> None:
+@pytest.mark.parametrize("method", ["rbla", "zeropad", "raflora", "flora"])
+@pytest.mark.parametrize(("factor", "value"), [("A", torch.inf), ("B", torch.nan)])
+def test_a_value_that_is_no_number_stops_the_merge_and_leaves_nothing(
+    tmp_path: Path, sites: list[Path], method: str, factor: str, value: float
+) -> None:
     spoiled = Adapter.load(sites[2])
-    spoiled.layers["a.table"].B[0, 0] = torch.nan  # the last layer: others are written by then
+    getattr(spoiled.layers["a.table"], factor)[0, 0] = value  # the last layer: others are written by then
     spoiled.save(sites[2])
-    refused(tmp_path, AdapterError, "site-2, a.table: holds NaN", sites, "rbla")
+    refused(tmp_path, AdapterError, "site-2, a.table: holds NaN", sites, method)
 
 
 def test_heads_of_two_shapes_are_named(tmp_path: Path, sites: list[Path]) -> None:

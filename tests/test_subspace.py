@@ -197,6 +197,26 @@ def test_equal_inputs_give_equal_bytes(algebra: str) -> None:
     assert all((row[row.abs().argmax()] > 0).item() for row in first.Vt)
 
 
+def test_the_callers_threads_are_what_they_were(monkeypatch) -> None:
+    """Eigenvectors are one thread's work; also where they fail."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        solve(federation([4, 8, 16] * 6, 200), 8, "gram")
+        assert torch.get_num_threads() == 2
+        with pytest.raises(RuntimeError):
+            subspace._eigh(torch.ones(2, 3))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("n", [1, 95, 96, 97, 250])
+def test_the_core_is_put_together_from_its_panels(n: int) -> None:
+    G, L = draw(0, n, n).double(), draw(1, n, n).double().tril()
+    torch.testing.assert_close(subspace._core(G + G.T, L).triu(), (L.T @ (G + G.T) @ L).triu())
+
+
 def test_an_unknown_way_names_the_known_ones() -> None:
     with pytest.raises(MethodError, match="algebra 'gramm': unknown; did you mean 'gram'"), lowrank.using("gramm"):
         pass

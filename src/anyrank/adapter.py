@@ -280,9 +280,10 @@ def _plain(value: Any) -> Any:
 
 def finite(tensor: Tensor, where: str, name: str) -> Tensor:
     """`tensor`, if all its numbers are."""
-    # The extremes are NaN where any entry is, and take one pass without a mask. An outline ("meta") has no entries.
+    # The sum is NaN or infinite where any entry is, and the quickest pass; large entries may also overflow it, so there the
+    # extremes decide. An outline ("meta") has no entries.
     known = tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta"
-    if known and not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor)):
+    if known and not math.isfinite(tensor.sum()) and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
         raise AdapterError(f"{where}, {name}: holds NaN or infinite values; the training that made it diverged")
     return tensor
 

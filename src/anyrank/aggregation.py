@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from anyrank import collapse, lowrank
-from anyrank.adapter import Adapter
+from anyrank.adapter import Adapter, LoraLayer
 from anyrank.errors import AdapterError, RunError, RunFailed
 from anyrank.folders import FolderWriter
 from anyrank.merging import Merge, has_own_aggregate, infer_scaling, plan
@@ -50,7 +50,7 @@ class AggregateResult:
         """What a client of `rank` gets to start its next round from."""
         if not isinstance(rank, int) or rank < 1:
             raise AdapterError(f"share: expected a rank of at least 1, got {rank!r}")
-        return self.method.dispatch(self.state, Client(f"rank-{rank}", rank)).adapter
+        return self.method.share(self.state, Client(f"rank-{rank}", rank))
 
     def spectrum(self) -> dict[str, Tensor]:
         """`{layer: singular values of the global update}`, falling, float64."""
@@ -91,11 +91,17 @@ def aggregate(
 
 
 def _layer_by_layer(merge: Merge) -> ServerState:
+    # In memory of their own: what a rule hands through (a frozen A, a head that nobody sent) may still be a page of a file.
     merged = {name: merge.layer(name) for name in merge.names}
-    tensors = {name: merge.tensor(name) for name in merge.tensors}
-    into_base = {name: base for name, (_, base) in merged.items() if base is not None}
-    adapter = Adapter({name: layer for name, (layer, _) in merged.items()}, tensors, merge.config)
+    layers = {name: _copy(layer) for name, (layer, _) in merged.items()}
+    tensors = {name: merge.tensor(name).clone() for name in merge.tensors}
+    into_base = {name: _copy(base) for name, (_, base) in merged.items() if base is not None}
+    adapter = Adapter(layers, tensors, merge.config)
     return ServerState(1, merge.seed, adapter, merge.scaling, Adapter(into_base, {}, merge.config) if into_base else None)
+
+
+def _copy(layer: LoraLayer) -> LoraLayer:
+    return layer.with_factors(layer.A.clone(), layer.B.clone())
 
 
 def aggregate_folders(

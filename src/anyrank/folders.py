@@ -1,7 +1,8 @@
 """PEFT folders that are larger than memory: read one layer at a time, written one layer at a time.
 
-Bytes are read by position, not through a memory map: mapped pages count as the process's own memory until the whole file is
-let go, and each first touch of a page costs more than copying it.
+A file is mapped anew for each layer, and let go with it: nothing is copied, and no more than one layer's pages count as the
+process's own memory. As with every mapped file (safetensors maps its files, too), whoever cuts it short in that moment ends
+the process; a file that is shorter than it was is an error like any other.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -48,7 +48,7 @@ class _Weights:
     """A safetensors file whose tensors are read when they are asked for. Nothing of it stays open."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._name = path, str(path)
         try:
             with safe_open(path, framework="pt"):
                 pass  # its own checks: the header is whole, and describes exactly the bytes that follow
@@ -59,6 +59,7 @@ class _Weights:
             raise unreadable(path, error) from None
         self.entries.pop("__metadata__", None)
         self._start = 8 + length
+        self._size = self._start + max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
         foreign = next((key for key, entry in self.entries.items() if entry["dtype"] not in _DTYPES), None)
         if foreign:
             raise AdapterError(f"{path}, {foreign}: {self.entries[foreign]['dtype']} numbers are not read; save it as float32")
@@ -68,32 +69,42 @@ class _Weights:
         return torch.empty(self.entries[key]["shape"], dtype=_DTYPES[self.entries[key]["dtype"]], device="meta")
 
     def read(self, *keys: str) -> dict[str, Tensor]:
-        """The tensors of `keys`, in memory of their own."""
+        """The tensors of `keys`: the file's own pages, held for as long as one of the tensors is. Writing to them changes
+        no file.
+        """
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                return {key: self._read(file, self.entries[key]) for key in keys}
-        except OSError as error:
-            raise unreadable(self.path, error) from None
+            pages = torch.from_file(self._name, shared=False, size=self._size, dtype=torch.uint8)
+        except RuntimeError as error:
+            shrunk = self.path.is_file() and self.path.stat().st_size < self._size
+            raise unreadable(self.path, "it has shrunk since it was opened" if shrunk else error) from None
+        return {key: self._view(pages, self.entries[key]) for key in keys}
 
-    def _read(self, file: BinaryIO, entry: Mapping[str, Any]) -> Tensor:
-        begin, end = entry["data_offsets"]
-        buffer = np.empty(end - begin, dtype=np.uint8)
-        file.seek(self._start + begin)
-        if len(buffer) and file.readinto(memoryview(buffer)) != len(buffer):
-            raise unreadable(self.path, "it has shrunk since it was opened")
-        return torch.from_numpy(buffer).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    def _view(self, pages: Tensor, entry: Mapping[str, Any]) -> Tensor:
+        dtype, (begin, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+        numbers = pages[self._start + begin : self._start + end]
+        aligned = numbers if (self._start + begin) % dtype.itemsize == 0 else numbers.clone()
+        return aligned.view(dtype).reshape(entry["shape"])
 
 
 class _StoredLayers(Mapping[str, LoraLayer]):
-    def __init__(self, weights: _Weights, config: Mapping[str, Any], where: str, outline: Mapping[str, LoraLayer]) -> None:
-        self._weights, self._config, self._where, self.outline = weights, config, where, outline
-        self._keys: dict[str, list[str]] = {}
+    def __init__(self, weights: _Weights, where: str, outline: Mapping[str, LoraLayer]) -> None:
+        self._weights, self._where, self.outline = weights, where, outline
+        self._keys: dict[str, dict[str, str]] = {}
         for key in weights.entries:
             if match := FACTOR.fullmatch(key.removeprefix(PREFIX)):
-                self._keys.setdefault(match[1], []).append(key)
+                self._keys.setdefault(match[1], {})[match[3]] = key
 
     def __getitem__(self, name: str) -> LoraLayer:
-        return from_peft_state(self._weights.read(*self._keys[name]), self._config, self._where).layers[name]
+        layer = self.unchecked(name)
+        finite(layer.A, self._where, name)
+        finite(layer.B, self._where, name)
+        return layer
+
+    def unchecked(self, name: str) -> LoraLayer:
+        layer, keys = self.outline[name], self._keys[name]  # what can be told without numbers was checked with the outline
+        read = self._weights.read(*keys.values())
+        A, B = (read[keys[factor]].flatten(1) for factor in "AB")
+        return LoraLayer(A, B, layer.scaling, layer.kind, layer.kernel)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.outline)
@@ -127,7 +138,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     config = read_config(folder)
     weights = _Weights(find_weights(folder))
     known = from_peft_state({key: weights.outline(key) for key in weights.entries}, config, str(folder))
-    layers = _StoredLayers(weights, config, str(folder), known.layers)
+    layers = _StoredLayers(weights, str(folder), known.layers)
     return Adapter(layers, _StoredTensors(weights, str(folder), known.tensors), known.config)
 
 
@@ -136,6 +147,11 @@ def outline(adapter: Adapter) -> Adapter:
     layers = adapter.layers.outline if isinstance(adapter.layers, _StoredLayers) else adapter.layers
     tensors = adapter.tensors.outline if isinstance(adapter.tensors, _StoredTensors) else adapter.tensors
     return Adapter(layers, tensors, adapter.config)
+
+
+def unchecked(adapter: Adapter, name: str) -> LoraLayer:
+    """A layer as it is stored: the caller sees to it that its numbers are finite."""
+    return adapter.layers.unchecked(name) if isinstance(adapter.layers, _StoredLayers) else adapter.layers[name]
 
 
 def is_stored(adapter: Adapter) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from torch import Tensor
 from anyrank import methods
 from anyrank.adapter import Adapter, LoraLayer, finite, iter_names
 from anyrank.errors import AdapterError, MethodError
-from anyrank.folders import is_stored, open_adapter, outline
+from anyrank.folders import is_stored, open_adapter, outline, unchecked
 from anyrank.methods import Method
+from anyrank.methods.base import Holds
 from anyrank.records import BOTH, Client, ClientUpdate, Scaling, ServerState
 
 
@@ -48,7 +50,19 @@ class Merge:
 
     def layer(self, name: str) -> tuple[LoraLayer, LoraLayer | None]:
         """The new layer, and what goes into the base model, from one layer of each client."""
-        sent = self._sent(name)
+        if not self._adds_up:
+            return self._layer(name, self._sent(name))
+        merged, base = self._layer(name, {update.client: unchecked(update.adapter, name) for update in self.updates})
+        if not (_finite(merged) and (base is None or _finite(base))):
+            self._sent(name)  # says whose numbers are none; finite ones may be too large to add, which is not theirs to mend
+        return merged, base
+
+    @property
+    def _adds_up(self) -> bool:
+        """Whether all that the clients send goes into sums: a sum is NaN or infinite where a term is, so none needs a look."""
+        return self.method.traits.linear is not Holds.NEVER and self.method.send >= BOTH
+
+    def _layer(self, name: str, sent: Mapping[str, LoraLayer]) -> tuple[LoraLayer, LoraLayer | None]:
         state = ServerState(0, self.seed, Adapter({name: self._held(name, sent)}, {}, self.config), self.scaling)
         after = self.method.aggregate(
             state, [replace(update, adapter=Adapter({name: sent[update.client]})) for update in self.updates]
@@ -66,7 +80,7 @@ class Merge:
     def share(self, name: str, layer: LoraLayer, rank: int) -> LoraLayer:
         """What a client of `rank` gets of the new `layer`."""
         state = ServerState(1, self.seed, Adapter({name: layer}, {}, self.config), self.scaling)
-        return self.method.dispatch(state, Client(f"rank-{rank}", rank)).adapter.layers[name]
+        return self.method.share(state, Client(f"rank-{rank}", rank)).layers[name]
 
     def describe(self, update: ClientUpdate) -> dict[str, Any]:
         ranks = outline(update.adapter).ranks.values()
@@ -107,7 +121,7 @@ def plan(
     Raises `AdapterError` with both sides where two adapters do not fit together, `MethodError` for a method that merges
     nothing, or that cannot take these clients.
     """
-    method = methods.make(method, options) if isinstance(method, str) else method
+    method = (methods.make(method, options) if isinstance(method, str) else method).outside_runs()
     updates = [_update(update, position) for position, update in enumerate(updates, 1)]
     if not updates:
         raise AdapterError("aggregate: expected at least one client's adapter, got none")
@@ -165,6 +179,10 @@ def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
             return Scaling(layer_alpha[names[0]], rule, layer_alpha)
     means = {name: sum(scaling for _, scaling in pairs) / len(pairs) for name, pairs in observed.items()}
     return Scaling(means[names[0]], "constant", means)
+
+
+def _finite(layer: LoraLayer) -> bool:
+    return math.isfinite(layer.A.sum()) and math.isfinite(layer.B.sum())
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

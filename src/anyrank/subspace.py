@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK, _EXTRA, _MAX_BLOCKS = 2048, 8, 12
+_BLOCK, _PANEL, _EXTRA, _MAX_BLOCKS = 2048, 96, 8, 12
 _F64 = torch.float64
 
 
@@ -82,26 +82,24 @@ def _solve_core(X: Tensor, w: Tensor, Y: Tensor, most: int) -> tuple[Tensor, Ten
     gy.mul_(on_y[:, None]).mul_(on_y).diagonal().add_(1e-13 * gy.diagonal().sum() + torch.finfo(_F64).tiny)
     R, failed = torch.linalg.cholesky_ex(gy, upper=True)
     if failed:
-        values, vectors = torch.linalg.eigh(gy, UPLO="U")
+        values, vectors = _eigh(gy)
         R = torch.linalg.qr(values.clamp_min(0).sqrt()[:, None] * vectors.T)[1]
     L = R.T
-    F, core = _core(gx, L)
-    del gx, gy  # n x n each, and eigh needs its room
-    values, Z = torch.linalg.eigh(core)
-    values, Z = values.flip(0)[:most].clamp_min(0), Z[:, -most:].flip(1)
-    return on_x[:, None] * (L @ Z), on_y[:, None] * (F @ Z), values, _floor(X.dtype, root**2)
+    del gy  # n x n, and eigh needs its room
+    values, Z = _eigh(_core(gx, L))
+    values, LZ = values.flip(0)[:most].clamp_min(0), L @ Z[:, -most:].flip(1)
+    return on_x[:, None] * LZ, on_y[:, None] * (gx @ LZ), values, _floor(X.dtype, root**2)
 
 
-def _core(G: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-    """`F = G L` and the lower half of `L^T G L` for a lower triangular L, block by block without its zeros."""
-    n = len(L)
-    F, core, step = torch.empty_like(G), torch.zeros_like(G), max(64, -(-n // 4))
-    for start in range(0, n, step):
-        torch.matmul(G[:, start:], L[start:, start : start + step], out=F[:, start : start + step])
-    for start in range(0, n, step):
-        stop = min(n, start + step)
-        torch.matmul(L[start:, start:stop].T, F[start:, :stop], out=core[start:stop, :stop])
-    return F, core
+def _core(G: Tensor, L: Tensor) -> Tensor:
+    """The upper half of `L^T G L` for a symmetric G and a lower triangular L, panel by panel without L's zeros."""
+    F, core = torch.empty_like(G), torch.zeros_like(G)
+    panels = [(start, start + _PANEL) for start in range(0, len(L), _PANEL)]
+    for start, stop in panels:  # F = G L; its lower half is enough for what follows
+        torch.matmul(G[start:, start:], L[start:, start:stop], out=F[start:, start:stop])
+    for start, stop in panels:
+        torch.matmul(F[start:, :stop].T, L[start:, start:stop], out=core[:stop, start:stop])
+    return core
 
 
 def krylov(X: Tensor, w: Tensor, Y: Tensor, rank: int, generator: torch.Generator) -> Triples | None:
@@ -147,7 +145,7 @@ def ritz(X: Tensor, w: Tensor, Y: Tensor, W: Tensor, rank: int, floor: float) ->
 
 def _small(K: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor]:
     """Left singular vectors and values (float64) of a wide `K` `[k, p]`: its top `rank` of those above `floor`."""
-    values, vectors = torch.linalg.eigh(_gram(K.T, _F64), UPLO="U")
+    values, vectors = _eigh(_gram(K.T, _F64))
     S = values.flip(0)[:rank].clamp_min(0).sqrt()
     keep = int((floor < S).sum())
     return vectors.flip(1)[:, :keep], S[:keep]
@@ -176,12 +174,24 @@ def _gram(X: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The upper half of `X^T X` `[n, n]` in float64: products in `dtype` (default: X's own), summed over blocks of rows."""
     n = X.shape[1]
     total = torch.zeros(n, n, dtype=_F64, device=X.device)
-    step = max(64, -(-n // 8)) if n > 1000 else max(64, -(-n // 4))
     for rows in X.split(_BLOCK):
         block = rows.to(dtype or X.dtype)
-        for start in range(0, n, step):
-            total[start : start + step, start:] += block[:, start : start + step].T @ block[:, start:]
+        for start in range(0, n, _PANEL):
+            total[start : start + _PANEL, start:] += block[:, start : start + _PANEL].T @ block[:, start:]
     return total
+
+
+def _eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of the symmetric matrix with this upper half, by one thread.
+
+    Its many small steps wait for each other: at a few hundred columns a second thread costs more time than it saves.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.linalg.eigh(upper, UPLO="U")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _residual(X: Tensor, w: Tensor, Y: Tensor, U: Tensor, S: Tensor, Vt: Tensor) -> float:
