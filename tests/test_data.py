@@ -1,14 +1,16 @@
 """Files become tables as they stand, or stop with one line that says where and how to mend it."""
 
 import json
+import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from anyrank import data
-from anyrank.config import DataConfig
-from anyrank.errors import DataError
+from anyrank import data, partition
+from anyrank.config import DataConfig, PartitionConfig, from_table
+from anyrank.errors import ConfigError, DataError
 
 
 def write(path, text, encoding="utf-8"):
@@ -98,7 +100,7 @@ def test_columns_go_by_number_without_a_header(tmp_path):
         ("text,label\n", {}, ["expected rows of data, got none"]),
         ("a,b\n", {"header": False}, ["data.text: expected a column number", "got 'text'"]),
         ("a,b\n", {"header": False, "text": 0, "label": 2}, ["expected a column number from 0 to 1"]),
-        ("a,b\n", {"header": False, "text": 1, "label": 1}, ["expected two columns"]),
+        ("a,b\n", {"header": False, "text": 1, "label": 1}, ["column '1' twice"]),
     ],
 )
 def test_a_bad_csv_stops_with_the_place_and_the_mend(tmp_path, content, options, says):
@@ -182,6 +184,183 @@ def test_a_test_file_has_the_training_files_labels(tmp_path):
     assert "label 'new' is not among the 2 labels" in refusal(unknown, data.load_split)
 
 
+# --- splits, pairs and names -----------------------------------------------------------------------------------------
+
+CLINC = {
+    "train": [["tell me a joke", "tell_joke"], ["move money", "transfer"]],
+    "oos_train": [["how tall is it", "oos"]],
+    "test": [["another joke", "tell_joke"]],
+}
+
+
+def test_a_json_object_of_splits_gives_the_splits_that_are_named(tmp_path):
+    source = write(tmp_path / "a.json", json.dumps(CLINC, indent=1))
+    train, test = data.load_split(DataConfig(source=source, test_split="test"))
+    assert train.texts == ("tell me a joke", "move money")  # the split called train, where none is named
+    assert (test.texts, test.label_names[test.labels[0]]) == (("another joke",), "tell_joke")
+    both = data.load(DataConfig(source=source, split="train+oos_train"))
+    assert both.texts == ("tell me a joke", "move money", "how tall is it")
+    assert both.label_names == ("oos", "tell_joke", "transfer")
+    other = DataConfig(source=write(tmp_path / "b.csv", "text,label\na,tell_joke\nb,transfer\n"), test_source=source)
+    assert data.load_split(other)[1].texts == ("another joke",)  # of a test source, the split called test
+
+
+def test_splits_may_hold_objects_with_columns(tmp_path):
+    rows = {"train": [{"text": "a", "label": "x", "site": 1}, {"text": "b", "label": "y", "site": 2, "more": 0}]}
+    table = data.load(DataConfig(source=write(tmp_path / "a.json", json.dumps(rows))))
+    assert {name: column.tolist() for name, column in table.columns.items()} == {"site": ["1", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"split": "tran"}, ["data.split", "has no split 'tran'", "did you mean 'train'?"]),
+        ({"split": "train+val"}, ["no split 'val'"]),
+        ({"test_split": "tests"}, ["data.test_split", "did you mean 'test'?"]),
+        ({"split": "bad"}, ["split bad, item 2", "a pair [text, label]", "got list"]),
+        ({"split": "empty"}, ["split empty", "expected rows of data, got none"]),
+        ({"text": "sentence"}, ["split train", "no column 'sentence' for data.text"]),
+    ],
+)
+def test_splits_that_cannot_be_are_named(tmp_path, options, says):
+    splits = CLINC | {"bad": [["a", "b"], ["a", "b", "c"]], "empty": []}
+    said = refusal(DataConfig(source=write(tmp_path / "a.json", json.dumps(splits)), **options), data.load_split)
+    for part in says:
+        assert part in said
+
+
+def test_a_source_without_splits_takes_none(tmp_path):
+    source = write(tmp_path / "a.csv", "text,label\na,x\nb,y\n")
+    assert "has no splits; leave it out" in refusal(DataConfig(source=source, split="train"))
+    assert "data.test_split = 'test'" in refusal(DataConfig(source=source, test_split="test"), data.load_split)
+
+
+def test_two_text_columns_are_pairs(tmp_path):
+    source = write(tmp_path / "a.csv", "question,passage,label\nq1,p1,yes\nq2,p2,no\n")
+    table = data.load(DataConfig(source=source, text=("question", "passage")))
+    assert table.texts == (("q1", "p1"), ("q2", "p2"))
+    assert table.columns == {}
+    numbered = write(tmp_path / "b.csv", '3,"title","body"\n')
+    assert data.load(DataConfig(source=numbered, text=(1, 2), label=0, header=False)).texts == (("title", "body"),)
+    assert "no column 'answer'" in refusal(DataConfig(source=source, text=("question", "answer")))
+    assert "'question' twice" in refusal(DataConfig(source=source, text=("question", "question")))
+
+
+def test_pairs_are_two_and_come_from_toml_as_a_list():
+    assert from_table({"data": {"text": ["a", 1]}}).data.text == ("a", 1)
+    with pytest.raises(ConfigError, match="data.text: expected one column, or a list of two"):
+        from_table({"data": {"text": ["a", "b", "c"]}})
+
+
+def test_labels_get_other_names_in_their_order(tmp_path):
+    source = write(tmp_path / "a.tsv", "bad\t10\ngood\t9\n")
+    table = data.load(DataConfig(source=source, text=0, label=1, header=False, label_names=("nine", "ten")))
+    assert [table.label_names[label] for label in table.labels] == ["ten", "nine"]
+    for names in (("nine",), ("nine", "nine")):
+        config = DataConfig(source=source, text=0, label=1, header=False, label_names=names)
+        assert "expected 2 different names, for '9', '10'" in refusal(config)
+
+
+# --- Parquet and datasets --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """`{kind: source}`: the same three rows as Parquet with and without class names, and as `datasets` saves them."""
+    datasets = pytest.importorskip("datasets")
+    root, value = tmp_path_factory.mktemp("saved"), datasets.Value("string")
+    kinds = {"text": value, "label": datasets.ClassLabel(names=["neg", "pos"]), "user": value, "site": value, "words": [value]}
+    values = {"text": ["a", "b", "c"], "label": [1, 0, 1], "user": ["u1", None, "u2"], "site": ["s", "t", "s"]}
+    values["words"] = [["a"], ["b"], ["c"]]
+    rows = datasets.Dataset.from_dict(values, features=datasets.Features(kinds))
+    unlabelled = datasets.Dataset.from_dict(values | {"label": [1, -1, 0]}, features=datasets.Features(kinds))
+    datasets.disable_progress_bars()
+    rows.to_parquet(root / "named.parquet")
+    datasets.Dataset.from_dict(values).to_parquet(root / "plain.parquet")
+    rows.select([2, 0, 1]).save_to_disk(root / "single")
+    datasets.DatasetDict(train=rows, validation=rows.select([1]), test=unlabelled).save_to_disk(root / "splits")
+    (root / "files" / "data").mkdir(parents=True)
+    rows.to_parquet(root / "files" / "data" / "train-00000-of-00001.parquet")
+    rows.select([0]).to_parquet(root / "files" / "data" / "test-00000-of-00001.parquet")
+    datasets.enable_progress_bars()
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def rows_of(table):
+    return [(text, table.label_names[label]) for text, label in zip(table.texts, table.labels, strict=True)]
+
+
+def test_parquet_and_saved_datasets_are_tables(saved, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # of what is read from files as the hub has them
+    expected = [("a", "pos"), ("b", "neg"), ("c", "pos")]
+    assert rows_of(data.load(DataConfig(source=saved["named.parquet"]))) == expected
+    assert rows_of(data.load(DataConfig(source=saved["plain.parquet"]))) == [("a", "1"), ("b", "0"), ("c", "1")]
+    assert rows_of(data.load(DataConfig(source=saved["single"]))) == [expected[2], *expected[:2]]
+    train, test = data.load_split(DataConfig(source=saved["splits"], test_split="validation"))
+    assert (rows_of(train), rows_of(test)) == (expected, [("b", "neg")])
+    assert train.columns["user"].tolist() == ["u1", "", "u2"]
+    assert list(train.columns) == ["user", "site"]  # a column of lists is none of plain values
+    train, test = data.load_split(DataConfig(source=saved["files"], test_split="test"))
+    assert (rows_of(train), rows_of(test)) == (expected, [("a", "pos")])
+    assert capfd.readouterr().out == ""
+
+
+def test_a_row_of_a_dataset_without_a_label_is_named(saved):
+    said = refusal(DataConfig(source=saved["splits"], split="test"))
+    assert "split test, row 1: expected a label" in said
+    assert "no split 'tests'" in refusal(DataConfig(source=saved["splits"], split="tests"))
+    assert "did you mean 'text'?" in refusal(DataConfig(source=saved["single"], text="txt"))
+
+
+def test_damaged_files_and_folders_of_no_dataset_are_one_line(saved, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "empty").mkdir()
+    for name in ("cut.parquet", "empty"):
+        assert f"{name}: datasets cannot open it (" in refusal(DataConfig(source=str(tmp_path / name)))
+
+
+def test_a_hub_id_is_opened_with_its_configuration(saved, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, config):
+        asked.append((name, config))
+        return datasets.load_from_disk(saved["splits"])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(data.load(DataConfig(source="owner/reviews"))) == 3
+    assert len(data.load(DataConfig(source="glue:sst2", split="validation"))) == 1
+    assert asked == [("owner/reviews", None), ("glue", "sst2")]
+
+
+def test_a_hub_id_without_a_network_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(name, config):
+        raise ConnectionError(f"cannot reach {name}\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    said = refusal(DataConfig(source="owner/reviews"))
+    assert "owner/reviews: datasets cannot open it (ConnectionError: cannot reach owner/reviews); check the name" in said
+
+
+def test_without_datasets_the_extra_is_named(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'anyrank[hub]'" in refusal(DataConfig(source=saved["named.parquet"]))
+
+
+def test_a_column_of_any_source_says_whose_a_row_is(saved, tmp_path):
+    as_json = [{"text": str(i), "label": i % 2, "site": f"u{i % 3}"} for i in range(9)]
+    for source in (write(tmp_path / "a.json", json.dumps({"train": as_json})), saved["splits"]):
+        table = data.load(DataConfig(source=source))
+        split = PartitionConfig(kind="column", column="site")
+        owners = sorted(set(table.columns["site"]))
+        shards = partition.partition(split, table.labels, len(owners), 0, table.columns)
+        held = [{table.columns["site"][i] for i in shards[client]} for client in range(len(owners))]
+        assert sorted(name for names in held for name in names) == owners  # every client one owner, every owner one client
+
+
 # --- real files ------------------------------------------------------------------------------------------------------
 
 
@@ -209,3 +388,11 @@ def test_ag_news_and_gsm8k_read_whole(shared_data):
     assert np.bincount(data.load(news).labels).tolist() == [1900] * 4
     sums = DataConfig(source=str(shared_data / "gsm8k" / "test.jsonl"), text="question", label="answer")
     assert len(data.load(sums)) == 1_319
+
+
+def test_clinc150_reads_whole_from_its_own_file(shared_data):
+    config = DataConfig(source=str(shared_data / "clinc150" / "data_full.json"), test_split="test")
+    train, test = data.load_split(config)
+    assert (len(train), len(test), len(train.label_names)) == (15_000, 4_500, 150)
+    with_unknown = data.load(replace(config, split="train+oos_train"))
+    assert (len(with_unknown), len(with_unknown.label_names)) == (15_100, 151)

@@ -35,7 +35,7 @@ class Recomputed:
     def batch(self, index, even=False):
         ids = self.tokens.batch(index)
         with torch.no_grad():
-            hidden = self.encoder.hidden(ids["inputs"], ids["mask"], self.stop)
+            hidden = self.encoder.hidden(ids["inputs"], ids["mask"], None, self.stop)
         hidden = hidden.masked_fill(~ids["mask"][:, :, None], 0.0)
         return {"inputs": hidden, "mask": ids["mask"]} | ({"packed": True} if self.packed else {})
 
@@ -55,7 +55,7 @@ def trained(task) -> tuple[dict, float]:
 def without_cache(task, folder: Path, source, packed: bool = True):
     """The same task with its prefix recomputed at every step."""
     found = encoder.Encoder(encoder.find_source(settings(folder)), settings(folder))
-    tokens = features.token_inputs(found, texts_of(source.source))
+    tokens = features.token_inputs(found.tokens(texts_of(source.source)), found.pad)
     return replace(task, train=replace(task.train, inputs=Recomputed(found, tokens, 1, packed)))
 
 

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,20 +21,9 @@ from anyrank.tasks import encoder, features, text
 from anyrank.tasks.base import Scores, Task
 
 transformers = pytest.importorskip("transformers")
+from tiny import WORDS, make_model  # noqa: E402 - needs transformers
 
-SENTENCE = "where is my card what the rate of exchange top up failed again please help me with it now pay bill"
-WORDS = SENTENCE.split()
 INTENTS = ("card_arrival", "exchangeRate", "top-up")
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-ARCHITECTURES = {
-    "bert": lambda common: transformers.BertConfig(**SIZES, **common),
-    "roberta": lambda common: transformers.RobertaConfig(**SIZES, **common, pad_token_id=0, type_vocab_size=1),
-    "distilbert": lambda common: transformers.DistilBertConfig(dim=32, n_layers=3, n_heads=4, hidden_dim=48, **common),
-    "electra": lambda common: transformers.ElectraConfig(**SIZES, **common, embedding_size=16),
-    "gpt2": lambda common: transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=common["vocab_size"], n_positions=80, bos_token_id=1, eos_token_id=2
-    ),
-}
 LAST_QUERY = {
     "bert": "encoder.layer.2.attention.self.query",
     "roberta": "encoder.layer.2.attention.self.query",
@@ -56,34 +46,11 @@ def _one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def make_tokenizer(folder, pad=True):
-    """A word-level tokenizer that frames texts in [CLS] … [SEP], as transformers reads it back."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    vocabulary = {word: i for i, word in enumerate([*special, *dict.fromkeys(WORDS), "arrival", "-", "_"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 1), ("[SEP]", 2)])
-    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"} | ({"pad_token": "[PAD]"} if pad else {})
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    return len(vocabulary)
-
-
-def make_model(folder, architecture="bert", pad=True, seed=0):
-    """A small random encoder with its tokenizer in `folder`; weights large enough that every layer matters."""
-    common = {"vocab_size": make_tokenizer(folder, pad), "max_position_embeddings": 80, "initializer_range": 0.3}
-    torch.manual_seed(seed)
-    model = transformers.AutoModel.from_config(ARCHITECTURES[architecture](common))
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """`{architecture: model folder}`; read only."""
     root = tmp_path_factory.mktemp("models")
-    return {name: make_model(root / name, name) for name in ARCHITECTURES}
+    return {name: make_model(root / name, name) for name in LAST_QUERY}
 
 
 @pytest.fixture
@@ -107,9 +74,9 @@ def load(folder, data, cache, targets=(), progress=None, **options):
     return text.load(settings(folder, **options), data, LoraConfig(target_modules=targets), cache, progress)
 
 
-def texts_of(path):
+def texts_of(path, column="text"):
     with open(path, newline="") as file:
-        return [row["text"] for row in csv.DictReader(file)]
+        return [row[column] for row in csv.DictReader(file)]
 
 
 def embed(model, folder, texts):
@@ -207,6 +174,24 @@ def test_bfloat16_features_are_near_and_take_half_the_room(folders, data, tmp_pa
     assert near.train.inputs.batch(torch.arange(3))["inputs"].dtype == torch.float32
     assert "bfloat16" in near.name
     torch.testing.assert_close(logits(near), logits(exact), atol=0.5, rtol=0)  # of logits up to 20
+
+
+@pytest.mark.parametrize("targets", [(), (LAST_QUERY["bert"],), ("layer.0.attention.self.query",), ("query",)])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "electra"])
+def test_pairs_go_in_as_the_tokenizer_joins_them(folders, data, tmp_path, architecture, targets):
+    """On a map, above a prefix, from token ids, and where layers cannot be run apart."""
+    pairs = replace(data, text=("text", "site"))
+    task = load(folders[architecture], pairs, tmp_path / "cache", targets, head="frozen")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[architecture])
+    model = transformers.AutoModel.from_pretrained(folders[architecture])
+    told = {"input_ids", "token_type_ids"} if architecture != "roberta" else {"input_ids"}  # which has one segment alone
+    rows = []
+    for pair in zip(texts_of(data.test_source), texts_of(data.test_source, "site"), strict=True):
+        encoded = {key: value for key, value in tokenizer(*pair, return_tensors="pt").items() if key in told}
+        assert architecture == "roberta" or set(encoded["token_type_ids"].flatten().tolist()) == {0, 1}
+        with torch.no_grad():
+            rows.append(F.normalize(model(**encoded).last_hidden_state[0].mean(dim=0), dim=0))
+    torch.testing.assert_close(logits(task), 20 * torch.stack(rows) @ task.module.head.weight.T, atol=1e-4, rtol=0)
 
 
 def test_long_texts_are_cut(folders, data, tmp_path):

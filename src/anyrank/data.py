@@ -1,4 +1,4 @@
-"""Sources of text data: CSV, TSV, JSON and JSON-lines files with a text and a label column, read into one frozen table.
+"""Sources of text data, read into one frozen table: CSV, TSV, JSON, JSON-lines and Parquet files, and Hugging Face datasets.
 
 Nothing is repaired in silence: a row that is not what the header promises stops with its line number. Imports nothing heavy.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anyrank import keys
+from anyrank import hub, keys
 from anyrank.config import DataConfig
 from anyrank.errors import DataError, nearest
 
@@ -24,17 +25,18 @@ _DIALECTS = {
     ".csv": {"delimiter": ",", "quotechar": '"', "doublequote": True, "strict": True},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
-_JSON = (".jsonl", ".ndjson", ".json")
 # The held-out examples of a file are the same for every run seed: runs that differ in their seed alone are then scored on
 # the same examples, so that their difference is one of training and comparisons over seeds are paired.
 _SPLIT_SEED = 0
 
+Text = str | tuple[str, str]  # one text, or a pair of them
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Labelled texts. `labels` `[n]` int64 index `label_names`; `columns`: the file's other columns, `[n]` of str each."""
+    """Labelled texts. `labels` `[n]` int64 index `label_names`; `columns`: the source's other columns, `[n]` of str each."""
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     labels: np.ndarray
     label_names: tuple[str, ...]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -49,36 +51,49 @@ class Table:
 
 
 def load(config: DataConfig) -> Table:
-    """All rows of `config.source`, a `.csv`, `.tsv`, `.jsonl`/`.ndjson` file (one object a line) or a `.json` list of objects.
+    """All rows of `data.source`, or of its `data.split`: the path of
 
-    Files are UTF-8, with or without a byte order mark. A label's surrounding blanks are dropped; label names are in order of
-    the alphabet, or of their value where all are whole numbers. Columns of JSON are the keys that every object has; values that
-    are not text are spelt as JSON spells them. Raises `DataError` with the line for a ragged row, an empty text or label.
+    * a `.csv` or `.tsv` file, with a header or, where `data.header` is false, with columns that go by their number;
+    * a `.jsonl`/`.ndjson` file (one object a line), or a `.json` file: the same, a list of objects, or an object of splits,
+      each a list of objects or of `[text, label]` pairs;
+    * a `.parquet` file, or a folder: a dataset that `datasets` has saved to disk, or data files as the hub has them;
+
+    or a hub id, `owner/name` or `owner/name:config`. Where a source has splits, `data.split` names one (else `train`), or
+    several as `one+other`. Text files are UTF-8, with or without a byte order mark. `data.text` names one column, or two whose
+    texts are a pair. A label's surrounding blanks are dropped; labels are in order of the alphabet, or of their value where all
+    are whole numbers, and `data.label_names` gives them other names, in that order. Columns of JSON are the keys that every
+    object has; values that are not text are spelt as JSON spells them. Raises `DataError` with the line, item or row for a
+    ragged row, an empty text or label.
     """
-    texts, names, columns = _read(Path(config.source), config, "data.source")
-    label_names = ordered(names)
-    return Table(texts, _indices(names, label_names), label_names, columns)
+    return _renamed(_training(config), config)
 
 
 def load_split(config: DataConfig) -> tuple[Table, Table]:
-    """Training and held-out rows: `config.source` and `config.test_source`, or a split of the source where there is none.
+    """Training and held-out rows: the latter are `data.test_split` or `data.test_source` (of this, its split `test`, where it
+    has splits and none is named), or else a split of the training rows.
 
-    The split holds out `test_fraction` of the rows, of each label as near to that share as whole numbers allow, and leaves
+    That split holds out `test_fraction` of the rows, of each label as near to that share as whole numbers allow, and leaves
     every label at least one training row. It depends on the labels and the fraction alone, not on the run seed: runs over
     several seeds are scored on the same examples.
     """
-    table = load(config)
+    table = _training(config)
     if len(table.label_names) < 2:
         raise DataError(f"{config.source}: expected at least two labels to tell apart, got only {table.label_names[0]!r}")
-    if config.test_source:
-        return table, _load_test(config, table.label_names)
-    held_out = _held_out(table.labels, config.test_fraction)
-    if not held_out.any():
+    if config.test_source or config.test_split:
+        train, test = table, _held_out_rows(config, table.label_names)
+    else:
+        train, test = _divided(table, config)
+    return _renamed(train, config), _renamed(test, config)
+
+
+def _divided(table: Table, config: DataConfig) -> tuple[Table, Table]:
+    chosen = held_out(table.labels, config.test_fraction)
+    if not chosen.any():
         raise DataError(
             f"{config.source}: {len(table)} rows of {len(table.label_names)} labels leave none to hold out at "
             f"data.test_fraction = {config.test_fraction}; raise it, or give data.test_source"
         )
-    return table.take(np.flatnonzero(~held_out)), table.take(np.flatnonzero(held_out))
+    return table.take(np.flatnonzero(~chosen)), table.take(np.flatnonzero(chosen))
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
@@ -92,15 +107,37 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct, key=lambda name: (int(name), name) if whole else name))
 
 
-def _load_test(config: DataConfig, label_names: tuple[str, ...]) -> Table:
-    texts, names, columns = _read(Path(config.test_source), config, "data.test_source")
+def _training(config: DataConfig) -> Table:
+    """The training rows under their labels' own names."""
+    texts, names, columns = _read(_Part(config.source, config.split, "train", "data.source", "data.split"), config)
+    label_names = ordered(names)
+    return Table(texts, _indices(names, label_names), label_names, columns)
+
+
+def _held_out_rows(config: DataConfig, label_names: tuple[str, ...]) -> Table:
+    """The rows of the test source or split, with their labels counted as the training rows' are."""
+    source, key = (config.test_source, "data.test_source") if config.test_source else (config.source, "data.source")
+    texts, names, columns = _read(_Part(source, config.test_split, "test", key, "data.test_split"), config)
     unknown = sorted(set(names) - set(label_names))
     if unknown:
         raise DataError(
-            f"{config.test_source}: label {unknown[0]!r} is not among the {len(label_names)} labels of {config.source} "
+            f"{source}: label {unknown[0]!r} is not among the {len(label_names)} labels of {config.source} "
             f"({len(unknown)} such); {nearest(unknown[0], label_names)}; remove those rows or add training rows"
         )
     return Table(texts, _indices(names, label_names), label_names, columns)
+
+
+def _renamed(table: Table, config: DataConfig) -> Table:
+    """The table with `data.label_names` for its labels' own, where they are given."""
+    given, own = config.label_names, table.label_names
+    if not given:
+        return table
+    if len(given) != len(own) or len(set(given)) != len(given):
+        raise DataError(
+            f"data.label_names: expected {len(own)} different names, for {', '.join(map(_short, own[:5]))}"
+            f"{', …' if len(own) > 5 else ''} of {config.source}, got {len(given)}: {', '.join(map(_short, given[:5]))}"
+        )
+    return replace(table, label_names=given)
 
 
 def _indices(names: Iterable[str], label_names: tuple[str, ...]) -> np.ndarray:
@@ -108,54 +145,150 @@ def _indices(names: Iterable[str], label_names: tuple[str, ...]) -> np.ndarray:
     return np.array([index[name] for name in names], dtype=np.int64)
 
 
-def _held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows `[n]` bool are held out: per label the share's floor, the rest of the total by largest remainder."""
+def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Which rows `[n]` bool are held out: per label the share's floor, the rest of the total by largest remainder.
+
+    The same for every run seed; every label keeps at least one row that is not held out.
+    """
     counts = np.bincount(labels)
     exact = counts * fraction
     take = np.floor(exact).astype(np.int64)
     missing = round(len(labels) * fraction) - int(take.sum())
     take[np.argsort(take - exact, kind="stable")[:missing]] += 1
     take = np.minimum(take, counts - 1)
-    rng, held_out = keys.rng(_SPLIT_SEED, "test-split"), np.zeros(len(labels), dtype=bool)
+    rng, chosen = keys.rng(_SPLIT_SEED, "test-split"), np.zeros(len(labels), dtype=bool)
     for label, number in enumerate(take):
-        held_out[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
-    return held_out
+        chosen[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
+    return chosen
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, config: DataConfig, key: str) -> tuple[tuple[str, ...], list[str], dict[str, np.ndarray]]:
-    """Texts, label names and other columns of a file's rows."""
-    unit, rows = _rows(path, config, key)
+def training_rows(config: DataConfig) -> list[tuple[str, Mapping[str, Any]]]:
+    """The training rows as they stand in the source, each with its place in words; what `load` reads, of any columns."""
+    return _placed(_Part(config.source, config.split, "train", "data.source", "data.split"), config)
+
+
+def held_out_rows(config: DataConfig) -> list[tuple[str, Mapping[str, Any]]]:
+    """The same of the test source or split."""
+    source, key = (config.test_source, "data.test_source") if config.test_source else (config.source, "data.source")
+    return _placed(_Part(source, config.test_split, "test", key, "data.test_split"), config)
+
+
+def _placed(part: _Part, config: DataConfig) -> list[tuple[str, Mapping[str, Any]]]:
+    found = list(_chosen(_open(part, config), part))
+    rows = [(f"{part.source}{each.where}, {each.unit} {number}", row) for each in found for number, row in each.rows]
     if not rows:
-        raise DataError(f"{path}: expected rows of data, got {'an empty file' if not path.stat().st_size else 'none'} ({key})")
-    names = [name for name in rows[0][1] if unit == "column" or all(name in row for _, row in rows)]
-    first = list(rows[0][1])
-    text, label = (_column(path, config, first, key) for key in ("text", "label"))
-    if text == label:
-        raise DataError(f"{path}: data.text and data.label are both column {text!r}; expected two columns")
-    where = f"{path}, {'item' if unit == 'item' else 'line'}"
-    texts = tuple(_text(row, text, f"{where} {number}") for number, row in rows)
-    labels = [_label(row, label, f"{where} {number}") for number, row in rows]
-    others = [name for name in names if name not in (text, label)]
-    return texts, labels, {name: np.array([_spelt(row[name]) for _, row in rows], dtype=object) for name in others}
+        raise DataError(f"{part.source}: expected rows of data, got none ({part.source_key})")
+    return rows
 
 
-def _rows(path: Path, config: DataConfig, key: str) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """`(unit, [(number, row)])`: `unit` is `column` for delimited files, `key` for JSON lines, `item` for a JSON list."""
-    suffix = path.suffix.lower()
-    if suffix not in _DIALECTS and suffix not in _JSON:
-        known = ", ".join((*_DIALECTS, *_JSON))
-        raise DataError(f"{key}: expected a file ending in {known}, got {str(path)!r}")
+@dataclass(frozen=True)
+class _Part:
+    """What is wanted of a source: its `split`, or `default` where it has splits and none is named; errors say the keys."""
+
+    source: str
+    split: str
+    default: str
+    source_key: str
+    split_key: str
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows with the number of each; `unit` is what is numbered. Objects of JSON may differ in their keys (`ragged`)."""
+
+    rows: Sequence[tuple[int, Mapping[str, Any]]]
+    unit: str
+    ragged: bool = False
+    where: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that every row has."""
+        return [name for name in self.rows[0][1] if not self.ragged or all(name in row for _, row in self.rows)]
+
+
+_Splits = Mapping[str, Callable[[], _Rows]]  # a source without splits has one, called ""
+
+
+def _read(part: _Part, config: DataConfig) -> tuple[tuple[Text, ...], list[str], dict[str, np.ndarray]]:
+    """Texts, label names and other columns of a part's rows."""
+    parts = [_read_rows(rows, part, config) for rows in _chosen(_open(part, config), part)]
+    common = [name for name in parts[0][2] if all(name in columns for _, _, columns in parts)]
+    columns = {name: np.concatenate([columns[name] for _, _, columns in parts]) for name in common}
+    return tuple(text for texts, _, _ in parts for text in texts), [name for _, names, _ in parts for name in names], columns
+
+
+def _read_rows(found: _Rows, part: _Part, config: DataConfig) -> tuple[list[Text], list[str], dict[str, np.ndarray]]:
+    source = f"{part.source}{found.where}"
+    if not found.rows:
+        empty = Path(part.source).is_file() and not Path(part.source).stat().st_size
+        raise DataError(f"{source}: expected rows of data, got {'an empty file' if empty else 'none'} ({part.source_key})")
+    first = list(found.rows[0][1])
+    wanted = config.text if isinstance(config.text, tuple) else (config.text,)
+    text = [_column(source, config, first, "text", name) for name in wanted]
+    label = _column(source, config, first, "label", config.label)
+    twice = next((name for name in (*text, label) if [*text, label].count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{source}: data.text and data.label mean column {twice!r} twice; expected different columns")
+    where = f"{source}, {found.unit}"
+    texts = [_texts(row, text, f"{where} {number}") for number, row in found.rows]
+    labels = [label_of(row, label, f"{where} {number}") for number, row in found.rows]
+    others = [name for name in found.names if name not in (*text, label)]
+    return texts, labels, {name: np.array([spelt(row[name]) for _, row in found.rows], dtype=object) for name in others}
+
+
+def _chosen(splits: _Splits, part: _Part) -> Iterator[_Rows]:
+    """The rows of the splits that are wanted."""
+    if "" in splits:
+        if part.split:
+            raise DataError(f"{part.split_key} = {part.split!r}: {part.source} has no splits; leave it out")
+        yield splits[""]()
+        return
+    for name in (part.split or part.default).split("+"):
+        if name not in splits:
+            raise DataError(f"{part.split_key}: {part.source} has no split {name!r}; {nearest(name, splits)}")
+        yield replace(splits[name](), where=f", split {name}")
+
+
+def _open(part: _Part, config: DataConfig) -> _Splits:
+    """The splits of a source, each of which can be read."""
+    path = Path(part.source)
+    reader = _READERS.get(path.suffix.lower())
     try:
-        return ("column", list(_delimited(path, config))) if suffix in _DIALECTS else _json(path)
+        if reader is None and (path.is_dir() or (not path.exists() and hub.is_id(part.source))):
+            return _datasets(part.source, config)
+        if reader is None:
+            known = ", ".join(_READERS)
+            raise DataError(f"{part.source_key}: expected a file ending in {known}, a folder or a hub id, got {part.source!r}")
+        if not path.exists():
+            raise FileNotFoundError
+        return reader(part.source, config)
     except FileNotFoundError:
-        raise DataError(f"{key}: no such file: {path}; give its path, from the configuration's folder or absolute") from None
+        raise DataError(
+            f"{part.source_key}: no such file: {path}; give its path, from the configuration's folder or absolute"
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); save the file as UTF-8") from None
     except OSError as error:
-        raise DataError(f"{key}: cannot read {path}: {error.strerror}") from None
+        raise DataError(f"{part.source_key}: cannot read {path}: {error.strerror}") from None
+
+
+def _datasets(source: str, config: DataConfig) -> _Splits:
+    return {name: partial(_dataset_rows, dataset) for name, dataset in hub.splits(source).items()}
+
+
+def _dataset_rows(dataset: Any) -> _Rows:
+    columns = hub.columns(dataset)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return _Rows(list(enumerate(rows)), "row")
+
+
+def _table(source: str, config: DataConfig) -> _Splits:
+    rows = _Rows(list(_delimited(Path(source), config)), "line")
+    return {"": lambda: rows}
 
 
 def _delimited(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -190,26 +323,49 @@ def _check_header(path: Path, names: list[str]) -> None:
         )
 
 
-def _json(path: Path) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """A list of objects, or one object a line, told apart by the file's first character."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        first = next((line for line in file if line.strip()), "").lstrip()
-        file.seek(0)
-        if first.startswith("["):
-            return "item", _items(path, file.read())
-        rows = [(number, _object(path, number, line)) for number, line in enumerate(file, start=1) if line.strip()]
-    return "key", rows
+def _json_lines(source: str, config: DataConfig) -> _Splits:
+    """One object a line, or a list of objects, told apart by the file's first character."""
+    path = Path(source)
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        items = _items(str(path), _parsed(path, text))
+        return {"": lambda: items}
+    lines = enumerate(text.split("\n"), start=1)
+    rows = _Rows([(number, _object(path, number, line)) for number, line in lines if line.strip()], "line", ragged=True)
+    return {"": lambda: rows}
 
 
-def _items(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+def _json(source: str, config: DataConfig) -> _Splits:
+    """What `_json_lines` reads, or one object of splits."""
+    text = Path(source).read_text(encoding="utf-8-sig").strip()
     try:
-        items = json.loads(text)
+        splits = json.loads(text) if text.startswith("{") else None
+    except ValueError:  # more than one object, or none: lines, or a broken file, whose line is then named
+        splits = None
+    if splits and all(isinstance(items, list) for items in splits.values()):
+        return {name: partial(_items, f"{source}, split {name}", items) for name, items in splits.items()}
+    return _json_lines(source, config)
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
     except ValueError as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _items(where: str, items: Sequence[Any]) -> _Rows:
+    """Objects, or pairs `[text, label]`, which are objects with these keys."""
+    rows = []
     for number, item in enumerate(items, start=1):
-        if not isinstance(item, dict):
-            raise DataError(f"{path}, item {number}: expected an object with a text and a label, got {type(item).__name__}")
-    return list(enumerate(items, start=1))
+        pair = isinstance(item, list) and len(item) == 2
+        if not isinstance(item, dict) and not pair:
+            raise DataError(
+                f"{where}, item {number}: expected an object with a text and a label, or a pair [text, label], "
+                f"got {type(item).__name__}"
+            )
+        rows.append((number, dict(zip(("text", "label"), item, strict=True)) if pair else item))
+    return _Rows(rows, "item", ragged=True)
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -222,25 +378,38 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _column(path: Path, config: DataConfig, names: list[str], key: str) -> str:
-    """The name of the column that `data.text` or `data.label` means."""
-    wanted = getattr(config, key)
+_READERS: Mapping[str, Callable[[str, DataConfig], _Splits]] = {
+    **dict.fromkeys(_DIALECTS, _table),
+    **dict.fromkeys((".jsonl", ".ndjson"), _json_lines),
+    ".json": _json,
+    ".parquet": _datasets,
+}
+
+
+def _column(source: str, config: DataConfig, names: list[str], key: str, wanted: str | int) -> str:
+    """The name of the column that `wanted`, of `data.text` or `data.label`, means."""
     listed = ", ".join(_short(name) for name in names)
-    delimited = path.suffix.lower() in _DIALECTS
+    delimited = Path(source).suffix.lower() in _DIALECTS
     if delimited and isinstance(wanted, int):
         if 0 <= wanted < len(names):
             return names[wanted]
         raise DataError(
-            f"{path}: data.{key} = {wanted}: expected a column number from 0 to {len(names) - 1}; columns: {listed}"
+            f"{source}: data.{key} = {wanted}: expected a column number from 0 to {len(names) - 1}; columns: {listed}"
         )
     if delimited and not config.header:
-        raise DataError(f"{path}: data.{key}: expected a column number from 0 (data.header = false), got {wanted!r}")
+        raise DataError(f"{source}: data.{key}: expected a column number from 0 (data.header = false), got {wanted!r}")
     if wanted in names:
         return wanted
     hint = nearest(str(wanted), names)
     near = f"{hint} " if hint.startswith("did you mean") else ""  # else it lists the names, as the error does anyway
     without = "; a file without a header needs data.header = false and column numbers" if delimited else ""
-    raise DataError(f"{path}: no column {wanted!r} for data.{key}; {near}columns: {listed}{without}")
+    raise DataError(f"{source}: no column {wanted!r} for data.{key}; {near}columns: {listed}{without}")
+
+
+def _texts(row: Mapping[str, Any], names: Sequence[str], where: str) -> Text:
+    """The text of one column, or the pair of two."""
+    found = tuple(_text(row, name, where) for name in names)
+    return found if len(found) == 2 else found[0]
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -251,17 +420,18 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _label(row: Mapping[str, Any], name: str, where: str) -> str:
+def label_of(row: Mapping[str, Any], name: str, where: str) -> str:
+    """The label of a row at the place `where`: a name or a whole number, without the blanks around it."""
     value = row.get(name)
     if not isinstance(value, (str, int)) or not str(value).strip():
         got = "none" if value is None else "an empty one" if isinstance(value, str) else repr(value)
         raise DataError(f"{where}: expected a label (a name or a whole number) in column {name!r}, got {got}")
-    return _spelt(value).strip()
+    return spelt(value).strip()
 
 
-def _spelt(value: Any) -> str:
+def spelt(value: Any) -> str:
     """Text as it is, nothing as the empty text, anything else as JSON spells it."""
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _short(name: str) -> str:

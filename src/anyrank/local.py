@@ -16,26 +16,32 @@ from anyrank.config import TrainConfig
 from anyrank.errors import RunFailed
 from anyrank.models import LoraModel
 from anyrank.optimizers import Optimizer
+from anyrank.privacy.noise import Mechanism
 from anyrank.records import ClientUpdate, Download, Pruning
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How clients train in one round: the configuration, the round's learning rate, and a factor on the local steps."""
+    """How clients train in one round: the configuration, the round's learning rate, a factor on the local steps, and what
+    makes it private, if anything does.
+    """
 
     config: TrainConfig
     learning_rate: float
     round: int
     seed: int
     step_factor: int = 1
+    privacy: Mechanism | None = None
 
 
-def plan_round(config: TrainConfig, round: int, rounds: int, seed: int, step_factor: int = 1) -> Plan:
+def plan_round(
+    config: TrainConfig, round: int, rounds: int, seed: int, step_factor: int = 1, privacy: Mechanism | None = None
+) -> Plan:
     """The plan of `round` (from 1): the learning rate falls over the rounds by the schedule, from the first to the last."""
     progress = (round - 1) / max(rounds - 1, 1)
     left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
     rate = config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
-    return Plan(config, rate, round, seed, step_factor)
+    return Plan(config, rate, round, seed, step_factor, privacy)
 
 
 def train(model: LoraModel, client: str, download: Download, examples: np.ndarray, plan: Plan) -> ClientUpdate:
@@ -49,23 +55,34 @@ def train(model: LoraModel, client: str, download: Download, examples: np.ndarra
     optimizer = Optimizer(parameters, plan.config, plan.learning_rate)
     losses = []
     for step, index in enumerate(batches(len(examples), plan, client), 1):
-        index = torch.from_numpy(examples[index])
-        logits = model.module(**model.task.train.inputs.batch(index))
-        loss = model.task.objective.losses(logits, model.task.train.labels[index]).mean()
-        losses.append(float(loss.detach()))
+        losses.append(_backward(model, torch.from_numpy(examples[index]), plan.config))
         if not math.isfinite(losses[-1]):
             raise RunFailed(diverged(losses[-1], step))
-        if start:
-            loss = loss + _proximal(parameters, start, plan.config.proximal_mu)
-        if download.pruning:
-            loss = loss + download.pruning.penalty * sum(_tails(model, download.pruning).values())
-        loss.backward()
+        penalties = [_proximal(parameters, start, plan.config.proximal_mu)] if start else []
+        penalties += [download.pruning.penalty * tail for tail in _tails(model, download.pruning).values()]
+        if penalties:
+            sum(penalties).backward()
         optimizer.step()
     metrics = {"loss": sum(losses) / len(losses), "steps": len(losses)}
     adapter = model.read(download)
     if download.pruning:
         adapter = _prune(adapter, tails, _tails(model, download.pruning), download.pruning)
     return ClientUpdate(adapter, len(examples), client, metrics)
+
+
+def _backward(model: LoraModel, index: Tensor, config: TrainConfig) -> float:
+    """The mean loss of the examples `index` `[b]`, whose gradient is left with what is trained.
+
+    They go through the model in parts of one size but for the last; each counts by its examples, so that the gradient is that
+    of the whole batch. Layers that are run again must be run as they are, with the padding.
+    """
+    total, train = 0.0, model.task.train
+    for part in index.split(-(-config.batch_size // config.accumulation_steps)):
+        outputs = model.module(**train.inputs.batch(part, even=config.gradient_checkpointing))
+        loss = model.task.objective.losses(outputs, train.labels[part]).sum() / len(index)
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def batches(num_examples: int, plan: Plan, client: str) -> list[np.ndarray]:

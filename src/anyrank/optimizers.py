@@ -24,7 +24,7 @@ class Optimizer:
     def __init__(self, parameters: Sequence[Tensor], config: TrainConfig, learning_rate: float) -> None:
         self.parameters, self.config, self.learning_rate = list(parameters), config, learning_rate
         self.fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-        self.steps = [torch.zeros((), device=parameter.device) for parameter in parameters]
+        self.steps = [torch.zeros((), device=parameter.device if self.fused else "cpu") for parameter in parameters]
         if config.optimizer == "adamw":
             self.memory = [[torch.zeros_like(parameter) for parameter in parameters] for _ in range(2)]
         else:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from anyrank import federation, local, simulation
+from anyrank import budget, federation, hardware, local, simulation
 from anyrank.config import Config
 from anyrank.engines.base import Job
 from anyrank.errors import RunFailed
 from anyrank.federation import Federation
-from anyrank.records import Client, Download, Failure, ServerState, factor_bytes, tensor_bytes
+from anyrank.privacy.noise import Mechanism
+from anyrank.records import Client, ClientUpdate, Download, Failure, ServerState, factor_bytes, tensor_bytes
 
 
 def plan(config: Config, measure: bool = True, progress: simulation.Progress | None = None) -> dict[str, Any]:
@@ -27,9 +29,8 @@ def plan(config: Config, measure: bool = True, progress: simulation.Progress | N
     try:
         state = federation.start(built)
         levels = [_level(built, state, rank, count) for rank, count in _counts(built.population.ranks)]
-        if measure:
-            _measure(built, state, levels)
-        return _figures(built, state, levels)
+        activations = _measure(built, state, levels) if measure else 0
+        return _figures(built, state, levels, activations)
     finally:
         built.engine.model.close()
 
@@ -59,30 +60,47 @@ def _trainable(download: Download) -> int:
     return factors + sum(tensor.numel() for tensor in download.adapter.tensors.values())
 
 
-def _measure(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> None:
-    """Time one local step of one client of each rank, as the engine trains them; a first step warms up."""
+def _measure(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> int:
+    """Time one local step of one client of each rank, as the engine trains them.
+
+    A first step warms up, and tells what is returned: the bytes that its passes keep for their gradients.
+    """
     jobs = [job for level in levels if (job := _job(built, state, level["rank"]))]
     train = replace(built.config.train, local_steps=1, local_epochs=0)
-    for round in (1, 2):
-        replies = list(built.engine.train(jobs, local.plan_round(train, round, 2, built.config.run.seed)))
-    by_name = {reply.client: reply for reply in replies}
+    privacy = Mechanism(replace(built.privacy, local_steps=1)) if built.privacy else None
+    warm, timed = (local.plan_round(train, round, 2, built.config.run.seed, privacy=privacy) for round in (1, 2))
+    kept = hardware.Kept(built.engine.model.module)
+    with kept.watch():
+        list(built.engine.train(jobs, warm))
+    replies = list(_timed(built.engine.train(jobs, timed)))
+    by_name = {reply.client: (reply, seconds) for reply, seconds in replies}
     for job in jobs:
-        reply = by_name[job.client.name]
+        reply, seconds = by_name[job.client.name]
         if isinstance(reply, Failure):
             raise RunFailed(f"one local step of {job.client.name}, rank {job.client.rank}: {reply.reason}")
-        next(level for level in levels if level["rank"] == job.client.rank)["step_s"] = reply.metrics["seconds"]
+        next(level for level in levels if level["rank"] == job.client.rank)["step_s"] = seconds
+    return kept.peak
+
+
+def _timed(replies: Iterable[ClientUpdate | Failure]) -> Iterator[tuple[ClientUpdate | Failure, float]]:
+    """Each reply with the seconds it took, by its own account or, where it gives none (private ones), until it came."""
+    began = time.perf_counter()
+    for reply in replies:
+        told = reply.metrics if isinstance(reply, ClientUpdate) else {}
+        yield reply, told.get("seconds", time.perf_counter() - began)
+        began = time.perf_counter()
 
 
 def _job(built: Federation, state: ServerState, rank: int) -> Job | None:
     """The work of the first client of a rank that has examples."""
     for index in np.flatnonzero(built.population.ranks == rank):
-        if count := len(built.population.shards[int(index)]):
+        if count := built.counted(len(built.population.shards[int(index)])):
             client = built.population.client(int(index))
             return Job(int(index), client, count, built.method.dispatch(state, client))
     return None
 
 
-def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> dict[str, Any]:
+def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]], activations: int) -> dict[str, Any]:
     config, rounds = built.config, built.config.run.rounds
     up = sum(level["a_round"] * level["upload_bytes"] for level in levels)
     down = sum(level["a_round"] * level["download_bytes"] for level in levels)
@@ -102,7 +120,8 @@ def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]]
         "download_bytes_a_round": round(down),
         "upload_bytes": round(up * rounds),
         "download_bytes": round(down * rounds),
-        "memory_bytes": _memory(built, state, levels),
+        "memory_bytes": _memory(built, state, levels) | {"activations": activations},
+        "privacy": budget.of_run(built) if built.privacy else None,
         "round_s": round_s,
         "training_s": round_s * rounds if timed else None,
     }
@@ -115,8 +134,9 @@ def _steps(built: Federation) -> float:
     return (train.local_steps or train.local_epochs * per_epoch) * built.step_factor
 
 
-def _memory(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> Mapping[str, int]:
-    """Bytes that a run in one process holds, by what they are for; without the interpreter and one step's activations.
+def _memory(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes that a run in one process holds, by what they are for, without the interpreter; the base model, the examples of a
+    batch and what local steps keep for their gradients (activations) are on `model.device`.
 
     `examples_on_disk` are in a file, of which the system keeps in memory what fits.
     """

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anyrank.config import EvalConfig
+
 
 class Inputs(Protocol):
     """Examples that can be handed to a module batch by batch."""
@@ -83,6 +85,10 @@ class Objective(Protocol):
         """How `module` as it stands does on `examples`."""
         ...
 
+    def under(self, config: EvalConfig) -> Objective:
+        """This objective, scored as `[eval]` says. Raises `ConfigError` for what it cannot do."""
+        ...
+
 
 @dataclass(frozen=True)
 class Classification:
@@ -99,6 +105,9 @@ class Classification:
                 correct.append(logits.argmax(dim=1) == labels)
                 losses.append(self.losses(logits, labels).double())
         return Scores(torch.cat(correct).cpu().numpy(), torch.cat(losses).cpu().numpy(), examples.labels.cpu().numpy())
+
+    def under(self, config: EvalConfig) -> Classification:
+        return self
 
 
 @dataclass(frozen=True, eq=False)

