@@ -3,6 +3,7 @@
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it)
+# make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
 # make lint      style and imports
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants bench lint clean
+.PHONY: demo test mutants bench experiments lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -25,6 +26,9 @@ mutants: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/aggregate.py
 	$(BIN)/python benchmarks/simulation.py
+
+experiments: $(VENV)/.installed-test
+	$(BIN)/python experiments/results.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix src tests

@@ -53,7 +53,7 @@ def test_whole_numbers_do_for_numbers_and_nothing_else_changes_type() -> None:
         ({"run": {"rounds": 0}}, r"run.rounds: expected a whole number of at least 1, got 0"),
         ({"run": {"name": "a/b"}}, r"run.name"),
         ({"model": {"name": "a", "path": "b"}}, r"either name or path"),
-        ({"privacy": {"epsilon": 3}}, r"\[privacy\]: private training is not in this version"),
+        ({"privacy": {"epsilon": 3}}, r"privacy.epsilon: expected level = 'example' or 'client' beside it, got 3.0"),
         ({"track": {}}, r"\[track\]"),
         ({"run": 3}, r"run: expected a table of keys, got 3"),
     ],

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate, simulation
+from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate, comparison, simulation, studies
 from anyrank.catalog import catalog
 from anyrank.config import Config, from_table, load
 from anyrank.errors import AdapterError
+from anyrank.methods import make
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -64,6 +65,33 @@ def test_the_explained_config_is_the_one_in_the_repository() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_config_is_valid(path: Path) -> None:
     assert load(path).run.name
+
+
+STUDIES = sorted((ROOT / "configs" / "papers").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_is_valid_and_told(path: Path) -> None:
+    """Its file can be read, its methods exist, and its block in the results names its claim and every one of its rows."""
+    study = studies.load(path)
+    for setting in study.settings:
+        for label in setting.methods:
+            chosen = comparison.variant(setting.config, label)
+            make(chosen.method.name, chosen.method.options)
+    page = (ROOT / "docs" / "results.md").read_text()
+    block = page.split(f"<!-- {path.stem} -->")[1].split(f"<!-- end of {path.stem} -->")[0]
+    assert study.claim in block
+    tables = re.findall(r"^\*\*(.*) \(seeds ([0-9, ]+)\)\*\*$", block, flags=re.M)
+    assert [name for name, _ in tables] == [setting.name for setting in study.settings]
+    for (_, seeds), setting in zip(tables, study.settings, strict=True):
+        assert len(seeds.split(",")) == setting.seeds
+    rows = [row for setting in study.settings for row in setting.methods]
+    assert re.findall(r"^\| `(.*?)` \|", block, flags=re.M) == rows
+
+
+def test_every_block_of_the_results_has_its_study() -> None:
+    told = re.findall(r"^<!-- end of (.*) -->$", (ROOT / "docs" / "results.md").read_text(), flags=re.M)
+    assert sorted(told) == [path.stem for path in STUDIES]
 
 
 def test_the_method_to_paste_in_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def run(
     chosen = configs.load(config, overrides)
     folder = out or Path("runs") / chosen.run.name
     rounds = console.Rounds(chosen.run.rounds, chosen.method.name, quiet=as_json)
-    with console.Preparing("frozen features", quiet=as_json) as preparing, rounds:
+    with console.Preparing("preparing", quiet=as_json) as preparing, rounds:
         summary = simulation.execute(chosen, folder, resume, lambda metrics: rounds("", metrics), preparing)
     page = report.build([folder], folder / "report.html")
     if as_json:
@@ -98,7 +98,7 @@ def plan(
     from anyrank import console, plan
 
     chosen = configs.load(config, overrides)
-    with console.Preparing("frozen features", quiet=as_json) as preparing:
+    with console.Preparing("preparing", quiet=as_json) as preparing:
         figures = plan.plan(chosen, measure, preparing)
     if as_json:
         return _print_json(figures)
@@ -146,7 +146,7 @@ def study(
 
     chosen = studies.load(file)
     folder = out or Path("runs") / chosen.name
-    with console.Preparing("frozen features", quiet=as_json) as preparing:
+    with console.Preparing("preparing", quiet=as_json) as preparing:
         studies.check(chosen, preparing)
     with console.Rounds(sum(cell.config.run.rounds for cell in chosen.cells(folder)), chosen.name, quiet=as_json) as rounds:
         tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
@@ -244,6 +244,60 @@ def methods(as_json: Json = False) -> None:
 
 
 @app.command()
+def privacy(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="A private run; or the options below.")] = None,
+    overrides: Set = [],  # noqa: B006
+    examples: Annotated[int, typer.Option("--examples", help="Examples of one client.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples that a step draws, on average.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", help="Steps that the client takes in the whole run.")] = 0,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Answers the noise for it.")] = 0.0,
+    noise_multiplier: Annotated[float, typer.Option("--noise-multiplier", help="Answers the epsilon of it.")] = 0.0,
+    delta: Annotated[float, typer.Option("--delta", help="Below 1 over the number of examples.")] = 1e-5,
+    accountant: Annotated[str, typer.Option("--accountant", help="pld, prv or rdp.")] = "pld",
+    as_json: Json = False,
+) -> None:
+    """The noise for a privacy budget, or the budget for a noise: of a configured run, or of so many steps. Trains nothing.
+
+    Example: [cyan]anyrank privacy --examples 1000 --batch-size 50 --steps 400 --epsilon 6[/cyan]
+    """
+    from anyrank import console, requests
+
+    if config is None:
+        figures = requests.budget(examples, batch_size, steps, epsilon, noise_multiplier, delta, accountant)
+    else:
+        with console.Preparing("preparing", quiet=as_json) as preparing:
+            figures = _budget_of(config, overrides, preparing)
+    if as_json:
+        return _print_json(figures)
+    console.out.print(console.privacy_table(figures))
+
+
+@app.command()
+def audit(
+    config: ConfigFile,
+    canaries: Annotated[int, typer.Option("--canaries", help="Training examples that get a wrong label and a coin.")] = 500,
+    noise_factor: Annotated[
+        float, typer.Option("--noise-factor", help="Multiply the noise behind the plan's back: does the audit notice?")
+    ] = 1.0,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Train privately with canaries among the examples, and see whether their presence can be guessed more often than ε allows.
+
+    Example: [cyan]anyrank audit private.toml --canaries 1000[/cyan]
+    """
+    from anyrank import audit, console
+    from anyrank import config as configs
+
+    chosen = configs.load(config, overrides)
+    with console.Rounds(chosen.run.rounds, "audit", quiet=as_json) as rounds:
+        verdict = audit.audit(chosen, canaries, noise_factor, on_round=lambda metrics: rounds("", metrics))
+    if as_json:
+        return _print_json(verdict)
+    console.out.print(console.audit_table(verdict))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR ...", help="Run folders, or folders of a comparison.")],
     out: Annotated[Path | None, typer.Option("--out", help="The page; default: report.html in the first folder.")] = None,
@@ -267,7 +321,7 @@ def _compare(config, methods: list[str], seeds: int, out: Path, jobs: int, resum
     from anyrank import comparison, console, report
 
     cells = comparison.plan(config, [name.strip() for name in methods], seeds, out)
-    with console.Preparing("frozen features", quiet) as preparing:
+    with console.Preparing("preparing", quiet) as preparing:
         comparison.check(cells, out, resume, preparing)
     rounds = console.Rounds(sum(cell.config.run.rounds for cell in cells), "rounds", quiet)
     with rounds:
@@ -286,6 +340,15 @@ def _show_comparison(rows: list[dict[str, Any]], out: Path, as_json: bool, title
     count = f"{rows[0]['seeds']} seeds, mean ± std" if rows[0]["seeds"] > 1 else "one seed"
     console.out.print(console.comparison_table(rows, f"{title} ({count})"))
     console.out.print(f"report  {out / 'report.html'}\nfigure  {out / 'figure.png'}", soft_wrap=True)
+
+
+def _budget_of(config: Path, overrides: list[str], progress) -> dict[str, Any]:
+    from anyrank import budget, simulation
+    from anyrank import config as configs
+
+    built = simulation.build(configs.load(config, overrides), progress)
+    built.engine.model.close()
+    return budget.of_run(built)
 
 
 def _use_all_cores() -> None:

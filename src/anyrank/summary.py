@@ -26,7 +26,7 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
     config, method, population = federation.config, federation.method, federation.population
     scored = [row for row in metrics if row["accuracy"] is not None]
     accuracies = [row["accuracy"] for row in scored]
-    sizes = population.shards.sizes
+    sizes = np.array([federation.counted(int(size)) for size in population.shards.sizes])
     return {
         "name": config.run.name,
         "label": config.run.label or label(method.name, config.clients.ranks, population),

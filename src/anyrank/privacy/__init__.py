@@ -1,0 +1,1 @@
+"""Private training: one frozen plan for a run, the noise that it needs, and the ledger of what each client has spent."""

@@ -1,0 +1,148 @@
+"""The frozen privacy plan of a run: unit, budget, clip norm, sampling rates, steps; and the noise that follows from them.
+
+The guarantee at `level = "example"`: for every client, all that it releases during the whole run is (epsilon, delta)
+differentially private with respect to adding or removing one of its examples. Clients hold disjoint examples, so the largest
+of their epsilons holds for the federation. Every step draws each example with probability `batch_size / count` of its client
+and adds noise; a client takes `local_steps` of them in each round that it takes part in. Nothing is claimed from the draw of
+the cohort: the server, and whoever knows the run seed, knows who was drawn.
+
+The guarantee at `level = "client"`: all that a client ever uploads is (epsilon, delta) differentially private with respect to
+its whole data set being there or not; each upload is one release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anyrank.config import Config
+from anyrank.errors import ConfigError
+from anyrank.privacy.accountants import Spending, epsilon, noise_for
+
+_DIGITS = 3  # binary digits that are left of a rounded count: within 25 % of it
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """What is promised, and everything that the promise depends on, fixed before round 1.
+
+    `epsilon`: the target, 0 where the noise was given instead; `noise`: `{declared count: noise multiplier}` for every count
+    in the federation; `local_steps` in one round; `max_rounds` of the `rounds` that one client may take part in.
+    """
+
+    level: str
+    epsilon: float
+    delta: float
+    clip_norm: float
+    accountant: str
+    secure: bool
+    counts: str
+    batch_size: int
+    local_steps: int
+    rounds: int
+    max_rounds: int
+    participation: float
+    noise: Mapping[int, float]
+
+    def declared(self, num_examples: int) -> int:
+        """The count that stands for a client's own wherever it is used or sent; made public by the plan."""
+        return declare(num_examples, self.counts)
+
+    def sampling_rate(self, declared: int) -> float:
+        """The probability with which each example of a client enters a step; a whole client's is 1."""
+        return self.batch_size / declared if self.level == "example" else 1.0
+
+    def spending(self, declared: int, rounds: int) -> Spending:
+        """What a client of that declared count has spent after so many rounds."""
+        steps = self.local_steps if self.level == "example" else 1
+        return Spending(self.sampling_rate(declared), self.noise[declared], steps * rounds)
+
+    def epsilon_after(self, declared: int, rounds: int) -> float:
+        return epsilon(self.accountant, self.spending(declared, rounds), self.delta)
+
+    def table(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        return dataclasses.asdict(self) | {"noise": {str(count): noise for count, noise in self.noise.items()}}
+
+
+def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
+    """The plan that `config` asks for, for clients of `sizes` examples; `None` where it asks for no privacy.
+
+    Each declared count gets its own noise, the least that keeps its clients within the budget if they take part in
+    `max_rounds` rounds. Raises `ConfigError` for a plan that could not be kept.
+    """
+    asked, train = config.privacy, config.train
+    if asked.level == "none":
+        return None
+    if asked.level == "example":
+        _check_sampling(config)
+    max_rounds = min(asked.max_rounds or config.run.rounds, config.run.rounds)
+    counts = sorted({declare(int(size), asked.counts) for size in sizes})
+    _check_counts(config, counts, len(sizes))
+    base = PrivacyPlan(
+        level=asked.level,
+        epsilon=asked.epsilon,
+        delta=asked.delta,
+        clip_norm=asked.clip,
+        accountant=asked.accountant,
+        secure=asked.secure,
+        counts=asked.counts,
+        batch_size=train.batch_size,
+        local_steps=train.local_steps,
+        rounds=config.run.rounds,
+        max_rounds=max_rounds,
+        participation=config.clients.participation,
+        noise=dict.fromkeys(counts, asked.noise_multiplier),
+    )
+    if asked.noise_multiplier:
+        return base
+    return dataclasses.replace(base, noise={count: _solved(base, count) for count in counts})
+
+
+def _solved(plan: PrivacyPlan, declared: int) -> float:
+    whole = plan.spending(declared, plan.max_rounds)
+    return noise_for(plan.accountant, plan.epsilon, plan.delta, whole.sampling_rate, whole.steps)
+
+
+def _check_sampling(config: Config) -> None:
+    if config.train.local_epochs:
+        raise ConfigError(
+            "train.local_epochs: private training draws every step's examples at random (Poisson sampling), so that an epoch "
+            "has no meaning; expected train.local_steps"
+        )
+    if config.data.partition.kind == "sampled":
+        raise ConfigError(
+            "data.partition.kind: with 'sampled', clients share examples, whose privacy costs would add up over clients; "
+            "expected a kind that gives each example to one client"
+        )
+
+
+def declare(num_examples: int, counts: str) -> int:
+    """`num_examples`, or if `counts` are rounded what its first three binary digits leave of it.
+
+    >>> [declare(n, "rounded") for n in (0, 5, 13, 100, 187, 1000)]
+    [0, 5, 12, 96, 160, 896]
+    """
+    lost = max(0, num_examples.bit_length() - _DIGITS) if counts == "rounded" else 0
+    return num_examples >> lost << lost
+
+
+def _check_counts(config: Config, counts: list[int], clients: int) -> None:
+    smallest, largest, asked = counts[0], counts[-1], config.privacy
+    if asked.level == "client":
+        if asked.delta >= 1 / clients:
+            raise ConfigError(f"privacy.delta: expected less than 1 over the {clients} clients, got {asked.delta}")
+        return
+    if smallest < config.train.batch_size:
+        raise ConfigError(
+            f"train.batch_size: expected at most the declared examples of the smallest client, {smallest} "
+            f"(privacy.counts = {asked.counts!r}), got {config.train.batch_size}; lower it, or raise "
+            "data.partition.min_examples"
+        )
+    if asked.delta >= 1 / largest:
+        raise ConfigError(
+            f"privacy.delta: expected less than 1 over the {largest} examples that the largest client declares, got "
+            f"{asked.delta}: a delta of that size allows to publish an example whole"
+        )
