@@ -15,7 +15,7 @@ A study file names the claim, and for each setting a configuration with what it 
     config = "../banking77.toml"
     set = ["run.rounds=60"]
 
-`methods` (each as in `anyrank compare --methods`) and `seeds` may be given anew for a setting.
+`methods` (each as in `anyrank compare --methods`) and `seeds` may be given anew for a setting; a `set` beside them holds for all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from anyrank.rundir import METRICS, SUMMARY, is_finished
 STUDY, TABLE = "study.json", "study.md"
 FIGURES = ("accuracy", "collapse", "bytes", "none")
 _KEYS = {"title": str, "claim": str, "minutes": (int, float), "seeds": int, "methods": list, "columns": list, "setting": list}
-_OPTIONAL = {"figure": str, "target_accuracy": (int, float), "budget_megabytes": (int, float)}
+_OPTIONAL = {"figure": str, "set": list, "target_accuracy": (int, float), "budget_megabytes": (int, float)}
 _SETTING_KEYS = {"name": str, "config": str, "set": list, "methods": list, "seeds": int}
 
 # A figure of one finished run, by the name of its column: from its summary, its metrics, and the study.
@@ -153,7 +153,7 @@ def load(path: Path) -> Study:
     names = [_folder(setting.name) for setting in settings]
     if not settings or len(set(names)) != len(names):
         raise ConfigError(f"{path}: expected settings of different names, got {', '.join(names) or 'none'}")
-    options = {key: table[key] for key in _OPTIONAL if key in table}
+    options = {key: table[key] for key in ("figure", "target_accuracy", "budget_megabytes") if key in table}
     told = {key: table[key] for key in ("title", "claim", "minutes")}
     return Study(path.stem, settings=settings, columns=tuple(table["columns"]), **told, **options)
 
@@ -264,7 +264,7 @@ def _setting(path: Path, table: Mapping[str, Any], entry: Any) -> Setting:
     _check(path, entry, {"name": str, "config": str}, _SETTING_KEYS)
     methods = tuple(entry.get("methods", table["methods"]))
     seeds = entry.get("seeds", table["seeds"])
-    chosen = configs.load(path.parent / entry["config"], entry.get("set", ()))
+    chosen = configs.load(path.parent / entry["config"], [*table.get("set", ()), *entry.get("set", ())])
     for label in methods:
         comparison.variant(chosen, label)
     return Setting(entry["name"], chosen, methods, seeds)
