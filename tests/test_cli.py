@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,3 +150,45 @@ def test_a_run_that_diverges_exits_with_1(anyrank) -> None:
     failed = anyrank("run", "digits.toml", "--set", "train.optimizer=sgd", "--set", "train.learning_rate=1e30")
     assert failed.returncode == 1
     assert "lower train.learning_rate" in failed.stderr
+
+
+def test_a_killed_grid_leaves_nobody_training(tmp_path: Path, cache: Path) -> None:
+    """Its workers end with it, though it had no time to tell them, and the grid can be gone on with."""
+    (tmp_path / "long.toml").write_text('[run]\nrounds = 100000\n[model]\nname = "digits-mlp"\n')
+    command = [
+        sys.executable,
+        "-m",
+        "anyrank",
+        "compare",
+        "long.toml",
+        "--methods",
+        "rbla,raflora",
+        "--jobs",
+        "2",
+        "--out",
+        "grid",
+    ]
+    grid = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"ANYRANK_CACHE": str(cache)}, stderr=subprocess.DEVNULL)
+    metrics = [tmp_path / "grid" / method / "seed-0" / "metrics.jsonl" for method in ("rbla", "raflora")]
+    wait_until(lambda: all(path.exists() for path in metrics), seconds=120)
+    grid.kill()
+    grid.wait()
+    for path in metrics:
+        wait_until(lambda path=path: not is_locked(path.parent / ".lock"), seconds=30)
+
+
+def wait_until(holds, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process holds the lock of a run."""
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

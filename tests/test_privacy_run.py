@@ -9,6 +9,7 @@ import os
 import signal
 import stat
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from dp_accounting.pld import PLDAccountant
 
 from anyrank import cli, report, simulation
 from anyrank import config as configs
-from anyrank.errors import RunError
+from anyrank.engines import inprocess
+from anyrank.errors import ModelError, RunError
 from anyrank.privacy import noise
+from anyrank.privacy.accountants import noise_for
+from anyrank.privacy.plan import plan_privacy
 from anyrank.rundir import RunDir
 from test_resume import MOMENTS, PRELUDE, files
 
@@ -200,13 +204,13 @@ def test_a_killed_run_goes_on_with_the_noise_that_it_had(workplace: Path, monkey
     """Killed after the upload was made but before it was written down: the round that is run again makes the same."""
     monkeypatch.delenv(noise.SEED)
     tell = """
-from anyrank import private_training
-train = private_training.train
+from anyrank.engines import inprocess
+train = inprocess._PRIVATELY["example"]
 def patched(*a):
     update = train(*a)
     with open("uploads", "a") as file: file.write(f"{a[1]} {update.adapter.layers['fc1'].B.sum().item()!r}\\n")
     return update
-private_training.train = patched
+inprocess._PRIVATELY["example"] = patched
 """
     die = MOMENTS["after the logs, before the checkpoint"].replace("== 3", "== 1")
     assert command(workplace, "noise", "--set", "run.rounds=1", prelude=PRELUDE + tell + die)[0] == -signal.SIGKILL
@@ -272,17 +276,14 @@ def test_nothing_but_the_adapter_and_what_the_plan_declares_leaves_a_client(work
 
 
 def test_a_failure_tells_no_more_than_that_it_happened(workplace: Path, monkeypatch) -> None:
-    from anyrank import private_training
-    from anyrank.errors import ModelError
-
-    train, secret = private_training.train, "the text of example 7"
+    train, secret = inprocess._PRIVATELY["example"], "the text of example 7"
 
     def fails(model, client, *rest):
         if client.endswith("3"):
             raise ModelError(secret)
         return train(model, client, *rest)
 
-    monkeypatch.setattr(private_training, "train", fails)
+    monkeypatch.setitem(inprocess._PRIVATELY, "example", fails)
     run(workplace, "failing", "run.rounds=2", "clients.participation=1.0")
     failed = [row for row in lines(workplace / "failing", "clients.jsonl") if row["status"] == "failed"]
     assert len(failed) == 2
@@ -376,6 +377,14 @@ def test_a_run_that_asks_for_no_privacy_keeps_no_books(workplace: Path, keys: Pa
     assert not {"epsilon", "privacy"} & summary.keys()
     assert "epsilon" not in lines(workplace / "open", "metrics.jsonl")[0]
     assert not list((workplace / "open").glob("privacy*"))
+
+
+def test_the_documented_run_is_one_that_can_be_asked_for() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "privacy.md").read_text()
+    chosen = configs.from_table(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
+    plan = plan_privacy(chosen, [300, 400])
+    assert max(plan.epsilon_after(count, plan.max_rounds) for count in plan.noise) == pytest.approx(6.0, rel=2e-3)
+    assert noise_for("pld", 6.0, 1e-5, 50 / 1000, 400) == 1.06, "as the text says"
 
 
 def test_the_ledger_is_never_cut_back(workplace: Path, tmp_path: Path) -> None:

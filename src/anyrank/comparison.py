@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import queue
 import statistics
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -161,6 +163,14 @@ _events: Any = None  # in a worker: where its rounds are told
 def _start_worker(events: Any) -> None:
     global _events
     _events = events
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A killed grid must not train on unseen: end this process, at whatever it is, when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _work(cell: Cell) -> None:

@@ -197,7 +197,7 @@ def _linear(module: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _each(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` `[clients * b, ..., in]` through each client's own `weight` `[clients, out, in]`, or through one for all `[out, in]`."""
+    """`x` `[clients * b, ..., in]` through each client's own `weight` `[clients, out, in]`, or one for all `[out, in]`."""
     if weight.ndim == 2:
         return F.linear(x, weight)
     return torch.bmm(x.reshape(len(weight), -1, weight.shape[2]), weight.mT).view(*x.shape[:-1], weight.shape[1])

@@ -15,7 +15,8 @@ A study file names the claim, and for each setting a configuration with what it 
     config = "../banking77.toml"
     set = ["run.rounds=60"]
 
-`methods` (each as in `anyrank compare --methods`) and `seeds` may be given anew for a setting; a `set` beside them holds for all.
+`methods` (each as in `anyrank compare --methods`) and `seeds` may be given anew for a setting; a `set` beside them holds for
+all settings.
 """
 
 from __future__ import annotations
