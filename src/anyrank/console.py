@@ -162,6 +162,10 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     table.add_column()
     beyond = summary["collapse"]
     smallest = next(iter(summary["ranks"]))
+    private = {}
+    if "epsilon" in summary:
+        plan = summary["privacy"]["plan"]
+        private = {"privacy": f"ε {summary['epsilon']:.4g} spent at δ = {plan['delta']:g}, for one {plan['level']}"}
     figures = {
         "accuracy": f"{summary['accuracy']:.4f} (start {summary['start_accuracy']:.4f}, best {summary['best_accuracy']:.4f})",
         "loss": f"{summary['loss']:.4f}",
@@ -169,6 +173,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         "effective rank": "–" if beyond is None else f"{summary['effective_rank']:.2f}",
         "clients": f"{summary['clients']} registered, {summary['cohort']} a round, ranks {', '.join(summary['ranks'])}",
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
+        **private,
         "rejected": str(summary["rejected"]),
         "head": summary["head"],
         "examples": f"{megabytes(summary['inputs_bytes'])} MB, {_PLACES[summary['inputs_in']]}",
