@@ -39,6 +39,7 @@ PRIVATE = (
     ("tests/test_private_training.py", "tests/test_private_upload.py", "tests/test_privacy_plan.py"),
     ("tests/test_privacy_run.py",),
 )
+CENTRAL = (("tests/test_central_noise.py",),)
 
 
 class Mistake(NamedTuple):
@@ -372,6 +373,56 @@ MISTAKES = (
     ),
     Mistake(
         "upload noise not brought back", "private_upload.py", "_out(noisy[name], metrics[name], factor)", "noisy[name]", PRIVATE
+    ),
+    # noise at the server
+    Mistake("central noise by the mean weight", "private_mean.py", ".max(dim=0).values", ".mean(dim=0)", CENTRAL),
+    Mistake(
+        "central noise by one weight for all",
+        "private_mean.py",
+        "method.weights(parts, layer.rank)",
+        "torch.full((1, layer.rank), 1 / len(parts))",
+        CENTRAL,
+    ),
+    Mistake(
+        "scaling dropped in the noise on A", "private_mean.py", 'largest[:, None] / unit["A"]', "largest[:, None]", CENTRAL
+    ),
+    Mistake(
+        "scaling dropped in the noise on B", "private_mean.py", 'largest[None, :] / unit["B"]', "largest[None, :]", CENTRAL
+    ),
+    Mistake("central noise without the clip norm", "private_mean.py", "plan.clip_norm * max(", "max(", CENTRAL),
+    Mistake("no noise on the head", "private_mean.py", "_noisy(tensor, reach.tensors * deviation, draws)", "tensor", CENTRAL),
+    Mistake("the head's noise by the mean", "private_mean.py", "max(counts) / sum(counts)", "1 / len(counts)", CENTRAL),
+    Mistake(
+        "who failed leaves the mean",
+        "private_mean.py",
+        "whole, plan, round = complete(jobs, updates)",
+        "whole, plan, round = list(updates)",
+        CENTRAL,
+    ),
+    Mistake(
+        "more than the noised mean goes on",
+        "private_mean.py",
+        "return replace(state, round=round, adapter=noised)",
+        "return replace(method.aggregate(state, whole), adapter=noised)",
+        CENTRAL,
+    ),
+    Mistake("a download that does not say its rescaling", "methods/base.py", ", rescale=self.rescale)", ")", CENTRAL),
+    Mistake("scaling dropped in the clip", "bounded.py", "units(layer, download.rescale)[factor] * _size", "_size", CENTRAL),
+    Mistake(
+        "the head left out of the clip",
+        "bounded.py",
+        "*(_size(adapter.tensors[name], tensor) for name, tensor in before.tensors.items())",
+        "0.0",
+        CENTRAL,
+    ),
+    Mistake("rounding past the clip", "bounded.py", "share *= _SHORTER", "break", CENTRAL),
+    Mistake("unclipped uploads believed", "guard.py", "bounded.norm(download, believed) > bound", "False", CENTRAL),
+    Mistake(
+        "the server's noise is the same in each run",
+        "private_mean.py",
+        'privacy.draws(round, "server")',
+        "__import__('numpy').random.default_rng(round)",
+        CENTRAL,
     ),
 )
 

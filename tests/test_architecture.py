@@ -16,6 +16,7 @@ FLOORS = [
     ["errors", "keys", "files"],
     ["adapter", "config", "hub", "subspace"],
     ["lowrank", "records", "cache", "data", "folders", "privacy"],
+    ["bounded"],
     ["collapse", "guard", "partition", "images", "tasks.base"],
     ["hardware", "standing"],
     ["methods.registry"],
@@ -25,7 +26,7 @@ FLOORS = [
     ["local", "rundir", "aggregation", "inspection"],
     ["private_training", "private_upload"],
     ["engines"],
-    ["summary", "budget"],
+    ["summary", "budget", "private_mean"],
     ["federation", "requests"],
     ["simulation", "demo"],
     ["comparison", "plan"],
@@ -36,7 +37,7 @@ FLOORS = [
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded
     "torch": {
         *("adapter", "lowrank", "subspace", "collapse", "guard", "methods", "models", "tasks", "local", "rundir"),
-        *("private_training", "private_upload"),
+        *("private_training", "private_upload", "private_mean", "bounded"),
         *("folders", "merging", "aggregation", "inspection"),
         *("simulation", "audit", "cache", "engines", "optimizers", "hardware"),
     },

@@ -30,6 +30,7 @@ SCALINGS = ("constant", "standard", "rslora")
 STACKINGS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
 PRIVACY_LEVELS = ("none", "example", "client")
+NOISE_AT = ("client", "server")
 ACCOUNTANTS = ("pld", "prv", "rdp")
 COUNTS = ("rounded", "exact")
 FEATURES = ("memory", "disk")
@@ -283,7 +284,8 @@ class PrivacyConfig:
     is given, and epsilon follows. `clip`: the largest norm that an example's gradient, or a client's update, keeps.
     `max_rounds`: rounds that any one client may take part in (0: all of them). `accountant`: who counts. `counts`: whether
     example counts are `rounded` where they are used or sent, or `exact`. `secure`: noise from the system's own cryptographic
-    source instead of a key; nothing can draw it again, so a run is then no function of its configuration.
+    source instead of a key; nothing can draw it again, so a run is then no function of its configuration. `noise_at`: who adds
+    the noise of level `client`: each `client` to its upload, or the `server`, trusted with uploads, once to their mean.
     """
 
     level: str = "none"
@@ -295,11 +297,13 @@ class PrivacyConfig:
     accountant: str = "pld"
     counts: str = "rounded"
     secure: bool = False
+    noise_at: str = "client"
 
     def __post_init__(self) -> None:
         _one_of(self.level, PRIVACY_LEVELS, "privacy.level")
         _one_of(self.accountant, ACCOUNTANTS, "privacy.accountant")
         _one_of(self.counts, COUNTS, "privacy.counts")
+        _one_of(self.noise_at, NOISE_AT, "privacy.noise_at")
         if self.level == "none":
             for key in dataclasses.fields(self):
                 value = getattr(self, key.name)
@@ -312,6 +316,11 @@ class PrivacyConfig:
         _expect(0 < value < math.inf, given, "a number above 0 (or the other of epsilon and noise_multiplier)", value)
         _expect(0 < self.delta < 1, "privacy.delta", "a number above 0, below 1 over the number of examples", self.delta)
         _expect(0 < self.clip < math.inf, "privacy.clip", "a number above 0", self.clip)
+        if self.noise_at == "server" and self.level != "client":
+            raise ConfigError(
+                f"privacy.noise_at: expected 'client' with level = {self.level!r}, whose noise goes into training itself, got "
+                "'server', which is for level = 'client'"
+            )
         _expect(self.max_rounds >= 0, "privacy.max_rounds", "a whole number of at least 0", self.max_rounds)
 
 

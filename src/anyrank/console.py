@@ -263,15 +263,19 @@ def _promise(budget: Mapping[str, Any]) -> str:
     noises = sorted(row["noise_multiplier"] for row in budget["counts"])
     noise = f"{noises[0]:.4g}" if len(set(noises)) == 1 else f"{noises[0]:.4g} to {noises[-1]:.4g}"
     return (
-        f"epsilon {budget['epsilon']:.4g} at delta {budget['delta']:g} for one {budget['level']}, noise multiplier {noise}, "
-        f"for {budget['max_rounds']} rounds a client"
+        f"epsilon {budget['epsilon']:.4g} at delta {budget['delta']:g} for one {budget['level']}, noise multiplier {noise}"
+        f"{_where(budget)}, for {budget['max_rounds']} rounds a client"
     )
+
+
+def _where(budget: Mapping[str, Any]) -> str:
+    return " at the server" if budget.get("noise_at") == "server" else ""
 
 
 def privacy_table(figures: Mapping[str, Any]) -> Table:
     """What privacy costs: a row for each number of examples that clients declare."""
     title = f"epsilon {figures['epsilon']:.4g} at delta {figures['delta']:g} for one {figures['level']}"
-    title += f" ({figures['accountant']})"
+    title += f" ({figures['accountant']})" + (f", noise{_where(figures)}" if _where(figures) else "")
     if "drawn" in figures:
         least, most = figures["drawn"]["least"], figures["drawn"]["most"]
         title = f"{figures['name']}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds a client; "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from anyrank import collapse, guard, local
+from anyrank import collapse, guard, local, private_mean
 from anyrank.cohort import Population
 from anyrank.config import Config, to_table
 from anyrank.engines.base import Engine, Job
@@ -39,6 +40,11 @@ class Federation:
     def counted(self, num_examples: int) -> int:
         """The examples that a client counts as: its own number, or what a privacy plan declares in its stead."""
         return self.privacy.declared(num_examples) if self.privacy else num_examples
+
+    @property
+    def upload_bound(self) -> float:
+        """The norm that an upload's change may have."""
+        return self.privacy.upload_bound if self.privacy else math.inf
 
 
 class Skipped(NamedTuple):
@@ -74,8 +80,8 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         jobs, skipped = charge(ledger, *dispatch(federation, state, round), round)
         privacy = ledger.mechanism()
         plan = local.plan_round(config.train, round, config.run.rounds, config.run.seed, federation.step_factor, privacy)
-        collected = collect(engine.train(jobs, plan), jobs, skipped, round)
-        state = method.aggregate(state, collected.updates)
+        collected = collect(engine.train(jobs, plan), jobs, skipped, round, federation.upload_bound)
+        state = private_mean.aggregate(method, state, jobs, collected.updates, privacy)
         metrics = measure(federation, state, jobs, collected) | ledger.figures(round)
         metrics["seconds"] = time.perf_counter() - began
         store.commit(state, metrics, collected.rows)
@@ -122,14 +128,14 @@ def charge(
     return left, [*skipped, *spent]
 
 
-def collect(replies, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int) -> Collected:
+def collect(replies, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int, bound: float = math.inf) -> Collected:
     """Pass each reply through the guard. One bad client costs one client; a round in which all fail ends the run."""
     collected, by_name = Collected(), {job.client.name: job for job in jobs}
     for reply in replies:
         job = by_name.pop(reply.client, None)
         if job is None:
             raise RunFailed(f"round {round}: a reply from {reply.client or 'nobody'}, who is not (or no longer) awaited")
-        collected.rows.append(_judge(reply, job, collected.updates) | {"round": round})
+        collected.rows.append(_judge(reply, job, collected.updates, bound) | {"round": round})
     for job in by_name.values():
         collected.rows.append(_row(job.client, job.num_examples, "failed", "sent nothing") | {"round": round})
     for client, num_examples, reason in skipped:
@@ -141,11 +147,11 @@ def collect(replies, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int
     return collected
 
 
-def _judge(reply: ClientUpdate | Failure, job: Job, updates: list[ClientUpdate]) -> dict[str, Any]:
+def _judge(reply: ClientUpdate | Failure, job: Job, updates: list[ClientUpdate], bound: float) -> dict[str, Any]:
     if isinstance(reply, Failure):
         return _row(job.client, job.num_examples, "failed", reply.reason)
     try:
-        updates.append(guard.admit(reply, job.download, job.client.name, job.num_examples))
+        updates.append(guard.admit(reply, job.download, job.client.name, job.num_examples, bound))
     except guard.Rejected as reason:
         return _row(job.client, job.num_examples, "rejected", str(reason))
     return _row(job.client, job.num_examples, "ok", "") | {key: reply.metrics.get(key) for key in ("loss", "seconds")}

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from anyrank import bounded
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.errors import AnyRankError
 from anyrank.records import ClientUpdate, Download
@@ -17,12 +18,13 @@ class Rejected(AnyRankError):
     """An upload that does not enter the round; its text is the reason."""
 
 
-def admit(update: ClientUpdate, download: Download, client: str, num_examples: int) -> ClientUpdate:
+def admit(update: ClientUpdate, download: Download, client: str, num_examples: int, bound: float = math.inf) -> ClientUpdate:
     """The part of `update` that the server believes: the trained factors, under the server's own name, rank and weight.
 
     Whatever the download did not ask to train is taken from the download itself. Where the download allows pruning, a layer
     may come back at exactly the rank that pruning leaves. Raises `Rejected` for an upload from somebody else, other layers or
-    tensors than were sent, other shapes or dtypes, values or metrics that are not finite.
+    tensors than were sent, other shapes or dtypes, values or metrics that are not finite, or a change of a norm above `bound`
+    (`anyrank.bounded`).
     """
     if update.client != client:
         raise Rejected(f"expected an update of {client}, got one of {update.client or 'nobody'}")
@@ -36,7 +38,10 @@ def admit(update: ClientUpdate, download: Download, client: str, num_examples: i
             raise Rejected(f"metric {key}: expected a finite number, got {value!r}")
     layers = {name: _layer(name, sent.layers[name], got.layers[name], download) for name in sorted(sent.layers)}
     tensors = {name: _tensor(name, sent.tensors[name], got.tensors[name]) for name in sorted(sent.tensors)}
-    return replace(update, adapter=Adapter(layers, tensors, sent.config))
+    believed = Adapter(layers, tensors, sent.config)
+    if bound < math.inf and bounded.norm(download, believed) > bound:
+        raise Rejected(f"its change since the download is larger than the clip norm, {bound:g}")  # by how much is not told
+    return replace(update, adapter=believed)
 
 
 def _same_names(what: str, sent, got) -> None:

@@ -10,6 +10,8 @@ rank are.
 
 `M` may be singular (slices that apply nothing yet), so a small multiple of the identity goes into it: it makes the norm larger
 by no more than that, never smaller, and so leaves the bound a bound. It depends on the download alone, which is no secret.
+
+Where the server adds the noise, it adds it to factors, and an upload is clipped in their own norm (`anyrank.bounded`) instead.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyrank import local
+from anyrank import bounded, local
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.errors import RunFailed
 from anyrank.models import LoraModel
@@ -34,16 +36,28 @@ _RIDGE = 1e-3  # of the mean eigenvalue of the Gram matrix
 def train(
     model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: local.Plan
 ) -> ClientUpdate:
-    """The client's update after ordinary training on `examples` (indices `[n]`), clipped and with noise as `plan.privacy` asks.
+    """The client's update after ordinary training on `examples` (indices `[n]`), clipped, with noise unless the server adds it.
 
-    A client whose training fails uploads no change, with the same noise: that it failed would tell of its data.
+    A client whose training fails uploads no change, like any other: that it failed would tell of its data.
     """
-    privacy, draws = plan.privacy.plan, plan.privacy.draws(plan.round, client)
     try:
         adapter = local.train(model, client, download, examples, replace(plan, privacy=None)).adapter
     except RunFailed:
         adapter = download.adapter
-    return ClientUpdate(release(download, adapter, privacy.clip_norm, privacy.noise[declared], draws), declared, client)
+    return _SENT[plan.privacy.plan.noise_at](download, ClientUpdate(adapter, declared, client), plan)
+
+
+def _noised(download: Download, trained: ClientUpdate, plan: local.Plan) -> ClientUpdate:
+    privacy, draws = plan.privacy.plan, plan.privacy.draws(plan.round, trained.client)
+    noise = privacy.noise[trained.num_examples]
+    return replace(trained, adapter=release(download, trained.adapter, privacy.clip_norm, noise, draws))
+
+
+def _clear(download: Download, trained: ClientUpdate, plan: local.Plan) -> ClientUpdate:
+    return replace(trained, adapter=bounded.clipped(download, trained.adapter, plan.privacy.plan.upload_bound))
+
+
+_SENT = {"client": _noised, "server": _clear}  # by who adds the noise
 
 
 def release(download: Download, trained: Adapter, clip_norm: float, noise_multiplier: float, draws: Draws) -> Adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from anyrank.adapter import Adapter
 from anyrank.errors import AdapterError, ConfigError
@@ -80,7 +81,8 @@ class Download:
     `adapter` in the client's ranks; `slices` `{layer: which of the server's slices these are}`; `train`: the factors that
     the client trains and sends back; `send`: the factors that travel to it (FFA-LoRA's A comes from the seed instead);
     `private`: what of `A`, `B` and `tensors` stays with the client, so that it travels neither way; `merged`: a low-rank sum
-    that the client adds to its pristine base model for this round; `pruning`: how it may lower its rank, if at all.
+    that the client adds to its pristine base model for this round; `pruning`: how it may lower its rank, if at all; `rescale`:
+    which factor took up the change from the server's scaling to the client's, B or both by its root.
     """
 
     adapter: Adapter
@@ -90,6 +92,7 @@ class Download:
     private: frozenset[str] = frozenset()
     merged: Adapter | None = None
     pruning: Pruning | None = None
+    rescale: Literal["B", "both"] = "B"
 
     def download_bytes(self) -> int:
         merged = factor_bytes(self.merged, BOTH) if self.merged else 0

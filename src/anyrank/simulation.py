@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from anyrank import cohort, federation, hardware, methods, partition, private_training
+from anyrank import cohort, federation, hardware, methods, partition, private_mean, private_training
 from anyrank.config import OWN_HEADS, Config, DataConfig, LoraConfig, ModelConfig
 from anyrank.engines.inprocess import InProcess
 from anyrank.errors import ConfigError
@@ -82,6 +82,8 @@ def build(config: Config, progress: Progress | None = None) -> Federation:
     private = plan_privacy(config, population.shards.sizes)
     if private:
         _check_private(private, method)
+        if private.central:
+            private_mean.check(method, population.levels())
         if private.level == "example":
             private_training.check(model)
         labels = None  # what kinds of examples clients have is theirs to know
@@ -129,7 +131,7 @@ def _check_ranks(config: Config, method: methods.Method) -> None:
 
 def _check_private(plan: PrivacyPlan, method: methods.Method) -> None:
     """Raise `ConfigError` for a method whose clients' training the plan does not cover."""
-    if plan.level == "client" and len(method.train) != 1:
+    if plan.level == "client" and not plan.central and len(method.train) != 1:
         both = ", ".join(sorted(name for name, kind in REGISTRY.items() if len(kind.train) == 1 and not kind.reference))
         raise ConfigError(
             f"method.name: {method.name} trains A and B together, whose noise would multiply in the product; privacy.level = "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar, Literal, NamedTuple
@@ -32,6 +32,10 @@ class Holds(Enum):
     NEVER = "no"
     EQUAL = "equal ranks"
     ALWAYS = "any ranks"
+
+    def covers(self, ranks: Sequence[int]) -> bool:
+        """Whether the trait holds for clients of these ranks."""
+        return self is Holds.ALWAYS or (self is Holds.EQUAL and len(set(ranks)) <= 1)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Method(ABC):
     private: ClassVar[frozenset[str]] = frozenset()
     # Which factor takes up the change of scaling from the server's s(R) to a client's s(r): B alone, or both by its root.
     rescale: ClassVar[Literal["B", "both"]] = "B"
+    # `weights(parts, rank)`: the weight of client k on slice j, `[K, rank]`, where the new factors are sums of the clients' by
+    # these weights, scalings aside (`rescale`), and nothing else depends on what was trained. Noise at the server needs them.
+    weights: ClassVar[Callable[[Sequence[Part], int], Tensor] | None] = None
     # True for the reference line that gathers all examples in one place: the federation then has one client.
     pools_data: ClassVar[bool] = False
     # True for the lines that methods are measured against, which no federation would run.
@@ -88,7 +95,7 @@ class Method(ABC):
         layers = {name: self.share_layer(state, name, client.rank_of(name)) for name in state.adapter.layers}
         slices = {name: tuple(range(layer.rank)) for name, layer in layers.items()}
         adapter = replace(state.adapter, layers=layers)
-        return Download(adapter, slices, self.train, self.send, self.private, state.merged)
+        return Download(adapter, slices, self.train, self.send, self.private, state.merged, rescale=self.rescale)
 
     def share(self, state: ServerState, client: Client) -> Adapter:
         """What somebody of `client`'s rank would run, or start from, who takes no part in rounds."""
@@ -190,6 +197,11 @@ def slice_weights(parts: Sequence[Part], rank: int) -> Tensor:
     """`q_kj = n_k / sum of n over the clients that have slice j`, `[K, rank]`; zeros where client k lacks it."""
     owned = client_weights(parts)[:, None] * ownership(parts, rank)
     return owned / owned.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def padded_weights(parts: Sequence[Part], rank: int) -> Tensor:
+    """`p_k` where client k has slice j, else 0, `[K, rank]`: who lacks a slice counts as a zero there."""
+    return client_weights(parts)[:, None] * ownership(parts, rank)
 
 
 # --- other slices than the first -------------------------------------------------------------------------------------

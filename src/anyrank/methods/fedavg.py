@@ -25,6 +25,7 @@ class FedAvg(Method):
     paper = "FedIT, arXiv 2305.05644"
     traits = Traits(mixed_ranks=False, exact=Holds.NEVER, linear=Holds.EQUAL, gauge_free=Holds.NEVER, stationary=Holds.EQUAL)
     rescale = "both"
+    weights = staticmethod(slice_weights)
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
         return average_layer(state, name, parts, slice_weights(parts, parts[0].layer.rank))

@@ -26,6 +26,7 @@ class FedEx(FedAvg):
     summary = "mean of A, mean of B; what their product misses into the base weight"
     paper = "FedEx-LoRA, arXiv 2410.09432"
     traits = Traits(mixed_ranks=False, exact=Holds.EQUAL, linear=Holds.NEVER, gauge_free=Holds.EQUAL, stationary=Holds.EQUAL)
+    weights = None  # the residual depends on the uploads too
 
     def merge_base(self, state: ServerState, name: str, parts: Sequence[Part], layer: LoraLayer) -> LoraLayer | None:
         weights = client_weights(parts)[:, None] * ownership(parts, layer.rank)

@@ -11,7 +11,7 @@ import torch
 from anyrank import keys
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.errors import MethodError
-from anyrank.methods.base import Holds, Method, Part, Traits, init_a, mean_b
+from anyrank.methods.base import Holds, Method, Part, Traits, init_a, mean_b, slice_weights
 from anyrank.methods.registry import register
 from anyrank.records import Scaling, ServerState
 
@@ -29,6 +29,7 @@ class FFALoRA(Method):
     summary = "A frozen and common; mean of B, slice by slice over owners"
     paper = "FFA-LoRA, arXiv 2403.12313"
     traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    weights = staticmethod(slice_weights)
     train = frozenset({"B"})
     send = frozenset({"B"})
 

@@ -26,10 +26,11 @@ class RBLA(Method):
     paper = "RBLA, arXiv 2408.08699"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
     rescale = "both"
+    weights = staticmethod(slice_weights)
 
     empty_slice: EmptySlice = "keep"
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
         previous = state.adapter.layers[name]
         kept = previous if self.empty_slice == "keep" else None
-        return average_layer(state, name, parts, slice_weights(parts, previous.rank), empty=kept)
+        return average_layer(state, name, parts, self.weights(parts, previous.rank), empty=kept)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from anyrank.adapter import LoraLayer
-from anyrank.methods.base import Holds, Method, Part, Traits, mean_a, mean_b
+from anyrank.methods.base import Holds, Method, Part, Traits, mean_a, mean_b, slice_weights
 from anyrank.methods.registry import register
 from anyrank.records import Client, Download, ServerState
 
@@ -25,6 +25,7 @@ class RoLoRA(Method):
     summary = "by turns: mean of B (odd rounds), mean of A (even), slice by slice over owners"
     paper = "RoLoRA, arXiv 2502.01755"
     traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    weights = staticmethod(slice_weights)
     train = frozenset({"B"})  # in round 1, and in every second one from there
 
     def dispatch(self, state: ServerState, client: Client) -> Download:

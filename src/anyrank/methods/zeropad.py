@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anyrank.adapter import LoraLayer
-from anyrank.methods.base import Holds, Method, Part, Traits, average_layer, client_weights, ownership
+from anyrank.methods.base import Holds, Method, Part, Traits, average_layer, padded_weights
 from anyrank.methods.registry import register
 from anyrank.records import ServerState
 
@@ -24,7 +24,8 @@ class ZeroPad(Method):
     paper = "baseline of HetLoRA, EMNLP 2024"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.EQUAL)
     rescale = "both"
+    weights = staticmethod(padded_weights)
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
         rank = state.adapter.layers[name].rank
-        return average_layer(state, name, parts, client_weights(parts)[:, None] * ownership(parts, rank))
+        return average_layer(state, name, parts, self.weights(parts, rank))

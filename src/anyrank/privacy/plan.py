@@ -7,12 +7,14 @@ and adds noise; a client takes `local_steps` of them in each round that it takes
 the cohort: the server, and whoever knows the run seed, knows who was drawn.
 
 The guarantee at `level = "client"`: all that a client ever uploads is (epsilon, delta) differentially private with respect to
-its whole data set being there or not; each upload is one release.
+its whole data set being there or not; each upload is one release. With `noise_at = "server"`, all that leaves the server is
+so with respect to its training having moved its uploads or not; each round that it takes part in is one release.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +31,8 @@ class PrivacyPlan:
     """What is promised, and everything that the promise depends on, fixed before round 1.
 
     `epsilon`: the target, 0 where the noise was given instead; `noise`: `{declared count: noise multiplier}` for every count
-    in the federation; `local_steps` in one round; `max_rounds` of the `rounds` that one client may take part in.
+    in the federation; `local_steps` in one round; `max_rounds` of the `rounds` that one client may take part in;
+    `noise_at`: who adds the noise, each client or the server.
     """
 
     level: str
@@ -45,6 +48,17 @@ class PrivacyPlan:
     max_rounds: int
     participation: float
     noise: Mapping[int, float]
+    noise_at: str = "client"
+
+    @property
+    def central(self) -> bool:
+        """Whether uploads come in the clear, and the server adds the noise to their mean."""
+        return self.noise_at == "server"
+
+    @property
+    def upload_bound(self) -> float:
+        """The norm that the server holds each upload's change to."""
+        return self.clip_norm if self.central else math.inf
 
     def declared(self, num_examples: int) -> int:
         """The count that stands for a client's own wherever it is used or sent; made public by the plan."""
@@ -95,6 +109,7 @@ def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
         max_rounds=max_rounds,
         participation=config.clients.participation,
         noise=dict.fromkeys(counts, asked.noise_multiplier),
+        noise_at=asked.noise_at,
     )
     if asked.noise_multiplier:
         return base
