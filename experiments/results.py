@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def run(name: str) -> tuple[float, str]:
 
 
 def write_block(name: str, wall_s: float, day: str) -> None:
-    """Put the study's table, figure and circumstances between its marks in the page; at the end where there are none."""
+    """Put the study's table, figure and circumstances into its block of the page."""
     from anyrank import studies
 
     study, out = studies.load(PAPERS / f"{name}.toml"), RUNS / "papers" / name
@@ -54,6 +55,11 @@ def write_block(name: str, wall_s: float, day: str) -> None:
         PICTURES.mkdir(exist_ok=True)
         (PICTURES / f"{name}.png").write_bytes((out / "figure.png").read_bytes())
         lines.append(f"![{study.title}](results/{name}.png)")
+    put(name, study.title, lines)
+
+
+def put(name: str, title: str, lines: Sequence[str]) -> None:
+    """Write `lines` between the marks of the block `name` in the page; under a heading at its end where there are none."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     block = "\n\n".join([begin, *lines, end])
     page = PAGE.read_text()
@@ -61,7 +67,7 @@ def write_block(name: str, wall_s: float, day: str) -> None:
     if marked.search(page):
         page = marked.sub(lambda _: block, page)
     else:
-        page = f"{page.rstrip()}\n\n## {study.title}\n\n{block}\n"
+        page = f"{page.rstrip()}\n\n## {title}\n\n{block}\n"
     PAGE.write_text(page)
 
 

@@ -89,9 +89,14 @@ def test_every_study_is_valid_and_told(path: Path) -> None:
     assert re.findall(r"^\| `(.*?)` \|", block, flags=re.M) == rows
 
 
-def test_every_block_of_the_results_has_its_study() -> None:
-    told = re.findall(r"^<!-- end of (.*) -->$", (ROOT / "docs" / "results.md").read_text(), flags=re.M)
-    assert sorted(told) == [path.stem for path in STUDIES]
+def test_every_block_of_the_results_has_its_study_or_script() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    told = dict(re.findall(r"^<!-- end of (.*) -->$()", page, flags=re.M))
+    assert {path.stem for path in STUDIES} <= told.keys()
+    for name in told.keys() - {path.stem for path in STUDIES}:
+        block = page.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
+        (script,) = re.findall(r"`python (experiments/\w+\.py)`", block)
+        assert (ROOT / script).is_file()
 
 
 def test_the_method_to_paste_in_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_rounds_to_a_target_and_accuracy_within_a_budget_by_hand() -> None:
 
 
 def test_a_label_says_options_keys_and_rank() -> None:
-    base = config.load(DIGITS, ["method.split=balanced"])  # of raflora, which the file names
+    base = config.load(DIGITS, ["method.name=raflora", "method.split=balanced"])
     one = comparison.variant(base, "flexlora:train.learning_rate=0.5@8")
     assert (one.method.name, one.method.options, one.train.learning_rate, one.clients.ranks) == ("flexlora", {}, 0.5, (8,))
     other = comparison.variant(base, "raflora:empty_slice=zero")

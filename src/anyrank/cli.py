@@ -27,7 +27,7 @@ Set = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Override
 Jobs = Annotated[int, typer.Option("--jobs", help="Runs at a time; default: one a core.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration of the federation.")]
 
-DEMO_METHODS = "zeropad,flexlora,rbla,raflora"
+DEMO_METHODS = "zeropad,flexlora,rbla,raflora,stayput"
 
 
 @app.command()

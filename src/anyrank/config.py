@@ -248,7 +248,7 @@ class TrainConfig:
 class MethodConfig:
     """`[method]`: its `name`, its own options beside it, and `file`: a Python file that registers a method of yours."""
 
-    name: str = "raflora"
+    name: str = "stayput"
     file: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -64,6 +64,11 @@ def _from_summary(name: str) -> Figure:
     return lambda summary, metrics, study: summary.get(name)
 
 
+def _energy_past(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
+    """Energy past the smallest rank; of clients of one rank there is none, by definition."""
+    return summary["collapse"] if len(summary["ranks"]) > 1 else None
+
+
 def _rounds_to_target(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
     """The first scored round from which on the target is reached; `None` where it never is."""
     return next((row["round"] for row in _scored(metrics) if row["accuracy"] >= study.target_accuracy), None)
@@ -90,7 +95,7 @@ COLUMNS = {
     "last_accuracy": Column("last 5, %", _from_summary("last_accuracy"), 1, 100),
     "start_accuracy": Column("start, %", _from_summary("start_accuracy"), 1, 100),
     "worst_client": Column("worst client, %", _from_summary("worst_client_accuracy"), 1, 100),
-    "collapse": Column("energy past min rank, %", _from_summary("collapse"), 1, 100),
+    "collapse": Column("energy past min rank, %", _energy_past, 1, 100),
     "effective_rank": Column("effective rank", _from_summary("effective_rank"), 1),
     "upload": Column("MB up", _from_summary("upload_bytes"), 2, 1e-6, spread=False),
     "download": Column("MB down", _from_summary("download_bytes"), 2, 1e-6, spread=False),
