@@ -132,7 +132,6 @@ _TABLE = (
     ("last 5, %", "last_accuracy", 2, 100, True),
     ("worst client, %", "worst_client_accuracy", 2, 100, True),
     ("energy beyond min rank, %", "collapse", 2, 100, True),
-    ("effective rank", "effective_rank", 2, 1, True),
     ("up, MB", "upload_bytes", 1, 1e-6, False),
     ("down, MB", "download_bytes", 1, 1e-6, False),
     ("time, s", "seconds", 1, 1, False),
