@@ -29,6 +29,9 @@ bench: $(VENV)/.installed-test
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py
+	$(BIN)/python experiments/noise.py
+	$(BIN)/python experiments/alpha.py
+	$(BIN)/python experiments/private_rates.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix src tests
