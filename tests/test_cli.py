@@ -192,3 +192,26 @@ def is_locked(path: Path) -> bool:
         except OSError:
             return True
     return False
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_one_diverging_run_costs_that_run(anyrank, jobs: str) -> None:
+    """The runs that end well are in the table, the others are told with their reasons, and the exit says so."""
+    diverging = "raflora:train.learning_rate=1e30"
+    request = ("compare", "digits.toml", "--methods", f"rbla,{diverging}", "--set", "run.rounds=2", "--jobs", jobs)
+    done = anyrank(*request, "--seeds", "2", "--out", f"grid-{jobs}", "--json")
+    assert done.returncode == 1
+    told = json.loads(done.stdout)
+    assert [(row["label"], row["seeds"]) for row in told["rows"]] == [("rbla", 2)]
+    assert [(failure["label"], failure["seed"]) for failure in told["failures"]] == [(diverging, 0), (diverging, 1)]
+    assert done.stderr.startswith("anyrank: 2 of 4 runs failed")
+    assert "lower train.learning_rate" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert Path(told["report"]).name == "report.html"
+
+
+def test_a_grid_of_which_no_run_ends_well_says_why(anyrank) -> None:
+    request = ("compare", "digits.toml", "--methods", "raflora", "--set", "train.learning_rate=1e30", "--out", "none")
+    done = anyrank(*request)
+    assert done.returncode == 1
+    assert done.stderr.startswith("anyrank: all 1 runs failed; raflora seed 0: round 1: no client sent a usable update")

@@ -72,6 +72,23 @@ def test_a_study_is_its_runs(folder: Path, anyrank) -> None:
     assert json.loads(again.stdout)["settings"] == results["settings"]
 
 
+def test_a_study_goes_on_without_a_run_that_diverges(folder: Path, anyrank) -> None:
+    diverging = "raflora:train.learning_rate=1e30"
+    text = STUDY.replace("seeds = 2", "seeds = 1").replace('["flexlora", "raflora"]', f'["flexlora", "{diverging}"]')
+    (folder / "collapse.toml").write_text(text)
+    done = anyrank("study", "collapse.toml", "--json")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"anyrank: 1 of 4 runs failed, and the table is without them: {diverging} seed 0: round 1")
+    results = json.loads(done.stdout)
+    good, bad = results["settings"][0]["rows"]
+    assert bad["columns"]["last_accuracy"]["values"] == [None]
+    assert None not in good["columns"]["last_accuracy"]["values"]
+    assert [failure["label"] for failure in results["failures"]] == [diverging]
+    table = (folder / "runs" / "collapse" / "study.md").read_text()
+    assert f"| `{diverging}` | – | – | – |" in table
+    assert (folder / "runs" / "collapse" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_rounds_to_a_target_and_accuracy_within_a_budget_by_hand() -> None:
     accuracies = [0.2, None, 0.5, 0.4, 0.6]
     metrics = [

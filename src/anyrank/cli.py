@@ -6,10 +6,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from anyrank.comparison import Cell, Results
 
 # Before torch is loaded: threads that wait must not spin on cores that others use (2 to 8 times slower on shared cores).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,9 +53,9 @@ def demo(
     from anyrank.rundir import remove_run
 
     remove_run(out)
-    rows = _compare(CONFIG, methods.split(","), seeds, out, jobs, resume=False, quiet=as_json)
+    results = _compare(CONFIG, methods.split(","), seeds, out, jobs, resume=False, quiet=as_json)
     (out / "demo.toml").write_text(tomli_w.dumps(to_table(CONFIG)))
-    _show_comparison(rows, out, as_json, "digits turned by 90 degrees")
+    _show_comparison(results, out, as_json, "digits turned by 90 degrees")
 
 
 @app.command()
@@ -127,8 +131,8 @@ def compare(
 
     chosen = configs.load(config, overrides)
     folder = out or Path("runs") / f"{chosen.run.name}-compare"
-    rows = _compare(chosen, methods.split(","), seeds, folder, jobs, resume, quiet=as_json)
-    _show_comparison(rows, folder, as_json, chosen.run.name)
+    results = _compare(chosen, methods.split(","), seeds, folder, jobs, resume, quiet=as_json)
+    _show_comparison(results, folder, as_json, chosen.run.name)
 
 
 @app.command()
@@ -153,13 +157,15 @@ def study(
         results = studies.execute(chosen, folder, jobs or len(os.sched_getaffinity(0)), tell)
     written = [f"table   {folder / studies.TABLE}"]
     if chosen.figure != "none":
-        settings = [(setting.name, [cell.out for cell in setting.cells(folder)]) for setting in chosen.settings]
+        settings = [(setting.name, _started(setting.cells(folder))) for setting in chosen.settings]
         written.append(f"figure  {report.study_figure(settings, chosen.figure, folder / 'figure.png')}")
     if as_json:
-        return _print_json(results | {"out": str(folder)})
-    for table in console.study_tables(results, studies.cells_of):
-        console.out.print(table)
-    console.out.print("\n".join(written), soft_wrap=True)
+        _print_json(results | {"out": str(folder)})
+    else:
+        for table in console.study_tables(results, studies.cells_of):
+            console.out.print(table)
+        console.out.print("\n".join(written), soft_wrap=True)
+    _raise_failures(results["failures"], len(chosen.cells(folder)))
 
 
 @app.command()
@@ -317,7 +323,7 @@ def report(
     console.out.print(f"report  {page}", soft_wrap=True)
 
 
-def _compare(config, methods: list[str], seeds: int, out: Path, jobs: int, resume: bool, quiet: bool) -> list[dict[str, Any]]:
+def _compare(config, methods: list[str], seeds: int, out: Path, jobs: int, resume: bool, quiet: bool) -> Results:
     from anyrank import comparison, console, report
 
     cells = comparison.plan(config, [name.strip() for name in methods], seeds, out)
@@ -326,20 +332,39 @@ def _compare(config, methods: list[str], seeds: int, out: Path, jobs: int, resum
     rounds = console.Rounds(sum(cell.config.run.rounds for cell in cells), "rounds", quiet)
     with rounds:
         tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
-        rows = comparison.execute(cells, out, jobs or len(os.sched_getaffinity(0)), tell)
-    report.build([cell.out for cell in cells], out / "report.html")
-    report.figure([cell.out for cell in cells], out / "figure.png")
-    return rows
+        results = comparison.execute(cells, out, jobs or len(os.sched_getaffinity(0)), tell)
+    report.build(_started(cells), out / "report.html")
+    report.figure(_started(cells), out / "figure.png")
+    return results
 
 
-def _show_comparison(rows: list[dict[str, Any]], out: Path, as_json: bool, title: str) -> None:
+def _show_comparison(results: Results, out: Path, as_json: bool, title: str) -> None:
     from anyrank import console
 
+    rows, seeds = results.rows, max(row["seeds"] for row in results.rows)
     if as_json:
-        return _print_json({"rows": rows, "out": str(out), "report": str(out / "report.html")})
-    count = f"{rows[0]['seeds']} seeds, mean ± std" if rows[0]["seeds"] > 1 else "one seed"
-    console.out.print(console.comparison_table(rows, f"{title} ({count})"))
-    console.out.print(f"report  {out / 'report.html'}\nfigure  {out / 'figure.png'}", soft_wrap=True)
+        _print_json({"rows": rows, "failures": results.failures, "out": str(out), "report": str(out / "report.html")})
+    else:
+        console.out.print(
+            console.comparison_table(rows, f"{title} ({f'{seeds} seeds, mean ± std' if seeds > 1 else 'one seed'})")
+        )
+        console.out.print(f"report  {out / 'report.html'}\nfigure  {out / 'figure.png'}", soft_wrap=True)
+    _raise_failures(results.failures, len(results.failures) + sum(row["seeds"] for row in rows))
+
+
+def _raise_failures(failures: list[dict[str, Any]], runs: int) -> None:
+    """`RunFailed` where runs of a grid failed: what is left of it has been told, and is all kept."""
+    from anyrank import comparison
+    from anyrank.errors import RunFailed
+
+    if failures:
+        reasons = "; ".join(comparison.told(failure) for failure in failures)
+        raise RunFailed(f"{len(failures)} of {runs} runs failed, and the table is without them: {reasons}")
+
+
+def _started(cells: Sequence[Cell]) -> list[Path]:
+    """The run folders that there are: a run that failed before its first round has none."""
+    return [cell.out for cell in cells if cell.out.is_dir()]
 
 
 def _budget_of(config: Path, overrides: list[str], progress) -> dict[str, Any]:

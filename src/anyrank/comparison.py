@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from anyrank import collapse, simulation
 from anyrank import config as configs
 from anyrank.config import Config
-from anyrank.errors import ConfigError, RunError, RunFailed
+from anyrank.errors import AnyRankError, ConfigError, RunError, RunFailed
 from anyrank.files import write_whole
 from anyrank.rundir import COMPARISON, METRICS, SUMMARY, is_finished
 
@@ -33,6 +34,14 @@ class Cell:
     label: str
     config: Config
     out: Path
+
+
+@dataclass(frozen=True)
+class Results:
+    """A grid that has been run: the table's rows, of finished runs alone; `failures`, `{label, seed, reason}` of the others."""
+
+    rows: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
 
 
 def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[Cell]:
@@ -74,27 +83,42 @@ def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None
         simulation.build(cell.config, progress).engine.model.close()
 
 
-def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> list[dict[str, Any]]:
-    """Run every cell that is not finished yet, `jobs` at a time, then write and return the table's rows."""
+def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> Results:
+    """Run every cell that is not finished yet, `jobs` at a time, then write and return the results.
+
+    A run that cannot go on costs that run. Raises `RunFailed` where none is left to tell of.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    _write(out, cells, [])
-    run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
-    rows = table(cells)
-    _write(out, cells, rows)
-    return rows
+    _write(out, cells, Results([], []))
+    failures = run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
+    results = Results(table(finished(cells, failures)), failures)
+    _write(out, cells, results)
+    return results
 
 
-def run_cells(cells: Sequence[Cell], jobs: int, on_round: OnRound | None = None) -> None:
-    """Run the cells, `jobs` at a time; each goes on where it stopped."""
-    if jobs == 1 or len(cells) <= 1:
-        for cell in cells:
-            _run(cell, on_round)
-    else:
-        _run_parallel(cells, jobs, on_round)
+def run_cells(cells: Sequence[Cell], jobs: int, on_round: OnRound | None = None) -> list[dict[str, Any]]:
+    """Run the cells, `jobs` at a time; each goes on where it stopped. Returns those that failed, as `Results.failures`."""
+    run = _run_in_turn if jobs == 1 or len(cells) <= 1 else _run_parallel
+    reasons = run(cells, jobs, on_round)
+    failed = [(cell, reason) for cell, reason in zip(cells, reasons, strict=True) if reason]
+    return [{"label": cell.label, "seed": cell.config.run.seed, "reason": reason} for cell, reason in failed]
+
+
+def finished(cells: Sequence[Cell], failures: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """The cells that have ended well; `RunFailed` where none has."""
+    left = [cell for cell in cells if is_finished(cell.out)]
+    if not left:
+        raise RunFailed(f"all {len(cells)} runs failed; {told(failures[0])}")
+    return left
+
+
+def told(failure: Mapping[str, Any]) -> str:
+    """One failure in a line."""
+    return f"{failure['label']} seed {failure['seed']}: {failure['reason']}"
 
 
 def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One row a method: means over seeds with their sample standard deviation (0 for one seed)."""
+    """One row a method: means over seeds with their sample standard deviation (0 for one seed). The cells are finished ones."""
     rows, rank = [], min(min(cell.config.clients.ranks) for cell in cells)
     for label in dict.fromkeys(cell.label for cell in cells):
         runs = [cell for cell in cells if cell.label == label]
@@ -120,11 +144,16 @@ def _by_seed(cells: Sequence[Cell], label: str, figure: str) -> dict[int, float]
 def _pair(rows: list[dict[str, Any]], figure: str, values: Mapping[str, Mapping[int, float]]) -> None:
     """Give each row its differences to the row with the best mean, seed by seed: on one seed all methods meet the same
     clients, cohorts and batches, so that much of the spread over seeds cancels. `wins`: seeds on which the row is ahead.
+    `None` for a row that has no seed in common with the best.
     """
     best = max(rows, key=lambda row: row[figure])["label"]
     for row in rows:
-        differences = [value - values[best][seed] for seed, value in values[row["label"]].items()]
-        row[f"{figure}_paired"] = {"to": best, **_mean("difference", differences), "wins": sum(d > 0 for d in differences)}
+        own, other = values[row["label"]], values[best]
+        differences = [own[seed] - other[seed] for seed in own if seed in other]
+        paired = (
+            {"to": best, **_mean("difference", differences), "wins": sum(d > 0 for d in differences)} if differences else None
+        )
+        row[f"{figure}_paired"] = paired
 
 
 def _mean_of_known(values: Sequence[float | None]) -> float | None:
@@ -145,14 +174,24 @@ def _energy_past(cell: Cell, rank: int) -> float | None:
     return collapse.energy_beyond({name: torch.tensor(values) for name, values in spectrum.items()}, rank)
 
 
-def _write(out: Path, cells: Sequence[Cell], rows: list[dict[str, Any]]) -> None:
+def _write(out: Path, cells: Sequence[Cell], results: Results) -> None:
     runs = [str(cell.out.relative_to(out)) for cell in cells]  # in the order that was asked for: reports keep it
-    write_whole(out / COMPARISON, lambda file: file.write_text(json.dumps({"runs": runs, "rows": rows}, indent=2) + "\n"))
+    held = {"runs": runs, "rows": results.rows, "failures": results.failures}
+    write_whole(out / COMPARISON, lambda file: file.write_text(json.dumps(held, indent=2) + "\n"))
 
 
-def _run(cell: Cell, on_round: OnRound | None) -> None:
+def _run_in_turn(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) -> list[str]:
+    return [_run(cell, on_round) for cell in cells]
+
+
+def _run(cell: Cell, on_round: OnRound | None) -> str:
+    """Why the run cannot go on; empty when it has ended well."""
     tell = (lambda metrics: on_round(cell.label, cell.config.run.seed, metrics)) if on_round else None
-    simulation.execute(cell.config, cell.out, resume=True, on_round=tell)
+    try:
+        simulation.execute(cell.config, cell.out, resume=True, on_round=tell)
+    except AnyRankError as error:  # what was wrong with the request came to light in `check`, before anything was trained
+        return str(error)
+    return ""
 
 
 # --- over several processes --------------------------------------------------------------------------------------------
@@ -173,25 +212,30 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(cell: Cell) -> None:
-    _run(cell, lambda *event: _events.put(event))
+def _work(cell: Cell) -> str:
+    return _run(cell, lambda *event: _events.put(event))
 
 
-def _run_parallel(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) -> None:
-    """Spread the cells over worker processes, and hand on their rounds as they end. The first failure stops the rest."""
+def _run_parallel(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) -> list[str]:
+    """Spread the cells over worker processes, and hand on their rounds as they end."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(events,))
     try:
-        running: set[Future] = {pool.submit(_work, cell) for cell in cells}
+        futures: list[Future] = [pool.submit(_work, cell) for cell in cells]
+        running = set(futures)
         while running:
             done, running = wait(running, timeout=0.2)
             _tell(events, on_round)
             for future in done:
                 future.result()
-    except BrokenPipeError as error:
-        raise RunFailed(f"a worker process ended unexpectedly ({error}); go on by --resume") from None
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise RunFailed(
+            "a worker process was ended from outside, or for want of memory; what is finished is kept: go on by --resume, with "
+            "fewer --jobs where memory is short"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         _tell(events, on_round)

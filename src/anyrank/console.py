@@ -98,7 +98,7 @@ def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable
     """`{heading: a row's text}`; only the essentials on a narrow terminal."""
     best = max(row["accuracy"] for row in rows)
     wide = out.width >= _WIDE
-    paired = {"against the best,\nby seed (ahead)": _paired} if rows[0]["seeds"] > 1 and wide else {}
+    paired = {"against the best,\nby seed (ahead)": _paired} if max(row["seeds"] for row in rows) > 1 and wide else {}
     worst = {"worst\nclient": lambda row: _known(row["worst_client_accuracy"])} if wide else {}
     return {
         "accuracy": lambda row: _leading(spread(row, "accuracy"), row["accuracy"] == best),
@@ -115,6 +115,8 @@ def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable
 def _paired(row: Mapping[str, Any]) -> str:
     """The difference to the best row, seed by seed, and on how many seeds the row is ahead."""
     own = row["accuracy_paired"]
+    if own is None:
+        return "–"
     if own["to"] == row["label"]:
         return "best"
     return f"{own['difference']:+.3f} ± {own['difference_std']:.3f} ({own['wins']}/{row['seeds']})"

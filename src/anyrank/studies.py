@@ -173,10 +173,13 @@ def check(study: Study, progress=None) -> None:
 
 def execute(study: Study, out: Path, jobs: int, on_round: comparison.OnRound | None = None) -> dict[str, Any]:
     """Run what is not finished yet, all settings in one grid, and return the results, which `out` then holds as
-    JSON and as Markdown."""
+    JSON and as Markdown. A run that cannot go on costs that run; `RunFailed` where none is left to tell of.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    comparison.run_cells([cell for cell in study.cells(out) if not is_finished(cell.out)], jobs, on_round)
-    results = tell(study, out)
+    cells = study.cells(out)
+    failures = comparison.run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
+    comparison.finished(cells, failures)
+    results = tell(study, out) | {"failures": failures}
     write_whole(out / STUDY, lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))
     write_whole(out / TABLE, lambda file: file.write_text(markdown(results)))
     return results
@@ -184,7 +187,7 @@ def execute(study: Study, out: Path, jobs: int, on_round: comparison.OnRound | N
 
 def tell(study: Study, out: Path) -> dict[str, Any]:
     """The study's table: for each setting and method each column's values by seed, with mean and sample deviation, and the
-    differences to the setting's best method, seed by seed, in the first column.
+    differences to the setting's best method, seed by seed, in the first column. A run that is not finished has no values.
     """
     settings = []
     for setting in study.settings:
@@ -193,16 +196,16 @@ def tell(study: Study, out: Path) -> dict[str, Any]:
         _pair(rows, study.columns[0])
         seeds = [cell.config.run.seed for cell in cells[: setting.seeds]]
         settings.append({"name": setting.name, "seeds": seeds, "rows": rows})
-    seconds = sum(_read(cell.out)[0]["seconds"] for cell in study.cells(out))
+    seconds = sum(_read(cell.out)[0]["seconds"] for cell in study.cells(out) if is_finished(cell.out))
     told = {"name": study.name, "title": study.title, "claim": study.claim, "columns": list(study.columns)}
     return told | {"settings": settings, "run_seconds": seconds}
 
 
 def _row(study: Study, label: str, cells: Sequence[Cell]) -> dict[str, Any]:
-    runs = [_read(cell.out) for cell in cells]
+    runs = [_read(cell.out) if is_finished(cell.out) else None for cell in cells]
     columns = {}
     for name in study.columns:
-        values = [COLUMNS[name].figure(summary, metrics, study) for summary, metrics in runs]
+        values = [COLUMNS[name].figure(*run, study) if run else None for run in runs]
         known = [value for value in values if value is not None]
         mean = statistics.fmean(known) if known else None
         columns[name] = {"values": values, "mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None}
