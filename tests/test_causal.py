@@ -17,6 +17,7 @@ from anyrank.config import ClientsConfig, Config, DataConfig, EvalConfig, LoraCo
 from anyrank.config import load as load_config
 from anyrank.errors import ConfigError, DataError, ModelError
 from anyrank.models import LoraModel
+from anyrank.records import Scaling
 from anyrank.tasks import arithmetic, causal, decoder, prompts, scoring
 from anyrank.tasks.sequences import Encoded, Sequences
 
@@ -265,15 +266,14 @@ def test_a_saved_adapter_is_one_of_the_model_as_peft_loads_it(folders, data, tmp
         )
         for name, target in model.targets.items()
     }
-    config = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
-    saved = Adapter(layers, config=config).save(tmp_path / "adapter")
+    saved = Adapter(layers, config=model.start(4, Scaling(2.0), seed=0).config).save(tmp_path / "adapter")
     model.apply(Adapter(layers))
     adapted = losses(task, even=True)
     written_on = decoder.go_on(task.module, [[20, 30, 40, 50]], 8, frozenset())
     model.close()
     assert (adapted - plain).abs().max() > 0.1
     torch.testing.assert_close(losses(task, even=True), plain)
-    reloaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), saved).eval()
+    reloaded = peft.AutoPeftModelForCausalLM.from_pretrained(saved).eval()  # it finds the base model itself
     batch = task.train.inputs.batch(torch.arange(4), even=True)
     with torch.no_grad():
         logits = reloaded(input_ids=batch["inputs"]).logits[:, :-1]

@@ -139,6 +139,16 @@ def test_a_saved_adapter_gives_the_same_logits_as_peft_loads_it(folders, source,
     torch.testing.assert_close(adapted, expected, atol=1e-4, rtol=0)
 
 
+def test_a_part_without_the_head_loads_too(folders, source, tmp_path):
+    """What goes into the base model has no head in it, though the adapter it comes from has: PEFT must not look for one."""
+    start = LoraModel(load(folders["bert"], source, "model-trained")).start(4, Scaling(2.0), seed=0)
+    assert start.config["task_type"] == "SEQ_CLS"
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folders["bert"])
+    plain = alone(base, folders["bert"], training_texts(source))
+    reloaded = peft.PeftModel.from_pretrained(base, Adapter(start.layers, {}, start.config).save(tmp_path / "part"))
+    assert torch.equal(alone(reloaded, folders["bert"], training_texts(source)), plain)  # B is still zero
+
+
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - TARGETS.keys()))
 def test_adapters_go_where_peft_puts_them_by_default(folders, source, architecture):
     base = transformers.AutoModelForSequenceClassification.from_pretrained(folders[architecture])
@@ -160,10 +170,12 @@ def test_a_run_leaves_a_classifier_that_peft_loads(folders, source, tmp_path):
     assert "its own head, trained" in summary["task"]
     base = transformers.AutoModelForSequenceClassification.from_pretrained(folders["bert"])
     reloaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    named = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter")  # finds the base itself
     task = load(folders["bert"], source, "model-trained")
     model = LoraModel(task)
     model.apply(Adapter.load(tmp_path / "run" / "adapter"))
-    torch.testing.assert_close(logits(task), alone(reloaded, folders["bert"], training_texts(source)), atol=1e-4, rtol=0)
+    for theirs in (reloaded, named):
+        torch.testing.assert_close(logits(task), alone(theirs, folders["bert"], training_texts(source)), atol=1e-4, rtol=0)
     start = model.start(2, Scaling(2.0), seed=0).tensors["classifier.weight"]
     assert not torch.equal(start, Adapter.load(tmp_path / "run" / "adapter").tensors["classifier.weight"])
 

@@ -315,6 +315,9 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")  # task types of which PEFT wants a head in the folder
+
+
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """What `adapter_config.json` says of `adapter`: its own config, with the ranks and alphas that its layers have."""
     rslora = bool(adapter.config.get("use_rslora"))
@@ -339,6 +342,8 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
     config = dict(adapter.config)
     if not adapter.tensors:  # a part without the head, such as what goes into the base model: PEFT would look for it
         config |= {"modules_to_save": None, "bias": "none"}
+        if config.get("task_type") in _WITH_HEAD:
+            config["task_type"] = None
     return defaults | config | own
 
 

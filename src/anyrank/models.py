@@ -70,7 +70,7 @@ class LoraModel:
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
         """The adapter that a run starts from: PEFT's init (A uniform, B zero; Embedding: A zero, B normal), head as loaded."""
         layers = {name: self._start_layer(name, rank, scaling.of(name, rank), seed) for name in self.targets}
-        config = {"base_model_name_or_path": self.task.base_model or None}
+        config = {"base_model_name_or_path": self.task.base_model or None, **self.task.peft}
         if any(type(target.module).__name__ == "Conv1D" for target in self.targets.values()):
             config["fan_in_fan_out"] = True
         return Adapter(layers, {name: start.to("cpu", copy=True) for name, start in self._start.items()}, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -117,7 +117,8 @@ class Task:
     `module(**batch)` gives what `objective` reads, for a classifier logits `[b, classes]`. `targets`: full names of the modules
     that get LoRA; `trained`: full names of plain parameters trained beside them (a head). Labels of examples say to partitions
     and to per-client scores what kind of example each is. `columns`: other columns of the training data, for partitions.
-    `base_model` and `head` say in the adapter's config and in the report what was used.
+    `base_model` and `head` say in the adapter's config and in the report what was used; `peft` are further entries of that
+    config, such as PEFT's task type, by which its `AutoPeftModel...` classes know what to load.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Task:
     label_names: tuple[str, ...]
     head: str
     base_model: str = ""
+    peft: Mapping[str, Any] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     objective: Objective = field(default_factory=Classification)

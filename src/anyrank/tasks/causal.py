@@ -59,6 +59,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, p
         label_names=train.label_names,
         head="frozen",
         base_model=base.name,
+        peft={"task_type": "CAUSAL_LM"},
         columns=train.columns,
         objective=Completion(_questions(base, writer, test, sequences[1], module.generates)),
     )

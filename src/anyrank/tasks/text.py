@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,19 +70,26 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
         label_names=train.label_names,
         head=model.head,
         base_model=source.name,
+        peft=built.peft,
         trained=("head.weight", "head.bias") if model.head == "trained" else (),
         columns=train.columns,
     )
 
 
+_ENCODER = {"task_type": "FEATURE_EXTRACTION"}  # as PEFT calls a bare encoder
+
+
 @dataclass(frozen=True)
 class _Built:
-    """A module, the names of its targets, its inputs by part (`train`, `test`), and how it was made, in words."""
+    """A module, the names of its targets, its inputs by part (`train`, `test`), how it was made, in words, and what
+    the adapter's config says of it.
+    """
 
     module: nn.Module
     targets: tuple[str, ...]
     inputs: Mapping[str, Inputs]
     how: str
+    peft: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _on_map(encode: Encode, texts: Mapping[str, Sequence[str]], head: _Head) -> _Built:
@@ -112,9 +120,9 @@ def _in_encoder(encode: Encode, texts: Mapping[str, Sequence[str]], head: _Head,
     classifier = head.build(encoder.model.config.hidden_size, found["names"]["values"] if "names" in texts else None)
     if encoder.layers is None:
         how = "LoRA in the encoder, the whole model from token ids: its layers cannot be run apart"
-        return _Built(WholeClassifier(encoder.model, classifier), targets, inputs, how)
+        return _Built(WholeClassifier(encoder.model, classifier), targets, inputs, how, _ENCODER)
     how = f"LoRA from layer {first} on, {f'frozen prefix {encoder.dtype_name}' if first else 'from token ids'}"
-    return _Built(SplitClassifier(encoder.model, encoder.layers, first, classifier), targets, inputs, how)
+    return _Built(SplitClassifier(encoder.model, encoder.layers, first, classifier), targets, inputs, how, _ENCODER)
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

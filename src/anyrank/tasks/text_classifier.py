@@ -48,6 +48,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
         label_names=found.label_names,
         head=model.head,
         base_model=found.source.name,
+        peft=_as_peft_saves(found),
         trained=found.trained,
         columns=tables["train"].columns,
     )
@@ -173,6 +174,15 @@ def _pad(source: Source, tokenizer: Any, model: nn.Module) -> int:
 def _head_parts(model: nn.Module) -> tuple[str, ...]:
     """The children above the headless model."""
     return tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
+
+
+def _as_peft_saves(found: _Classifier) -> dict[str, Any]:
+    """How PEFT names what is trained beside LoRA: a head as a whole. Without one it could not load a `SEQ_CLS` folder."""
+    if not found.trained:
+        return {}
+    parts, parents = _head_parts(found.model), {name.rpartition(".")[0] for name in found.trained}
+    saved = {parent.split(".")[0] if parent.split(".")[0] in parts else parent for parent in parents}
+    return {"task_type": "SEQ_CLS", "modules_to_save": sorted(saved)}
 
 
 def _head_parameters(model: nn.Module) -> set[str]:
