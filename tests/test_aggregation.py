@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate
-from anyrank.aggregation import infer_scaling
-from anyrank.errors import AdapterError, MethodError
+from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate, aggregation, lowrank, merging
+from anyrank.aggregation import aggregate_folders, infer_scaling
+from anyrank.errors import AdapterError, AnyRankError, MethodError
 from anyrank.methods import base
 from anyrank.records import Scaling, ServerState
 
@@ -237,3 +237,119 @@ def test_the_spectrum_counts_what_went_into_the_base_model() -> None:
     dense = sum(update.adapter.layers["a.q"].delta() for update in updates) / 2
     found = aggregate(updates, method="flora").spectrum()["a.q"]
     torch.testing.assert_close(found[:6], torch.linalg.svdvals(dense)[:6])
+
+
+# --- many layers side by side ----------------------------------------------------------------------------------------
+
+
+def clients_of_many_layers(count: int = 3) -> list[Adapter]:
+    """Five layers of one shape and one of another, float32; nobody learned anything in the second."""
+    found = []
+    for i in range(count):
+        draw = torch.Generator().manual_seed(i)
+        layers = {}
+        for name in ("a", "b", "c", "d", "e", "wide"):
+            rank, width = 2 * 2**i, 60 if name == "wide" else 40
+            B = torch.randn(50, rank, generator=draw)
+            layers[name] = LoraLayer(torch.randn(rank, width, generator=draw), 0 * B if name == "b" else B, 16 / rank)
+        found.append(Adapter(layers))
+    return found
+
+
+@pytest.fixture
+def side_by_side(monkeypatch: pytest.MonkeyPatch):
+    """Layers in batches, as on a GPU, of `batch_bytes`, here on the CPU."""
+
+    def force(batch_bytes: int) -> None:
+        monkeypatch.setattr(aggregation, "_place", lambda device: (torch.device("cpu"), batch_bytes))
+
+    return force
+
+
+@pytest.mark.parametrize("method", ["flexlora", "raflora", "stayput", "florist", "fedex", "flora", "rbla"])
+@pytest.mark.parametrize("algebra", ["auto", "gram"])
+def test_layers_side_by_side_merge_as_one_by_one(method: str, algebra: str, side_by_side) -> None:
+    adapters = clients_of_many_layers()
+    adapters = [adapters[1]] * 3 if method == "fedex" else adapters
+    updates = [ClientUpdate(adapter, i + 1, f"c{i}") for i, adapter in enumerate(adapters)]
+    one_by_one = aggregate(updates, method=method, algebra=algebra)
+    side_by_side(1 << 30)
+    together = aggregate(updates, method=method, algebra=algebra)
+    assert together.work.paths == one_by_one.work.paths
+    for name, layer in one_by_one.adapter.layers.items():
+        expected, found = layer.delta(), together.adapter.layers[name].delta()
+        assert float((found - expected).norm()) <= 1e-6 * max(1.0, float(expected.norm())), name
+    for name, layer in (one_by_one.base_update.layers if one_by_one.base_update else {}).items():
+        torch.testing.assert_close(together.base_update.layers[name].delta(), layer.delta())
+
+
+def test_folders_are_filled_in_the_same_order_whatever_is_side_by_side(tmp_path: Path, side_by_side) -> None:
+    """The files' headers, with the place of every tensor, are equal byte for byte."""
+    folders = [adapter.save(tmp_path / f"site-{i}") for i, adapter in enumerate(clients_of_many_layers())]
+    written = {}
+    for batch_bytes in (0, 30_000, 1 << 30):
+        side_by_side(batch_bytes)
+        steps = []
+        out = tmp_path / f"out-{batch_bytes}"
+        aggregate_folders(folders, "raflora", out, ranks=[2], progress=lambda *step, steps=steps: steps.append(step))
+        assert steps == [(done, 6) for done in range(1, 7)]
+        weights = [out / folder / "adapter_model.safetensors" for folder in ("global", "rank-2")]
+        written[batch_bytes] = [file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")] for file in weights]
+    assert written[0] == written[30_000] == written[1 << 30]
+
+
+@pytest.mark.parametrize(("batch_bytes", "sizes"), [(0, [1] * 6), (11_000, [2, 2, 1, 1]), (1 << 30, [6])])
+def test_a_batch_holds_no_more_than_its_bytes_or_one_layer(batch_bytes: int, sizes: list[int]) -> None:
+    """A client of rank 2 holds 2 x (50 + 40) float32 numbers of a layer, ranks 2, 4 and 8 together 5040 bytes."""
+    updates = [ClientUpdate(adapter, 1, f"c{i}") for i, adapter in enumerate(clients_of_many_layers())]
+    merge = merging.plan(updates, "raflora", None, 0, None, False, {})
+    batches = list(merge.batches(batch_bytes))
+    assert [name for batch in batches for name in batch] == ["a", "b", "c", "d", "e", "wide"]
+    assert [len(batch) for batch in batches] == sizes
+
+
+def test_a_number_that_is_none_is_laid_at_its_clients_door_in_a_batch_too(tmp_path: Path, side_by_side) -> None:
+    adapters = clients_of_many_layers()
+    adapters[1].layers["d"].B[3, 1] = float("nan")
+    folders = [adapter.save(tmp_path / f"site-{i}") for i, adapter in enumerate(adapters)]
+    side_by_side(1 << 30)
+    for method in ("raflora", "rbla"):
+        with pytest.raises(AdapterError, match="site-1.*d"):
+            aggregate(folders, method=method)
+
+
+def test_the_cpu_by_name_is_the_default_byte_for_byte() -> None:
+    updates = [ClientUpdate(adapter, i + 1, f"c{i}") for i, adapter in enumerate(clients_of_many_layers())]
+    default, named = aggregate(updates, method="raflora"), aggregate(updates, method="raflora", device="cpu")
+    for name, layer in default.adapter.layers.items():
+        assert torch.equal(layer.A, named.adapter.layers[name].A)
+        assert torch.equal(layer.B, named.adapter.layers[name].B)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_one_line() -> None:
+    updates = [ClientUpdate(adapter, 1, f"c{i}") for i, adapter in enumerate(clients_of_many_layers())]
+    with pytest.raises(AnyRankError, match="device = 'cuda': torch .* sees no such device; .* set device to 'cpu' or 'auto'"):
+        aggregate(updates, method="raflora", device="cuda")
+    assert torch.equal(
+        aggregate(updates, method="raflora", device="auto").adapter.layers["a"].A,
+        aggregate(updates, method="raflora").adapter.layers["a"].A,
+    )
+
+
+@pytest.mark.parametrize(("device", "answer"), [("cudda", "did you mean 'cuda'"), ("mps", "known: auto, cpu, cuda")])
+def test_a_device_that_merges_cannot_use_is_one_line(device: str, answer: str) -> None:
+    updates = [ClientUpdate(adapter, 1, f"c{i}") for i, adapter in enumerate(clients_of_many_layers())]
+    with pytest.raises(MethodError, match=f"device '{device}': expected one that merges can use; {answer}"):
+        aggregate(updates, method="raflora", device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
+@pytest.mark.parametrize("algebra", lowrank.ALGEBRAS)
+def test_a_gpu_merges_as_the_cpu_does(algebra: str) -> None:
+    updates = [ClientUpdate(adapter, i + 1, f"c{i}") for i, adapter in enumerate(clients_of_many_layers())]
+    here, there = (aggregate(updates, method="raflora", algebra=algebra, device=device) for device in ("cpu", "cuda"))
+    for name, layer in here.adapter.layers.items():
+        found = there.adapter.layers[name]
+        assert found.A.device.type == "cpu"
+        assert float((found.delta() - layer.delta()).norm()) <= 3e-6 * max(1.0, float(layer.delta().norm()))

@@ -226,8 +226,118 @@ def test_factors_are_not_held_in_a_wider_type() -> None:
     """The stacks of bfloat16 factors are made once, in float32, and the memory is used again for the next layer."""
     product = federation([4, 8], 100, dtype=torch.bfloat16)
     work = lowrank.Work()
-    X, _, Y = product.stacked(work.room)
-    again, _, _ = product.stacked(work.room)
+    X, _, Y = lowrank._stacked([product], work)
+    again, _, _ = lowrank._stacked([product], work)
     assert X.dtype == Y.dtype == torch.float32
     assert X.data_ptr() == again.data_ptr()
     assert X.shape == (100, 12)
+
+
+# --- the leading eigenvectors of a core ------------------------------------------------------------------------------
+
+N, RANK = 420, 64
+PLACES = torch.arange(1, N + 1, dtype=torch.float64)
+SPECTRA = {  # eigenvalues, and whether a small space settles their leading pairs
+    "falling": (PLACES**-3, True),
+    "of low rank": (torch.where(PLACES <= 30, PLACES**-2, 0.0), False),
+    "flat": (1 + 1e-3 * PLACES.flip(0), False),
+    "more copies than a block has columns": (torch.where(PLACES <= 63, 1.0, 0.1 * 0.7 ** (PLACES - 64)), False),
+}
+
+
+def symmetric(eigenvalues: Tensor, seed: int) -> Tensor:
+    Q = torch.linalg.qr(draw(seed, N, N).double())[0]
+    return (Q * eigenvalues) @ Q.T
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_leading_pairs_are_the_dense_ones_whatever_the_spectrum(spectrum: str) -> None:
+    eigenvalues, small_space_will_do = SPECTRA[spectrum]
+    A, floor = symmetric(eigenvalues, 3), torch.tensor(5e-7, dtype=torch.float64)
+    values, vectors = subspace._leading(A.triu(), RANK, floor)
+    expected = eigenvalues.sort(descending=True)[0]
+    torch.testing.assert_close(values[:RANK], expected[:RANK], rtol=0, atol=1e-12)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(RANK + 8, dtype=torch.float64), rtol=0, atol=1e-10)
+    # What A does to the vectors lies in their span, but for what changes `U S` by less than float32's rounding.
+    beyond = A @ vectors[:, :RANK] - vectors[:, :RANK] * values[:RANK]
+    present = expected[:RANK] > floor**2
+    assert float((beyond[:, present] / expected[:RANK][present].sqrt()).norm() / expected[:RANK].sum().sqrt()) < 6e-8
+    _, _, settled = subspace._lanczos(A, RANK, floor)
+    assert settled or not small_space_will_do
+
+
+def test_each_matrix_of_a_batch_is_settled_by_itself() -> None:
+    batch = torch.stack([symmetric(eigenvalues, 3) for eigenvalues, _ in SPECTRA.values()])
+    floor = torch.full((len(batch),), 5e-7, dtype=torch.float64)
+    _, _, settled = subspace._lanczos(batch.clone(), RANK, floor)
+    assert settled[0]
+    assert not settled[2]
+    values, _ = subspace._leading(batch, RANK, floor)
+    for found, (eigenvalues, _) in zip(values, SPECTRA.values(), strict=True):
+        torch.testing.assert_close(found[:RANK], eigenvalues.sort(descending=True)[0][:RANK], rtol=0, atol=1e-12)
+
+
+def test_what_a_block_has_no_columns_for_is_missed_and_noticed() -> None:
+    """63 copies of the largest eigenvalue, and a space of blocks of twelve: its pairs are pairs, but not the leading ones."""
+    A, floor = symmetric(SPECTRA["more copies than a block has columns"][0], 3), torch.tensor(5e-7, dtype=torch.float64)
+    values, vectors, settled = subspace._lanczos(A, RANK, floor)
+    assert float((A @ vectors - vectors * values)[:, :RANK].norm()) < 1e-6
+    assert int((values > 0.5).sum()) < 63
+    assert not settled
+
+
+def test_the_gram_way_is_as_exact_where_the_core_is_large() -> None:
+    product = federation([4, 8, 16, 32, 64] * 4, 600)
+    found, _, work = solve(product, 64, "gram")
+    M = dense(product)
+    assert subspace._has_room(product.slices, 64)
+    assert float((found - best(M, 64)).norm() / M.norm()) < 6e-7
+    assert work.paths == {"gram": 1}
+    assert work.error < subspace.tolerance(torch.float32)
+
+
+# --- many products side by side --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algebra", lowrank.ALGEBRAS)
+def test_products_side_by_side_are_solved_as_one_by_one(algebra: str) -> None:
+    """Singular ones among them: what one product needs is done for it alone, and the others do not notice."""
+    cases = [case for name, case in SINGULAR.items() if name not in ("rank above the sides", "cancellation", "one client left")]
+    products = [federation([2, 4, 8] * 3, 60), *(case(federation([2, 4, 8] * 3, 60)) for case in cases)]
+    products = [product for product in products if product.slices == 42]
+    assert len(products) >= 6
+    found, works = [], []
+    for batch_bytes in (0, 1 << 30):
+        with lowrank.using(algebra, batch_bytes=batch_bytes) as work:
+            found.append(lowrank.svd_all(products, [8] * len(products)))
+        works.append(work)
+    assert works[0].paths == works[1].paths
+    for product, one, other in zip(products, *found, strict=True):
+        assert len(one.S) == len(other.S)
+        difference = (one.U * one.S).double() @ one.Vt.double() - (other.U * other.S).double() @ other.Vt.double()
+        assert float(difference.norm()) <= 1e-6 * size(product)
+
+
+def test_a_layer_that_gram_cannot_settle_is_the_only_one_left_to_qr() -> None:
+    one = federation([4, 8, 16, 32] * 2, 400)
+    cancels = lowrank.difference(Product.of([t._replace(left=t.left * 1.001) for t in one.terms]), one)
+    ordinary = lowrank.stack([one, federation([4, 8, 16, 32] * 2, 400, seed=5)])
+    with lowrank.using("auto", batch_bytes=1 << 30) as work:
+        found = lowrank.svd_all([ordinary, cancels, ordinary], [32] * 3)
+    assert work.paths == {"gram": 2, "qr": 1}
+    for product, (U, S, Vt) in zip((ordinary, cancels, ordinary), found, strict=True):
+        M = dense(product)
+        assert float(((U * S).double() @ Vt.double() - best(M, 32)).norm() / M.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(("batch_bytes", "together"), [(0, [1, 1, 1]), (2 * 12 * 200 * 4, [2, 1]), (1 << 30, [3])])
+def test_as_many_are_solved_side_by_side_as_their_factors_have_room(batch_bytes: int, together: list[int], monkeypatch) -> None:
+    """Two stacks of 12 slices and 100 + 100 numbers each, in float32; one by one if there is room for none."""
+    seen = []
+    solve_some = lowrank._solve
+    monkeypatch.setattr(lowrank, "_solve", lambda some, *rest: seen.append(len(some)) or solve_some(some, *rest))
+    products = [federation([4, 8], 100, seed=seed) for seed in range(3)]
+    with lowrank.using("gram", batch_bytes=batch_bytes):
+        alike = lowrank.svd_all([products[0], federation([4], 100), *products[1:]], [4, 4, 4, 4])
+    assert seen == [*together, 1]
+    assert [len(found.S) for found in alike] == [4] * 4

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from anyrank import collapse, lowrank
+from anyrank import collapse, hardware, lowrank
 from anyrank.adapter import Adapter, LoraLayer
-from anyrank.errors import AdapterError, RunError, RunFailed
+from anyrank.errors import AdapterError, MethodError, RunError, RunFailed, nearest
 from anyrank.folders import FolderWriter
 from anyrank.merging import Merge, has_own_aggregate, infer_scaling, plan
 from anyrank.methods import Method
@@ -23,6 +24,7 @@ __all__ = ["AggregateResult", "aggregate", "aggregate_folders", "infer_scaling"]
 
 Updates = Iterable[ClientUpdate | str | os.PathLike[str]]
 Progress = Callable[[int, int], None]
+_BATCH_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,19 @@ def aggregate(
     seed: int = 0,
     scaling: Scaling | None = None,
     algebra: str = "auto",
+    device: str = "cpu",
     allow_different_base: bool = False,
     **options: Any,
 ) -> AggregateResult:
     """Merge the clients' adapters by `method`; `options` are the method's own.
 
-    `updates`: `ClientUpdate`s, or PEFT adapter folders (then all clients weigh the same), which are read one layer at a time.
+    `updates`: `ClientUpdate`s, or PEFT adapter folders (then all clients weigh the same), which are read as they are merged.
     `previous`: the global adapter that the clients started from, for methods that keep what no client of this round has.
     `scaling`: the rule that shares use; by default the one that explains the clients' own scalings. `algebra`: how singular
-    values are computed, see `anyrank.lowrank`. `allow_different_base`: merge although the adapters name different base models
-    (one model may have a name of its own on each machine). The result has the widest number type among the clients'.
+    values are computed, see `anyrank.lowrank`. `device`: and where, `cpu` (one layer of all clients in memory at a time),
+    `cuda` (as many layers as have 1 GiB of factors, those of one shape side by side) or `auto`: `cuda` where it is, else `cpu`.
+    `allow_different_base`: merge although the adapters name different base models (one model may have a name of its own on
+    each machine). The result has the widest number type among the clients'. Between devices it differs by rounding.
 
     >>> import torch
     >>> from anyrank import LoraLayer
@@ -84,18 +89,29 @@ def aggregate(
     ({'layer': 2}, {'layer': 1})
     """
     merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
-    with lowrank.using(algebra) as work:
+    with lowrank.using(algebra, *_place(device)) as work:
         whole = has_own_aggregate(merge.method)
-        state = merge.method.aggregate(merge.state(), merge.updates) if whole else _layer_by_layer(merge)
+        state = merge.method.aggregate(merge.state(), merge.updates) if whole else _layer_by_layer(merge, work.batch_bytes)
     return AggregateResult(merge.method, state, work)
 
 
-def _layer_by_layer(merge: Merge) -> ServerState:
+def _place(device: str) -> tuple[torch.device, int]:
+    """Where SVDs are made, and of how many bytes of the clients' factors at a time; 0 is one layer."""
+    known = ("auto", "cpu", "cuda")
+    if device not in known:  # Apple's has no float64
+        raise MethodError(f"device '{device}': expected one that merges can use; {nearest(device, known)}")
+    found = hardware.find(device, "device")
+    return (found, _BATCH_BYTES) if found.type == "cuda" else (torch.device("cpu"), 0)
+
+
+def _layer_by_layer(merge: Merge, batch_bytes: int) -> ServerState:
     # In memory of their own: what a rule hands through (a frozen A, a head that nobody sent) may still be a page of a file.
-    merged = {name: merge.layer(name) for name in merge.names}
-    layers = {name: _copy(layer) for name, (layer, _) in merged.items()}
+    layers, into_base = {}, {}
+    for names in merge.batches(batch_bytes):
+        for name, (layer, base) in merge.layers(names).items():
+            layers[name] = _copy(layer)
+            into_base |= {name: _copy(base)} if base is not None else {}
     tensors = {name: merge.tensor(name).clone() for name in merge.tensors}
-    into_base = {name: _copy(base) for name, (_, base) in merged.items() if base is not None}
     adapter = Adapter(layers, tensors, merge.config)
     return ServerState(1, merge.seed, adapter, merge.scaling, Adapter(into_base, {}, merge.config) if into_base else None)
 
@@ -113,11 +129,13 @@ def aggregate_folders(
     seed: int = 0,
     scaling: Scaling | None = None,
     algebra: str = "auto",
+    device: str = "cpu",
     allow_different_base: bool = False,
     progress: Progress = lambda done, total: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """As `aggregate`, written to `out` layer by layer as it is computed, so that memory holds one layer of all clients.
+    """As `aggregate`, written to `out` layer by layer as it is computed, so that memory holds one layer of all clients, or,
+    with a `device` that is not the CPU, one batch of layers.
 
     `out/global` is the whole update, `out/rank-R` what a client of each rank in `ranks` gets, `out/base-update` what goes into
     the base model (for the methods that have such a part): the same numbers, byte for byte, as `aggregate` gives. `out` must
@@ -132,8 +150,8 @@ def aggregate_folders(
     merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with lowrank.using(algebra) as work, _Folders(unfinished, merge, ranks) as folders:
-            folders.fill(progress)
+        with lowrank.using(algebra, *_place(device)) as work, _Folders(unfinished, merge, ranks) as folders:
+            folders.fill(progress, work.batch_bytes)
         os.replace(unfinished, out)
     except OSError as error:
         raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from None
@@ -171,23 +189,27 @@ class _Folders:
         self.writers[name] = FolderWriter(self._root / name, self._merge.outline, tensors)
         return self.writers[name]
 
-    def fill(self, progress: Progress) -> None:
+    def fill(self, progress: Progress, batch_bytes: int) -> None:
         merge = self._merge
         wide = [name for name, tensor in merge.tensors.items() if tensor.dtype.itemsize >= merge.dtype.itemsize]
         wide.sort(key=lambda name: -merge.tensors[name].dtype.itemsize)
         narrow = sorted(merge.tensors.keys() - set(wide), key=lambda name: (-merge.tensors[name].dtype.itemsize, name))
         self._tensors(wide)
-        for done, name in enumerate(merge.names, 1):
-            layer, base = merge.layer(name)
-            self.writers["global"].add_layer(name, layer)
-            for rank in self._ranks:
-                self.writers[f"rank-{rank}"].add_layer(name, merge.share(name, layer, rank))
-            if base is not None:
-                (self.writers.get("base-update") or self._open("base-update", {})).add_layer(name, base)
-            progress(done, len(merge.names))
+        done = 0
+        for names in merge.batches(batch_bytes):
+            for name, (layer, base) in merge.layers(names).items():
+                self._layer(name, layer, base)
+                progress(done := done + 1, len(merge.names))
         self._tensors(narrow)
         for writer in self.writers.values():
             writer.finish(merge.config)
+
+    def _layer(self, name: str, layer: LoraLayer, base: LoraLayer | None) -> None:
+        self.writers["global"].add_layer(name, layer)
+        for rank in self._ranks:
+            self.writers[f"rank-{rank}"].add_layer(name, self._merge.share(name, layer, rank))
+        if base is not None:
+            (self.writers.get("base-update") or self._open("base-update", {})).add_layer(name, base)
 
     def _tensors(self, names: Sequence[str]) -> None:
         for name in names:

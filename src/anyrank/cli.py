@@ -180,6 +180,7 @@ def aggregate(
     options: Annotated[list[str], typer.Option("--option", metavar="KEY=VALUE", help="An option of the method.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", help="For the fresh rows of A in slices that are left empty.")] = 0,
     algebra: Annotated[str, typer.Option("--algebra", help="auto, qr, gram or randomized.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="Where SVDs are made: cpu, cuda or auto.")] = "cpu",
     allow_different_base: Annotated[
         bool, typer.Option("--allow-different-base", help="The adapters' different base models are one under two names.")
     ] = False,
@@ -196,7 +197,7 @@ def aggregate(
     began = time.perf_counter()
     with console.Preparing("layers", quiet=as_json) as progress:
         done = aggregate_folders(
-            requests.updates(clients), method, out, requests.ranks(ranks), previous, seed, algebra=algebra,
+            requests.updates(clients), method, out, requests.ranks(ranks), previous, seed, algebra=algebra, device=device,
             allow_different_base=allow_different_base, progress=progress, **requests.options(options),
         )  # fmt: skip
     done["seconds"] = time.perf_counter() - began

@@ -21,15 +21,15 @@ from anyrank.errors import ModelError
 from anyrank.tasks.base import Examples, Inputs, Task
 
 
-def find(name: str) -> torch.device:
-    """The device that `model.device` means: `auto` is a GPU where torch sees one. Raises `ModelError` for one it does not."""
+def find(name: str, asked: str = "model.device") -> torch.device:
+    """The device that is `asked` for: `auto` is a GPU where torch sees one. Raises `ModelError` for one it does not."""
     seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in seen.items() if there))
     if not seen[name]:
         raise ModelError(
-            f"model.device = '{name}': torch {torch.__version__} sees no such device; install a build of torch for it, or set "
-            "model.device to 'cpu' or 'auto'"
+            f"{asked} = '{name}': torch {torch.__version__} sees no such device; install a build of torch for it, or set "
+            f"{asked} to 'cpu' or 'auto'"
         )
     return torch.device(name)
 

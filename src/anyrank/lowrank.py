@@ -11,6 +11,8 @@ singular cases included. With n inner columns:
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,13 +22,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from anyrank import keys, subspace
+from anyrank import subspace
 from anyrank.adapter import LoraLayer
 from anyrank.errors import MethodError, nearest
+from anyrank.subspace import Triples
 
 Algebra = Literal["auto", "qr", "gram", "randomized"]
 ALGEBRAS: tuple[Algebra, ...] = ("auto", "qr", "gram", "randomized")
-_EPS = torch.finfo(torch.float64).eps
+_EPS, _CPU = torch.finfo(torch.float64).eps, torch.device("cpu")
 
 
 class Term(NamedTuple):
@@ -77,19 +80,6 @@ class Product:
         wide = any(torch.float64 in (term.left.dtype, term.right.dtype) for term in self.terms)
         return torch.float64 if wide else torch.float32
 
-    def stacked(self, room: Callable[[str, Tensor, tuple[int, int]], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """`X` `[out, n]`, `w` `[n]` float64 and `Y` `[n, in]` with `M = X diag(w) Y`, X and Y in the working precision.
-
-        `room(name, like, shape)` gives the memory for X and for Y.
-        """
-        (out, width), like = self.shape, self.terms[0].left.new_empty(0, dtype=self.dtype)
-        X, Y = room("X", like, (out, self.slices)), room("Y", like, (self.slices, width))
-        start = 0
-        for term in self.terms:  # copied in place, so that no factor is held a second time in a wider type
-            stop = start + len(term.weights)
-            X[:, start:stop], Y[start:stop], start = term.left, term.right, stop
-        return X, torch.cat([term.weights for term in self.terms]).to(X.device), Y
-
 
 class SVD(NamedTuple):
     """`M = U @ diag(S) @ Vt`: `U` `[out, k]`, `S` `[k]` falling and positive, `Vt` `[k, in]`; `k` is M's numerical rank."""
@@ -103,20 +93,24 @@ class SVD(NamedTuple):
 class Work:
     """How the singular values of a piece of work were computed: which way, how often, and the largest backward error.
 
-    `error` is relative to the norm of what was kept: the result is exact for a sum that differs by this much.
+    `error` is relative to the norm of what was kept: the result is exact for a sum that differs by this much. Where several
+    products are asked for at once, as many of one shape as have stacked factors of `batch_bytes` are solved side by side on
+    `device`, one by one if that is 0.
     """
 
     algebra: Algebra = "auto"
+    device: torch.device = _CPU
+    batch_bytes: int = 0
     paths: dict[str, int] = field(default_factory=dict)
     error: float = 0.0
     _rooms: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def room(self, name: str, like: Tensor, shape: tuple[int, int]) -> Tensor:
+    def room(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Memory for the stacked factors, the same for layer after layer: fresh pages cost more than what is put in them."""
-        size = shape[0] * shape[1]
+        size = math.prod(shape)
         held = self._rooms.get(name)
-        if held is None or held.numel() < size or held.dtype != like.dtype or held.device != like.device:
-            held = self._rooms[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        if held is None or held.numel() < size or held.dtype != dtype:
+            held = self._rooms[name] = torch.empty(size, dtype=dtype, device=self.device)
         return held[:size].view(shape)
 
     def leave(self) -> None:
@@ -131,8 +125,10 @@ _WORK: ContextVar[Work | None] = ContextVar("anyrank_work", default=None)
 
 
 @contextmanager
-def using(algebra: str) -> Iterator[Work]:
+def using(algebra: str, device: torch.device = _CPU, batch_bytes: int = 0) -> Iterator[Work]:
     """Within it, `svd` takes this way, and what it did is written down. (As `numpy.errstate`: for this thread and task only.)
+
+    `device` and `batch_bytes`: see `Work`. The device has to know float64.
 
     >>> with using("gram") as work:
     ...     _ = svd(Product(torch.eye(3), torch.eye(3)))
@@ -141,7 +137,7 @@ def using(algebra: str) -> Iterator[Work]:
     """
     if algebra not in ALGEBRAS:
         raise MethodError(f"algebra '{algebra}': unknown; {nearest(algebra, ALGEBRAS)}")
-    work = Work(algebra)
+    work = Work(algebra, device, batch_bytes)
     token = _WORK.set(work)
     try:
         yield work
@@ -167,13 +163,6 @@ def stack(products: Sequence[Product]) -> Product:
     return Product.of([term for product in products for term in product.terms])
 
 
-def _core(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`Ql, C, Qr` with `left @ right = Ql @ C @ Qr.T`, Ql, Qr with orthonormal columns, C no larger than that or `[n, n]`."""
-    Ql, Rl = torch.linalg.qr(left)
-    Qr, Rr = torch.linalg.qr(right.T)
-    return Ql, Rl @ Rr.T, Qr
-
-
 def svd(product: Product, rank: int | None = None) -> SVD:
     """The singular value decomposition of the product, its top `rank` triples (default: all that are not rounding).
 
@@ -181,62 +170,158 @@ def svd(product: Product, rank: int | None = None) -> SVD:
     positive, so that equal inputs give equal factors. Singular values at rounding level are dropped: a zero product gives
     k = 0. The way is that of the enclosing `using(...)`, by default `auto`.
     """
+    return svd_all([product], [rank])[0]
+
+
+def svd_all(products: Sequence[Product], ranks: Sequence[int | None]) -> list[SVD]:
+    """`svd` of each product; those of one shape, number type and rank side by side, as the enclosing `using(...)` says.
+
+    The results lie on the CPU. How many were solved side by side changes them by rounding.
+    """
     work = _WORK.get() or Work()
-    full = min(*product.shape, product.slices)
-    rank = full if rank is None else min(rank, full)
-    path, found, error = "qr", None, torch.finfo(product.dtype).eps
-    if rank and work.algebra != "qr":
-        path, found, error = _by_subspace(product, rank, work)
-    U, S, Vt = _by_qr(product, rank) if found is None else found
-    work.note(path, error)
-    if len(S) == 0:
-        return SVD(U, S, Vt)
-    peak = Vt.gather(1, Vt.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-    sign = torch.where(peak < 0, -1.0, 1.0).to(Vt)
-    return SVD(U.mul_(sign), S, Vt.mul_(sign[:, None]))
+    alike: dict[tuple[tuple[int, int], int, torch.dtype, int], list[int]] = {}
+    for i, (product, rank) in enumerate(zip(products, ranks, strict=True)):
+        full = min(*product.shape, product.slices)
+        kept = full if rank is None else min(rank, full)
+        alike.setdefault((product.shape, product.slices, product.dtype, kept), []).append(i)
+    found: dict[int, SVD] = {}
+    for (shape, slices, dtype, kept), which in alike.items():
+        together = max(1, work.batch_bytes // max(1, sum(shape) * slices * dtype.itemsize))
+        for start in range(0, len(which), together):
+            some = which[start : start + together]
+            found |= zip(some, _solve([products[i] for i in some], kept, work), strict=True)
+    return [found[i] for i in range(len(products))]
 
 
-def _by_qr(product: Product, rank: int) -> SVD:
-    left, right = product.left, product.right
-    Ql, core, Qr = _core(left, right)
-    u, S, vt = torch.linalg.svd(core, full_matrices=False)
+def _solve(products: Sequence[Product], rank: int, work: Work) -> list[SVD]:
+    """The top `rank` triples of products of one shape. What one way leaves unsettled goes to the next, product by product."""
+    *ways, last = _ways(products[0], rank, work.algebra)
+    enough = subspace.tolerance(products[0].dtype) if work.algebra == "auto" else sys.float_info.max
+    found: list[SVD | None] = [None] * len(products)
+    for way in (*ways, last):
+        rest = [i for i, done in enumerate(found) if done is None]
+        if not rest:
+            break
+        triples = _WAYS[way]([products[i] for i in rest], rank, work)
+        for i, one, error in zip(rest, _cut(triples), triples.error.reshape(-1).tolist(), strict=True):
+            if error <= enough or way == last:
+                found[i] = one
+                work.note(way, error)
+    return found
+
+
+def _ways(product: Product, rank: int, algebra: Algebra) -> tuple[str, ...]:
+    """The ways to try, one after another. QR settles everything."""
+    if algebra == "qr" or rank == 0 or (algebra == "auto" and product.dtype == torch.float64):
+        return ("qr",)
+    if algebra != "auto":
+        return (algebra, "qr")
+    cost = subspace.cost(*product.shape, product.slices, rank)
+    order = ("randomized", "gram", "qr")
+    return order[order.index(min(cost, key=cost.__getitem__)) :]
+
+
+def _cut(found: Triples) -> list[SVD]:
+    """The triples of each product, with fixed signs and without what is at rounding level."""
+    sign = torch.where(_peaks(found.Vt) < 0, -1.0, 1.0).to(found.Vt)
+    U, Vt = found.U.mul_(sign[..., None, :]).cpu(), found.Vt.mul_(sign[..., None]).cpu()
+    S, kept = found.S.to(U).cpu(), (found.S > 0).sum(dim=-1).reshape(-1).tolist()
+    if U.ndim == 2:
+        U, S, Vt = U[None], S[None], Vt[None]
+    return [SVD(u[:, :k], s[:k], vt[:k]) for u, s, vt, k in zip(U, S, Vt, kept, strict=True)]
+
+
+def _peaks(rows: Tensor) -> Tensor:
+    """The entry of largest magnitude in each row, the first one of several."""
+    high, low = rows.amax(dim=-1), rows.amin(dim=-1)
+    if (high == -low).any():
+        return rows.gather(-1, rows.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
+    return torch.where(high > -low, high, low)
+
+
+# --- the ways --------------------------------------------------------------------------------------------------------
+
+
+def _by_qr(products: Sequence[Product], rank: int, work: Work) -> Triples:
+    left = _beside([product.left.to(work.device) for product in products])
+    right = _beside([product.right.to(work.device) for product in products])
+    (Ql, Rl), (Qr, Rr) = _reduced(left), _reduced(right.mT)
+    u, S, vt = torch.linalg.svd(Rl @ Rr.mT, full_matrices=False)
     # A sum that cancels leaves noise of the factors' size, not of S[0]: the floor looks at both. The size is taken slice by
     # slice, so that it does not depend on how a slice's scale is divided between its two factors.
-    size = float(torch.linalg.vector_norm(left, dim=0) @ torch.linalg.vector_norm(right, dim=1))
-    largest = max(product.shape) * float(S.max() if len(S) else 0.0)
-    keep = min(rank, int((_EPS * max(largest, 4 * size) < S).sum()))
-    U, S, Vt = Ql @ u[:, :keep], S[:keep], vt[:keep] @ Qr.T
-    return SVD(U.to(product.dtype), S.to(product.dtype), Vt.to(product.dtype))
+    size = (torch.linalg.vector_norm(left, dim=-2) * torch.linalg.vector_norm(right, dim=-1)).sum(dim=-1)
+    largest = max(products[0].shape) * S[..., :1].sum(dim=-1)
+    floor = _EPS * torch.maximum(largest, 4 * size)
+    u, S, vt, dtype = u[..., :rank], S[..., :rank], vt[..., :rank, :], products[0].dtype
+    U, Vt = u if Ql is None else Ql @ u, vt if Qr is None else vt @ Qr.mT
+    S = torch.where(floor[..., None] < S, S, 0.0)
+    return Triples(U.to(dtype), S, Vt.to(dtype), torch.full_like(floor, torch.finfo(dtype).eps))
 
 
-def _by_subspace(product: Product, rank: int, work: Work) -> tuple[str, SVD | None, float]:
-    """The way taken, its triples (`None`: leave it to QR) and their backward error."""
-    eps, algebra = torch.finfo(product.dtype).eps, work.algebra
-    cost = subspace.cost(*product.shape, product.slices, rank)
-    path = min(cost, key=cost.__getitem__) if algebra == "auto" else algebra
-    if path == "qr" or (algebra == "auto" and product.dtype == torch.float64):
-        return "qr", None, eps
-    X, w, Y = product.stacked(work.room)
-    found = None
-    if path == "randomized":
-        found = subspace.krylov(X, w, Y, rank, keys.generator(0, "krylov", *product.shape, product.slices))
-        if algebra == "auto" and found and found.error > subspace.tolerance(X.dtype):
-            path = "gram"
-    if path == "gram":
-        found = subspace.gram(X, w, Y, rank)
-    if found is None or (algebra == "auto" and found.error > subspace.tolerance(X.dtype)):
-        return "qr", None, eps
-    return path, SVD(found.U, found.S.to(X.dtype), found.Vt), found.error
+def _reduced(factor: Tensor) -> tuple[Tensor | None, Tensor]:
+    """`Q` and `R` of a tall factor; of one that is no taller than wide itself, with no Q: there is nothing to reduce."""
+    return torch.linalg.qr(factor) if factor.shape[-2] > factor.shape[-1] else (None, factor)
+
+
+def _by_gram(products: Sequence[Product], rank: int, work: Work) -> Triples:
+    return subspace.gram(*_stacked(products, work), rank)
+
+
+def _by_krylov(products: Sequence[Product], rank: int, work: Work) -> Triples:
+    return subspace.krylov(*_stacked(products, work), rank)
+
+
+def _stacked(products: Sequence[Product], work: Work) -> tuple[Tensor, Tensor, Tensor]:
+    """`X` `[..., out, n]`, `w` `[..., n]` float64 and `Y` `[..., n, in]` with `M = X diag(w) Y` for each product.
+
+    X and Y are in the working precision, on the device, in memory that is used again and again.
+    """
+    first, count = products[0], len(products)
+    (out, width), n = first.shape, first.slices
+    X = work.room("X", first.dtype, (count, out, n))
+    Y = work.room("Y", first.dtype, (count, n, width))
+    for x, y, product in zip(X, Y, products, strict=True):
+        _put([term.left for term in product.terms], 1, x)
+        _put([term.right for term in product.terms], 0, y)
+    w = _beside([torch.cat([term.weights for term in product.terms]).to(work.device) for product in products])
+    return (X, w, Y) if count > 1 else (X[0], w, Y[0])
+
+
+def _put(factors: list[Tensor], dim: int, room: Tensor) -> None:
+    """`factors` side by side into `room`; where that is on their device, none is held a second time in a wider type."""
+    if room.device == factors[0].device:
+        torch.cat(factors, dim, out=room)
+    else:
+        room.copy_(torch.cat(factors, dim))
+
+
+def _beside(tensors: Sequence[Tensor]) -> Tensor:
+    """Several tensors with a leading dimension, one as it is: the dimension would cost it time."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+_WAYS: dict[str, Callable[[Sequence[Product], int, Work], Triples]] = {
+    "qr": _by_qr,
+    "gram": _by_gram,
+    "randomized": _by_krylov,
+}
 
 
 def spectrum(product: Product) -> Tensor:
     """All singular values of the product that the factors can carry, `[min(out, in, n)]`, falling; zeros included."""
-    return torch.linalg.svdvals(_core(product.left, product.right)[1])
+    return torch.linalg.svdvals(_core(product))
 
 
 def norm(product: Product) -> float:
     """Frobenius norm of the product."""
-    return float(torch.linalg.matrix_norm(_core(product.left, product.right)[1]))
+    return float(torch.linalg.matrix_norm(_core(product)))
+
+
+def _core(product: Product) -> Tensor:
+    """A matrix with the product's singular values and no side longer than n."""
+    left, right = product.left, product.right.mT
+    left, right = (torch.linalg.qr(f, mode="r")[1] if f.shape[0] > f.shape[1] else f for f in (left, right))
+    return left @ right.mT
 
 
 def inner(a: Product, b: Product) -> float:

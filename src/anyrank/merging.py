@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,26 +48,42 @@ class Merge:
         tensors = dict(self.previous.tensors) if self.previous else {}
         return ServerState(0, self.seed, Adapter(layers, tensors, self.config), self.scaling)
 
-    def layer(self, name: str) -> tuple[LoraLayer, LoraLayer | None]:
-        """The new layer, and what goes into the base model, from one layer of each client."""
+    def batches(self, batch_bytes: int) -> Iterator[list[str]]:
+        """The names in their order, as many at a time as the clients hold `batch_bytes` of; one by one if that is 0."""
+        batch, held = [], 0
+        for name in self.names:
+            size = sum(_nbytes(outline(update.adapter).layers[name]) for update in self.updates)
+            if batch and held + size > batch_bytes:
+                yield batch
+                batch, held = [], 0
+            batch, held = [*batch, name], held + size
+        yield batch
+
+    def layers(self, names: Sequence[str]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
+        """The new layers, and what goes into the base model, from these layers of each client."""
         if not self._adds_up:
-            return self._layer(name, self._sent(name))
-        merged, base = self._layer(name, {update.client: unchecked(update.adapter, name) for update in self.updates})
-        if not (_finite(merged) and (base is None or _finite(base))):
-            self._sent(name)  # says whose numbers are none; finite ones may be too large to add, which is not theirs to mend
-        return merged, base
+            return self._layers({name: self._sent(name) for name in names})
+        found = self._layers({name: {u.client: unchecked(u.adapter, name) for u in self.updates} for name in names})
+        for name, (merged, base) in found.items():
+            if not (_finite(merged) and (base is None or _finite(base))):
+                self._sent(name)  # says whose numbers are none; finite ones may be too large to add: not theirs to mend
+        return found
 
     @property
     def _adds_up(self) -> bool:
         """Whether all that the clients send goes into sums: a sum is NaN or infinite where a term is, so none needs a look."""
         return self.method.traits.linear is not Holds.NEVER and self.method.send >= BOTH
 
-    def _layer(self, name: str, sent: Mapping[str, LoraLayer]) -> tuple[LoraLayer, LoraLayer | None]:
-        state = ServerState(0, self.seed, Adapter({name: self._held(name, sent)}, {}, self.config), self.scaling)
-        after = self.method.aggregate(
-            state, [replace(update, adapter=Adapter({name: sent[update.client]})) for update in self.updates]
-        )
-        return after.adapter.layers[name], after.merged.layers.get(name) if after.merged else None
+    def _layers(self, sent: Mapping[str, Mapping[str, LoraLayer]]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
+        held = {name: self._held(name, layers) for name, layers in sent.items()}
+        state = ServerState(0, self.seed, Adapter(held, {}, self.config), self.scaling)
+        updates = [
+            replace(update, adapter=Adapter({name: layers[update.client] for name, layers in sent.items()}))
+            for update in self.updates
+        ]
+        after = self.method.aggregate(state, updates)
+        into_base = after.merged.layers if after.merged else {}
+        return {name: (after.adapter.layers[name], into_base.get(name)) for name in sent}
 
     def tensor(self, name: str) -> Tensor:
         """The new plain tensor (a head, a bias), from those clients that have it."""
@@ -179,6 +195,10 @@ def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
             return Scaling(layer_alpha[names[0]], rule, layer_alpha)
     means = {name: sum(scaling for _, scaling in pairs) / len(pairs) for name, pairs in observed.items()}
     return Scaling(means[names[0]], "constant", means)
+
+
+def _nbytes(layer: LoraLayer) -> int:
+    return sum(factor.numel() * factor.element_size() for factor in (layer.A, layer.B))
 
 
 def _finite(layer: LoraLayer) -> bool:

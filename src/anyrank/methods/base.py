@@ -114,25 +114,18 @@ class Method(ABC):
         if not self.traits.mixed_ranks:
             self._refuse_mixed_ranks(updates)
         self._refuse_ranks_above(state, updates)
+        parts = {name: [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates] for name in names}
+        merged = settled([self.merge_layer(state, name, parts[name]) for name in names])
         layers, into_base = {}, {}
-        for name in names:
-            parts = [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates]
-            layers[name], base = self.aggregate_layer(state, name, parts)
+        for name, layer in zip(names, merged, strict=True):
+            layers[name] = pad(layer, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
+            base = self.merge_base(state, name, parts[name], layers[name])
             if base is not None:
                 into_base[name] = base
         tensors = mean_tensors(state.adapter.tensors, updates)
         adapter = replace(state.adapter, layers=layers, tensors=tensors)
         merged = Adapter(into_base, {}, state.adapter.config) if into_base else state.merged
         return replace(state, round=state.round + 1, adapter=adapter, merged=merged)
-
-    def aggregate_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> tuple[LoraLayer, LoraLayer | None]:
-        """One layer of `aggregate`, which needs no other: the server's new layer, and all that is in the base so far.
-
-        `parts` come in the order of the clients' names.
-        """
-        merged = self.merge_layer(state, name, parts)
-        layer = pad(merged, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
-        return layer, self.merge_base(state, name, parts, layer)
 
     def merge_base(self, state: ServerState, name: str, parts: Sequence[Part], layer: LoraLayer) -> LoraLayer | None:
         """The low-rank sum that has gone into the base weight, this round's part included; `None` if the method has none.
@@ -142,8 +135,11 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
-        """The server's new factors of layer `name`, at most as many slices as `state` holds, in `state`'s dtype."""
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer | Unsettled:
+        """The server's new factors of layer `name`, at most as many slices as `state` holds, in `state`'s dtype.
+
+        It needs no other layer. `parts` come in the order of the clients' names.
+        """
 
     def share_layer(self, state: ServerState, name: str, rank: int) -> LoraLayer:
         """The first `rank` slices of a layer, under the client's scaling; past the server's rank, B zero and A fresh."""
@@ -337,10 +333,37 @@ def weighted_product(parts: Sequence[Part], weights: Tensor) -> lowrank.Product:
     return lowrank.stack([lowrank.of_layer(layer, w[: layer.rank]) for (layer, *_), w in zip(parts, weights, strict=True)])
 
 
+class Unsettled(NamedTuple):
+    """A new layer whose product is still to be decomposed, so that those of many layers are decomposed side by side.
+
+    `finish` makes the layer of the product's top `rank` triples, or of all (`None`).
+    """
+
+    product: lowrank.Product
+    rank: int | None
+    finish: Callable[[lowrank.SVD], LoraLayer]
+
+
+def settled(layers: Sequence[LoraLayer | Unsettled]) -> list[LoraLayer]:
+    """The layers, those too that waited for their SVD."""
+    waiting = [layer for layer in layers if isinstance(layer, Unsettled)]
+    found = iter(lowrank.svd_all([layer.product for layer in waiting], [layer.rank for layer in waiting]))
+    return [layer.finish(next(found)) if isinstance(layer, Unsettled) else layer for layer in layers]
+
+
+def top_of(state: ServerState, name: str, product: lowrank.Product, split: Split) -> Unsettled:
+    """The server's layer for the top of `product`'s SVD, see `from_svd`; what `merge_layer` may return in its place."""
+    return Unsettled(product, state.adapter.layers[name].rank, lambda found: from_svd(state, name, found, split))
+
+
 def from_product(state: ServerState, name: str, product: lowrank.Product, split: Split) -> LoraLayer:
-    """The server's layer for the top of `product`'s SVD: `B = U S / s`, `A = Vt`, or the root of S to each (balanced)."""
-    layer = state.adapter.layers[name]
-    U, S, Vt = lowrank.svd(product, rank=layer.rank)
+    """As `top_of`, at once."""
+    return settled([top_of(state, name, product, split)])[0]
+
+
+def from_svd(state: ServerState, name: str, found: lowrank.SVD, split: Split) -> LoraLayer:
+    """The server's layer with the product of `found`: `B = U S / s`, `A = Vt`, or the root of S to each (balanced)."""
+    layer, (U, S, Vt) = state.adapter.layers[name], found
     if len(S) == 0:  # nothing learned: the product is zero, with one factor as it was, alive for the next round
         keeps_a = bool(layer.A.any())  # an embedding starts with A zero and B random
         return layer.with_factors(layer.A, torch.zeros_like(layer.B)) if keeps_a else layer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyrank import keys, lowrank
 from anyrank.adapter import Adapter, LoraLayer
-from anyrank.methods.base import Holds, Method, Part, Traits, init_a, mean_b, pad
+from anyrank.methods.base import Holds, Method, Part, Traits, Unsettled, init_a, mean_b, pad
 from anyrank.methods.registry import register
 from anyrank.records import Scaling, ServerState
 
@@ -35,10 +35,10 @@ class FedSVD(Method):
         layers = {name: _complete(layer, layer.A[:0], layer.B[:, :0], seed, name, 0) for name, layer in adapter.layers.items()}
         return super().init(replace(adapter, layers=layers), scaling, seed)
 
-    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:
         layer = state.adapter.layers[name]
-        U, S, Vt = lowrank.svd(lowrank.Product(mean_b(state, name, parts), layer.A.double()))
-        return _complete(layer, Vt, U * S, state.seed, name, state.round + 1)
+        product = lowrank.Product(mean_b(state, name, parts), layer.A.double())
+        return Unsettled(product, None, lambda svd: _complete(layer, svd.Vt, svd.U * svd.S, state.seed, name, state.round + 1))
 
 
 def _complete(like: LoraLayer, A: Tensor, B: Tensor, seed: int, name: str, round: int) -> LoraLayer:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anyrank.adapter import LoraLayer
 from anyrank.methods.base import (
     Holds,
     Method,
     Part,
     Split,
     Traits,
+    Unsettled,
     client_weights,
-    from_product,
     ownership,
+    top_of,
     weighted_product,
 )  # fmt: skip
 from anyrank.methods.registry import register
@@ -41,6 +41,6 @@ class FlexLoRA(Method):
     def rescale(self):
         return "both" if self.split == "balanced" else "B"
 
-    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:
         weights = client_weights(parts)[:, None] * ownership(parts, state.adapter.layers[name].rank)
-        return from_product(state, name, weighted_product(parts, weights), self.split)
+        return top_of(state, name, weighted_product(parts, weights), self.split)

@@ -16,8 +16,9 @@ from anyrank.methods.base import (
     Part,
     Split,
     Traits,
+    Unsettled,
     client_weights,
-    from_product,
+    from_svd,
     ownership,
     weighted_product,
 )  # fmt: skip
@@ -50,9 +51,12 @@ class FLoRIST(Method):
     def rescale(self):
         return "both" if self.split == "balanced" else "B"
 
-    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:
         weights = client_weights(parts)[:, None] * ownership(parts, state.adapter.layers[name].rank)
-        U, S, Vt = lowrank.svd(weighted_product(parts, weights))
+        return Unsettled(weighted_product(parts, weights), None, lambda svd: self._cut(state, name, svd))
+
+    def _cut(self, state: ServerState, name: str, svd: lowrank.SVD) -> LoraLayer:
+        U, S, Vt = svd
         short = torch.cumsum(S**2, dim=0) < self.energy * (S**2).sum()  # true as long as the energy does not suffice yet
-        kept = min(len(S), int(short.sum()) + 1)
-        return from_product(state, name, lowrank.Product(U[:, :kept] * S[:kept], Vt[:kept]), self.split)
+        kept = min(len(S), int(short.sum()) + 1, state.adapter.layers[name].rank)
+        return from_svd(state, name, lowrank.SVD(U[:, :kept], S[:kept], Vt[:kept]), self.split)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anyrank import lowrank
-from anyrank.adapter import LoraLayer
 from anyrank.methods.base import (
     EmptySlice,
     Holds,
@@ -14,9 +13,10 @@ from anyrank.methods.base import (
     Part,
     Split,
     Traits,
+    Unsettled,
     empty_slices,
-    from_product,
     slice_weights,
+    top_of,
     weighted_product,
 )  # fmt: skip
 from anyrank.methods.registry import register
@@ -45,9 +45,9 @@ class RaFLoRA(Method):
     def rescale(self):
         return "both" if self.split == "balanced" else "B"
 
-    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:
         weights = slice_weights(parts, state.adapter.layers[name].rank)
         product = weighted_product(parts, weights)
         if self.empty_slice == "keep":
             product = lowrank.stack([product, empty_slices(state, name, weights)])
-        return from_product(state, name, product, self.split)
+        return top_of(state, name, product, self.split)

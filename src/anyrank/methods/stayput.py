@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from anyrank import lowrank
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter import Adapter
 from anyrank.errors import MethodError
 from anyrank.methods import base
 from anyrank.methods.base import Holds, Method, Part, Split, Traits
@@ -68,7 +68,7 @@ class StayPut(Method):
         after = super().aggregate(state, updates)
         return replace(after, extra={_BEFORE: replace(state.adapter, tensors={})}) if self.momentum and updates else after
 
-    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> base.Unsettled:
         held, before = state.adapter.layers[name], state.extra.get(_BEFORE)
         order = torch.tensor([base.slice_order(state, name, part.client, part.layer.rank, self.rotate) for part in parts])
         sent = base.client_weights(parts)[:, None] * base.ownership(parts, held.rank)  # p_k, own slices first, [K, R]
@@ -77,4 +77,4 @@ class StayPut(Method):
         terms = [base.weighted_product(parts, sent / shared[order]), lowrank.of_layer(held, 1 - coverage / shared)]
         if before:  # one more step along the last: W - W before
             terms += [lowrank.of_layer(held, self.momentum), lowrank.of_layer(before.layers[name], -self.momentum)]
-        return base.from_product(state, name, lowrank.stack(terms), self.split)
+        return base.top_of(state, name, lowrank.stack(terms), self.split)
