@@ -40,6 +40,7 @@ PRIVATE = (
     ("tests/test_privacy_run.py",),
 )
 CENTRAL = (("tests/test_central_noise.py",),)
+SIDE_BY_SIDE = (("tests/test_forward.py", "tests/test_stacked.py"),)
 
 
 class Mistake(NamedTuple):
@@ -78,10 +79,10 @@ MISTAKES = (
     Mistake("heads weighed alike", "methods/base.py", "(update.num_examples / total)", "(1 / len(senders))"),
     # singular vectors
     Mistake("one root of S lost", "methods/base.py", "root[:, None] * Vt, U * root)", "Vt, U * root)"),
-    Mistake("V for its transpose", "lowrank.py", "vt[:keep] @ Qr.T", "vt.T[:keep] @ Qr.T"),
-    Mistake("V for U", "lowrank.py", "Ql @ u[:, :keep]", "Ql @ vt[:keep].T"),
-    Mistake("signs left to chance", "lowrank.py", "torch.where(peak < 0, -1.0, 1.0)", "torch.ones_like(peak)"),
-    Mistake("smallest singular values first", "lowrank.py", "S[:keep], vt[:keep]", "S.flip(0)[:keep], vt.flip(0)[:keep]"),
+    Mistake("V for its transpose", "lowrank.py", "vt if Qr is None else vt @", "vt if Qr is None else vt.flip(-1) @"),
+    Mistake("V for U", "lowrank.py", "else Ql @ u, ", "else Ql @ vt.mT, "),
+    Mistake("signs left to chance", "lowrank.py", "(found.Vt) < 0, -1.0, 1.0)", "(found.Vt) < 0, 1.0, 1.0)"),
+    Mistake("smallest singular values first", "lowrank.py", "S[..., :rank], vt[", "S.flip(-1)[..., :rank], vt.flip(-2)["),
     # slices and ranks
     Mistake("every client given the largest rank", "methods/base.py", "name, client.rank_of(name))", "name, 8)"),
     Mistake("ranks of single layers ignored", "records.py", "self.layer_ranks.get(layer, self.rank)", "self.rank"),
@@ -119,7 +120,7 @@ MISTAKES = (
     Mistake("HetLoRA prunes whatever grew", "local.py", "if after[name] < before[name]", "if after[name] > before[name]"),
     Mistake("FLoRIST counts values, not energy", "methods/florist.py", "torch.cumsum(S**2, dim=0)", "torch.cumsum(S, dim=0)"),
     Mistake("LoRA-FAIR's penalty halved", "methods/lora_fair.py", "B @ Q, 2 * penalty", "B @ Q, penalty"),
-    Mistake("FedSVD loses S", "methods/fedsvd.py", "_complete(layer, Vt, U * S,", "_complete(layer, Vt, U,"),
+    Mistake("FedSVD loses S", "methods/fedsvd.py", "svd.Vt, svd.U * svd.S,", "svd.Vt, svd.U,"),
     Mistake("FedSVD's A not at right angles", "methods/fedsvd.py", "basis[known:]", "fresh"),
     # staying put
     Mistake("tau for 1 - tau", "methods/stayput.py", "** self.tau", "** (1 - self.tau)"),
@@ -165,35 +166,41 @@ MISTAKES = (
         "self._travelling(adapter or self.adapter, self.train)",
         "self._travelling(adapter or self.adapter, BOTH)",
     ),
-    Mistake("NaN let through by the guard", "guard.py", "if not torch.isfinite(got).all()", "if False"),
+    Mistake("NaN let through by the guard", "guard.py", "not torch.isfinite(got).all()", "False"),
     # the fast ways to singular values, and folders read and written layer by layer
     Mistake(
         "left vectors from the right Gram matrix",
         "subspace.py",
-        "gx, gy = _gram(X), _gram(Y.T)",
-        "gx, gy = _gram(Y.T), _gram(X)",
+        "gx, gy = _gram(X), _gram(Y.mT)",
+        "gx, gy = _gram(Y.mT), _gram(X)",
         FAST,
     ),
-    Mistake("half a Gram matrix", "subspace.py", "gx.triu_().add_(gx.triu(1).T)", "gx.triu_()", FAST),
-    Mistake("one S lost in the Gram way", "subspace.py", "(on_right[:, :keep] / S**2)", "(on_right[:, :keep] / S)", FAST),
-    Mistake("L for its transpose in the core", "subspace.py", "    L = R.T\n", "    L = R\n", FAST),
+    Mistake("half a Gram matrix", "subspace.py", "    _mirror(gx)\n", "", FAST),
+    Mistake("one S lost in the Gram way", "subspace.py", "S[..., None, :] ** 2", "S[..., None, :]", FAST),
+    Mistake("L for its transpose in the core", "subspace.py", "L = _root(gy).mT", "L = _root(gy)", FAST),
     Mistake("signs of weights lost", "subspace.py", "w.sign() * _over(root, y)", "_over(root, y)", FAST),
     Mistake(
         "weights left out of the Krylov space",
         "subspace.py",
-        "last = ((basis[:, -thin:].T @ X) * weights) @ Y",
-        "last = (basis[:, -thin:].T @ X) @ Y",
+        "last = ((basis[..., -thin:].mT @ X) * weights) @ Y",
+        "last = (basis[..., -thin:].mT @ X) @ Y",
         FAST,
     ),
-    Mistake("one block for a whole Krylov space", "subspace.py", "if missed <= tolerance(X.dtype) or", "if True or", FAST),
     Mistake(
-        "an error that is always small", "subspace.py", "return largest / _size(S)", "return 1e-8 * largest / _size(S)", FAST
+        "one block for a whole Krylov space", "subspace.py", "if (missed <= tolerance(X.dtype)).all() or", "if True or", FAST
+    ),
+    Mistake(
+        "an error that is always small",
+        "subspace.py",
+        "matrix_norm(left)) / _size(S)",
+        "matrix_norm(left)) / _size(S) * 1e-8",
+        FAST,
     ),
     Mistake(
         "squares that overflow let through",
         "subspace.py",
-        "return bool(torch.isfinite(norms).all()) and",
-        "return True or",
+        "return fit.all(dim=-1)",
+        "return torch.ones_like(fit.all(dim=-1))",
         FAST,
     ),
     Mistake(
@@ -204,10 +211,32 @@ MISTAKES = (
         FAST,
     ),
     Mistake(
+        "copies of an eigenvalue missed",
+        "subspace.py",
+        "(missed <= goal) & _nothing_left(A, basis, least)",
+        "missed <= goal",
+        FAST,
+    ),
+    Mistake(
+        "one Krylov block for a core",
+        "subspace.py",
+        "if (missed <= goal).all() or",
+        "missed = 0 * goal\n            if True or",
+        FAST,
+    ),
+    Mistake("layers of a batch swapped", "lowrank.py", "found |= zip(some, ", "found |= zip(some[::-1], ", FAST),
+    Mistake(
+        "one layer's fall from the range for all",
+        "subspace.py",
+        "masked_fill(~fits, math.inf))\n    if",
+        "masked_fill(~fits.all(), math.inf))\n    if",
+        FAST,
+    ),
+    Mistake(
         "a large error not left to QR",
         "lowrank.py",
-        'if found is None or (algebra == "auto" and found.error > subspace.tolerance(X.dtype)):',
-        "if found is None:",
+        "if error <= enough or",
+        "if error < sys.float_info.max or",
         FAST,
     ),
     Mistake("tensors read from the wrong place", "folders.py", "self._start + begin : self._start + end", "begin:end", FAST),
@@ -238,9 +267,9 @@ MISTAKES = (
     Mistake(
         "layers held until the end",
         "aggregation.py",
-        "            layer, base = merge.layer(name)\n",
-        "            layer, base = merge.layer(name)\n"
-        "            vars(self).setdefault('kept', []).append(merge._sent(name))\n",
+        "                self._layer(name, layer, base)\n",
+        "                self._layer(name, layer, base)\n"
+        "                vars(self).setdefault('kept', []).append(merge._sent(name))\n",
         FAST,
     ),
     Mistake("half-written folders left", "aggregation.py", "shutil.rmtree(unfinished, ignore_errors=True)", "pass", FAST),
@@ -424,6 +453,24 @@ MISTAKES = (
         "__import__('numpy').random.default_rng(round)",
         CENTRAL,
     ),
+    # clients side by side
+    Mistake(
+        "scaling dropped in the pass",
+        "forward.py",
+        "add(output, module, x, A, B * scaling)",
+        "add(output, module, x, A, B)",
+        SIDE_BY_SIDE,
+    ),
+    Mistake("scaling dropped in the weight", "forward.py", "weight + B * scaling @ A", "weight + B @ A", SIDE_BY_SIDE),
+    Mistake("one client's weight left behind", "models.py", "            own.clear()\n", "            pass\n", SIDE_BY_SIDE),
+    Mistake(
+        "what fills up a batch is trained",
+        "engines/stacked.py",
+        "(torch.arange(longest) < lengths) / lengths",
+        "torch.ones(len(chosen), longest) / longest",
+        SIDE_BY_SIDE,
+    ),
+    Mistake("a sum in the base for nobody", "engines/stacked.py", ", self._in_base(name))", ")", SIDE_BY_SIDE),
 )
 
 

@@ -61,6 +61,19 @@ def test_one_value_that_is_not_finite_costs_the_upload(factor, position, value):
         admit(update(with_factor(factor, position, value)), download(), "ada", 10)
 
 
+def test_infinities_of_both_signs_do_not_cancel():
+    layer = adapter(2.0).layers["fc"]
+    A = torch.tensor([[math.inf, -math.inf, 2.0, 2.0], [2.0] * 4])
+    with pytest.raises(Rejected, match="layer fc, A: holds NaN or infinite"):
+        admit(update(replace(adapter(2.0), layers={"fc": layer.with_factors(A, layer.B)})), download(), "ada", 10)
+
+
+def test_finite_numbers_whose_sum_is_too_large_for_their_dtype_enter():
+    large = adapter(3e38)
+    assert math.isinf(large.layers["fc"].A.sum())
+    assert torch.equal(admit(update(large), download(), "ada", 10).adapter.layers["fc"].A, torch.full((2, 4), 3e38))
+
+
 def test_a_head_that_is_not_finite_costs_the_upload():
     bad = replace(adapter(), tensors={"head.weight": torch.full((2, 3), math.nan)})
     with pytest.raises(Rejected, match=r"head\.weight: holds NaN"):

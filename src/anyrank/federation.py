@@ -177,7 +177,7 @@ def measure(federation: Federation, state: ServerState, jobs: Sequence[Job], col
         "train_loss": sum(losses) / len(losses) if losses else None,
         "collapse": collapse.energy_beyond(spectra, smallest) if spectra else None,
         "effective_rank": collapse.effective_rank(spectra) if spectra else None,
-        "spectrum": {name: [float(f"{v:.6g}") for v in values] for name, values in spectra.items()} if spectra else None,
+        "spectrum": {name: [float(f"{v:.6g}") for v in each.tolist()] for name, each in spectra.items()} if spectra else None,
         "upload_bytes": sum(job.download.upload_bytes(uploads[name]) for job in jobs if (name := job.client.name) in uploads),
         "download_bytes": sum(job.download.download_bytes() for job in jobs),
         "clients": len(collected.updates),

@@ -1,7 +1,7 @@
 """A frozen module with LoRA on its targets, between `Adapter` records and a forward pass.
 
-The adapter is applied by forward hooks: `output + scaling * B(A(input))`, which is PEFT's own forward pass and is tested
-against it, for Linear, Conv1D (GPT-2), Conv2d and Embedding modules. The base module is shared and never copied.
+While a `LoraModel` is open, the forward passes of its targets are those of `anyrank.forward`: PEFT's own, tested against it,
+for Linear, Conv1D (GPT-2), Conv2d and Embedding modules. The base module is shared and never changed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from anyrank import hardware, keys
+from anyrank import forward, hardware, keys
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.errors import ModelError
 from anyrank.records import Download, Scaling
@@ -44,26 +43,26 @@ class LoraModel:
         self.task = task
         self.module = task.module.requires_grad_(False).eval()
         self.device = next(self.module.parameters()).device
-        self._checkpointed = contextlib.ExitStack()
+        self._open = contextlib.ExitStack()
         if checkpointing:
-            self._checkpointed.enter_context(hardware.checkpointed(self.module, task.targets))
+            self._open.enter_context(hardware.checkpointed(self.module, task.targets))
         modules = dict(self.module.named_modules())
         self.targets = {name: _target(name, modules[name]) for name in sorted(task.targets)}
         self.trained = {name: dict(self.module.named_parameters())[name] for name in sorted(task.trained)}
         self._start = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
-        self._active: dict[str, list[tuple[Tensor, Tensor, float]]] = {name: [] for name in self.targets}
-        self._hooks = [
-            target.module.register_forward_hook(_hook(target, self._active[name])) for name, target in self.targets.items()
-        ]
-        heads = {name.rpartition(".")[0] for name in self.trained}
-        self._own: dict[str, dict[str, Tensor]] = {head: {} for head in heads if isinstance(modules[head], nn.Linear)}
-        self._hooks += [modules[head].register_forward_hook(_own_hook(own)) for head, own in self._own.items()]
+        self._active: dict[str, list[forward.Term]] = {name: [] for name in self.targets}
+        owners = {name.rpartition(".")[0] for name in self.trained}
+        adapted = self.targets.keys() | {name for name in owners if isinstance(modules[name], nn.Linear)}
+        self._own: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(adapted)}
+        self._linear = {name for name in adapted if forward.is_linear(modules[name])}
+        for name, own in self._own.items():
+            kind = self.targets[name].kind if name in self.targets else "linear"
+            instead = forward.adapted(modules[name], kind, self._active.get(name, ()), own)
+            self._open.enter_context(forward.replaced(modules[name], instead))
 
     def close(self) -> None:
-        """Take the hooks off and put the plain parameters back: the module is as it was."""
-        for hook in self._hooks:
-            hook.remove()
-        self._checkpointed.close()
+        """Put the module's own forward passes and plain parameters back: the module is as it was."""
+        self._open.close()
         for name, start in self._start.items():
             self.trained[name].data.copy_(start)
 
@@ -117,17 +116,21 @@ class LoraModel:
         """Whether a cohort can train side by side: LoRA on linear maps and convolutions, other parameters in linear heads."""
         kinds = all(target.kind in ("linear", "conv2d") for target in self.targets.values())
         heads = {name.rpartition(".")[0] for name in self.trained}
-        return kinds and heads == self._own.keys() and not heads & self.targets.keys()
+        return kinds and heads <= self._own.keys() - self.targets.keys()
 
-    def set_stack(self, name: str, terms: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    def set_stack(self, name: str, terms: Sequence[forward.Term], in_base: Sequence[forward.Term] = ()) -> None:
         """Put a cohort's factors on a target: terms `(A, B, scaling)`, A `[clients, rank, in]`, B `[clients, out, rank]`, or
         `[rank, in]`, `[out, rank]` where all clients have the same.
 
-        The module's batches are then the clients' batches one after another, of one length each.
+        The module's batches are then the clients' batches one after another, of one length each. `in_base`: terms that nobody
+        trains, which are written into a weight of each client's where that is small, until the next `leave_stack`.
         """
-        self._active[name][:] = terms
+        weight = forward.written_out(self.targets[name].module, in_base) if in_base and name in self._linear else None
+        if weight is not None:
+            self._own[name]["weight"] = weight
+        self._active[name][:] = [*terms, *(in_base if weight is None else ())]
 
-    def terms(self, name: str) -> list[tuple[Tensor, Tensor, float]]:
+    def terms(self, name: str) -> list[forward.Term]:
         """What acts on a target as it stands: first the factors in training, then what is in the base for the round."""
         return list(self._active[name])
 
@@ -137,7 +140,7 @@ class LoraModel:
         self._own[head][part] = values
 
     def leave_stack(self) -> None:
-        """Put the module's own plain parameters back in their place."""
+        """Put the module's own parameters back in their place."""
         for own in self._own.values():
             own.clear()
 
@@ -178,73 +181,3 @@ def _target(name: str, module: nn.Module) -> Target:
     raise ModelError(
         f"layer {name}: expected a Linear, Conv1D, Embedding or plain Conv2d module, got {module}; choose other target_modules"
     )
-
-
-def _hook(target: Target, active: list[tuple[Tensor, Tensor, float]]):
-    """A forward hook that adds what each active factor pair applies to the module's input."""
-    change = {"linear": _linear, "conv2d": _conv2d, "embedding": _embedding}[target.kind]
-
-    def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        for A, B, scaling in active:
-            output = output + scaling * change(module, arguments[0], A, B).to(output.dtype)
-        return output
-
-    return add
-
-
-def _linear(module: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return _each(_each(x.to(A.dtype), A), B)
-
-
-def _each(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` `[clients * b, ..., in]` through each client's own `weight` `[clients, out, in]`, or one for all `[out, in]`."""
-    if weight.ndim == 2:
-        return F.linear(x, weight)
-    return torch.bmm(x.reshape(len(weight), -1, weight.shape[2]), weight.mT).view(*x.shape[:-1], weight.shape[1])
-
-
-def _own_hook(own: dict[str, Tensor]):
-    """A forward hook on a Linear module that puts the clients' own weights and biases (`own`) in the place of the module's."""
-
-    def instead(module: nn.Linear, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not own:
-            return output
-        clients = len(next(iter(own.values())))
-        output = _each(arguments[0], own.get("weight", module.weight).expand(clients, -1, -1))
-        if module.bias is None:
-            return output
-        bias = own.get("bias", module.bias).expand(clients, -1)
-        return (output.view(clients, -1, bias.shape[1]) + bias[:, None]).view(output.shape)
-
-    return instead
-
-
-def _conv2d(module: nn.Conv2d, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    if A.ndim == 3:  # one group a client
-        kernel, groups = A.unflatten(2, (module.in_channels, *module.kernel_size)).flatten(0, 1), len(A)
-        side_by_side = x.to(A.dtype).unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [b, clients * channels, h, w]
-        low = F.conv2d(side_by_side, kernel, None, module.stride, module.padding, module.dilation, groups)
-        high = F.conv2d(low, B.expand(groups, -1, -1).flatten(0, 1)[:, :, None, None], groups=groups)
-        return high.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-    kernel = A.unflatten(1, (module.in_channels, *module.kernel_size))
-    low = F.conv2d(x.to(A.dtype), kernel, None, module.stride, module.padding, module.dilation)
-    if B.ndim == 3:
-        return _each(low.flatten(2).mT, B).mT.unflatten(2, low.shape[2:])
-    return F.conv2d(low, B[:, :, None, None])
-
-
-def _embedding(module: nn.Embedding, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    if A.ndim == 3:
-        return _each(_rows(module, x, A), B)
-    # The module's padding and frequency rules shape the gradient of A, as in PEFT.
-    rows = F.embedding(x, A.T, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
-    return _each(rows, B)
-
-
-def _rows(module: nn.Embedding, x: Tensor, A: Tensor) -> Tensor:
-    """Columns `x` `[clients, ...]` of each client's own A `[clients, rank, count]`, as `[clients, ..., rank]`."""
-    clients, _, count = A.shape
-    own = x + count * torch.arange(clients, device=x.device).view(-1, *(1,) * (x.ndim - 1))
-    rows = F.embedding(own, A.mT.flatten(0, 1))
-    padding = (x == module.padding_idx).unsqueeze(-1) if module.padding_idx is not None else x.new_zeros((), dtype=torch.bool)
-    return torch.where(padding, rows.detach(), rows)  # what stands for padding is not trained

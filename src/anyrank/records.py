@@ -150,7 +150,7 @@ class ServerState:
 def factor_bytes(adapter: Adapter, factors: frozenset[str]) -> int:
     """Bytes of the named factors (`{"A", "B"}` or one of them) over all layers."""
     return sum(
-        factor.numel() * factor.element_size()
+        factor.nbytes
         for layer in adapter.layers.values()
         for name, factor in (("A", layer.A), ("B", layer.B))
         if name in factors
@@ -159,4 +159,4 @@ def factor_bytes(adapter: Adapter, factors: frozenset[str]) -> int:
 
 def tensor_bytes(adapter: Adapter) -> int:
     """Bytes of the plain tensors (head, biases)."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
+    return sum(tensor.nbytes for tensor in adapter.tensors.values())

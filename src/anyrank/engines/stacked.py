@@ -2,9 +2,9 @@
 
 The base is frozen and shared, so clients meet only in it: the gradient of the summed losses is each client's own. Factors are
 padded to the stack's largest rank with zeros, whose gradients are zero and which SGD and Adam therefore leave at zero. What a
-client adds to the base for the round is a second, frozen stack, or no stack where it is one sum for all; plain tensors (heads)
-are stacked `[clients, ...]`. Results equal one-by-one training but for float rounding. This removes the overhead of many small
-steps, not arithmetic.
+client adds to the base for the round is a second, frozen stack, or no stack where it is one sum for all, and where a weight
+is not much larger than its factors it is written into one; plain tensors (heads) are stacked `[clients, ...]`. Results equal
+one-by-one training but for float rounding. This removes the overhead of many small steps, not arithmetic.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from anyrank import local
 from anyrank.adapter import Adapter, LoraLayer
 from anyrank.engines.base import Job
+from anyrank.forward import Term
 from anyrank.models import LoraModel
 from anyrank.optimizers import Optimizer
 from anyrank.records import ClientUpdate, Failure
@@ -51,7 +52,8 @@ class _Stack:
         self.trained = self._trained()
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
-        self.start = {key: parameter.detach().clone() for key, parameter in self.trained.items()}
+        pulled = self.trained if plan.config.proximal_mu else {}
+        self.start = {key: parameter.detach().clone() for key, parameter in pulled.items()}
         self.optimizer = Optimizer(list(self.trained.values()), plan.config, plan.learning_rate)
         self.losses: list[list[float]] = [[] for _ in jobs]
         self.seconds = [0.0] * len(jobs)
@@ -64,6 +66,23 @@ class _Stack:
     def train(self) -> Iterator[ClientUpdate | Failure]:
         step = 0
         while self.active:
+            self._place()
+            step, left = self._advance(step)
+            yield from (self._reply(client, place) for place, client in enumerate(self.active) if place not in left)
+            self._keep(left)
+
+    def _place(self) -> None:
+        """Put the stack into the module. Steps then change it where it stands."""
+        self.model.leave_stack()
+        for name, layer in self.layers.items():
+            self.model.set_stack(name, [_term(layer)], self._in_base(name))
+        for name, values in self.tensors.items():
+            self.model.set_stacked_tensor(name, values)
+
+    def _advance(self, step: int) -> tuple[int, list[int]]:
+        """Train from `step` on until somebody is done; the steps done by then, and the places of those who go on."""
+        left = list(range(len(self.active)))
+        while len(left) == len(self.active):
             began = time.perf_counter()
             losses = self._step(step)
             step += 1
@@ -72,48 +91,42 @@ class _Stack:
                 self.losses[client].append(loss)
                 self.seconds[client] += share
             left = [place for place, client in enumerate(self.active) if not self._ends(client, step)]
-            if len(left) < len(self.active):
-                for place, client in enumerate(self.active):
-                    if place not in left:
-                        yield self._reply(client, place)
-                self._keep(left)
+        return step, left
 
     def _step(self, step: int) -> list[float]:
         """One local step of every active client; returns their losses."""
-        index, weights = self._batch(step)
-        for name in self.layers:
-            self.model.set_stack(name, self._terms(name))
-        for name, values in self.tensors.items():
-            self.model.set_stacked_tensor(name, values)
-        task = self.model.task
+        (index, weights), task = self._batch(step), self.model.task
         logits = self.model.module(**task.train.inputs.batch(index, even=True))
         losses = (task.objective.losses(logits, task.train.labels[index]).view(weights.shape) * weights).sum(dim=1)
         losses.sum().backward()
-        for key, parameter in self.trained.items():  # FedProx: the gradient of mu / 2 * |w - w_global|^2
-            if self.plan.config.proximal_mu:
-                parameter.grad.add_(parameter.detach() - self.start[key], alpha=self.plan.config.proximal_mu)
+        for key, start in self.start.items():  # FedProx: the gradient of mu / 2 * |w - w_global|^2
+            parameter = self.trained[key]
+            parameter.grad.add_(parameter.detach() - start, alpha=self.plan.config.proximal_mu)
         self.optimizer.step()
         return losses.tolist()
 
-    def _terms(self, name: str) -> list[tuple[Tensor, Tensor, float]]:
-        """What acts on a layer: the factors in training, and what clients have in the base, each its own or all the same."""
-        stacks = [stack[name] for stack in (self.layers, self.frozen) if name in stack]
+    def _in_base(self, name: str) -> list[Term]:
+        """What clients have in the base of a layer: each its own, or all the same."""
+        own = [_term(self.frozen[name])] if name in self.frozen else []
         same = [self.common.layers[name]] if self.common and name in self.common.layers else []
-        own = [(stack["A"], stack["B"] * stack["s"], 1.0) for stack in stacks]
         return own + [(layer.A, layer.B, layer.scaling) for layer in same]
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Indices of the examples `[clients * b]` and their weights in their client's mean loss `[clients, b]`."""
+        """Indices of the examples `[clients * b]` and their weights in their client's mean loss `[clients, b]`.
+
+        A shorter batch is filled up with its own examples, without weight.
+        """
         chosen = [self.examples[client][self.batches[client][step]] for client in self.active]
         longest = max(len(own) for own in chosen)
-        index = np.stack([np.resize(own, longest) for own in chosen])  # a shorter batch repeats itself, without weight
+        index = np.concatenate([_repeated(own, longest) for own in chosen])
         lengths = torch.tensor([[len(own)] for own in chosen])
         weights = (torch.arange(longest) < lengths) / lengths
-        return torch.from_numpy(index).flatten(), weights.to(self.model.device)
+        return torch.from_numpy(index), weights.to(self.model.device)
 
     def _ends(self, client: int, step: int) -> bool:
         return step == len(self.batches[client]) or not math.isfinite(self.losses[client][-1])
 
+    @torch.no_grad()
     def _reply(self, client: int, place: int) -> ClientUpdate | Failure:
         job, losses = self.jobs[client], self.losses[client]
         if not math.isfinite(losses[-1]):
@@ -121,20 +134,28 @@ class _Stack:
         layers = {}
         for name, layer in job.download.adapter.layers.items():
             A, B = self.layers[name]["A"][place, : layer.rank], self.layers[name]["B"][place, :, : layer.rank]
-            layers[name] = layer.with_factors(A.detach().to("cpu", copy=True), B.detach().to("cpu", copy=True))
-        tensors = {name: values[place].detach().to("cpu", copy=True) for name, values in self.tensors.items()}
+            layers[name] = layer.with_factors(A.to("cpu", copy=True), B.to("cpu", copy=True))
+        tensors = {name: values[place].to("cpu", copy=True) for name, values in self.tensors.items()}
         metrics = {"loss": sum(losses) / len(losses), "steps": len(losses), "seconds": self.seconds[client]}
         adapter = Adapter(layers, tensors, job.download.adapter.config)
         return ClientUpdate(adapter, len(self.examples[client]), job.client.name, metrics)
 
     def _keep(self, places: list[int]) -> None:
         """Go on with the clients at `places` alone; the optimizer's memory of them goes along."""
-        self.active, index = [self.active[place] for place in places], torch.tensor(places, dtype=torch.long)
+        self.active = [self.active[place] for place in places]
+        if not places:
+            return
+        index = torch.tensor(places)
         for stack in (*self.layers.values(), *self.frozen.values(), self.tensors):
             stack |= {name: _select(values, index) for name, values in stack.items()}
         self.trained = self._trained()
         self.start = {key: start[index] for key, start in self.start.items()}
         self.optimizer = self.optimizer.select(list(self.trained.values()), index)
+
+
+def _repeated(batch: np.ndarray, length: int) -> np.ndarray:
+    """A batch that repeats itself up to `length`."""
+    return batch if len(batch) == length else np.resize(batch, length)
 
 
 def _select(factor: Tensor, index: Tensor) -> Tensor:
@@ -170,6 +191,10 @@ def _stacked(layers: Sequence[LoraLayer | None]) -> dict[str, Tensor]:
     for place, layer in held.items():
         A[place, : layer.rank], B[place, :, : layer.rank], scalings[place] = layer.A, layer.B, layer.scaling
     return {"A": A, "B": B, "s": scalings}
+
+
+def _term(stack: dict[str, Tensor]) -> Term:
+    return stack["A"], stack["B"], stack["s"]
 
 
 def _into_base(sums: Sequence[Adapter | None]) -> tuple[Adapter | None, dict[str, dict[str, Tensor]]]:
