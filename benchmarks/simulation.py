@@ -1,5 +1,7 @@
 """The simulator against what one would write without it: CPU seconds and peak memory of the same clients on the same batches.
 
+Memory is told twice: resident, as the system sees it, and by torch's own count, beside the parts that a round has to hold.
+
     python benchmarks/simulation.py [--data FOLDER] [--rounds N] [--repeats N] [--flower PYTHON] [--only SIZE] [--json FILE]
 
 Every figure comes from a process of its own with one thread, the competitors take turns, and of the repeats the least is
@@ -42,11 +44,17 @@ FLOWER_ROUNDS = 50
 
 
 def configuration(size: str, rounds: int, data: Path | None):
-    """The federation of a size: 20 clients of ranks 2 to 32 with skewed labels, 10 steps of 16 examples each round."""
+    """The federation of a size: 20 clients of ranks 2 to 32 with skewed labels, 10 steps of 16 examples each round.
+
+    Under raflora, whose clients are sent an adapter and nothing more.
+    """
     from anyrank.config import Config, DataConfig
 
     config = Config().replace(
-        run={"rounds": rounds}, eval={"every": 10**6, "batch_size": 64}, train={"local_steps": 10, "batch_size": 16}
+        run={"rounds": rounds},
+        method={"name": "raflora"},
+        eval={"every": 10**6, "batch_size": 64},
+        train={"local_steps": 10, "batch_size": 16},
     )
     if size == SIZES[0]:
         return config.replace(model={"name": "digits-transformer"}, clients={"participation": 0.5})
@@ -71,12 +79,14 @@ def measure(competitor: str, size: str, rounds: int, data: Path | None) -> dict[
     torch.set_num_threads(1)
     config = configuration(size, rounds, data)
     built = simulation.build(config)
+    labels = built.engine.model.task.test.labels.numpy()
     if competitor != OURS:
         built = replace(built, engine=_baseline(competitor, built))
         simulation._cached_task.cache_clear()
         gc.collect()
-    type(built.engine).evaluate = lambda *_: (0.0, 0.0)  # accuracies are not what is compared: scoring is timed apart
+    _without_scoring(built.engine, labels)
     figures: dict[str, Any] = {"start_cpu_s": time.process_time(), "base_mb": memory("VmRSS")}
+    code = memory("RssFile")
     watch = Stopwatch()
     watch.watch(built)
     forget_peak()
@@ -87,6 +97,7 @@ def measure(competitor: str, size: str, rounds: int, data: Path | None) -> dict[
         rows = store.metrics()
     return figures | {
         "peak_mb": memory("VmHWM"),
+        "code_mb": memory("RssFile") - code,
         "losses": [row["train_loss"] for row in rows],
         "loss": summary["loss"],
         "parts_cpu_s": watch.seconds,
@@ -95,38 +106,50 @@ def measure(competitor: str, size: str, rounds: int, data: Path | None) -> dict[
     }
 
 
+def account(size: str, data: Path | None) -> dict[str, float]:
+    """What a round of a size holds by torch's count, in MB: at its start, at the most, and the parts that it has to hold."""
+    import allocation
+    import torch
+
+    from anyrank import federation, simulation
+    from anyrank.rundir import RunDir
+
+    torch.set_num_threads(1)
+    config = configuration(size, 1, data)
+    built = simulation.build(config)
+    needed = allocation.parts(built)
+    built.engine.model.close()
+    built = simulation.build(config)  # anew, so that nothing of the training above is left in it
+    _without_scoring(built.engine, built.engine.model.task.test.labels.numpy())
+    held = allocation.alive()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RunDir.open(Path(folder) / "run", config) as store,
+        allocation.allocations() as found,
+    ):
+        federation.run(built, store)
+    return needed | {"start": held / 1e6, "peak": (held + found.most) / 1e6}
+
+
+def _without_scoring(engine, labels) -> None:
+    """Accuracies are not what is compared: scoring is timed apart."""
+    import numpy as np
+
+    from anyrank.tasks.base import Scores
+
+    none = Scores(np.zeros(len(labels), dtype=bool), np.zeros(len(labels)), labels)
+    type(engine).evaluate = lambda *_: none
+
+
 def _baseline(competitor: str, built):
     """The baseline's engine over the same clients."""
     import baselines
-    import torch
 
-    kind = {LOOP: baselines.PeftLoop, TRAINER: baselines.HFTrainer}[competitor]
-    task, shards = built.engine.model.task, built.population.shards
-    start, state = built.engine.start, built.engine.model
-    if built.config.model.task == "image-classification":
-        state.close()
-        engine = kind(task.module, baselines.Images(task.train.inputs.values, task.train.labels), shards)
-    else:
-        from anyrank import data
-        from anyrank.tasks.encoder import find_source
-
-        texts = data.load_split(built.config.data)[0].texts
-        head, folder = task.module.head.weight.clone(), find_source(built.config.model).folder
-        engine = baselines.text_baseline(kind, str(folder), texts, task.train.labels, head, shards)
-    ranks, config = built.population.levels(), built.config
-    from anyrank.records import Scaling
-
-    adapter = start(ranks[-1], Scaling(config.lora.alpha, config.lora.scaling), config.run.seed)
-    engine.start = lambda *_: adapter
-    torch.manual_seed(0)
-    return engine
+    return baselines.baseline({LOOP: baselines.PeftLoop, TRAINER: baselines.HFTrainer}[competitor], built)
 
 
 def floor(size: str, data: Path | None) -> dict[str, float]:
-    """The least that a round of a size can cost: products of the trained part on real tokens, at the speed of a large product.
-
-    Also the cache's size, one cohort's adapters (factors, gradients, AdamW's two moments) and the activations of one step.
-    """
+    """The least that a round can cost: products of the trained part on real tokens, at the speed of a large product."""
     import numpy as np
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -139,9 +162,9 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
     model, state = built.engine.model, federation.start(built)
     jobs, _ = federation.dispatch(built, state, 1)
     plan = local.plan_round(built.config.train, 1, 1, 0)
-    inputs, total, saved = model.task.train.inputs, 0, 0
+    inputs, total = model.task.train.inputs, 0
     for job in jobs:
-        examples, kept = built.engine.shards[job.index], {}
+        examples = built.engine.shards[job.index]
         batches = [torch.from_numpy(examples[index]) for index in local.batches(len(examples), plan, job.client.name)]
         model.load(job.download)
         if isinstance(inputs, RaggedInputs):  # each length by itself: what padding adds is no work that has to be done
@@ -152,15 +175,6 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
             for part in parts:
                 model.task.objective.losses(model.module(**inputs.batch(part)), model.task.train.labels[part]).sum().backward()
         total += counter.get_total_flops()
-
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.task.objective.losses(model.module(**inputs.batch(batches[0])), model.task.train.labels[batches[0]]).sum()
-        owned = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
-        saved = max(saved, sum(size for place, size in kept.items() if place not in owned))
     a, best = torch.randn(1024, 1024), np.inf
     for _ in range(10):
         began = time.process_time()
@@ -169,14 +183,10 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
     began = time.process_time()
     built.engine.evaluate(state.adapter, None)
     scoring = time.process_time() - began
-    adapters = sum(job.download.upload_bytes() for job in jobs)
-    side_by_side = len(jobs) if built.engine._stacks(jobs) else 1
     return {
         "round_gflop": total / 1e9,
         "scoring_cpu_s": scoring,
         "gflop_per_s": 2 * 1024**3 / best / 1e9,
-        "cache_mb": sum(t.nbytes for t in vars(inputs).values() if isinstance(t, torch.Tensor)) / 1e6,
-        "cohort_mb": (5 * adapters + side_by_side * saved) / 1e6,
     }
 
 
@@ -188,9 +198,9 @@ def _by_length(index, lengths) -> list:
 # --- the table -----------------------------------------------------------------------------------------------------------
 
 
-def child(arguments: list[str], python: str = sys.executable) -> dict[str, Any]:
+def child(arguments: list[str], program: str = __file__) -> dict[str, Any]:
     """What a process of its own prints as its last line."""
-    done = subprocess.run([python, __file__, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -212,7 +222,8 @@ def compare(size: str, rounds: int, repeats: int, data: Path | None, trainer: bo
         for ours, theirs in itertools.islice(pairs, 2):
             if abs(ours - theirs) > 1e-3 * theirs:
                 raise SystemExit(f"{size}: {name} reached training loss {theirs}, anyrank {ours}: not the same work")
-    return {"size": size, "rounds": rounds, "floor": least, "best": best}
+    counted = child(["--child", "memory", "--only", size, *asked])
+    return {"size": size, "rounds": rounds, "floor": least, "best": best, "memory": counted}
 
 
 def flower(python: str) -> dict[str, Any]:
@@ -258,12 +269,27 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     for name, run in best.items():
         times = run["round_cpu_s"] / best[OURS]["round_cpu_s"]
         factor = "" if name == OURS else f"{times:.1f} ×"
-        grown = run["peak_mb"] - run["base_mb"]
         rows.append(
             f"| {result['size']} | {name} | {run['round_cpu_s']:.3f} | {factor} | {floor_s:.3f} "
-            f"| {run['base_mb']:.0f} + {grown:.0f} | {run['losses'][0]:.4f} |"
+            f"| {run['base_mb']:.0f} + {_grown(run):.0f} | {run['losses'][0]:.4f} |"
         )
     return rows
+
+
+def _grown(run: Mapping[str, float]) -> float:
+    """How far resident memory rose above its start."""
+    return run["peak_mb"] - run["base_mb"]
+
+
+def held(result: Mapping[str, Any]) -> str:
+    """A size's row of the table of memory."""
+    needed, run = result["memory"], result["best"][OURS]
+    total = sum(needed[part] for part in ("model", "cache", "adapters", "step"))
+    return (
+        f"| {result['size']} | {needed['model']:.1f} | {needed['cache']:.1f} | {needed['adapters']:.1f} "
+        f"| {needed['step']:.1f} ({needed['saved']:.1f}) | {total:.1f} | {needed['peak']:.1f} "
+        f"| {_grown(run):.0f} | {needed['peak'] - needed['start']:.0f} | {run['code_mb']:.0f} |"
+    )
 
 
 def overhead(run: Mapping[str, Any]) -> str:
@@ -294,7 +320,8 @@ def main() -> None:
     asked = parser.parse_args()
     data = Path(asked.data) if asked.data else None
     if asked.child:
-        found = floor(asked.only, data) if asked.child == "floor" else measure(asked.child, asked.only, asked.rounds, data)
+        measured = {"floor": floor, "memory": account}.get(asked.child)
+        found = measured(asked.only, data) if measured else measure(asked.child, asked.only, asked.rounds, data)
         return print(json.dumps(found))
     sizes = [asked.only] if asked.only else list(SIZES)
     if not (data and (data / "banking77").is_dir()):
@@ -310,8 +337,10 @@ def main() -> None:
     for result in results:
         least, ours = result["floor"], result["best"][OURS]
         print(f"{result['size']}: {overhead(ours)}; scoring, not counted, {least['scoring_cpu_s']:.2f} s")
-        print(f"  cache {least['cache_mb']:.0f} MB, cohort's adapters and activations {least['cohort_mb']:.0f} MB, "
-              f"{least['round_gflop']:.1f} GFLOP a round at {least['gflop_per_s']:.0f} GFLOP/s")  # fmt: skip
+        print(f"  {least['round_gflop']:.1f} GFLOP a round at {least['gflop_per_s']:.0f} GFLOP/s")
+    print("| MB | model | cache | adapters | a step (saved) | sum | torch's peak | rose: resident | by torch | code loaded |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n".join(map(held, results)))
     if asked.flower:
         results.append(flower(asked.flower))
         print(json.dumps(results[-1], indent=2))

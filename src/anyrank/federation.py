@@ -73,7 +73,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
     """
     config, method, engine = federation.config, federation.method, federation.engine
     first = start(federation)
-    state = store.restore() or first
+    state, end = store.restore() or first, None
     ledger = open_ledger(federation.privacy, to_table(config), store)
     while state.round < config.run.rounds:
         began, round = time.perf_counter(), state.round + 1
@@ -82,12 +82,14 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         plan = local.plan_round(config.train, round, config.run.rounds, config.run.seed, federation.step_factor, privacy)
         collected = collect(engine.train(jobs, plan), jobs, skipped, round, federation.upload_bound)
         state = private_mean.aggregate(method, state, jobs, collected.updates, privacy)
-        metrics = measure(federation, state, jobs, collected) | ledger.figures(round)
+        end = score(federation, state) if round % config.eval.every == 0 or round == config.run.rounds else None
+        metrics = measure(federation, state, jobs, collected, end) | ledger.figures(round)
         metrics["seconds"] = time.perf_counter() - began
         store.commit(state, metrics, collected.rows)
         if on_round:
             on_round(metrics)
-    summary = summarize(federation, score(federation, first), score(federation, state), store.metrics())
+    end = end or score(federation, state)  # of a run that had stopped between its last round and its end
+    summary = summarize(federation, score(federation, first), end, store.metrics())
     summary |= ledger.summary(state.round)
     store.finish(shares(federation, state), summary)
     ledger.close()
@@ -162,11 +164,12 @@ def _row(client: Client, num_examples: int, status: str, reason: str) -> dict[st
     return {"round": 0, "client": client.name, "rank": client.rank, **figures, "status": status, "reason": reason}
 
 
-def measure(federation: Federation, state: ServerState, jobs: Sequence[Job], collected: Collected) -> dict[str, Any]:
+def measure(
+    federation: Federation, state: ServerState, jobs: Sequence[Job], collected: Collected, standing: Standing | None
+) -> dict[str, Any]:
     """The round's metrics; accuracy and loss are `None` in rounds that are not scored, spectra where there is no one model."""
-    config, served = federation.config, federation.method.served(state)
-    scored = state.round % config.eval.every == 0 or state.round == config.run.rounds
-    figures = score(federation, state).figures() if scored else UNSCORED
+    served = federation.method.served(state)
+    figures = standing.figures() if standing else UNSCORED
     spectra = collapse.spectra(served["global"], state.merged) if "global" in served else None
     uploads = {update.client: update.adapter for update in collected.updates}
     losses = [update.metrics["loss"] for update in collected.updates if "loss" in update.metrics]
