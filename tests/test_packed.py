@@ -14,7 +14,7 @@ from anyrank.config import ClientsConfig, Config, LoraConfig, ModelConfig, Train
 from anyrank.errors import ConfigError
 from anyrank.models import LoraModel
 from anyrank.records import Client, Scaling
-from anyrank.tasks import encoder, features
+from anyrank.tasks import encoder, features, text
 from test_text_task import data, folders, load, settings, texts_of  # noqa: F401 - fixtures
 
 pytest.importorskip("transformers")
@@ -36,8 +36,9 @@ class Recomputed:
         ids = self.tokens.batch(index)
         with torch.no_grad():
             hidden = self.encoder.hidden(ids["inputs"], ids["mask"], None, self.stop)
-        hidden = hidden.masked_fill(~ids["mask"][:, :, None], 0.0)
-        return {"inputs": hidden, "mask": ids["mask"]} | ({"packed": True} if self.packed else {})
+        if self.packed:
+            return {"inputs": hidden[ids["mask"]], "lengths": ids["mask"].sum(dim=1)}
+        return {"inputs": hidden.masked_fill(~ids["mask"][:, :, None], 0.0), "mask": ids["mask"]}
 
 
 def trained(task) -> tuple[dict, float]:
@@ -98,18 +99,62 @@ def test_packed_layers_give_what_padded_ones_give(folders, data, tmp_path, archi
     inputs = task.train.inputs
     assert inputs.packs
     padded = replace(task, train=replace(task.train, inputs=replace(inputs, packs=False)))
-    assert "packed" not in inputs.batch(torch.arange(4), even=True)
+    assert "lengths" not in inputs.batch(torch.arange(4), even=True)
     one, loss = trained(task)
     other, again = trained(padded)
     assert loss == pytest.approx(again, rel=1e-5)
     assert farthest(one, other) < 1e-4
 
 
+CASES = {"all of a length": [5, 5, 5], "one text": [7], "one token": [1], "very unequal": [1, 30, 2, 17, 16]}
+
+
+@pytest.mark.parametrize("lengths", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("architecture", "first"), [("bert", 0), ("bert", 1), ("roberta", 0), ("roberta", 2)])
+def test_a_packed_batch_has_the_logits_and_gradients_of_a_padded_one(folders, architecture, first, lengths):  # noqa: F811
+    """With factors drawn at random on every query, value and output of the layers, from token ids and from hidden states."""
+    whole = encoder.Encoder(encoder.find_source(settings(folders[architecture])), settings(folders[architecture]))
+    module = text.SplitClassifier(whole.model, whole.layers, first, torch.nn.Linear(32, 3))
+    draw = torch.Generator().manual_seed(0)
+    shape = (sum(lengths),) if first == 0 else (sum(lengths), 32)
+    values = torch.randint(5, 20, shape, generator=draw) if first == 0 else torch.randn(shape, generator=draw)
+    inputs = features.RaggedInputs(values, torch.tensor(lengths), whole.pad, packs=True)
+    layers = [layer for layer in module.get_submodule(whole.layers)][first:]
+    trained = [part.weight for layer in layers for part in (layer.attention.self.query, layer.attention.self.value)]
+    trained += [layer.output.dense.weight for layer in layers]
+    found = []
+    for even in (False, True):
+        for weight in trained:
+            weight.requires_grad_(True)
+        logits = module(**inputs.batch(torch.arange(len(lengths)), even=even))
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(lengths)) % 3)
+        found.append((logits, *torch.autograd.grad(loss, trained)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * float(other.detach().abs().max()) + 1e-7, rtol=1e-4)
+    assert all(float(gradient.abs().max()) > 0 for gradient in found[0][1:] if len(lengths) > 1)
+
+
+def test_a_packed_batch_is_in_the_order_that_was_asked_for():
+    """Texts 0 to 3 hold their own number as often as they are long."""
+    held = features.RaggedInputs(torch.tensor([0, 1, 1, 1, 2, 2, 3]), torch.tensor([1, 3, 2, 1]), packs=True)
+    batch = held.batch(torch.tensor([2, 0, 1]))
+    assert batch["inputs"].tolist() == [2, 2, 0, 1, 1, 1]
+    assert batch["lengths"].tolist() == [2, 1, 3]
+    assert "mask" not in batch
+
+
+def test_a_packed_pair_keeps_its_segments():
+    segments = torch.tensor([0, 0, 1, 0, 1], dtype=torch.uint8)
+    held = features.RaggedInputs(torch.tensor([4, 5, 6, 7, 8]), torch.tensor([3, 2]), packs=True, segments=segments)
+    assert held.batch(torch.tensor([1, 0]))["segments"].tolist() == [0, 1, 0, 0, 1]
+
+
 def test_layers_of_another_make_stay_padded(folders, data, tmp_path, monkeypatch):  # noqa: F811
     assert not load(folders["distilbert"], data, tmp_path / "a", ("layer.1.attention.q_lin",)).train.inputs.packs
     whole = load(folders["electra"], data, tmp_path / "b", ("layer.2.attention.self.query",))
     assert not whole.train.inputs.packs
-    wrong = lambda layers, hidden, mask: encoder.run_layers(layers, hidden, mask) + 1  # noqa: E731
+    right = encoder.run_packed
+    wrong = lambda layers, rows, lengths: right(layers, rows, lengths) + 1  # noqa: E731
     monkeypatch.setattr(encoder, "run_packed", wrong)
     assert not load(folders["bert"], data, tmp_path / "c", TARGETS).train.inputs.packs, "what differs is not used"
 

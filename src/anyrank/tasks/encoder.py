@@ -19,6 +19,7 @@ from anyrank import cache, hardware
 from anyrank.config import ModelConfig
 from anyrank.data import Text
 from anyrank.errors import DataError, ModelError, nearest
+from anyrank.tasks.attention import Layout, attend
 from anyrank.tasks.base import resolve_targets
 from anyrank.tasks.hub import first_line, has_bfloat16, quiet, sha256, snapshot, weight_files, without_extra
 
@@ -70,7 +71,7 @@ class Encoder:
     @property
     def packs(self) -> bool:
         """Whether the layers can be run on real tokens alone."""
-        return self.layers is not None and _runs_apart(self.model, self.layers, run_packed)
+        return self.layers is not None and _runs_apart(self.model, self.layers, _packed)
 
     def tokens(self, texts: Sequence[Text]) -> Tokens:
         """The tokens of texts, at most `max_length` of each."""
@@ -159,27 +160,51 @@ def run_layers(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Ten
     return hidden
 
 
-def run_packed(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:
-    """`run_layers` of BERT and its kin without the padding: every product but attention's own is over real tokens alone.
+def run_packed(layers: Sequence[nn.Module], rows: Tensor, lengths: Tensor) -> Tensor:
+    """`run_layers` of BERT and its kin without any padding: `rows` `[tokens, d]` of texts of `lengths` `[b]`, end to end.
 
     Texts of a batch differ much in length, so more than half of a padded batch may be padding.
     """
-    places = mask.flatten().nonzero().squeeze(1)
-    rows = hidden.flatten(0, 1).index_select(0, places)
-
-    def padded(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.numel(), values.shape[1]).index_copy(0, places, values).unflatten(0, mask.shape)
-
+    layout = Layout.of(lengths, layers[0].attention.self.num_attention_heads)
     for layer in layers:
-        attention = layer.attention.self
-        q, k, v = (
-            padded(project(rows)).unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
-            for project in (attention.query, attention.key, attention.value)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        rows = layer.attention.output(mixed.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, places), rows)
+        own = layer.attention.self
+        mixed = attend(own.query(rows), own.key(rows), own.value(rows), layout)
+        rows = layer.attention.output(mixed, rows)
         rows = layer.output(layer.intermediate(rows), rows)
-    return padded(rows)
+    return rows
+
+
+def pad_rows(rows: Tensor, lengths: Tensor) -> Tensor:
+    """What stands end to end, `[tokens, ...]`, as a padded batch `[b, t, ...]`; zeros for padding."""
+    mask = _mask(lengths)
+    padded = rows.new_zeros(mask.numel(), *rows.shape[1:]).index_copy(0, _places(mask), rows)
+    return padded.unflatten(0, mask.shape)
+
+
+def pool_rows(rows: Tensor, lengths: Tensor) -> Tensor:
+    """`pool` of what stands end to end, `[tokens, d]`."""
+    return F.normalize(torch.stack([text.mean(dim=0) for text in rows.float().split(lengths.tolist())]), dim=1)
+
+
+def embed_packed(embeddings: nn.Module, ids: Tensor, lengths: Tensor, segments: Tensor | None) -> Tensor:
+    """Embeddings `[tokens, d]` of token ids `[tokens]`; padded for as long as positions are counted."""
+    told = None if segments is None else pad_rows(segments, lengths)
+    return embeddings(**as_arguments(pad_rows(ids, lengths), told)).flatten(0, 1).index_select(0, _places(_mask(lengths)))
+
+
+def _mask(lengths: Tensor) -> Tensor:
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Where the tokens stand among all places of a padded batch."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _packed(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:
+    """`run_packed` of a padded batch."""
+    lengths = mask.sum(dim=1)
+    return pad_rows(run_packed(layers, hidden.flatten(0, 1)[_places(mask)], lengths), lengths)
 
 
 @torch.no_grad()

@@ -22,11 +22,12 @@ _FORMAT = "1"  # of the cached features; raise it when what is computed changes
 
 @dataclass(frozen=True, eq=False)
 class RaggedInputs:
-    """Texts of differing length, end to end: `values` `[tokens, …]`, `lengths` `[n]` int64. Padded batch by batch.
+    """Texts of differing length, end to end: `values` `[tokens, …]`, `lengths` `[n]` int64.
 
     A batch is `inputs` `[b, t, …]` (float32, or int64 token ids) and `mask` `[b, t]` bool, `t` the longest text of the batch,
     and for pairs of texts, where the model is told which of them a token is of, `segments` `[b, t]` (held as `[tokens]` uint8).
-    `packs`: the module can leave the padding out of its products, and is asked to unless `even` parts are wanted.
+    `packs`: the module takes a batch without padding, end to end as the texts are held: `inputs` `[tokens, …]`, `lengths` `[b]`
+    and `segments` `[tokens]`. It gets that unless `even` parts are wanted.
     """
 
     values: Tensor
@@ -48,16 +49,23 @@ class RaggedInputs:
         return self.values.nbytes + self.lengths.nbytes + self.starts.nbytes + segments
 
     def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
+        return self._packed(index) if self.packs and not even else self._padded(index)
+
+    def _packed(self, index: Tensor) -> dict[str, Tensor | bool]:
+        lengths = self.lengths[index]
+        ahead = self.starts[index] - (lengths.cumsum(0) - lengths)  # of each text's place in the batch
+        places = torch.arange(int(lengths.sum())) + ahead.repeat_interleave(lengths)
+        more = {} if self.segments is None else {"segments": self.segments[places].long()}
+        return {"inputs": _wide(self.values.index_select(0, places)), "lengths": lengths, **more}
+
+    def _padded(self, index: Tensor) -> dict[str, Tensor | bool]:
         lengths = self.lengths[index]
         place = torch.arange(int(lengths.max())).expand(len(index), -1)
         mask = place < lengths[:, None]
         places = (self.starts[index, None] + place).masked_fill(~mask, 0)
-        rows = self.values[places]
-        rows = rows.float() if rows.is_floating_point() else rows.long()
+        rows = _wide(self.values[places])
         padding = ~mask.view(*mask.shape, *(1,) * (rows.ndim - 2))
-        more: dict[str, Tensor | bool] = {"packed": True} if self.packs and not even else {}
-        if self.segments is not None:
-            more["segments"] = self.segments[places].long().masked_fill(~mask, 0)
+        more = {} if self.segments is None else {"segments": self.segments[places].long().masked_fill(~mask, 0)}
         return {"inputs": rows.masked_fill(padding, self.pad), "mask": mask, **more}
 
 
@@ -66,6 +74,10 @@ def token_inputs(tokens: Tokens, pad: int, packs: bool = False) -> RaggedInputs:
     lengths = torch.tensor([len(each) for each in tokens.ids])
     segments = None if tokens.segments is None else _flat(tokens.segments, torch.uint8)
     return RaggedInputs(_flat(tokens.ids, torch.int32), lengths, pad, packs, segments)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.is_floating_point() else values.long()
 
 
 def _flat(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:

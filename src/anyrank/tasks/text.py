@@ -35,7 +35,18 @@ from anyrank import keys
 from anyrank.config import DataConfig, LoraConfig, ModelConfig
 from anyrank.errors import ModelError
 from anyrank.tasks.base import Examples, Inputs, Task, TensorInputs
-from anyrank.tasks.encoder import POOLER, Encoder, as_arguments, find_source, named_targets, pool, run_layers, run_packed
+from anyrank.tasks.encoder import (
+    POOLER,
+    Encoder,
+    as_arguments,
+    embed_packed,
+    find_source,
+    named_targets,
+    pool,
+    pool_rows,
+    run_layers,
+    run_packed,
+)
 from anyrank.tasks.features import Encode, Features, Progress, RaggedInputs, token_inputs
 
 MAP = "map"
@@ -146,9 +157,10 @@ class SplitClassifier(nn.Module):
     """The layers of an encoder from `first` on, mean pooling and a head, under the encoder's own module names.
 
     `inputs`: hidden states `[b, t, d]` that layer `first` takes, or token ids `[b, t]` where `first` is 0; `mask` `[b, t]`
-    bool; `segments` `[b, t]`: which text of a pair a token is of; `packed`: padding is left out of all products, which is only
-    for layers that can do so (`Encoder.packs`), and not for clients trained side by side, whose parts of a batch must be of
-    one size.
+    bool; `segments` `[b, t]`: which text of a pair a token is of. Or the same without padding, text after text: `inputs`
+    `[tokens, d]` or `[tokens]`, `segments` `[tokens]`, and how many tokens each text has, `lengths` `[b]`. That is only for
+    layers that can be run so (`Encoder.packs`), and not for clients trained side by side, whose parts of a batch must be of one
+    size.
 
     The encoder is taken apart: its layers below `first` are let go, names and numbers of the others stay, so that an adapter
     of this module is one of the encoder (`AutoModel`) as PEFT loads it.
@@ -164,11 +176,17 @@ class SplitClassifier(nn.Module):
         self._layers, self._first = layers, first
         self.requires_grad_(False)
 
-    def forward(self, inputs: Tensor, mask: Tensor, segments: Tensor | None = None, packed: bool = False) -> Tensor:
-        hidden = inputs if self._first else self.embeddings(**as_arguments(inputs, segments))
-        run = run_packed if packed else run_layers
-        hidden = run(self.get_submodule(self._layers)[self._first :], hidden, mask)
-        return self.head(LOGIT_SCALE * pool(hidden, mask))
+    def forward(
+        self, inputs: Tensor, mask: Tensor | None = None, segments: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        layers = self.get_submodule(self._layers)[self._first :]
+        if lengths is None:
+            hidden = inputs if self._first else self.embeddings(**as_arguments(inputs, segments))
+            pooled = pool(run_layers(layers, hidden, mask), mask)
+        else:
+            rows = inputs if self._first else embed_packed(self.embeddings, inputs, lengths, segments)
+            pooled = pool_rows(run_packed(layers, rows, lengths), lengths)
+        return self.head(LOGIT_SCALE * pooled)
 
 
 class WholeClassifier(nn.Module):
