@@ -41,6 +41,7 @@ PRIVATE = (
 )
 CENTRAL = (("tests/test_central_noise.py",),)
 SIDE_BY_SIDE = (("tests/test_forward.py", "tests/test_stacked.py"),)
+ATTENTION = (("tests/test_attention.py", "tests/test_packed.py"),)
 
 
 class Mistake(NamedTuple):
@@ -471,6 +472,11 @@ MISTAKES = (
         SIDE_BY_SIDE,
     ),
     Mistake("a sum in the base for nobody", "engines/stacked.py", ", self._in_base(name))", ")", SIDE_BY_SIDE),
+    # attention over real tokens
+    Mistake("attention to padding", "tasks/attention.py", "np.float32(-np.inf)", "np.float32(0)", ATTENTION),
+    Mistake("gradients from padding", "tasks/attention.py", "block.take(rows).mul_(block.real)", "block.take(rows)", ATTENTION),
+    Mistake("scores without their scale", "tasks/attention.py", "alpha=Q.shape[2] ** -0.5", "alpha=1.0", ATTENTION),
+    Mistake("heads of one text mixed", "tasks/attention.py", "[:, None] * heads + head)", "[:, None] * heads)", ATTENTION),
 )
 
 
