@@ -472,6 +472,7 @@ MISTAKES = (
         SIDE_BY_SIDE,
     ),
     Mistake("a sum in the base for nobody", "engines/stacked.py", ", self._in_base(name))", ")", SIDE_BY_SIDE),
+    Mistake("scaling dropped in the kernel", "forward.py", "kernels + B * scaling @ A", "kernels + B @ A", SIDE_BY_SIDE),
     # attention over real tokens
     Mistake("attention to padding", "tasks/attention.py", "np.float32(-np.inf)", "np.float32(0)", ATTENTION),
     Mistake("gradients from padding", "tasks/attention.py", "block.take(rows).mul_(block.real)", "block.take(rows)", ATTENTION),

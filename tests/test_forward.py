@@ -74,6 +74,79 @@ def test_each_client_goes_through_its_own_factors(kind: str, own_a: bool, own_b:
         torch.testing.assert_close(one, other)
 
 
+CONVOLUTIONS = {
+    "as it is": {},
+    "strided, padded, dilated": {"stride": 2, "padding": 2, "dilation": 2},
+    "without bias": {"bias": False, "padding": 1},
+}
+
+
+def convolution(channels: tuple[int, int] = (3, 4), **options) -> nn.Conv2d:
+    return frozen(nn.Conv2d(*channels, kernel_size=(3, 2), **options))
+
+
+def kernel_term(module: nn.Conv2d, own_a: bool, own_b: bool, rank: int = RANK, seed: int = 1) -> forward.Term:
+    out, width = module.weight.flatten(1).shape
+    A = random(*((CLIENTS,) if own_a else ()), rank, width, seed=seed)
+    B = random(*((CLIENTS,) if own_b else ()), out, rank, seed=seed + 1)
+    return A, B, torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).view(-1, 1, 1) if own_b else 0.5
+
+
+def convolved_by_definition(module: nn.Conv2d, x: Tensor, terms: list[forward.Term]) -> Tensor:
+    """Each client's batch by the module's kernel, and by those of A and then B, one convolution after another."""
+    found = []
+    for client, part in enumerate(x.chunk(CLIENTS)):
+        total = module._conv_forward(part, module.weight, module.bias)
+        for A, B, scaling in terms:
+            low = module._conv_forward(part, one(A, client).unflatten(1, module.weight.shape[1:]), None)
+            scaling = scaling[client] if isinstance(scaling, Tensor) else scaling
+            total = total + scaling * nn.functional.conv2d(low, one(B, client)[:, :, None, None])
+        found.append(total)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize(("own_a", "own_b"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("side", [3, 9])  # a kernel with all in it has 72 numbers, and the least input 27 a client's example
+def test_each_client_goes_through_its_own_kernels(options: dict, own_a: bool, own_b: bool, side: int) -> None:
+    module = convolution(**options | ({"padding": 2} if side == 3 else {}))
+    x = random(CLIENTS * EACH, 3, side, side).requires_grad_()
+    terms = [kernel_term(module, own_a, own_b), kernel_term(module, own_a, own_b, seed=7)]
+    factors = [x, *(factor.requires_grad_() for A, B, _ in terms for factor in (A, B))]
+    expected = convolved_by_definition(module, x, terms)
+    with forward.replaced(module, forward.adapted(module, "conv2d", terms, {})):
+        found = module(x)
+    torch.testing.assert_close(found, expected)
+    for own, other in zip(gradients(found, factors), gradients(expected, factors), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def convolutions_run(module: nn.Conv2d, x: Tensor, terms: list[forward.Term]) -> int:
+    """How often `aten::convolution` runs in a forward pass."""
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        forward.replaced(module, forward.adapted(module, "conv2d", terms, {})),
+    ):
+        module(x)
+    return sum(event.count for event in profile.key_averages() if event.key == "aten::convolution")
+
+
+def test_factors_are_written_into_a_kernel_where_it_is_smaller_than_the_input() -> None:
+    small, large = convolution(), convolution((64, 64))
+    assert convolutions_run(small, random(EACH, 3, 9, 9), [kernel_term(small, False, False)]) == 1
+    assert convolutions_run(large, random(EACH, 64, 4, 4), [kernel_term(large, False, False)]) == 3
+
+
+def test_factors_are_not_rounded_to_a_narrower_kernel() -> None:
+    """A thousandth of a kernel's numbers is below bfloat16's rounding of them; where they cancel, it is all there is."""
+    module = nn.Conv2d(2, 1, 1, bias=False).bfloat16().requires_grad_(False)
+    module.weight.fill_(1.0)
+    x = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8).bfloat16()
+    change = (torch.tensor([[1e-3, 0.0]]), torch.ones(1, 1), 1.0)
+    with forward.replaced(module, forward.adapted(module, "conv2d", [change], {})):
+        torch.testing.assert_close(module(x).float(), torch.full((1, 1, 8, 8), 1e-3), rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("parts", [("weight", "bias"), ("weight",), ("bias",)])
 def test_own_weights_and_biases_stand_in_the_place_of_the_modules(parts: tuple[str, ...]) -> None:
     module, x = frozen(nn.Linear(WIDTH, OUT)), random(CLIENTS * EACH, TOKENS, WIDTH)

@@ -39,6 +39,8 @@ def adapted(module: nn.Module, kind: str, terms: Sequence[Term], own: Mapping[st
     plain, add = module.forward, _ADD[kind]
 
     def forward(x: Tensor) -> Tensor:
+        if kind == "conv2d" and (kernels := _kernels(module, x, terms)) is not None:
+            return _convolved(module, x, kernels)
         output = _map(x, *_parameters(module, own)) if own else plain(x)
         for A, B, scaling in terms:
             output = add(output, module, x, A, B * scaling)
@@ -118,13 +120,52 @@ def _added(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return add
 
 
+def _kernels(module: nn.Conv2d, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
+    """The kernel with all terms in it, `[out, in, h, w]` or `[clients, out, in, h, w]`: one convolution in the place of three.
+
+    `None` where there are no terms, where another number type would round them away, and where kernels would hold more numbers
+    than the input: so many channels are better left as they are.
+    """
+    clients = max((len(each) for A, B, _ in terms for each in (A, B) if each.ndim == 3), default=1)
+    alike = all(A.dtype == B.dtype == module.weight.dtype for A, B, _ in terms)
+    if not terms or not alike or clients * module.weight.numel() > x.numel():
+        return None
+    kernels = module.weight.flatten(1)
+    for A, B, scaling in terms:
+        kernels = kernels + B * scaling @ A
+    return kernels.unflatten(-1, module.weight.shape[1:])
+
+
+def _convolved(module: nn.Conv2d, x: Tensor, kernels: Tensor) -> Tensor:
+    """`x` `[b, in, h, w]` by one kernel, or `[clients * b, in, h, w]` by each client's own."""
+    if kernels.ndim == 4:
+        return F.conv2d(x, kernels, module.bias, module.stride, module.padding, module.dilation)
+    groups = len(kernels)
+    bias = None if module.bias is None else module.bias.repeat(groups)
+    found = F.conv2d(
+        _side_by_side(x, groups), kernels.flatten(0, 1), bias, module.stride, module.padding, module.dilation, groups
+    )
+    return _one_after_another(found, groups)
+
+
+def _side_by_side(x: Tensor, clients: int) -> Tensor:
+    """`[clients * b, channels, h, w]` as `[b, clients * channels, h, w]`: one group of channels a client."""
+    return x.unflatten(0, (clients, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _one_after_another(x: Tensor, clients: int) -> Tensor:
+    """The way back."""
+    return x.unflatten(1, (clients, -1)).transpose(0, 1).flatten(0, 1)
+
+
 def _conv2d(module: nn.Conv2d, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    if A.ndim == 3:  # one group a client
+    if A.ndim == 3:
         kernel, groups = A.unflatten(2, (module.in_channels, *module.kernel_size)).flatten(0, 1), len(A)
-        side_by_side = x.to(A.dtype).unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)  # [b, clients * channels, h, w]
-        low = F.conv2d(side_by_side, kernel, None, module.stride, module.padding, module.dilation, groups)
+        low = F.conv2d(
+            _side_by_side(x.to(A.dtype), groups), kernel, None, module.stride, module.padding, module.dilation, groups
+        )
         high = F.conv2d(low, B.expand(groups, -1, -1).flatten(0, 1)[:, :, None, None], groups=groups)
-        return high.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+        return _one_after_another(high, groups)
     kernel = A.unflatten(1, (module.in_channels, *module.kernel_size))
     low = F.conv2d(x.to(A.dtype), kernel, None, module.stride, module.padding, module.dilation)
     if B.ndim == 3:
