@@ -204,10 +204,10 @@ def scorings(config: Any) -> int:
 
 
 def scaled(study: str, setting: Any, method: str, ours: Mapping[str, Any], loop: Mapping[str, Any]) -> Cost:
-    """All of a setting from its measured parts. The start is scored too, and by anyrank the last model twice."""
+    """All of a setting from its measured parts. The start is scored too."""
     config = setting.config
     runs, rounds, scored = len(setting.methods) * setting.seeds, config.run.rounds, scorings(config)
-    ours_s = ours["start_s"] + runs * (ours["again_s"] + rounds * ours["round_s"] + (scored + 2) * ours["score_s"])
+    ours_s = ours["start_s"] + runs * (ours["again_s"] + rounds * ours["round_s"] + (scored + 1) * ours["score_s"])
     loop_s = runs * (loop["start_s"] + rounds * loop["round_s"] + (scored + 1) * loop["score_s"])
     kind = ABOVE if config.lora.target_modules == ("map",) else INSIDE
     return Cost(study, setting.name, kind, method, runs, rounds, ours, loop, ours_s, loop_s)
