@@ -244,6 +244,16 @@ def test_an_unfinished_run_is_shown_as_far_as_it_went(tmp_path):
     assert "raflora, seed 0 is unfinished (round 3 of 2): shown as far as it went." in page.text
 
 
+def test_an_unfinished_run_of_a_grid_goes_by_the_label_it_was_asked_for(tmp_path):
+    runs = [write_run(tmp_path / "0", (0.1, 0.6)), write_run(tmp_path / "1", finished=False, metrics=[])]
+    config = (runs[1] / "config.toml").read_text()
+    (runs[1] / "config.toml").write_text(config.replace("[run]\n", '[run]\nlabel = "raflora:train.learning_rate=1e30"\n'))
+    page = build(tmp_path, *runs)
+    assert page.row("raflora")["final accuracy, %"] == "60.00"
+    assert page.row("raflora:train.learning_rate=1e30")["final accuracy, %"] == "–"
+    assert "differ in configuration" not in page.text
+
+
 def test_an_unfinished_seed_is_left_out_beside_finished_ones(tmp_path):
     runs = [write_run(tmp_path / "0", (0.1, 0.6)), write_run(tmp_path / "1", (0.1, 0.9), seed=1, finished=False)]
     page = build(tmp_path, *runs)

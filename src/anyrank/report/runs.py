@@ -125,7 +125,7 @@ def read(folder: Path) -> Run:
     seed = summary.get("seed", section(config, "run").get("seed"))
     return Run(
         folder=folder,
-        label=" ".join(str(summary.get("label") or method).split()),
+        label=" ".join(str(summary.get("label") or section(config, "run").get("label") or method).split()),
         method=str(method),
         seed=seed if isinstance(seed, int) else None,
         config_text=config_text,
