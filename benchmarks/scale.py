@@ -1,6 +1,6 @@
 """Many clients, many rounds, flat memory: 10,000 registered, 100 a round, 1,000 rounds of the digits.
 
-    python benchmarks/scale.py [--rounds N]
+    python benchmarks/scale.py [--rounds N] [--method NAME]
 
 Tells wall and CPU seconds, and the resident memory and the time of a round as the rounds go by.
 """
@@ -27,7 +27,9 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "scale.toml"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1000)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--method", default="raflora")
+    asked = parser.parse_args()
+    rounds = asked.rounds
     began = time.perf_counter()
     marks = {100, rounds // 2, rounds} | {1, 10}
 
@@ -40,7 +42,8 @@ def main() -> None:
             )
 
     with tempfile.TemporaryDirectory() as folder:
-        summary = simulation.execute(configs.load(CONFIG, [f"run.rounds={rounds}"]), Path(folder) / "run", on_round=tell)
+        config = configs.load(CONFIG, [f"run.rounds={rounds}", f"method.name={asked.method}"])
+        summary = simulation.execute(config, Path(folder) / "run", on_round=tell)
     print(f"end: {memory('VmRSS'):.0f} MB, {time.process_time():.1f} CPU s, accuracy {summary['accuracy']:.3f}")
 
 
