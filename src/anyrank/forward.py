@@ -36,11 +36,11 @@ def adapted(module: nn.Module, kind: str, terms: Sequence[Term], own: Mapping[st
     `own`: what stands in the place of a linear module's `weight` `[out, in]` and `bias` `[out]`, or one for each client,
     `[clients, out, in]` and `[clients, out]`.
     """
-    plain, add = module.forward, _ADD[kind]
+    plain, add, at_once = module.forward, _ADD[kind], _AT_ONCE.get(kind)
 
     def forward(x: Tensor) -> Tensor:
-        if kind == "conv2d" and (kernels := _kernels(module, x, terms)) is not None:
-            return _convolved(module, x, kernels)
+        if at_once and (output := at_once(module, x, terms)) is not None:
+            return output
         output = _map(x, *_parameters(module, own)) if own else plain(x)
         for A, B, scaling in terms:
             output = add(output, module, x, A, B * scaling)
@@ -120,6 +120,12 @@ def _added(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return add
 
 
+def _in_one_kernel(module: nn.Conv2d, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
+    """The module with all terms by one convolution; `None` where several are better."""
+    kernels = _kernels(module, x, terms)
+    return None if kernels is None else _convolved(module, x, kernels)
+
+
 def _kernels(module: nn.Conv2d, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
     """The kernel with all terms in it, `[out, in, h, w]` or `[clients, out, in, h, w]`: one convolution in the place of three.
 
@@ -191,3 +197,4 @@ def _rows(module: nn.Embedding, x: Tensor, A: Tensor) -> Tensor:
 
 
 _ADD = {"linear": _add_linear, "conv2d": _added(_conv2d), "embedding": _added(_embedding)}
+_AT_ONCE = {"conv2d": _in_one_kernel}
