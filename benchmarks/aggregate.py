@@ -26,9 +26,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anyrank import Adapter, ClientUpdate, LoraLayer, lowrank, methods
-from anyrank.aggregation import aggregate_folders
-from anyrank.records import Scaling, ServerState
+from anyrank import Adapter, ClientUpdate, LoraLayer, devices, methods
+from anyrank.aggregation.aggregates import aggregate_folders
+from anyrank.algebra import lowrank
+from anyrank.messages.records import Scaling, ServerState
 
 SIDE, RANKS, ALPHA, LAYERS = 4096, (4, 8, 16, 32, 64), 16, 32
 QV, QKVO = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -272,7 +273,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    print(f"{cpu}, {len(os.sched_getaffinity(0))} cores, {chosen.threads} thread(s), torch {torch.__version__}")
+    print(f"{cpu}, {devices.cores()} cores, {chosen.threads} thread(s), torch {torch.__version__}")
     print(f"python benchmarks/aggregate.py {' '.join(sys.argv[1:])}".strip())
     one_module([10, 20] if chosen.quick else [10, 20, 100], chosen.repeats, not chosen.quick)
     plans = [(20, QV, 4), (20, QV, 8)]

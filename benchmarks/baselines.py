@@ -21,13 +21,15 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
-from anyrank import data, local
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.engines.base import Job
-from anyrank.records import BOTH, ClientUpdate, Download, Scaling
-from anyrank.tasks.base import Examples, Scores
-from anyrank.tasks.encoder import find_source
-from anyrank.tasks.scoring import Completion
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.data import texts as sources
+from anyrank.messages.plan import Plan
+from anyrank.messages.records import BOTH, ClientUpdate, Download, Job, Scaling, Scores
+from anyrank.tasks.base import Examples
+from anyrank.tasks.language.scoring import Completion
+from anyrank.tasks.text.encoder import find_source
+from anyrank.training import local
 
 TEXTS_AT_A_TIME = 64  # in scoring: padded to the longest of more of them, a loop would take longer
 
@@ -164,7 +166,7 @@ class PeftLoop:
     shards: Sequence[np.ndarray]
     inside: str = ""  # where in the model the part lies that PEFT wraps
 
-    def train(self, jobs: Sequence[Job], plan: local.Plan) -> Iterator[ClientUpdate]:
+    def train(self, jobs: Sequence[Job], plan: Plan) -> Iterator[ClientUpdate]:
         for job in jobs:
             if job.download.train != BOTH or job.download.pruning:
                 raise NotImplementedError("the loop trains A and B, and prunes nothing")
@@ -198,7 +200,7 @@ class PeftLoop:
             for name, weight in kept.items():
                 base.get_submodule(name).weight.data.copy_(weight)
 
-    def fit(self, peft_model: PeftModel, examples: np.ndarray, batches: list[np.ndarray], plan: local.Plan) -> list[float]:
+    def fit(self, peft_model: PeftModel, examples: np.ndarray, batches: list[np.ndarray], plan: Plan) -> list[float]:
         module = self.model if self.inside else peft_model
         optimizer = optimizer_of([parameter for parameter in peft_model.parameters() if parameter.requires_grad], plan)
         losses = []
@@ -222,7 +224,7 @@ def add(base: nn.Module, merged: Adapter) -> dict[str, Tensor]:
     return kept
 
 
-def optimizer_of(trained: list[nn.Parameter], plan: local.Plan) -> torch.optim.Optimizer:
+def optimizer_of(trained: list[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
     config = plan.config
     if config.optimizer == "sgd":
         return torch.optim.SGD(trained, plan.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -232,7 +234,7 @@ def optimizer_of(trained: list[nn.Parameter], plan: local.Plan) -> torch.optim.O
 class HFTrainer(PeftLoop):
     """(b) The same with a new transformers `Trainer` for each client, as research code on federated LoRA runs it."""
 
-    def fit(self, peft_model: PeftModel, examples: np.ndarray, batches: list[np.ndarray], plan: local.Plan) -> list[float]:
+    def fit(self, peft_model: PeftModel, examples: np.ndarray, batches: list[np.ndarray], plan: Plan) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder,
@@ -354,7 +356,7 @@ def _of_texts(kind: type[PeftLoop], built: Any) -> PeftLoop:
     config, task = built.config, built.engine.model.task
     folder = find_source(config.model).folder
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    texts = [_tokens(tokenizer, part.texts, part.labels, config.model.max_length) for part in data.load_split(config.data)]
+    texts = [_tokens(tokenizer, part.texts, part.labels, config.model.max_length) for part in sources.load_split(config.data)]
     # A Trainer puts the model into training mode: without dropout it does the same work as the others.
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     encoder = AutoModel.from_pretrained(folder, local_files_only=True, **no_dropout).requires_grad_(False).eval()

@@ -59,13 +59,13 @@ def by_flower(rounds: int) -> float:
 
     @client_app.train()
     def train(message, context):
-        from anyrank import local
+        from anyrank.messages.plan import plan_round
 
         built, engine = world(rounds)
         index, round = message.content["task"]["client"], message.content["task"]["round"]
         client = built.population.client(index)
         job = _job(built, index, client, _unpack(built, client, message.content["adapter"].to_torch_state_dict()))
-        plan = local.plan_round(built.config.train, round, rounds, built.config.run.seed)
+        plan = plan_round(built.config.train, round, rounds, built.config.run.seed)
         (update,) = engine.train([job], plan)
         content = RecordDict({
             "adapter": ArrayRecord(torch_state_dict=_pack(update.adapter)),
@@ -75,15 +75,15 @@ def by_flower(rounds: int) -> float:
 
     @server_app.main()
     def serve(grid, context):
-        from anyrank import federation
-        from anyrank.records import ClientUpdate
+        from anyrank.federation import loop
+        from anyrank.messages.records import ClientUpdate
 
         built, engine = world(rounds)
         state = built.method.init(engine.start(), _scaling(built), built.config.run.seed)
         while len(nodes := sorted(grid.get_node_ids())) < len(built.population):
             pass
         for round in range(1, rounds + 1):
-            jobs, _ = federation.dispatch(built, state, round)
+            jobs, _ = loop.dispatch(built, state, round)
             messages = [
                 Message(
                     content=RecordDict({
@@ -109,7 +109,7 @@ def by_flower(rounds: int) -> float:
 
 
 def _scaling(built):
-    from anyrank.records import Scaling
+    from anyrank.messages.records import Scaling
 
     return Scaling(built.config.lora.alpha, built.config.lora.scaling)
 
@@ -119,7 +119,8 @@ def _pack(adapter) -> dict:
 
 
 def _unpack(built, client, tensors):
-    from anyrank.adapter import Adapter, LoraLayer
+    from anyrank.adapter.adapter import Adapter
+    from anyrank.adapter.layer import LoraLayer
 
     names = sorted({key.rpartition("/")[0] for key in tensors})
     scaling = _scaling(built)
@@ -129,8 +130,7 @@ def _unpack(built, client, tensors):
 
 
 def _job(built, index, client, adapter):
-    from anyrank.engines.base import Job
-    from anyrank.records import Download
+    from anyrank.messages.records import Download, Job
 
     return Job(index, client, len(built.population.shards[index]), Download(adapter, {}))
 

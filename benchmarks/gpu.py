@@ -28,15 +28,15 @@ import transformers
 from simulation import machine
 from torch import nn
 
-from anyrank import Adapter, ClientUpdate, local
-from anyrank.aggregation import aggregate
-from anyrank.config import ModelConfig, TrainConfig
-from anyrank.engines.base import Job
+from anyrank import Adapter, ClientUpdate
+from anyrank.aggregation.aggregates import aggregate
+from anyrank.config.sections import ModelConfig, TrainConfig
 from anyrank.engines.inprocess import InProcess
-from anyrank.hardware import place
-from anyrank.models import LoraModel
-from anyrank.records import Client, Download, Scaling
+from anyrank.messages.plan import Plan
+from anyrank.messages.records import Client, Download, Job, Scaling
 from anyrank.tasks.base import Examples, Task, TensorInputs
+from anyrank.tasks.place import place
+from anyrank.training.lora import LoraModel
 
 CLIENTS, RANKS, STEPS, BATCH, TOKENS, CLASSES = 32, (4, 8, 16, 32), 4, 8, 64, 16
 
@@ -77,7 +77,7 @@ def side_by_side(device: str, dtype: str, small: bool, repeats: int) -> None:
         adapter = model.start(client.rank, Scaling(16.0), seed=index)
         slices = {name: tuple(range(layer.rank)) for name, layer in adapter.layers.items()}
         jobs.append(Job(index, client, len(shard), Download(adapter, slices)))
-    plan = local.Plan(TrainConfig(local_steps=STEPS, batch_size=BATCH), 1e-3, round=1, seed=0)
+    plan = Plan(TrainConfig(local_steps=STEPS, batch_size=BATCH), 1e-3, round=1, seed=0)
     engines = {how: InProcess(model, shards, stacking=how) for how in ("never", "always")}
     updates = {how: sorted(engine.train(jobs, plan), key=lambda update: update.client) for how, engine in engines.items()}
     apart = max(furthest(one, other) for one, other in zip(*updates.values(), strict=True))

@@ -112,13 +112,14 @@ def ours(way: str, encoder, tokens, labels):
     import numpy as np
     from torch import nn
 
-    from anyrank import local, private_training
-    from anyrank.config import TrainConfig
-    from anyrank.models import LoraModel
+    from anyrank.config.sections import TrainConfig
+    from anyrank.messages.plan import plan_round
+    from anyrank.messages.records import Download, Scaling
     from anyrank.privacy.noise import Mechanism
     from anyrank.privacy.plan import PrivacyPlan
-    from anyrank.records import Download, Scaling
     from anyrank.tasks.base import Examples, Task, TensorInputs, resolve_targets
+    from anyrank.training import local, private_examples
+    from anyrank.training.lora import LoraModel
 
     class Logits(nn.Module):
         def __init__(self) -> None:
@@ -137,16 +138,16 @@ def ours(way: str, encoder, tokens, labels):
     def run(steps: int) -> int:
         train = TrainConfig(batch_size=BATCH, local_steps=steps)
         if way == "plain":
-            local.train(model, "one", download, np.arange(EXAMPLES), local.plan_round(train, 1, 1, 0))
+            local.train(model, "one", download, np.arange(EXAMPLES), plan_round(train, 1, 1, 0))
             return steps * BATCH
         noise = {EXAMPLES: 1.0}
         plan = PrivacyPlan("example", 0.0, 1e-5, 1.0, "pld", False, "exact", BATCH, steps, 1, 1, 1.0, noise)
         mechanism, drawn = Mechanism(plan, b"k" * 32), []
-        clipped = private_training.PerExample.clipped
-        private_training.PerExample.clipped = lambda self, index, *rest: drawn.append(len(index)) or clipped(self, index, *rest)
-        plan = local.plan_round(train, 1, 1, 0, privacy=mechanism)
-        private_training.train(model, "one", download, EXAMPLES, np.arange(EXAMPLES), plan)
-        private_training.PerExample.clipped = clipped
+        clipped = private_examples.PerExample.clipped
+        private_examples.PerExample.clipped = lambda self, index, *rest: drawn.append(len(index)) or clipped(self, index, *rest)
+        plan = plan_round(train, 1, 1, 0, privacy=mechanism)
+        private_examples.train(model, "one", download, EXAMPLES, np.arange(EXAMPLES), plan)
+        private_examples.PerExample.clipped = clipped
         return sum(drawn)
 
     return run

@@ -48,7 +48,7 @@ def configuration(size: str, rounds: int, data: Path | None):
 
     Under raflora, whose clients are sent an adapter and nothing more.
     """
-    from anyrank.config import Config, DataConfig
+    from anyrank.config.sections import Config, DataConfig
 
     config = Config().replace(
         run={"rounds": rounds},
@@ -73,8 +73,10 @@ def measure(competitor: str, size: str, rounds: int, data: Path | None) -> dict[
     """Run `rounds` rounds of a size in this process; what they cost and where they led."""
     import torch
 
-    from anyrank import federation, simulation
-    from anyrank.rundir import RunDir
+    from anyrank import simulation
+    from anyrank.federation import loop
+    from anyrank.runs.folder import RunDir
+    from anyrank.tasks.load import _cached_task
 
     torch.set_num_threads(1)
     config = configuration(size, rounds, data)
@@ -82,7 +84,7 @@ def measure(competitor: str, size: str, rounds: int, data: Path | None) -> dict[
     labels = built.engine.model.task.test.labels.numpy()
     if competitor != OURS:
         built = replace(built, engine=_baseline(competitor, built))
-        simulation._cached_task.cache_clear()
+        _cached_task.cache_clear()
         gc.collect()
     _without_scoring(built.engine, labels)
     figures: dict[str, Any] = {"start_cpu_s": time.process_time(), "base_mb": memory("VmRSS")}
@@ -92,7 +94,7 @@ def measure(competitor: str, size: str, rounds: int, data: Path | None) -> dict[
     forget_peak()
     with tempfile.TemporaryDirectory() as folder, RunDir.open(Path(folder) / "run", config) as store:
         began = time.process_time()
-        summary = federation.run(built, store)
+        summary = loop.run(built, store)
         figures["run_cpu_s"] = time.process_time() - began
         rows = store.metrics()
     return figures | {
@@ -111,8 +113,9 @@ def account(size: str, data: Path | None) -> dict[str, float]:
     import allocation
     import torch
 
-    from anyrank import federation, simulation
-    from anyrank.rundir import RunDir
+    from anyrank import simulation
+    from anyrank.federation import loop
+    from anyrank.runs.folder import RunDir
 
     torch.set_num_threads(1)
     config = configuration(size, 1, data)
@@ -127,7 +130,7 @@ def account(size: str, data: Path | None) -> dict[str, float]:
         RunDir.open(Path(folder) / "run", config) as store,
         allocation.allocations() as found,
     ):
-        federation.run(built, store)
+        loop.run(built, store)
     return needed | {"start": held / 1e6, "peak": (held + found.most) / 1e6}
 
 
@@ -135,7 +138,7 @@ def _without_scoring(engine, labels) -> None:
     """Accuracies are not what is compared: scoring is timed apart."""
     import numpy as np
 
-    from anyrank.tasks.base import Scores
+    from anyrank.messages.records import Scores
 
     none = Scores(np.zeros(len(labels), dtype=bool), np.zeros(len(labels)), labels)
     type(engine).evaluate = lambda *_: none
@@ -154,14 +157,17 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from anyrank import federation, local, simulation
-    from anyrank.tasks.features import RaggedInputs
+    from anyrank import simulation
+    from anyrank.federation import loop
+    from anyrank.messages.plan import plan_round
+    from anyrank.tasks.text.features import RaggedInputs
+    from anyrank.training import local
 
     torch.set_num_threads(1)
     built = simulation.build(configuration(size, 1, data))
-    model, state = built.engine.model, federation.start(built)
-    jobs, _ = federation.dispatch(built, state, 1)
-    plan = local.plan_round(built.config.train, 1, 1, 0)
+    model, state = built.engine.model, loop.start(built)
+    jobs, _ = loop.dispatch(built, state, 1)
+    plan = plan_round(built.config.train, 1, 1, 0)
     inputs, total = model.task.train.inputs, 0
     for job in jobs:
         examples = built.engine.shards[job.index]

@@ -17,14 +17,15 @@ class Stopwatch:
 
     def watch(self, built) -> None:
         """Put a clock around each part of the round loop."""
-        from anyrank import federation, rundir
+        from anyrank.federation import figures, guard, loop
+        from anyrank.runs import folder
 
-        self._wrap(federation, "dispatch", "dispatch")
-        self._wrap(federation.guard, "admit", "guard")
+        self._wrap(loop, "dispatch", "dispatch")
+        self._wrap(guard, "admit", "guard")
         self._wrap(type(built.method), "aggregate", "aggregate")
         for name in ("spectra", "energy_beyond", "effective_rank"):
-            self._wrap(federation.collapse, name, "spectra")
-        self._wrap(rundir.RunDir, "commit", "run folder")
+            self._wrap(figures, name, "spectra")
+        self._wrap(folder.RunDir, "commit", "run folder")
         train = type(built.engine).train
 
         def timed(engine, jobs, plan):

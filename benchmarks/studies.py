@@ -73,7 +73,8 @@ class Enough(Exception):
 
 def part_of(study: str, number: int):
     """The measured federation of a study's setting, and the setting."""
-    from anyrank import comparison, studies
+    from anyrank.studies import comparison
+    from anyrank.studies import study as studies
 
     setting = studies.load(PAPERS / f"{study}.toml").settings[number]
     method = next((name for name in PREFERRED if name in setting.methods), setting.methods[0])
@@ -85,7 +86,9 @@ def measure(competitor: str, study: str, number: int, rounds: int, scoring: bool
     """What a start, a round and a scoring of a setting cost in this process."""
     import torch
 
-    from anyrank import federation, simulation
+    from anyrank import simulation
+    from anyrank.federation import loop
+    from anyrank.federation.figures import score
 
     torch.set_num_threads(1)
     config, _ = part_of(study, number)
@@ -105,7 +108,7 @@ def measure(competitor: str, study: str, number: int, rounds: int, scoring: bool
     figures |= _rounds(built, rounds)
     if scoring:
         began = time.process_time()
-        standing = federation.score(built, federation.start(built)).figures()
+        standing = score(built, loop.start(built)).figures()
         figures |= {"score_s": time.process_time() - began, "start_loss": standing["loss"]}
     return figures
 
@@ -140,8 +143,8 @@ def _rounds(built, rounds: int) -> dict[str, Any]:
     """CPU seconds of a round of a federation, without scoring, and the clients' training losses in the first of those that were
     run.
     """
-    from anyrank import federation
-    from anyrank.rundir import RunDir
+    from anyrank.federation import loop
+    from anyrank.runs.folder import RunDir
 
     done, began = [], time.process_time()
 
@@ -152,7 +155,7 @@ def _rounds(built, rounds: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder, RunDir.open(Path(folder) / "run", built.config) as store:
         with contextlib.suppress(Enough):
-            federation.run(built, store, on_round)
+            loop.run(built, store, on_round)
         spent = time.process_time() - began
         losses = {row["client"]: row["loss"] for row in store.clients() if row["round"] == 1 and row["status"] == "ok"}
     engine = built.engine
@@ -167,8 +170,8 @@ def fill(study: str, number: int) -> dict[str, float]:
     """
     import numpy as np
 
-    from anyrank import simulation
-    from anyrank.tasks import text
+    from anyrank.tasks.load import _cached_task, load_task
+    from anyrank.tasks.text import task as text
 
     config, _ = part_of(study, number)
     split, spent = text.sources.load_split, []
@@ -184,13 +187,13 @@ def fill(study: str, number: int) -> dict[str, float]:
             cache = os.environ.get("ANYRANK_CACHE")
             os.environ["ANYRANK_CACHE"] = folder
             began = time.process_time()
-            simulation._cached_task.cache_clear()
-            simulation.load_task(config)
+            _cached_task.cache_clear()
+            load_task(config)
             spent.append(time.process_time() - began)
             os.environ.pop("ANYRANK_CACHE") if cache is None else os.environ.update(ANYRANK_CACHE=cache)
     text.sources.load_split = split
-    simulation._cached_task.cache_clear()
-    simulation.load_task(config)
+    _cached_task.cache_clear()
+    load_task(config)
     return {"fill_s": texts * (spent[1] - spent[0]) / (SAMPLES[1] - SAMPLES[0])}
 
 
@@ -270,7 +273,7 @@ def _agree(where: str, ours: Mapping[str, Any], loop: Mapping[str, Any]) -> None
 
 def run_study(bench: Bench, study: str) -> tuple[list[Cost], float, list[str]]:
     """Costs of the study's settings, CPU seconds of its frozen features, and the settings that are left out."""
-    from anyrank import studies
+    from anyrank.studies import study as studies
 
     costs, features, left_out = [], {}, []
     for number, setting in enumerate(studies.load(PAPERS / f"{study}.toml").settings):

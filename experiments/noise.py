@@ -17,11 +17,15 @@ from dataclasses import replace
 import results
 import torch
 
-from anyrank import comparison, federation, local, simulation
 from anyrank import config as configs
-from anyrank.adapter import Adapter
-from anyrank.config import Config
+from anyrank import simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import Config
+from anyrank.federation import loop
+from anyrank.federation.federation import Federation
+from anyrank.messages.plan import plan_round
 from anyrank.privacy.noise import Mechanism
+from anyrank.studies import comparison
 
 NAME, SEEDS = "6d-noise", range(3)
 METHODS, RANKS, STEPS = ("fedavg", "ffa_lora"), (2, 8, 32), (1, 5, 20)
@@ -41,11 +45,11 @@ def after(config: Config) -> tuple[Adapter, Adapter]:
     return _run(built, Mechanism(built.privacy, key)), _run(built, Mechanism(quiet, key))
 
 
-def _run(built: federation.Federation, privacy: Mechanism) -> Adapter:
-    state, run = federation.start(built), built.config.run
+def _run(built: Federation, privacy: Mechanism) -> Adapter:
+    state, run = loop.start(built), built.config.run
     while state.round < run.rounds:
-        jobs, _ = federation.dispatch(built, state, state.round + 1)
-        plan = local.plan_round(built.config.train, state.round + 1, run.rounds, run.seed, privacy=privacy)
+        jobs, _ = loop.dispatch(built, state, state.round + 1)
+        plan = plan_round(built.config.train, state.round + 1, run.rounds, run.seed, privacy=privacy)
         state = built.method.aggregate(state, list(built.engine.train(jobs, plan)))
     return state.adapter
 

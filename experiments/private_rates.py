@@ -104,9 +104,10 @@ class Rates:
 
 def score(path: Path, overrides: tuple[str, ...], label: str) -> float:
     """Mean accuracy of a run's last five rounds, `BROKEN` where it diverged."""
-    from anyrank import comparison, simulation
     from anyrank import config as configs
+    from anyrank import simulation
     from anyrank.errors import RunFailed
+    from anyrank.studies import comparison
 
     chosen = comparison.variant(configs.load(path, overrides), label)
     with tempfile.TemporaryDirectory() as out:

@@ -31,8 +31,8 @@ def main() -> None:
 
 def run(name: str) -> tuple[float, str]:
     """Run one study by its command; returns the wall time in seconds and the day it ended."""
-    from anyrank import studies
-    from anyrank.rundir import is_finished
+    from anyrank.runs.folder import is_finished
+    from anyrank.studies import study as studies
 
     out = RUNS / "papers" / name
     study = studies.load(PAPERS / f"{name}.toml")
@@ -46,7 +46,7 @@ def run(name: str) -> tuple[float, str]:
 
 def write_block(name: str, wall_s: float, day: str) -> None:
     """Put the study's table, figure and circumstances into its block of the page."""
-    from anyrank import studies
+    from anyrank.studies import study as studies
 
     study, out = studies.load(PAPERS / f"{name}.toml"), RUNS / "papers" / name
     lines = [f"*{study.claim}*", f"`anyrank study configs/papers/{name}.toml` · {circumstances(wall_s, day)}"]

@@ -56,44 +56,54 @@ class Mistake(NamedTuple):
 
 MISTAKES = (
     # scaling
-    Mistake("scaling dropped in products", "lowrank.py", "w = layer.scaling * torch", "w = 1.0 * torch"),
-    Mistake("scaling dropped in averaged factors", "methods/base.py", "math.sqrt(layer.scaling / scaling) * w[:", "w[:"),
-    Mistake("scaling dropped in the SVD share", "methods/base.py", "U * (S / layer.scaling))", "U * S)"),
-    Mistake("scaling dropped in the mean of B", "methods/base.py", "(sent.scaling / layer.scaling)", "1.0"),
+    Mistake("scaling dropped in products", "algebra/lowrank.py", "w = layer.scaling * torch", "w = 1.0 * torch"),
+    Mistake("scaling dropped in averaged factors", "methods/averages.py", "math.sqrt(layer.scaling / scaling) * w[:", "w[:"),
+    Mistake("scaling dropped in the SVD share", "methods/products.py", "U * (S / layer.scaling))", "U * S)"),
+    Mistake("scaling dropped in the mean of B", "methods/averages.py", "(sent.scaling / layer.scaling)", "1.0"),
     Mistake("download not rescaled", "methods/base.py", "ratio = layer.scaling / scaling", "ratio = 1.0"),
-    Mistake("alpha / sqrt(r) for alpha / r", "records.py", '"standard": alpha / rank', '"standard": alpha / math.sqrt(rank)'),
+    Mistake(
+        "alpha / sqrt(r) for alpha / r",
+        "messages/records.py",
+        '"standard": alpha / rank',
+        '"standard": alpha / math.sqrt(rank)',
+    ),
     # weights
-    Mistake("off by one in ownership", "methods/base.py", "torch.arange(rank) < ranks", "torch.arange(rank) <= ranks"),
+    Mistake("off by one in ownership", "methods/parts.py", "torch.arange(rank) < ranks", "torch.arange(rank) <= ranks"),
     Mistake(
         "full denominator in slice weights",
-        "methods/base.py",
+        "methods/parts.py",
         "return owned / owned.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)",
         "return owned",
     ),
     Mistake(
         "weights on both factors",
-        "lowrank.py",
+        "algebra/lowrank.py",
         "return Product.of([Term(layer.B, w, layer.A)])",
         "return Product.of([Term(layer.B, w, (layer.A.T * w).T)])",
     ),
-    Mistake("clients weighed alike", "methods/base.py", "[part.num_examples for part in parts]", "[1 for part in parts]"),
-    Mistake("heads weighed alike", "methods/base.py", "(update.num_examples / total)", "(1 / len(senders))"),
+    Mistake("clients weighed alike", "methods/parts.py", "[part.num_examples for part in parts]", "[1 for part in parts]"),
+    Mistake("heads weighed alike", "methods/parts.py", "(update.num_examples / total)", "(1 / len(senders))"),
     # singular vectors
-    Mistake("one root of S lost", "methods/base.py", "root[:, None] * Vt, U * root)", "Vt, U * root)"),
-    Mistake("V for its transpose", "lowrank.py", "vt if Qr is None else vt @", "vt if Qr is None else vt.flip(-1) @"),
-    Mistake("V for U", "lowrank.py", "else Ql @ u, ", "else Ql @ vt.mT, "),
-    Mistake("signs left to chance", "lowrank.py", "(found.Vt) < 0, -1.0, 1.0)", "(found.Vt) < 0, 1.0, 1.0)"),
-    Mistake("smallest singular values first", "lowrank.py", "S[..., :rank], vt[", "S.flip(-1)[..., :rank], vt.flip(-2)["),
+    Mistake("one root of S lost", "methods/products.py", "root[:, None] * Vt, U * root)", "Vt, U * root)"),
+    Mistake("V for its transpose", "algebra/lowrank.py", "vt if Qr is None else vt @", "vt if Qr is None else vt.flip(-1) @"),
+    Mistake("V for U", "algebra/lowrank.py", "else Ql @ u, ", "else Ql @ vt.mT, "),
+    Mistake("signs left to chance", "algebra/lowrank.py", "(found.Vt) < 0, -1.0, 1.0)", "(found.Vt) < 0, 1.0, 1.0)"),
+    Mistake(
+        "smallest singular values first", "algebra/lowrank.py", "S[..., :rank], vt[", "S.flip(-1)[..., :rank], vt.flip(-2)["
+    ),
     # slices and ranks
     Mistake("every client given the largest rank", "methods/base.py", "name, client.rank_of(name))", "name, 8)"),
-    Mistake("ranks of single layers ignored", "records.py", "self.layer_ranks.get(layer, self.rank)", "self.rank"),
+    Mistake("ranks of single layers ignored", "messages/records.py", "self.layer_ranks.get(layer, self.rank)", "self.rank"),
     Mistake("first rows of A with last columns of B", "methods/base.py", "layer.B[:, :kept]", "layer.B[:, -kept:]"),
-    Mistake("pad with B that is not zero", "methods/base.py", "layer.B.new_zeros(", "layer.B.new_ones("),
-    Mistake("pad with A that is dead", "methods/base.py", "torch.cat([layer.A, fresh])", "torch.cat([layer.A, 0 * fresh])"),
+    Mistake("pad with B that is not zero", "methods/slices.py", "layer.B.new_zeros(", "layer.B.new_ones("),
+    Mistake("pad with A that is dead", "methods/slices.py", "torch.cat([layer.A, fresh])", "torch.cat([layer.A, 0 * fresh])"),
     Mistake("empty slice zeroed by raFLoRA", "methods/raflora.py", 'if self.empty_slice == "keep"', "if False"),
     Mistake("empty slice zeroed by RBLA", "methods/rbla.py", 'previous if self.empty_slice == "keep" else None', "None"),
     Mistake(
-        "empty slice zeroed by FFA", "methods/base.py", "layer.B.double() * (weights.sum(dim=0) == 0)", "0 * layer.B.double()"
+        "empty slice zeroed by FFA",
+        "methods/averages.py",
+        "layer.B.double() * (weights.sum(dim=0) == 0)",
+        "0 * layer.B.double()",
     ),
     # FFA-LoRA
     Mistake("B frozen instead of A", "methods/ffa_lora.py", 'train = frozenset({"B"})', 'train = frozenset({"A"})'),
@@ -105,8 +115,10 @@ MISTAKES = (
         "        return layer.with_factors(A, mean_b(state, name, parts))",
     ),
     # the other methods
-    Mistake("the base forgets earlier rounds", "methods/base.py", "lowrank.stack([lowrank.of_layer(before), total])", "total"),
-    Mistake("the base grows without end", "methods/base.py", "if total.slices * (out + width) > out * width:", "if False:"),
+    Mistake(
+        "the base forgets earlier rounds", "methods/products.py", "lowrank.stack([lowrank.of_layer(before), total])", "total"
+    ),
+    Mistake("the base grows without end", "methods/products.py", "if total.slices * (out + width) > out * width:", "if False:"),
     Mistake(
         "FedEx's residual of the other sign",
         "methods/fedex.py",
@@ -115,10 +127,12 @@ MISTAKES = (
     ),
     Mistake("RoLoRA's turns swapped", "methods/rolora.py", '"BA"[state.round % 2]', '"AB"[state.round % 2]'),
     Mistake("FedSA hands out one B", "methods/fedsa.py", "(layer.A, own.layers[name].B)", "(layer.A, layer.B)"),
-    Mistake("FedSA's B counted as traffic", "records.py", "factors - self.private", "factors"),
+    Mistake("FedSA's B counted as traffic", "messages/records.py", "factors - self.private", "factors"),
     Mistake("HetLoRA weighs by examples", "methods/hetlora.py", "if norms.any()", "if False"),
     Mistake("HetLoRA forgets pruned ranks", "methods/hetlora.py", "if known is not None:", "if False:"),
-    Mistake("HetLoRA prunes whatever grew", "local.py", "if after[name] < before[name]", "if after[name] > before[name]"),
+    Mistake(
+        "HetLoRA prunes whatever grew", "training/local.py", "if after[name] < before[name]", "if after[name] > before[name]"
+    ),
     Mistake("FLoRIST counts values, not energy", "methods/florist.py", "torch.cumsum(S**2, dim=0)", "torch.cumsum(S, dim=0)"),
     Mistake("LoRA-FAIR's penalty halved", "methods/lora_fair.py", "B @ Q, 2 * penalty", "B @ Q, penalty"),
     Mistake("FedSVD loses S", "methods/fedsvd.py", "svd.Vt, svd.U * svd.S,", "svd.Vt, svd.U,"),
@@ -134,9 +148,9 @@ MISTAKES = (
         "state, name, part.client, part.layer.rank",
         'state, name, "", part.layer.rank',
     ),
-    Mistake("the same draw in every round", "methods/base.py", '"slices", state.round, client', '"slices", client'),
+    Mistake("the same draw in every round", "methods/slices.py", '"slices", state.round, client', '"slices", client'),
     Mistake("weights in the server's order", "methods/stayput.py", "sent / shared[order]", "sent / shared"),
-    Mistake("what is trained also frozen", "methods/base.py", "range(ranks[name], layer.rank)", "range(layer.rank)"),
+    Mistake("what is trained also frozen", "methods/slices.py", "range(ranks[name], layer.rank)", "range(layer.rank)"),
     Mistake(
         "a random share for everybody",
         "methods/stayput.py",
@@ -151,191 +165,214 @@ MISTAKES = (
         "replace(after.adapter, tensors={})",
     ),
     # arithmetic, purity, folders, bytes, guard
-    Mistake("averages in float32", "methods/base.py", "(share[rows], part)", "(share[rows], part.float().bfloat16())"),
-    Mistake("products in float32", "lowrank.py", "term.right.double() for term", "term.right.float().double() for term"),
+    Mistake("averages in float32", "methods/averages.py", "(share[rows], part)", "(share[rows], part.float().bfloat16())"),
+    Mistake(
+        "products in float32", "algebra/lowrank.py", "term.right.double() for term", "term.right.float().double() for term"
+    ),
     Mistake("updates not sorted", "methods/base.py", "sorted(updates, key=lambda update: update.client)", "list(updates)"),
-    Mistake("averaging in the server's own dictionary", "methods/base.py", "tensors = dict(previous)", "tensors = previous"),
+    Mistake("averaging in the server's own dictionary", "methods/parts.py", "tensors = dict(previous)", "tensors = previous"),
     Mistake(
         "convolution kernel transposed in the folder",
-        "adapter.py",
+        "adapter/peft.py",
         "A.unflatten(1, (-1, *layer.kernel))",
         "A.unflatten(1, (-1, *layer.kernel[::-1])).transpose(2, 3)",
     ),
     Mistake(
         "upload counts what is not trained",
-        "records.py",
+        "messages/records.py",
         "self._travelling(adapter or self.adapter, self.train)",
         "self._travelling(adapter or self.adapter, BOTH)",
     ),
-    Mistake("NaN let through by the guard", "guard.py", "not torch.isfinite(got).all()", "False"),
+    Mistake("NaN let through by the guard", "federation/guard.py", "not torch.isfinite(got).all()", "False"),
     # the fast ways to singular values, and folders read and written layer by layer
     Mistake(
         "left vectors from the right Gram matrix",
-        "subspace.py",
+        "algebra/subspace.py",
         "gx, gy = _gram(X), _gram(Y.mT)",
         "gx, gy = _gram(Y.mT), _gram(X)",
         FAST,
     ),
-    Mistake("half a Gram matrix", "subspace.py", "    _mirror(gx)\n", "", FAST),
-    Mistake("one S lost in the Gram way", "subspace.py", "S[..., None, :] ** 2", "S[..., None, :]", FAST),
-    Mistake("L for its transpose in the core", "subspace.py", "L = _root(gy).mT", "L = _root(gy)", FAST),
-    Mistake("signs of weights lost", "subspace.py", "w.sign() * _over(root, y)", "_over(root, y)", FAST),
+    Mistake("half a Gram matrix", "algebra/subspace.py", "    _mirror(gx)\n", "", FAST),
+    Mistake("one S lost in the Gram way", "algebra/subspace.py", "S[..., None, :] ** 2", "S[..., None, :]", FAST),
+    Mistake("L for its transpose in the core", "algebra/subspace.py", "L = _root(gy).mT", "L = _root(gy)", FAST),
+    Mistake("signs of weights lost", "algebra/subspace.py", "w.sign() * _over(root, y)", "_over(root, y)", FAST),
     Mistake(
         "weights left out of the Krylov space",
-        "subspace.py",
+        "algebra/subspace.py",
         "last = ((basis[..., -thin:].mT @ X) * weights) @ Y",
         "last = (basis[..., -thin:].mT @ X) @ Y",
         FAST,
     ),
     Mistake(
-        "one block for a whole Krylov space", "subspace.py", "if (missed <= tolerance(X.dtype)).all() or", "if True or", FAST
+        "one block for a whole Krylov space",
+        "algebra/subspace.py",
+        "if (missed <= tolerance(X.dtype)).all() or",
+        "if True or",
+        FAST,
     ),
     Mistake(
         "an error that is always small",
-        "subspace.py",
+        "algebra/subspace.py",
         "matrix_norm(left)) / _size(S)",
         "matrix_norm(left)) / _size(S) * 1e-8",
         FAST,
     ),
     Mistake(
         "squares that overflow let through",
-        "subspace.py",
+        "algebra/subspace.py",
         "return fit.all(dim=-1)",
         "return torch.ones_like(fit.all(dim=-1))",
         FAST,
     ),
     Mistake(
         "rounding taken for signal",
-        "subspace.py",
+        "algebra/subspace.py",
         "return 4 * torch.finfo(dtype).eps",
         "return 0 * torch.finfo(dtype).eps",
         FAST,
     ),
     Mistake(
         "copies of an eigenvalue missed",
-        "subspace.py",
+        "algebra/subspace.py",
         "(missed <= goal) & _nothing_left(A, basis, least)",
         "missed <= goal",
         FAST,
     ),
     Mistake(
         "one Krylov block for a core",
-        "subspace.py",
+        "algebra/subspace.py",
         "if (missed <= goal).all() or",
         "missed = 0 * goal\n            if True or",
         FAST,
     ),
-    Mistake("layers of a batch swapped", "lowrank.py", "found |= zip(some, ", "found |= zip(some[::-1], ", FAST),
+    Mistake("layers of a batch swapped", "algebra/lowrank.py", "found |= zip(some, ", "found |= zip(some[::-1], ", FAST),
     Mistake(
         "one layer's fall from the range for all",
-        "subspace.py",
+        "algebra/subspace.py",
         "masked_fill(~fits, math.inf))\n    if",
         "masked_fill(~fits.all(), math.inf))\n    if",
         FAST,
     ),
     Mistake(
         "a large error not left to QR",
-        "lowrank.py",
+        "algebra/lowrank.py",
         "if error <= enough or",
         "if error < sys.float_info.max or",
         FAST,
     ),
-    Mistake("tensors read from the wrong place", "folders.py", "self._start + begin : self._start + end", "begin:end", FAST),
-    Mistake("a misaligned tensor taken as it is", "folders.py", "% dtype.itemsize == 0 else", "== -1 or True else", FAST),
-    Mistake("results that are pages of a file", "aggregation.py", "layer.A.clone(), layer.B.clone()", "layer.A, layer.B", FAST),
+    Mistake(
+        "tensors read from the wrong place", "adapter/stored.py", "self._start + begin : self._start + end", "begin:end", FAST
+    ),
+    Mistake(
+        "a misaligned tensor taken as it is", "adapter/stored.py", "% dtype.itemsize == 0 else", "== -1 or True else", FAST
+    ),
+    Mistake(
+        "results that are pages of a file",
+        "aggregation/aggregates.py",
+        "layer.A.clone(), layer.B.clone()",
+        "layer.A, layer.B",
+        FAST,
+    ),
     Mistake(
         "NaN let through where factors are summed",
-        "merging.py",
+        "aggregation/merge.py",
         "if not (_finite(merged) and (base is None or _finite(base))):",
         "if False:",
         FAST,
     ),
     Mistake(
         "every share at the largest rank",
-        "merging.py",
+        "aggregation/merge.py",
         'Client(f"rank-{rank}", rank)',
         'Client(f"rank-{rank}", layer.rank)',
         FAST,
     ),
     Mistake(
         "the last client's number type",
-        "merging.py",
+        "aggregation/merge.py",
         "dtype=functools.reduce(torch.promote_types, dtypes)",
         "dtype=dtypes[-1]",
         FAST,
     ),
-    Mistake("base models not compared", "merging.py", "if base != named[0][1]", "if False", FAST),
+    Mistake("base models not compared", "aggregation/merge.py", "if base != named[0][1]", "if False", FAST),
     Mistake(
         "layers held until the end",
-        "aggregation.py",
+        "aggregation/aggregates.py",
         "                self._layer(name, layer, base)\n",
         "                self._layer(name, layer, base)\n"
         "                vars(self).setdefault('kept', []).append(merge._sent(name))\n",
         FAST,
     ),
-    Mistake("half-written folders left", "aggregation.py", "shutil.rmtree(unfinished, ignore_errors=True)", "pass", FAST),
     Mistake(
-        "untrained factors taken from the upload", "guard.py", 'if "A" in download.train else sent.A', "if True else sent.A"
+        "half-written folders left", "aggregation/aggregates.py", "shutil.rmtree(unfinished, ignore_errors=True)", "pass", FAST
+    ),
+    Mistake(
+        "untrained factors taken from the upload",
+        "federation/guard.py",
+        'if "A" in download.train else sent.A',
+        "if True else sent.A",
     ),
     # privacy
     Mistake(
         "noise without the clip norm",
-        "private_training.py",
+        "training/private_examples.py",
         "privacy.noise[declared] * privacy.clip_norm",
         "privacy.noise[declared]",
         PRIVATE,
     ),
     Mistake(
         "noise divided by the batch twice",
-        "private_training.py",
+        "training/private_examples.py",
         "noise * _normal(draws, total)",
         "noise / privacy.batch_size * _normal(draws, total)",
         PRIVATE,
     ),
     Mistake(
         "one noise for all numbers of a tensor",
-        "private_training.py",
+        "training/private_examples.py",
         "draws.standard_normal(like.numel()))",
         "draws.standard_normal(1).repeat(like.numel()))",
         PRIVATE,
     ),
-    Mistake("divided by what was drawn", "private_training.py", "/ privacy.batch_size\n", "/ max(1, len(index))\n", PRIVATE),
+    Mistake(
+        "divided by what was drawn", "training/private_examples.py", "/ privacy.batch_size\n", "/ max(1, len(index))\n", PRIVATE
+    ),
     Mistake(
         "an empty draw is no step",
-        "private_training.py",
+        "training/private_examples.py",
         "        clipped = sums.clipped(index,",
         "        if not len(index): continue\n        clipped = sums.clipped(index,",
         PRIVATE,
     ),
     Mistake(
         "clipped tensor by tensor",
-        "private_training.py",
+        "training/private_examples.py",
         "scales = clip_norm / squares.sqrt().clamp_min(clip_norm)",
         "scales = clip_norm / (squares / len(gradients)).sqrt().clamp_min(clip_norm)",
         PRIVATE,
     ),
     Mistake(
         "small gradients made larger",
-        "private_training.py",
+        "training/private_examples.py",
         "scales = clip_norm / squares.sqrt().clamp_min(clip_norm)",
         "scales = clip_norm / squares.sqrt()",
         PRIVATE,
     ),
     Mistake(
         "a gradient that is not finite let through",
-        "private_training.py",
+        "training/private_examples.py",
         "finite = torch.isfinite(squares)",
         "finite = torch.ones_like(squares, dtype=torch.bool)",
         PRIVATE,
     ),
     Mistake(
         "batches of one size",
-        "private_training.py",
+        "training/private_examples.py",
         "examples[draws.random(len(examples)) < rate]",
         "examples[draws.random(len(examples)).argsort()[: privacy.batch_size]]",
         PRIVATE,
     ),
-    Mistake("the probe passes everything", "private_training.py", "_TOLERANCE = 1e-3", "_TOLERANCE = 1e9", PRIVATE),
+    Mistake("the probe passes everything", "training/private_examples.py", "_TOLERANCE = 1e-3", "_TOLERANCE = 1e9", PRIVATE),
     Mistake(
         "noise for one round of the run",
         "privacy/plan.py",
@@ -366,7 +403,7 @@ MISTAKES = (
     ),
     Mistake(
         "training that is not charged",
-        "federation.py",
+        "federation/intake.py",
         "    ledger.charge(round, {job.client.name: job.num_examples for job in left})\n",
         "",
         PRIVATE,
@@ -386,70 +423,90 @@ MISTAKES = (
     ),
     Mistake(
         "upload clipped by the factor's norm",
-        "private_upload.py",
+        "training/private_upload.py",
         "gram = layer.scaling**2 * fixed @ fixed.T",
         "gram = torch.eye(layer.rank, dtype=torch.float64)",
         PRIVATE,
     ),
     Mistake(
-        "scaling dropped in the product's norm", "private_upload.py", "gram = layer.scaling**2 * fixed", "gram = fixed", PRIVATE
+        "scaling dropped in the product's norm",
+        "training/private_upload.py",
+        "gram = layer.scaling**2 * fixed",
+        "gram = fixed",
+        PRIVATE,
     ),
     Mistake(
         "upload noise without the clip norm",
-        "private_upload.py",
+        "training/private_upload.py",
         "noise_multiplier * clip_norm * _normal",
         "noise_multiplier * _normal",
         PRIVATE,
     ),
     Mistake(
-        "upload noise not brought back", "private_upload.py", "_out(noisy[name], metrics[name], factor)", "noisy[name]", PRIVATE
+        "upload noise not brought back",
+        "training/private_upload.py",
+        "_out(noisy[name], metrics[name], factor)",
+        "noisy[name]",
+        PRIVATE,
     ),
     # noise at the server
-    Mistake("central noise by the mean weight", "private_mean.py", ".max(dim=0).values", ".mean(dim=0)", CENTRAL),
+    Mistake("central noise by the mean weight", "robust/central_noise.py", ".max(dim=0).values", ".mean(dim=0)", CENTRAL),
     Mistake(
         "central noise by one weight for all",
-        "private_mean.py",
+        "robust/central_noise.py",
         "method.weights(parts, layer.rank)",
         "torch.full((1, layer.rank), 1 / len(parts))",
         CENTRAL,
     ),
     Mistake(
-        "scaling dropped in the noise on A", "private_mean.py", 'largest[:, None] / unit["A"]', "largest[:, None]", CENTRAL
+        "scaling dropped in the noise on A",
+        "robust/central_noise.py",
+        'largest[:, None] / unit["A"]',
+        "largest[:, None]",
+        CENTRAL,
     ),
     Mistake(
-        "scaling dropped in the noise on B", "private_mean.py", 'largest[None, :] / unit["B"]', "largest[None, :]", CENTRAL
+        "scaling dropped in the noise on B",
+        "robust/central_noise.py",
+        'largest[None, :] / unit["B"]',
+        "largest[None, :]",
+        CENTRAL,
     ),
-    Mistake("central noise without the clip norm", "private_mean.py", "plan.clip_norm * max(", "max(", CENTRAL),
-    Mistake("no noise on the head", "private_mean.py", "_noisy(tensor, reach.tensors * deviation, draws)", "tensor", CENTRAL),
-    Mistake("the head's noise by the mean", "private_mean.py", "max(counts) / sum(counts)", "1 / len(counts)", CENTRAL),
+    Mistake("central noise without the clip norm", "robust/central_noise.py", "plan.clip_norm * max(", "max(", CENTRAL),
+    Mistake(
+        "no noise on the head", "robust/central_noise.py", "_noisy(tensor, reach.tensors * deviation, draws)", "tensor", CENTRAL
+    ),
+    Mistake("the head's noise by the mean", "robust/central_noise.py", "max(counts) / sum(counts)", "1 / len(counts)", CENTRAL),
     Mistake(
         "who failed leaves the mean",
-        "private_mean.py",
+        "robust/central_noise.py",
         "whole, plan, round = complete(jobs, updates)",
         "whole, plan, round = list(updates)",
         CENTRAL,
     ),
     Mistake(
         "more than the noised mean goes on",
-        "private_mean.py",
+        "robust/central_noise.py",
         "return replace(state, round=round, adapter=noised)",
         "return replace(method.aggregate(state, whole), adapter=noised)",
         CENTRAL,
     ),
     Mistake("a download that does not say its rescaling", "methods/base.py", ", rescale=self.rescale)", ")", CENTRAL),
-    Mistake("scaling dropped in the clip", "bounded.py", "units(layer, download.rescale)[factor] * _size", "_size", CENTRAL),
+    Mistake(
+        "scaling dropped in the clip", "messages/change.py", "units(layer, download.rescale)[factor] * _size", "_size", CENTRAL
+    ),
     Mistake(
         "the head left out of the clip",
-        "bounded.py",
+        "messages/change.py",
         "*(_size(adapter.tensors[name], tensor) for name, tensor in before.tensors.items())",
         "0.0",
         CENTRAL,
     ),
-    Mistake("rounding past the clip", "bounded.py", "share *= _SHORTER", "break", CENTRAL),
-    Mistake("unclipped uploads believed", "guard.py", "bounded.norm(download, believed) > bound", "False", CENTRAL),
+    Mistake("rounding past the clip", "messages/change.py", "share *= _SHORTER", "break", CENTRAL),
+    Mistake("unclipped uploads believed", "federation/guard.py", "change.norm(download, believed) > bound", "False", CENTRAL),
     Mistake(
         "the server's noise is the same in each run",
-        "private_mean.py",
+        "robust/central_noise.py",
         'privacy.draws(round, "server")',
         "__import__('numpy').random.default_rng(round)",
         CENTRAL,
@@ -457,27 +514,33 @@ MISTAKES = (
     # clients side by side
     Mistake(
         "scaling dropped in the pass",
-        "forward.py",
+        "training/forward.py",
         "add(output, module, x, A, B * scaling)",
         "add(output, module, x, A, B)",
         SIDE_BY_SIDE,
     ),
-    Mistake("scaling dropped in the weight", "forward.py", "weight + B * scaling @ A", "weight + B @ A", SIDE_BY_SIDE),
-    Mistake("one client's weight left behind", "models.py", "            own.clear()\n", "            pass\n", SIDE_BY_SIDE),
+    Mistake("scaling dropped in the weight", "training/forward.py", "weight + B * scaling @ A", "weight + B @ A", SIDE_BY_SIDE),
+    Mistake(
+        "one client's weight left behind", "training/lora.py", "            own.clear()\n", "            pass\n", SIDE_BY_SIDE
+    ),
     Mistake(
         "what fills up a batch is trained",
-        "engines/stacked.py",
+        "training/stacked.py",
         "(torch.arange(longest) < lengths) / lengths",
         "torch.ones(len(chosen), longest) / longest",
         SIDE_BY_SIDE,
     ),
-    Mistake("a sum in the base for nobody", "engines/stacked.py", ", self._in_base(name))", ")", SIDE_BY_SIDE),
-    Mistake("scaling dropped in the kernel", "forward.py", "kernels + B * scaling @ A", "kernels + B @ A", SIDE_BY_SIDE),
+    Mistake("a sum in the base for nobody", "training/stacked.py", ", self._in_base(name))", ")", SIDE_BY_SIDE),
+    Mistake(
+        "scaling dropped in the kernel", "training/forward.py", "kernels + B * scaling @ A", "kernels + B @ A", SIDE_BY_SIDE
+    ),
     # attention over real tokens
-    Mistake("attention to padding", "tasks/attention.py", "np.float32(-np.inf)", "np.float32(0)", ATTENTION),
-    Mistake("gradients from padding", "tasks/attention.py", "block.take(rows).mul_(block.real)", "block.take(rows)", ATTENTION),
-    Mistake("scores without their scale", "tasks/attention.py", "alpha=Q.shape[2] ** -0.5", "alpha=1.0", ATTENTION),
-    Mistake("heads of one text mixed", "tasks/attention.py", "[:, None] * heads + head)", "[:, None] * heads)", ATTENTION),
+    Mistake("attention to padding", "tasks/text/attention.py", "np.float32(-np.inf)", "np.float32(0)", ATTENTION),
+    Mistake(
+        "gradients from padding", "tasks/text/attention.py", "block.take(rows).mul_(block.real)", "block.take(rows)", ATTENTION
+    ),
+    Mistake("scores without their scale", "tasks/text/attention.py", "alpha=Q.shape[2] ** -0.5", "alpha=1.0", ATTENTION),
+    Mistake("heads of one text mixed", "tasks/text/attention.py", "[:, None] * heads + head)", "[:, None] * heads)", ATTENTION),
 )
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from anyrank import adapter as adapter_module
-from anyrank.adapter import Adapter, LoraLayer, iter_names
+from anyrank.adapter import adapter as adapter_module
+from anyrank.adapter.adapter import Adapter, iter_names
+from anyrank.adapter.layer import LoraLayer
 from anyrank.errors import AdapterError
 
 # --- models that PEFT adapts, each with something that is easy to get wrong --------------------------------------------

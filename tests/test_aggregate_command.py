@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from anyrank import Adapter, cli
+from anyrank import Adapter
+from anyrank.cli import main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SITES = {
@@ -62,7 +63,7 @@ def anyrank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", ["anyrank", *arguments])
         threads = torch.get_num_threads()
         with pytest.raises(SystemExit) as done:
-            cli.main()
+            main()
         torch.set_num_threads(threads)
         told = capsys.readouterr()
         return done.value.code or 0, told.out, told.err

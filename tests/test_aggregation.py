@@ -11,11 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate, aggregation, lowrank, merging
-from anyrank.aggregation import aggregate_folders, infer_scaling
+from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate
+from anyrank.aggregation import aggregates as aggregation
+from anyrank.aggregation import merge
+from anyrank.aggregation.aggregates import aggregate_folders
+from anyrank.aggregation.merge import infer_scaling
+from anyrank.algebra import lowrank
 from anyrank.errors import AdapterError, AnyRankError, MethodError
-from anyrank.methods import base
-from anyrank.records import Scaling, ServerState
+from anyrank.messages.records import Scaling, ServerState
+from anyrank.methods.averages import average_layer, average_slices, mean_a, mean_b
+from anyrank.methods.parts import Part, slice_weights
 
 
 def random_adapter(rank: int, seed: int, scaling: float, layers: tuple[str, ...] = ("a.q", "a.v")) -> Adapter:
@@ -126,18 +131,18 @@ def test_unequal_layers_of_one_client_have_their_own_ranks() -> None:
 # --- averages by blocks, on any device ---------------------------------------------------------------------------------
 
 
-def parts(ranks: tuple[int, ...], out: int, width: int, device: str = "cpu") -> list[base.Part]:
+def parts(ranks: tuple[int, ...], out: int, width: int, device: str = "cpu") -> list[Part]:
     draw = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, generator=draw).to(device)  # noqa: E731
-    return [base.Part(LoraLayer(make(r, width), make(out, r), 16 / r), 1 + i) for i, r in enumerate(ranks)]
+    return [Part(LoraLayer(make(r, width), make(out, r), 16 / r), 1 + i) for i, r in enumerate(ranks)]
 
 
 @pytest.mark.parametrize(("out", "width"), [(3, 5), (7000, 9000), (5, 200_000)])
 def test_averages_do_not_depend_on_the_blocks_they_are_summed_in(out: int, width: int) -> None:
     """Sides within one block, of several blocks, and a row longer than a block; the sum over owners, written out."""
     sent = parts((2, 12, 5), out, width)
-    weights = base.slice_weights(sent, 12)
-    A, B = base.average_slices(sent, weights)
+    weights = slice_weights(sent, 12)
+    A, B = average_slices(sent, weights)
     for j in (0, 3, 11):
         owners = [(part, w[j]) for part, w in zip(sent, weights, strict=True) if part.layer.rank > j]
         expected = [sum(w * p.layer.scaling**0.5 * f for p, w, f in rows) for rows in (
@@ -155,9 +160,9 @@ def test_averages_are_made_where_the_factors_are(device: str) -> None:
     sent = parts((2, 4), 6, 7, device)
     largest = sent[1].layer
     state = ServerState(0, 0, Adapter({"layer": largest}), Scaling(16))
-    weights = base.slice_weights(sent, 4)
-    made = [*base.average_slices(sent, weights, empty=largest), base.mean_a(state, "layer", sent)]
-    made += [base.mean_b(state, "layer", sent), base.average_layer(state, "layer", sent, weights).A]
+    weights = slice_weights(sent, 4)
+    made = [*average_slices(sent, weights, empty=largest), mean_a(state, "layer", sent)]
+    made += [mean_b(state, "layer", sent), average_layer(state, "layer", sent, weights).A]
     assert [tuple(tensor.shape) for tensor in made] == [(4, 7), (6, 4), (4, 7), (6, 4), (4, 7)]
     assert {tensor.device.type for tensor in made} == {device}
 
@@ -302,8 +307,8 @@ def test_folders_are_filled_in_the_same_order_whatever_is_side_by_side(tmp_path:
 def test_a_batch_holds_no_more_than_its_bytes_or_one_layer(batch_bytes: int, sizes: list[int]) -> None:
     """A client of rank 2 holds 2 x (50 + 40) float32 numbers of a layer, ranks 2, 4 and 8 together 5040 bytes."""
     updates = [ClientUpdate(adapter, 1, f"c{i}") for i, adapter in enumerate(clients_of_many_layers())]
-    merge = merging.plan(updates, "raflora", None, 0, None, False, {})
-    batches = list(merge.batches(batch_bytes))
+    planned = merge.plan(updates, "raflora", None, 0, None, False, {})
+    batches = list(planned.batches(batch_bytes))
     assert [name for batch in batches for name in batch] == ["a", "b", "c", "d", "e", "wide"]
     assert [len(batch) for batch in batches] == sizes
 

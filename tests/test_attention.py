@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyrank.tasks import attention
-from anyrank.tasks.attention import Layout, attend
+from anyrank.tasks.text import attention
+from anyrank.tasks.text.attention import Layout, attend
 
 HEADS, WIDTH = 3, 4  # of the small cases: d = 12
 LENGTHS = {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from anyrank import audit
-from anyrank.audit import Canaries, lower_bound, p_value
-from anyrank.config import Config, PartitionConfig
+from anyrank.config.sections import Config, PartitionConfig
 from anyrank.errors import ConfigError
+from anyrank.studies import audit
+from anyrank.studies.audit import Canaries, lower_bound, p_value
 
 PRIVATE = Config().replace(
     run={"rounds": 6},

@@ -11,15 +11,28 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from anyrank import hardware, partition, simulation
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.config import ClientsConfig, Config, DataConfig, EvalConfig, LoraConfig, ModelConfig, PartitionConfig, TrainConfig
-from anyrank.config import load as load_config
+from anyrank import simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.config.sections import (
+    ClientsConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    PartitionConfig,
+    TrainConfig,
+)
+from anyrank.config.tables import load as load_config
+from anyrank.data import instructions, partition
 from anyrank.errors import ConfigError, DataError, ModelError
-from anyrank.models import LoraModel
-from anyrank.records import Scaling
-from anyrank.tasks import arithmetic, causal, decoder, prompts, scoring
-from anyrank.tasks.sequences import Encoded, Sequences
+from anyrank.messages.records import Scaling
+from anyrank.tasks.language import arithmetic, decoder, scoring
+from anyrank.tasks.language import task as causal
+from anyrank.tasks.language.sequences import Encoded, Sequences
+from anyrank.tasks.place import place
+from anyrank.training.lora import LoraModel
 
 transformers = pytest.importorskip("transformers")
 
@@ -430,7 +443,7 @@ def test_gsm8k_reads_learns_and_scores_as_published(folders, shared_data):
         test_examples=4,
         partition=PartitionConfig(kind="iid"),
     )
-    train, test = prompts.load_split(data)
+    train, test = instructions.load_split(data)
     assert (len(train), len(test)) == (7473, 1319)
     assert not any("<<" in item.completion for item in (*train.items, *test.items))
     published = [json.loads(line)["answer"].split("####")[1] for line in (gsm8k / "test.jsonl").read_text().splitlines()]
@@ -479,7 +492,7 @@ def test_the_configuration_for_gsm8k_federates_it(folders, shared_data):
 def test_a_commonsense_set_is_scored_by_the_options_of_each_row(folders, shared_data):
     source = str(shared_data / "commonsense" / "ARC-Easy" / "test.json")
     data = DataConfig(source=source, format="commonsense", test_examples=6, train_examples=6, partition=PartitionConfig("iid"))
-    train, test = prompts.load_split(data)
+    train, test = instructions.load_split(data)
     assert len(train) + len(test) == 2376
     assert train.label_names == (
         "answer1/answer2/answer3",
@@ -560,7 +573,7 @@ def test_a_hub_model_is_its_local_snapshot(folders, data, monkeypatch):
 
 def test_a_narrow_model_learns_and_writes_nearly_the_same(folders, data):
     settings = ModelConfig(path=str(folders["llama"]), task="causal-lm", train_dtype="bfloat16")
-    narrow = hardware.place(causal.load(settings, data, LoraConfig(), None), settings)
+    narrow = place(causal.load(settings, data, LoraConfig(), None), settings)
     assert narrow.module.get_parameter("model.layers.0.mlp.up_proj.weight").dtype == torch.bfloat16
     assert narrow.module.get_parameter("model.norm.weight").dtype == torch.float32
     exact = losses(load(folders["llama"], data), even=True)

@@ -15,18 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from anyrank import bounded, federation, local, private_mean, private_upload, simulation
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.cli import app
-from anyrank.config import Config, PrivacyConfig
-from anyrank.engines.base import Job
+from anyrank import simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.cli.verbs import app
+from anyrank.config.sections import Config, PrivacyConfig
 from anyrank.errors import ConfigError, RunFailed
+from anyrank.federation import intake, loop
+from anyrank.federation.federation import Federation
+from anyrank.messages import change
+from anyrank.messages.plan import Plan, plan_round
+from anyrank.messages.records import Client, ClientUpdate, Download, Job, Scaling, ServerState
 from anyrank.methods import Holds, make
 from anyrank.methods.registry import REGISTRY
 from anyrank.privacy import noise
 from anyrank.privacy.noise import Mechanism
 from anyrank.privacy.plan import PrivacyPlan, plan_privacy
-from anyrank.records import Client, ClientUpdate, Download, Scaling, ServerState
+from anyrank.robust import central_noise
+from anyrank.training import private_upload
 from test_privacy_run import MOMENTS, PRELUDE, command, files, lines
 
 OFFERED = ("fedavg", "ffa_lora", "rbla", "rolora", "zeropad")
@@ -88,7 +94,7 @@ class World:
 
     def released(self, updates: list[ClientUpdate], draws: object) -> Adapter:
         method = self.rule_of_the_server()
-        return private_mean.aggregate(method, self.state(), self.jobs(), updates, Fixed(draws)).adapter
+        return central_noise.aggregate(method, self.state(), self.jobs(), updates, Fixed(draws)).adapter
 
     def mean(self, updates: list[ClientUpdate]) -> Adapter:
         return self.rule_of_the_server().aggregate(self.state(), updates).adapter
@@ -128,7 +134,7 @@ def moved(job: Job, seed: int, where: str, slice_index: int | None) -> ClientUpd
         layers[name] = layer.with_factors(A, B)
     head = job.download.adapter.tensors["head"] + (1e6 if where in ("all", "head") else 0.0)
     trained = replace(job.download.adapter, layers=layers, tensors={"head": head})
-    return ClientUpdate(bounded.clipped(job.download, trained, CLIP), job.num_examples, job.client.name)
+    return ClientUpdate(change.clipped(job.download, trained, CLIP), job.num_examples, job.client.name)
 
 
 def in_noise(world: World, updates: list[ClientUpdate], k: int) -> float:
@@ -197,7 +203,7 @@ def test_the_size_of_the_noise_slice_by_slice() -> None:
 def test_a_slice_that_nobody_of_the_cohort_has_gets_no_noise() -> None:
     world = World("rbla", (), ((3, 2), (1, 5)), 8.0, "standard", 0, 0)
     state, method, jobs = world.state(), world.rule_of_the_server(), world.jobs()[1:]
-    after = private_mean.aggregate(method, state, jobs, unchanged(jobs), Fixed(Ones())).adapter
+    after = central_noise.aggregate(method, state, jobs, unchanged(jobs), Fixed(Ones())).adapter
     for name, layer in after.layers.items():
         assert torch.equal(layer.A[1:], state.adapter.layers[name].A[1:])
         assert not torch.equal(layer.A[0], state.adapter.layers[name].A[0])
@@ -225,7 +231,7 @@ def test_only_what_got_noise_goes_on_from_the_round() -> None:
 
     world = World("rbla", (), ((2, 3), (2, 9)), 8.0, "standard", 0, 0)
     jobs = world.jobs()
-    after = private_mean.aggregate(Hoarder(), world.state(), jobs, unchanged(jobs), Fixed(Ones()))
+    after = central_noise.aggregate(Hoarder(), world.state(), jobs, unchanged(jobs), Fixed(Ones()))
     assert (after.round, dict(after.extra), after.merged) == (1, {}, None)
 
 
@@ -251,10 +257,10 @@ def single(world: World, size: float) -> tuple[Download, Adapter]:
 @settings(max_examples=100, deadline=None)
 def test_what_a_client_sends_passes_the_servers_check_also_after_rounding(world: World, size: float, clip: float) -> None:
     download, trained = single(world, 10**size)
-    sent = bounded.clipped(download, trained, 10**clip)
-    assert bounded.norm(download, sent) <= 10**clip
-    if 10**clip > 1e-2 and bounded.norm(download, trained) > 10**clip:
-        assert bounded.norm(download, sent) > 0.9 * 10**clip, "no more is cut off than has to be"
+    sent = change.clipped(download, trained, 10**clip)
+    assert change.norm(download, sent) <= 10**clip
+    if 10**clip > 1e-2 and change.norm(download, trained) > 10**clip:
+        assert change.norm(download, sent) > 0.9 * 10**clip, "no more is cut off than has to be"
 
 
 def test_the_norm_is_that_of_the_factors_at_scaling_one() -> None:
@@ -263,17 +269,17 @@ def test_the_norm_is_that_of_the_factors_at_scaling_one() -> None:
     to = layer.with_factors(layer.A.index_fill(0, torch.tensor([1]), 3**0.5), layer.B.index_fill(1, torch.tensor([0]), 2.0))
     start, end = Adapter({"fc": layer}, {"head": torch.zeros(1)}), Adapter({"fc": to}, {"head": torch.zeros(1)})
     both = Download(start, {"fc": (0, 1)}, rescale="both")
-    assert bounded.norm(both, end) == pytest.approx(10.0)
-    assert bounded.norm(both, replace(end, tensors={"head": torch.tensor([24.0])})) == pytest.approx(26.0)
-    assert bounded.norm(replace(both, rescale="B", train=frozenset("B")), end) == pytest.approx(16.0)
+    assert change.norm(both, end) == pytest.approx(10.0)
+    assert change.norm(both, replace(end, tensors={"head": torch.tensor([24.0])})) == pytest.approx(26.0)
+    assert change.norm(replace(both, rescale="B", train=frozenset("B")), end) == pytest.approx(16.0)
 
 
 def test_a_change_within_the_clip_is_sent_as_it_is_and_one_that_is_not_finite_not_at_all() -> None:
     download, trained = single(World("rbla", (), ((2, 3),), 8.0, "standard", 0, 0), 1e-2)
-    sent = bounded.clipped(download, trained, 10.0)
+    sent = change.clipped(download, trained, 10.0)
     assert all(torch.allclose(sent.layers[name].B, trained.layers[name].B) for name in SHAPES)
     broken = replace(trained, tensors={"head": torch.full((3,), math.nan)})
-    assert bounded.norm(download, bounded.clipped(download, broken, 10.0)) == 0
+    assert change.norm(download, change.clipped(download, broken, 10.0)) == 0
 
 
 def config(**sections) -> Config:
@@ -286,22 +292,22 @@ def config(**sections) -> Config:
 
 
 @pytest.fixture
-def built() -> Iterator[tuple[federation.Federation, list[Job], local.Plan]]:
+def built() -> Iterator[tuple[Federation, list[Job], Plan]]:
     """A federation in round 1, its jobs, and how they train."""
     made = simulation.build(config(train={"learning_rate": 5.0, "local_steps": 20}))
-    jobs, _ = federation.dispatch(made, federation.start(made), 1)
-    yield made, jobs, local.plan_round(made.config.train, 1, 3, 0, privacy=Mechanism(made.privacy, b"k" * 32))
+    jobs, _ = loop.dispatch(made, loop.start(made), 1)
+    yield made, jobs, plan_round(made.config.train, 1, 3, 0, privacy=Mechanism(made.privacy, b"k" * 32))
     made.engine.model.close()
 
 
 def test_the_server_rejects_what_is_not_clipped_and_does_not_say_by_how_much(built) -> None:
     made, jobs, plan = built
     replies = list(made.engine.train(jobs, plan))
-    assert any(bounded.norm(job.download, reply.adapter) > 0.49 for job, reply in zip(jobs, replies, strict=True))
+    assert any(change.norm(job.download, reply.adapter) > 0.49 for job, reply in zip(jobs, replies, strict=True))
     cheat = replies[0]
     doubled = {name: layer.with_factors(layer.A * 3, layer.B + 3) for name, layer in cheat.adapter.layers.items()}
     replies[0] = replace(cheat, adapter=replace(cheat.adapter, layers=doubled))
-    collected = federation.collect(replies, jobs, [], 1, made.upload_bound)
+    collected = intake.collect(replies, jobs, [], 1, made.upload_bound)
     rows = {row["client"]: (row["status"], row["reason"]) for row in collected.rows}
     assert rows.pop(cheat.client) == ("rejected", "its change since the download is larger than the clip norm, 0.5")
     assert set(rows.values()) == {("ok", "")}
@@ -369,13 +375,13 @@ def test_a_linear_method_that_does_not_say_its_weights_is_refused() -> None:
         weights = None
 
     with pytest.raises(ConfigError, match="quiet does not say what weight a client has"):
-        private_mean.check(Quiet(), (2, 4))
+        central_noise.check(Quiet(), (2, 4))
 
 
 def test_a_trait_for_equal_ranks_is_not_taken_for_others() -> None:
-    private_mean.check(make("fedavg"), (4, 4))
+    central_noise.check(make("fedavg"), (4, 4))
     with pytest.raises(ConfigError, match="fedavg's new factors are not affine"):
-        private_mean.check(make("fedavg"), (2, 4))
+        central_noise.check(make("fedavg"), (2, 4))
 
 
 @pytest.mark.parametrize(

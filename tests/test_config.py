@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from anyrank.config import Config, from_table, load, to_table
+from anyrank.config.sections import Config
+from anyrank.config.tables import from_table, load, to_table
 from anyrank.errors import ConfigError
 
 

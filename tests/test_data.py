@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from anyrank import data, partition
-from anyrank.config import DataConfig, PartitionConfig, from_table
+from anyrank.config.sections import DataConfig, PartitionConfig
+from anyrank.config.tables import from_table
+from anyrank.data import partition, texts
 from anyrank.errors import ConfigError, DataError
 
 
@@ -18,7 +19,7 @@ def write(path, text, encoding="utf-8"):
     return str(path)
 
 
-def refusal(config, read=data.load):
+def refusal(config, read=texts.load):
     """The one line that reading `config` raises."""
     with pytest.raises(DataError) as caught:
         read(config)
@@ -31,7 +32,7 @@ def refusal(config, read=data.load):
 
 def test_csv_has_quotes_commas_and_line_breaks_inside_fields(tmp_path):
     source = write(tmp_path / "a.csv", 'text,label,user\r\n"one, ""two""\nthree",yes,u1\r\nplain, no ,u2\r\n')
-    table = data.load(DataConfig(source=source))
+    table = texts.load(DataConfig(source=source))
     assert table.texts == ('one, "two"\nthree', "plain")
     assert table.label_names == ("no", "yes")  # blanks around a label are dropped
     assert table.labels.tolist() == [1, 0]
@@ -42,7 +43,7 @@ def test_csv_has_quotes_commas_and_line_breaks_inside_fields(tmp_path):
 
 def test_tsv_quotes_are_part_of_the_text(tmp_path):
     source = write(tmp_path / "a.tsv", '"a" film\t1\nso-called "art\t0\n')
-    table = data.load(DataConfig(source=source, text=0, label=1, header=False))
+    table = texts.load(DataConfig(source=source, text=0, label=1, header=False))
     assert table.texts == ('"a" film', 'so-called "art')
 
 
@@ -50,7 +51,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     csv = write(tmp_path / "a.csv", "text,label\nx,1\n", "utf-8-sig")
     lines = write(tmp_path / "a.jsonl", '{"text": "x", "label": 1}\n', "utf-8-sig")
     for source in (csv, lines):
-        assert data.load(DataConfig(source=source)).texts == ("x",)
+        assert texts.load(DataConfig(source=source)).texts == ("x",)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     ],
 )
 def test_json_lines_and_json_lists_read_alike(tmp_path, name, content):
-    table = data.load(DataConfig(source=write(tmp_path / name, content)))
+    table = texts.load(DataConfig(source=write(tmp_path / name, content)))
     assert table.texts == ("x", "y")
     assert table.label_names == ("false", "true")  # as JSON spells them
     assert {name: column.tolist() for name, column in table.columns.items()} == {"age": ["3", ""]}  # only what all rows have
@@ -70,13 +71,13 @@ def test_json_lines_and_json_lists_read_alike(tmp_path, name, content):
 def test_whole_number_labels_are_in_order_of_value_others_by_alphabet(tmp_path):
     numbers = write(tmp_path / "a.csv", "text,label\na,10\nb,9\nc,-1\n")
     names = write(tmp_path / "b.csv", "text,label\na,10\nb,9\nc,x\n")
-    assert data.load(DataConfig(source=numbers)).label_names == ("-1", "9", "10")
-    assert data.load(DataConfig(source=names)).label_names == ("10", "9", "x")
+    assert texts.load(DataConfig(source=numbers)).label_names == ("-1", "9", "10")
+    assert texts.load(DataConfig(source=names)).label_names == ("10", "9", "x")
 
 
 def test_columns_go_by_number_without_a_header(tmp_path):
     source = write(tmp_path / "a.csv", '"3","title","body"\n"1","other","more"\n')
-    table = data.load(DataConfig(source=source, text=2, label=0, header=False))
+    table = texts.load(DataConfig(source=source, text=2, label=0, header=False))
     assert table.texts == ("body", "more")
     assert list(table.columns) == ["1"]
 
@@ -149,39 +150,39 @@ def rows(counts):
 
 def test_the_split_keeps_every_label_in_proportion_and_every_row_once(tmp_path):
     config = DataConfig(source=write(tmp_path / "a.csv", rows({"a": 50, "b": 25, "c": 5})), test_fraction=0.2)
-    train, test = data.load_split(config)
+    train, test = texts.load_split(config)
     assert Counter(test.labels.tolist()) == {0: 10, 1: 5, 2: 1}
-    assert sorted(train.texts + test.texts) == sorted(data.load(config).texts)
+    assert sorted(train.texts + test.texts) == sorted(texts.load(config).texts)
     assert train.label_names == test.label_names == ("a", "b", "c")
     assert len(train.columns["user"]) == len(train)
-    again = data.load_split(config)[1]
+    again = texts.load_split(config)[1]
     assert again.texts == test.texts  # there is no seed to change it
 
 
 def test_a_label_with_one_row_stays_in_training(tmp_path):
     config = DataConfig(source=write(tmp_path / "a.csv", rows({"a": 1, "b": 9})), test_fraction=0.9)
-    train, test = data.load_split(config)
+    train, test = texts.load_split(config)
     assert set(train.labels.tolist()) == {0, 1}
     assert test.labels.tolist() == [1] * 8  # nine rows are asked for; each label keeps one
 
 
 def test_a_split_with_nothing_to_hold_out_is_refused(tmp_path):
     config = DataConfig(source=write(tmp_path / "a.csv", rows({"a": 1, "b": 1})))
-    assert "test_fraction" in refusal(config, data.load_split)
+    assert "test_fraction" in refusal(config, texts.load_split)
 
 
 def test_one_label_is_nothing_to_learn(tmp_path):
     config = DataConfig(source=write(tmp_path / "a.csv", rows({"only": 5})))
-    assert "at least two labels" in refusal(config, data.load_split)
+    assert "at least two labels" in refusal(config, texts.load_split)
 
 
 def test_a_test_file_has_the_training_files_labels(tmp_path):
     source = write(tmp_path / "a.csv", rows({"a": 2, "b": 2}))
     known = DataConfig(source=source, test_source=write(tmp_path / "b.csv", rows({"b": 1})))
-    train, test = data.load_split(known)
+    train, test = texts.load_split(known)
     assert (len(train), test.labels.tolist()) == (4, [1])  # b is label 1 though alone in its file
     unknown = DataConfig(source=source, test_source=write(tmp_path / "c.csv", rows({"b": 1, "new": 1})))
-    assert "label 'new' is not among the 2 labels" in refusal(unknown, data.load_split)
+    assert "label 'new' is not among the 2 labels" in refusal(unknown, texts.load_split)
 
 
 # --- splits, pairs and names -----------------------------------------------------------------------------------------
@@ -195,19 +196,19 @@ CLINC = {
 
 def test_a_json_object_of_splits_gives_the_splits_that_are_named(tmp_path):
     source = write(tmp_path / "a.json", json.dumps(CLINC, indent=1))
-    train, test = data.load_split(DataConfig(source=source, test_split="test"))
+    train, test = texts.load_split(DataConfig(source=source, test_split="test"))
     assert train.texts == ("tell me a joke", "move money")  # the split called train, where none is named
     assert (test.texts, test.label_names[test.labels[0]]) == (("another joke",), "tell_joke")
-    both = data.load(DataConfig(source=source, split="train+oos_train"))
+    both = texts.load(DataConfig(source=source, split="train+oos_train"))
     assert both.texts == ("tell me a joke", "move money", "how tall is it")
     assert both.label_names == ("oos", "tell_joke", "transfer")
     other = DataConfig(source=write(tmp_path / "b.csv", "text,label\na,tell_joke\nb,transfer\n"), test_source=source)
-    assert data.load_split(other)[1].texts == ("another joke",)  # of a test source, the split called test
+    assert texts.load_split(other)[1].texts == ("another joke",)  # of a test source, the split called test
 
 
 def test_splits_may_hold_objects_with_columns(tmp_path):
     rows = {"train": [{"text": "a", "label": "x", "site": 1}, {"text": "b", "label": "y", "site": 2, "more": 0}]}
-    table = data.load(DataConfig(source=write(tmp_path / "a.json", json.dumps(rows))))
+    table = texts.load(DataConfig(source=write(tmp_path / "a.json", json.dumps(rows))))
     assert {name: column.tolist() for name, column in table.columns.items()} == {"site": ["1", "2"]}
 
 
@@ -224,7 +225,7 @@ def test_splits_may_hold_objects_with_columns(tmp_path):
 )
 def test_splits_that_cannot_be_are_named(tmp_path, options, says):
     splits = CLINC | {"bad": [["a", "b"], ["a", "b", "c"]], "empty": []}
-    said = refusal(DataConfig(source=write(tmp_path / "a.json", json.dumps(splits)), **options), data.load_split)
+    said = refusal(DataConfig(source=write(tmp_path / "a.json", json.dumps(splits)), **options), texts.load_split)
     for part in says:
         assert part in said
 
@@ -232,16 +233,16 @@ def test_splits_that_cannot_be_are_named(tmp_path, options, says):
 def test_a_source_without_splits_takes_none(tmp_path):
     source = write(tmp_path / "a.csv", "text,label\na,x\nb,y\n")
     assert "has no splits; leave it out" in refusal(DataConfig(source=source, split="train"))
-    assert "data.test_split = 'test'" in refusal(DataConfig(source=source, test_split="test"), data.load_split)
+    assert "data.test_split = 'test'" in refusal(DataConfig(source=source, test_split="test"), texts.load_split)
 
 
 def test_two_text_columns_are_pairs(tmp_path):
     source = write(tmp_path / "a.csv", "question,passage,label\nq1,p1,yes\nq2,p2,no\n")
-    table = data.load(DataConfig(source=source, text=("question", "passage")))
+    table = texts.load(DataConfig(source=source, text=("question", "passage")))
     assert table.texts == (("q1", "p1"), ("q2", "p2"))
     assert table.columns == {}
     numbered = write(tmp_path / "b.csv", '3,"title","body"\n')
-    assert data.load(DataConfig(source=numbered, text=(1, 2), label=0, header=False)).texts == (("title", "body"),)
+    assert texts.load(DataConfig(source=numbered, text=(1, 2), label=0, header=False)).texts == (("title", "body"),)
     assert "no column 'answer'" in refusal(DataConfig(source=source, text=("question", "answer")))
     assert "'question' twice" in refusal(DataConfig(source=source, text=("question", "question")))
 
@@ -254,7 +255,7 @@ def test_pairs_are_two_and_come_from_toml_as_a_list():
 
 def test_labels_get_other_names_in_their_order(tmp_path):
     source = write(tmp_path / "a.tsv", "bad\t10\ngood\t9\n")
-    table = data.load(DataConfig(source=source, text=0, label=1, header=False, label_names=("nine", "ten")))
+    table = texts.load(DataConfig(source=source, text=0, label=1, header=False, label_names=("nine", "ten")))
     assert [table.label_names[label] for label in table.labels] == ["ten", "nine"]
     for names in (("nine",), ("nine", "nine")):
         config = DataConfig(source=source, text=0, label=1, header=False, label_names=names)
@@ -293,14 +294,14 @@ def rows_of(table):
 def test_parquet_and_saved_datasets_are_tables(saved, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # of what is read from files as the hub has them
     expected = [("a", "pos"), ("b", "neg"), ("c", "pos")]
-    assert rows_of(data.load(DataConfig(source=saved["named.parquet"]))) == expected
-    assert rows_of(data.load(DataConfig(source=saved["plain.parquet"]))) == [("a", "1"), ("b", "0"), ("c", "1")]
-    assert rows_of(data.load(DataConfig(source=saved["single"]))) == [expected[2], *expected[:2]]
-    train, test = data.load_split(DataConfig(source=saved["splits"], test_split="validation"))
+    assert rows_of(texts.load(DataConfig(source=saved["named.parquet"]))) == expected
+    assert rows_of(texts.load(DataConfig(source=saved["plain.parquet"]))) == [("a", "1"), ("b", "0"), ("c", "1")]
+    assert rows_of(texts.load(DataConfig(source=saved["single"]))) == [expected[2], *expected[:2]]
+    train, test = texts.load_split(DataConfig(source=saved["splits"], test_split="validation"))
     assert (rows_of(train), rows_of(test)) == (expected, [("b", "neg")])
     assert train.columns["user"].tolist() == ["u1", "", "u2"]
     assert list(train.columns) == ["user", "site"]  # a column of lists is none of plain values
-    train, test = data.load_split(DataConfig(source=saved["files"], test_split="test"))
+    train, test = texts.load_split(DataConfig(source=saved["files"], test_split="test"))
     assert (rows_of(train), rows_of(test)) == (expected, [("a", "pos")])
     assert capfd.readouterr().out == ""
 
@@ -329,8 +330,8 @@ def test_a_hub_id_is_opened_with_its_configuration(saved, monkeypatch):
         return datasets.load_from_disk(saved["splits"])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(data.load(DataConfig(source="owner/reviews"))) == 3
-    assert len(data.load(DataConfig(source="glue:sst2", split="validation"))) == 1
+    assert len(texts.load(DataConfig(source="owner/reviews"))) == 3
+    assert len(texts.load(DataConfig(source="glue:sst2", split="validation"))) == 1
     assert asked == [("owner/reviews", None), ("glue", "sst2")]
 
 
@@ -353,7 +354,7 @@ def test_without_datasets_the_extra_is_named(saved, monkeypatch):
 def test_a_column_of_any_source_says_whose_a_row_is(saved, tmp_path):
     as_json = [{"text": str(i), "label": i % 2, "site": f"u{i % 3}"} for i in range(9)]
     for source in (write(tmp_path / "a.json", json.dumps({"train": as_json})), saved["splits"]):
-        table = data.load(DataConfig(source=source))
+        table = texts.load(DataConfig(source=source))
         split = PartitionConfig(kind="column", column="site")
         owners = sorted(set(table.columns["site"]))
         shards = partition.partition(split, table.labels, len(owners), 0, table.columns)
@@ -367,7 +368,7 @@ def test_a_column_of_any_source_says_whose_a_row_is(saved, tmp_path):
 def test_banking77_reads_whole(shared_data):
     folder = shared_data / "banking77"
     config = DataConfig(source=str(folder / "train.csv"), test_source=str(folder / "test.csv"), label="category")
-    train, test = data.load_split(config)
+    train, test = texts.load_split(config)
     assert (len(train), len(test)) == (10_003, 3_080)
     assert sorted(train.label_names) == sorted(json.loads((folder / "categories.json").read_text()))
     assert set(np.bincount(test.labels)) == {40}
@@ -379,20 +380,20 @@ def test_banking77_reads_whole(shared_data):
 def test_sst2_reads_whole_without_a_header(shared_data):
     folder = shared_data / "sst2"
     config = DataConfig(source=str(folder / "train.tsv"), test_source=str(folder / "dev.tsv"), text=0, label=1, header=False)
-    train, test = data.load_split(config)
+    train, test = texts.load_split(config)
     assert (len(train), len(test), train.label_names) == (6_920, 872, ("0", "1"))
 
 
 def test_ag_news_and_gsm8k_read_whole(shared_data):
     news = DataConfig(source=str(shared_data / "ag_news_test" / "test.csv"), text=2, label=0, header=False)
-    assert np.bincount(data.load(news).labels).tolist() == [1900] * 4
+    assert np.bincount(texts.load(news).labels).tolist() == [1900] * 4
     sums = DataConfig(source=str(shared_data / "gsm8k" / "test.jsonl"), text="question", label="answer")
-    assert len(data.load(sums)) == 1_319
+    assert len(texts.load(sums)) == 1_319
 
 
 def test_clinc150_reads_whole_from_its_own_file(shared_data):
     config = DataConfig(source=str(shared_data / "clinc150" / "data_full.json"), test_split="test")
-    train, test = data.load_split(config)
+    train, test = texts.load_split(config)
     assert (len(train), len(test), len(train.label_names)) == (15_000, 4_500, 150)
-    with_unknown = data.load(replace(config, split="train+oos_train"))
+    with_unknown = texts.load(replace(config, split="train+oos_train"))
     assert (len(with_unknown), len(with_unknown.label_names)) == (15_100, 151)

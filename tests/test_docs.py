@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate, comparison, simulation, studies
-from anyrank.catalog import catalog
-from anyrank.config import Config, from_table, load
+from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate, simulation
+from anyrank.config.sections import Config
+from anyrank.config.tables import from_table, load
 from anyrank.errors import AdapterError
 from anyrank.methods import make
+from anyrank.methods.catalog import catalog
+from anyrank.studies import comparison
+from anyrank.studies import study as studies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

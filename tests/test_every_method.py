@@ -12,11 +12,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from anyrank import federation, simulation
-from anyrank.adapter import Adapter
-from anyrank.config import Config
+from anyrank import simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import Config
+from anyrank.federation import loop
 from anyrank.methods import REGISTRY
-from anyrank.rundir import RunDir, load_state
+from anyrank.runs.checkpoint import load_state
+from anyrank.runs.folder import RunDir
 
 ROUNDS = 3
 METHODS = sorted(name for name, kind in REGISTRY.items() if kind.__module__.startswith("anyrank.methods"))
@@ -65,7 +67,7 @@ def stopped(config: Config, out: Path, after: int) -> None:
     built = simulation.build(config)
     try:
         with RunDir.open(out, config, resume=True) as store, pytest.raises(Stop):
-            federation.run(built, store, tell)
+            loop.run(built, store, tell)
     finally:
         built.engine.model.close()
 

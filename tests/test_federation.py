@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from anyrank import federation, methods, simulation
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.cohort import Population
-from anyrank.config import Config, PartitionConfig
-from anyrank.engines.base import Job
+from anyrank import methods, simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.config.sections import Config, PartitionConfig
+from anyrank.data.partition import Shards
 from anyrank.errors import ConfigError, ModelError, RunFailed
-from anyrank.local import Plan, plan_round
-from anyrank.partition import Shards
-from anyrank.records import ClientUpdate, Failure, Scaling
-from anyrank.rundir import RunDir
-from anyrank.tasks.base import Scores
+from anyrank.federation import loop
+from anyrank.federation.cohort import Population
+from anyrank.federation.federation import Federation
+from anyrank.messages.plan import Plan, plan_round
+from anyrank.messages.records import ClientUpdate, Failure, Job, Scaling, Scores
+from anyrank.runs.folder import RunDir
 
 
 @dataclass
@@ -62,7 +63,7 @@ def build(tmp_path: Path, engine: Script, sizes: Sequence[int] = (3, 1, 2, 4), r
     edges = np.cumsum([0, *sizes])
     shards = Shards(np.arange(edges[-1]), edges)
     population = Population(np.array(ranks), shards, len(sizes), config.run.seed)
-    built = federation.Federation(config, methods.make(method), population, engine)
+    built = Federation(config, methods.make(method), population, engine)
     return built, RunDir.open(tmp_path / "run", config)
 
 
@@ -82,7 +83,7 @@ def rows(tmp_path: Path, name: str) -> list[dict]:
 )
 def test_one_bad_client_costs_one_client(tmp_path: Path, deed: str, status: str, reason: str) -> None:
     built, store = build(tmp_path, Script({"client-1": deed}))
-    federation.run(built, store)
+    loop.run(built, store)
     bad = [row for row in rows(tmp_path, "clients.jsonl") if row["client"] == "client-1"]
     assert [row["status"] for row in bad] == [status, status]
     assert reason in bad[0]["reason"]
@@ -94,9 +95,9 @@ def test_one_bad_client_costs_one_client(tmp_path: Path, deed: str, status: str,
 def test_the_bad_client_leaves_no_trace_in_the_result(tmp_path: Path) -> None:
     """Rejecting client 1 gives the very state of a federation that it never belonged to."""
     with_bad, store = build(tmp_path / "a", Script({"client-1": "nan"}))
-    federation.run(with_bad, store)
+    loop.run(with_bad, store)
     without, store = build(tmp_path / "b", Script(), sizes=(3, 0, 2, 4))
-    federation.run(without, store)
+    loop.run(without, store)
     a, b = (Adapter.load(tmp_path / side / "run" / "adapter").layers["x"] for side in "ab")
     assert torch.equal(a.A, b.A)
     assert torch.equal(a.B, b.B)
@@ -110,14 +111,14 @@ def test_a_round_in_which_all_fail_ends_the_run_and_the_checkpoint_stands(tmp_pa
         engine.mischief = dict.fromkeys(("client-0", "client-1", "client-2", "client-3"), "nan")
 
     with pytest.raises(RunFailed, match=r"round 2: no client sent a usable update; client-0: layer x, B: holds NaN"):
-        federation.run(built, store, then_break)
+        loop.run(built, store, then_break)
     assert store.restore().round == 1
     assert [row["round"] for row in rows(tmp_path, "metrics.jsonl")] == [1]
 
 
 def test_clients_without_examples_are_skipped_and_said_so(tmp_path: Path) -> None:
     built, store = build(tmp_path, engine := Script(), sizes=(3, 0, 2, 4))
-    federation.run(built, store)
+    loop.run(built, store)
     assert {job.client.name for jobs in engine.seen for job in jobs} == {"client-0", "client-2", "client-3"}
     skipped = [row for row in rows(tmp_path, "clients.jsonl") if row["status"] == "skipped"]
     assert [(row["round"], row["client"], row["reason"]) for row in skipped] == [
@@ -130,7 +131,7 @@ def test_clients_without_examples_are_skipped_and_said_so(tmp_path: Path) -> Non
 def test_bytes_are_those_of_the_downloads_and_of_the_uploads_that_were_used(tmp_path: Path) -> None:
     """Ranks 1, 2, 2, 4 of a [5, 6] layer in float64: 11 numbers a rank, 8 bytes each; client 1 (rank 2) is rejected."""
     built, store = build(tmp_path, Script({"client-1": "nan"}))
-    federation.run(built, store)
+    loop.run(built, store)
     first = rows(tmp_path, "metrics.jsonl")[0]
     assert first["download_bytes"] == (1 + 2 + 2 + 4) * 11 * 8
     assert first["upload_bytes"] == (1 + 2 + 4) * 11 * 8
@@ -139,7 +140,7 @@ def test_bytes_are_those_of_the_downloads_and_of_the_uploads_that_were_used(tmp_
 def test_ffa_lora_moves_half_of_the_numbers_each_way(tmp_path: Path) -> None:
     """Only B `[5, r]` travels: 5 numbers a rank."""
     built, store = build(tmp_path, Script(), method="ffa_lora")
-    federation.run(built, store)
+    loop.run(built, store)
     first = rows(tmp_path, "metrics.jsonl")[0]
     assert (first["upload_bytes"], first["download_bytes"]) == (9 * 5 * 8, 9 * 5 * 8)
 
@@ -231,8 +232,8 @@ def test_fedprox_holds_clients_nearer_to_where_they_started(tmp_path: Path) -> N
         built = simulation.build(
             MLP.replace(train={"proximal_mu": mu, "optimizer": "sgd", "learning_rate": 0.05, "local_steps": 30})
         )
-        state = federation.start(built)
-        jobs, _ = federation.dispatch(built, state, 1)
+        state = loop.start(built)
+        jobs, _ = loop.dispatch(built, state, 1)
         plan = plan_round(built.config.train, 1, 3, 0)
         updates = list(built.engine.train(jobs, plan))
         built.engine.model.close()
@@ -242,7 +243,7 @@ def test_fedprox_holds_clients_nearer_to_where_they_started(tmp_path: Path) -> N
 
 
 def test_local_epochs_see_every_example_once_each(tmp_path: Path) -> None:
-    from anyrank.local import batches
+    from anyrank.training.local import batches
 
     train = replace(Config().train, local_epochs=2, local_steps=0, batch_size=4)
     drawn = batches(10, plan_round(train, 1, 3, 0), "client-1")
@@ -253,7 +254,7 @@ def test_local_epochs_see_every_example_once_each(tmp_path: Path) -> None:
 
 def test_local_steps_go_round_a_small_client(tmp_path: Path) -> None:
     """3 examples, batches of 16 wanted: every step takes the 3 there are."""
-    from anyrank.local import batches
+    from anyrank.training.local import batches
 
     drawn = batches(3, plan_round(Config().train, 1, 3, 0), "client-1")
     assert [sorted(batch) for batch in drawn] == [[0, 1, 2]] * 10

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from anyrank import Adapter, LoraLayer, aggregate
-from anyrank.aggregation import aggregate_folders
+from anyrank.adapter.stored import FolderWriter, open_adapter, outline
+from anyrank.aggregation.aggregates import aggregate_folders
 from anyrank.errors import AdapterError, AnyRankError, MethodError, RunError, RunFailed
-from anyrank.folders import FolderWriter, open_adapter, outline
 
 KINDS = {"rank 4": (4, torch.float32, False), "bfloat16": (8, torch.bfloat16, False), "rslora": (16, torch.float16, True)}
 

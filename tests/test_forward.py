@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from anyrank import forward
-from anyrank.models import LoraModel
 from anyrank.tasks.base import Examples, Task, TensorInputs
+from anyrank.training import forward
+from anyrank.training.lora import LoraModel
 
 CLIENTS, EACH, TOKENS, WIDTH, OUT, RANK = 3, 2, 5, 6, 4, 2
 MODULES = {

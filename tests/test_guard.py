@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.guard import Rejected, admit
-from anyrank.records import BOTH, ClientUpdate, Download, Pruning
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.federation.guard import Rejected, admit
+from anyrank.messages.records import BOTH, ClientUpdate, Download, Pruning
 
 
 def adapter(value: float = 1.0, rank: int = 2, scaling: float = 0.5, dtype=torch.float32, layer: str = "fc") -> Adapter:

@@ -13,13 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anyrank import hardware, local, plan, simulation
-from anyrank.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from anyrank import devices, simulation
+from anyrank.config.sections import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
 from anyrank.errors import ConfigError, ModelError
-from anyrank.models import LoraModel
-from anyrank.records import Download, Pruning, Scaling
-from anyrank.tasks import text, text_classifier
+from anyrank.messages.plan import plan_round
+from anyrank.messages.records import Download, Pruning, Scaling
+from anyrank.studies import forecast
 from anyrank.tasks.base import Examples, Task, TensorInputs
+from anyrank.tasks.place import place
+from anyrank.tasks.text import own_head
+from anyrank.tasks.text import task as text
+from anyrank.training import local, memory
+from anyrank.training.lora import LoraModel
 
 transformers = pytest.importorskip("transformers")
 from tiny import WORDS, make_classifier, make_model  # noqa: E402 - needs transformers
@@ -59,7 +64,7 @@ def trained(task: Task, config: TrainConfig, examples: int = 23, pruning: Prunin
     model = LoraModel(task, config.gradient_checkpointing)
     try:
         download = replace(sent(model), pruning=pruning)
-        update = local.train(model, "client", download, np.arange(examples), local.plan_round(config, 1, 1, seed=0))
+        update = local.train(model, "client", download, np.arange(examples), plan_round(config, 1, 1, seed=0))
     finally:
         model.close()
     factors = {f"{name}.{kind}": getattr(layer, kind) for name, layer in update.adapter.layers.items() for kind in "AB"}
@@ -107,7 +112,7 @@ def test_no_part_is_larger_than_its_share(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_who_splits_batches_does_not_stack_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ANYRANK_CACHE", str(tmp_path))
-    monkeypatch.setattr("anyrank.engines.stacked.train", lambda *arguments: pytest.fail("stacked"))
+    monkeypatch.setattr("anyrank.training.stacked.train", lambda *arguments: pytest.fail("stacked"))
     config = Config().replace(run={"rounds": 1, "stacking": "always"}, model={"name": "digits-mlp"})
     simulation.execute(config.replace(train={"accumulation_steps": 2, "local_steps": 1}), tmp_path / "run")
 
@@ -132,7 +137,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory):
     made["a map"] = text.load(encoder, data, LoraConfig(), root / "cache")
     for name in ("distilbert", "llama", "gpt2"):
         model = ModelConfig(path=str(make_classifier(root / name, name)), task="text-classification", head="model-trained")
-        made[name] = text_classifier.load(model, data, LoraConfig(target_modules=("q_lin",) if name[0] == "d" else ()), root)
+        made[name] = own_head.load(model, data, LoraConfig(target_modules=("q_lin",) if name[0] == "d" else ()), root)
     return made
 
 
@@ -142,7 +147,7 @@ TRAIN = TrainConfig(optimizer="sgd", learning_rate=0.1, batch_size=8, local_step
 
 def held(task: Task, checkpointing: bool) -> int:
     """Bytes that a pass over 8 examples keeps for its gradient."""
-    model, kept = LoraModel(task, checkpointing), hardware.Kept(task.module)
+    model, kept = LoraModel(task, checkpointing), memory.Kept(task.module)
     model.load(sent(model))
     with kept.watch():
         outputs = task.module(**task.train.inputs.batch(torch.arange(8), even=True))
@@ -182,7 +187,7 @@ def test_where_no_layer_can_be_run_again_it_is_refused(tasks, name: str) -> None
 def test_what_is_kept_is_counted_by_storage() -> None:
     """x · w keeps x and w; tanh keeps its output; a view of what is kept adds nothing, nor does a parameter."""
     module, x = nn.Linear(4, 4, bias=False), torch.randn(8, 4)
-    kept = hardware.Kept(module)
+    kept = memory.Kept(module)
     with kept.watch():
         y = torch.tanh(module(x))
         total = (y[:4] * y[4:]).sum()
@@ -199,11 +204,11 @@ def test_a_plan_counts_memory_by_the_options(tasks, tmp_path: Path, monkeypatch:
         clients={"count": 2, "ranks": (2, 4)},
         train={"batch_size": 8},
     )
-    memory = lambda **keys: plan.plan(config.replace(train=keys))["memory_bytes"]["activations"]  # noqa: E731
+    memory = lambda **keys: forecast.plan(config.replace(train=keys))["memory_bytes"]["activations"]  # noqa: E731
     whole = memory()
     assert memory(accumulation_steps=8) < whole / 3
     assert memory(gradient_checkpointing=True) < whole / 2
-    narrow = hardware.place(copy.deepcopy(tasks["llama"]), ModelConfig(train_dtype="bfloat16"))
+    narrow = place(copy.deepcopy(tasks["llama"]), ModelConfig(train_dtype="bfloat16"))
     sizes = [sum(tensor.nbytes for tensor in task.module.state_dict().values()) for task in (tasks["llama"], narrow)]
     assert sizes[1] < 0.55 * sizes[0]
 
@@ -213,7 +218,7 @@ def test_a_plan_counts_memory_by_the_options(tasks, tmp_path: Path, monkeypatch:
 
 def test_bfloat16_halves_the_base_and_leaves_what_is_trained_alone() -> None:
     exact = small()
-    narrow = hardware.place(small(), ModelConfig(train_dtype="bfloat16"))
+    narrow = place(small(), ModelConfig(train_dtype="bfloat16"))
     dtypes = {name: parameter.dtype for name, parameter in narrow.module.named_parameters()}
     matrices = {"low.weight", "high.weight"}
     assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == matrices
@@ -233,7 +238,7 @@ def test_bfloat16_halves_the_base_and_leaves_what_is_trained_alone() -> None:
 def test_small_steps_are_not_lost_in_bfloat16(tasks, name: str | None) -> None:
     """A step of 1e-6 is below bfloat16's spacing at 0.1, and above float32's: adapters that were bfloat16 would stand still."""
     task = tasks[name] if name else small()
-    narrow = hardware.place(replace(task, module=copy.deepcopy(task.module)), ModelConfig(train_dtype="bfloat16"))
+    narrow = place(replace(task, module=copy.deepcopy(task.module)), ModelConfig(train_dtype="bfloat16"))
     tiny_steps = trained(narrow, TrainConfig(optimizer="adamw", learning_rate=1e-6, batch_size=8, local_steps=1), 20)
     model = LoraModel(narrow)
     before = sent(model).adapter
@@ -247,7 +252,7 @@ def test_small_steps_are_not_lost_in_bfloat16(tasks, name: str | None) -> None:
 
 def test_cpu_and_float32_leave_a_task_as_it_is() -> None:
     task = small()
-    assert hardware.place(task, ModelConfig()) is task
+    assert place(task, ModelConfig()) is task
 
 
 def test_a_device_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,11 +260,11 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for name in ("cuda", "mps"):
         with pytest.raises(ModelError, match=f"model.device = '{name}': torch .* sees no such device") as caught:
-            hardware.find(name)
+            devices.find(name)
         assert "\n" not in str(caught.value)
-    assert hardware.find("auto") == torch.device("cpu")
+    assert devices.find("auto") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert hardware.find("auto") == torch.device("cuda")
+    assert devices.find("auto") == torch.device("cuda")
     with pytest.raises(ConfigError, match="model.device: expected one of auto, cpu, cuda, mps"):
         ModelConfig(device="gpu")
 
@@ -278,15 +283,15 @@ if register is None:
 register("pretend")
 device = torch.device("pretend")
 
-from anyrank import hardware, local
 from anyrank.config import ModelConfig, TrainConfig
-from anyrank.engines import stacked
-from anyrank.engines.base import Job
-from anyrank.models import LoraModel
-from anyrank.records import Client
+from anyrank.messages.plan import plan_round
+from anyrank.messages.records import Client, Job
+from anyrank.tasks import place as placing
+from anyrank.training import local, stacked
+from anyrank.training.lora import LoraModel
 from test_hardware import sent, small
 
-hardware.find = lambda name: device
+placing.find = lambda name: device
 torch.Tensor.__float__ = lambda tensor: 0.0  # a pretended loss has no number
 torch.Tensor.tolist = lambda tensor: [0.0] * len(tensor)
 torch.Tensor.item = lambda tensor: 1  # of a step's number
@@ -301,13 +306,13 @@ with FakeTensorMode():
         assert "pretend" in str(error), error
     else:
         raise AssertionError("devices were mixed, and nobody noticed")
-    task = hardware.place(type(here)(**{**vars(here), "module": task.module}), ModelConfig())
+    task = placing.place(type(here)(**{**vars(here), "module": task.module}), ModelConfig())
     model = LoraModel(task)
     first = sent(model)
     assert {layer.A.device.type for layer in first.adapter.layers.values()} == {"cpu"}
     assert {parameter.device.type for parameter in model.load(first)} == {"pretend"}
     for options in ({}, {"proximal_mu": 0.1}, {"accumulation_steps": 2}, {"optimizer": "sgd", "momentum": 0.9}):
-        round = local.plan_round(TrainConfig(local_steps=2, batch_size=4, **options), 1, 1, seed=0)
+        round = plan_round(TrainConfig(local_steps=2, batch_size=4, **options), 1, 1, seed=0)
         updates = [local.train(model, "client", first, np.arange(9), round)]
         if "accumulation_steps" not in options:
             jobs = [Job(i, Client(f"c{i}", 4), 9, first) for i in range(2)]

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anyrank import lowrank
-from anyrank.adapter import LoraLayer
-from anyrank.lowrank import SVD, Product
+from anyrank.adapter.layer import LoraLayer
+from anyrank.algebra import lowrank
+from anyrank.algebra.lowrank import SVD, Product
 
 EXACT, SINGLE = 1e-10, 1e-6
 

@@ -12,11 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
 from anyrank.errors import ModelError
-from anyrank.models import LoraModel
-from anyrank.records import Download, Scaling
+from anyrank.messages.records import Download, Scaling
 from anyrank.tasks.base import Examples, Task, TensorInputs
+from anyrank.training.lora import LoraModel
 
 
 class Net(nn.Module):

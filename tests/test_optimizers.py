@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from anyrank.config import TrainConfig
-from anyrank.optimizers import Optimizer
+from anyrank.config.sections import TrainConfig
+from anyrank.training.optimizers import Optimizer
 
 CASES = {
     "adamw": ({"optimizer": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),

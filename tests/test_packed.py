@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from anyrank import cache, local, plan, simulation
-from anyrank.config import ClientsConfig, Config, LoraConfig, ModelConfig, TrainConfig
+from anyrank import simulation
+from anyrank.config.sections import ClientsConfig, Config, LoraConfig, ModelConfig, TrainConfig
+from anyrank.data import cache
 from anyrank.errors import ConfigError
-from anyrank.models import LoraModel
-from anyrank.records import Client, Scaling
-from anyrank.tasks import encoder, features, text
+from anyrank.messages.plan import Plan
+from anyrank.messages.records import Client, Scaling
+from anyrank.studies import forecast
+from anyrank.tasks.text import encoder, features
+from anyrank.tasks.text import task as text
+from anyrank.training import local
+from anyrank.training.lora import LoraModel
 from test_text_task import data, folders, load, settings, texts_of  # noqa: F401 - fixtures
 
 pytest.importorskip("transformers")
 
 TARGETS = ("layer.1.attention.self.query", "layer.1.attention.self.value", "layer.2.output.dense")
-PLAN = local.Plan(TrainConfig(local_steps=5, batch_size=8), learning_rate=1e-2, round=1, seed=0)
+PLAN = Plan(TrainConfig(local_steps=5, batch_size=8), learning_rate=1e-2, round=1, seed=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +214,7 @@ def test_the_size_and_the_place_are_told(folders, data, tmp_path, monkeypatch): 
     task = load(folders["bert"], data, tmp_path / "cache", TARGETS)
     assert summary["inputs_in"] == "disk"
     assert summary["inputs_bytes"] == task.train.inputs.nbytes + task.test.inputs.nbytes
-    memory = plan.plan(config, measure=False)["memory_bytes"]
+    memory = forecast.plan(config, measure=False)["memory_bytes"]
     assert (memory["examples"], memory["examples_on_disk"]) == (0, summary["inputs_bytes"])
     with pytest.raises(ConfigError, match=r"model.features: expected one of memory, disk, got 'ram'"):
         ModelConfig(features="ram")

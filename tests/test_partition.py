@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyrank.config import PARTITIONS, PartitionConfig
+from anyrank.config.sections import PARTITIONS, PartitionConfig
+from anyrank.data.partition import Shards, _proportional, partition
 from anyrank.errors import DataError
-from anyrank.partition import Shards, _proportional, partition
 
 SPLITS = tuple(kind for kind in PARTITIONS if kind != "sampled")  # in which every example goes to exactly one client
 

@@ -14,8 +14,9 @@ from scipy.stats import norm
 from typer.testing import CliRunner
 
 from anyrank import simulation
-from anyrank.cli import app
-from anyrank.config import Config, from_table, to_table
+from anyrank.cli.verbs import app
+from anyrank.config.sections import Config
+from anyrank.config.tables import from_table, to_table
 from anyrank.errors import AnyRankError, ConfigError
 from anyrank.privacy.accountants import ACCOUNTANTS, Spending, epsilon, noise_for
 from anyrank.privacy.plan import PrivacyPlan, plan_privacy
@@ -188,15 +189,15 @@ def test_methods_that_the_plan_does_not_cover_are_refused(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["fedavg", "ffa_lora", "rolora", "fedsvd", "flora", "raflora", "rbla"])
 def test_methods_train_privately_whatever_they_train(method: str) -> None:
-    from anyrank import federation
-    from anyrank.local import plan_round
+    from anyrank.federation import loop
+    from anyrank.messages.plan import plan_round
+    from anyrank.messages.records import ClientUpdate
     from anyrank.privacy.noise import Mechanism
-    from anyrank.records import ClientUpdate
 
     built = simulation.build(config(**DIGITS, method={"name": method}))
-    state = federation.start(built)
+    state = loop.start(built)
     for round in (1, 2):
-        jobs, _ = federation.dispatch(built, state, round)
+        jobs, _ = loop.dispatch(built, state, round)
         plan = plan_round(built.config.train, round, 2, 0, privacy=Mechanism(built.privacy, b"k" * 32))
         replies = list(built.engine.train(jobs, plan))
         assert all(isinstance(reply, ClientUpdate) and reply.metrics == {} for reply in replies)

@@ -17,14 +17,15 @@ import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 
-from anyrank import cli, report, simulation
 from anyrank import config as configs
+from anyrank import report, simulation
+from anyrank.cli import main
 from anyrank.engines import inprocess
 from anyrank.errors import ModelError, RunError
 from anyrank.privacy import noise
 from anyrank.privacy.accountants import noise_for
 from anyrank.privacy.plan import plan_privacy
-from anyrank.rundir import RunDir
+from anyrank.runs.folder import RunDir
 from test_resume import MOMENTS, PRELUDE, files
 
 ROUNDS, STEPS = 5, 3
@@ -105,7 +106,7 @@ def command(workplace: Path, out: str, *arguments: str, prelude: str = "") -> tu
                 sys.argv[1:] = ["run", "private.toml", "--out", out, "--json", *arguments]
                 report.build = lambda runs, page: page  # it has tests of its own
                 exec(prelude, {})
-                cli.main()
+                main()
         except SystemExit as done:
             status = done.code or 0
         finally:

@@ -11,17 +11,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from anyrank import private_training
-from anyrank.adapter import Adapter
-from anyrank.config import Config
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import Config
 from anyrank.errors import ModelError
-from anyrank.local import plan_round
-from anyrank.models import LoraModel
+from anyrank.messages.plan import plan_round
+from anyrank.messages.records import BOTH, Download, Scaling
 from anyrank.privacy.noise import Mechanism, SystemDraws
 from anyrank.privacy.plan import PrivacyPlan
-from anyrank.private_training import PerExample
-from anyrank.records import BOTH, Download, Scaling
 from anyrank.tasks.base import Examples, Task, TensorInputs
+from anyrank.training import private_examples
+from anyrank.training.lora import LoraModel
+from anyrank.training.private_examples import PerExample
 from test_models import KINDS, ONLY_MERGED, Net, build, features, trained_adapter
 
 EVERY_KIND = sorted(KINDS.keys() - {"embedding by frequency"}) + sorted(ONLY_MERGED)
@@ -170,7 +170,7 @@ class Recorded:
 def trained_by(mechanism: Mechanism, model: LoraModel, download: Download, **train) -> Adapter:
     keys = {"optimizer": "sgd", "learning_rate": 1.0, "batch_size": BATCH, "local_steps": STEPS} | train
     plan = plan_round(Config().replace(train=keys).train, 1, 1, 0, privacy=mechanism)
-    return private_training.train(model, "ada", download, COUNT, np.arange(COUNT), plan).adapter
+    return private_examples.train(model, "ada", download, COUNT, np.arange(COUNT), plan).adapter
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_an_empty_draw_is_a_step_of_noise_alone(toy, monkeypatch) -> None:
     model, download = toy
     draws = Recorded([np.ones(COUNT)] * STEPS)
     monkeypatch.setattr(Mechanism, "draws", lambda self, round, client: draws)
-    monkeypatch.setattr(private_training, "_losses", None)  # the model is not run
+    monkeypatch.setattr(private_examples, "_losses", None)  # the model is not run
     after = trained_by(Mechanism(plan_of(2.0)), model, download).layers["target"]
     before = download.adapter.layers["target"]
     torch.testing.assert_close(after.A, before.A - STEPS * 2.0 * 0.5 / BATCH)
@@ -343,7 +343,7 @@ def normed(norm: nn.Module) -> nn.Module:
 def test_a_target_that_is_run_twice_or_once_for_all_is_covered(make, name: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = LoraModel(task_of(make(), features(*shape), (name,)))
-    private_training.check(model)
+    private_examples.check(model)
     parameters = model.load(download_of(model))
     together = PerExample(model, parameters).gradients(torch.arange(4))
     for found, expected in zip(together, alone(model, parameters, 1), strict=True):
@@ -353,7 +353,7 @@ def test_a_target_that_is_run_twice_or_once_for_all_is_covered(make, name: str, 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_what_is_covered_passes_the_check(kind: str) -> None:
     module, inputs = build(kind)
-    private_training.check(LoraModel(task_of(module, inputs, trained=("head.weight", "head.bias"))))
+    private_examples.check(LoraModel(task_of(module, inputs, trained=("head.weight", "head.bias"))))
 
 
 BYPASSES = {
@@ -378,12 +378,12 @@ def test_what_would_bypass_clipping_is_refused_by_name(what: str) -> None:
         features(4, 7, 6) if make is Sideways else torch.tensor([[0, 3], [9, 0]]) if "frequency" in what else features(4, 6)
     )
     with pytest.raises(ModelError, match=words):
-        private_training.check(LoraModel(task_of(make(), inputs, targets, trained)))
+        private_examples.check(LoraModel(task_of(make(), inputs, targets, trained)))
 
 
 def test_batch_norm_with_its_running_statistics_mixes_nothing() -> None:
     torch.manual_seed(0)
-    private_training.check(LoraModel(task_of(normed(nn.BatchNorm1d(5)), features(4, 6), ("target.0",))))
+    private_examples.check(LoraModel(task_of(normed(nn.BatchNorm1d(5)), features(4, 6), ("target.0",))))
 
 
 def test_scaling_is_in_the_gradient() -> None:

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from anyrank import federation, local, private_upload, simulation
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.config import Config
+from anyrank import simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, RunFailed
+from anyrank.federation import loop
+from anyrank.messages.plan import plan_round
+from anyrank.messages.records import Download
 from anyrank.privacy.accountants import Spending, noise_for
 from anyrank.privacy.noise import Mechanism
 from anyrank.privacy.plan import plan_privacy
-from anyrank.private_upload import release
-from anyrank.records import Download
+from anyrank.training import private_upload
+from anyrank.training.private_upload import release
 
 SHAPES = {"first": (5, 7, 3, 2.0), "second": (4, 6, 2, 0.5)}  # out, in, rank, scaling
 
@@ -140,9 +144,9 @@ def test_a_client_that_fails_sends_noise_like_any_other(monkeypatch) -> None:
         raise RunFailed("loss is nan at local step 2")
 
     built = simulation.build(config())
-    jobs, _ = federation.dispatch(built, federation.start(built), 1)
+    jobs, _ = loop.dispatch(built, loop.start(built), 1)
     monkeypatch.setattr(private_upload.local, "train", fails)
-    plan = local.plan_round(built.config.train, 1, 3, 0, privacy=Mechanism(built.privacy, b"k" * 32))
+    plan = plan_round(built.config.train, 1, 3, 0, privacy=Mechanism(built.privacy, b"k" * 32))
     replies = list(built.engine.train(jobs, plan))
     built.engine.model.close()
     for reply, job in zip(replies, jobs, strict=True):

@@ -33,7 +33,8 @@ name = "METHOD"
 # Each moment is a patch that runs in the child before the command; `die` is what kill -9 is from inside.
 PRELUDE = """
 import itertools, os, signal, sys
-import anyrank.rundir as rundir, anyrank.optimizers as optimizers, anyrank.adapter as adapter
+import anyrank.adapter.adapter as adapter, anyrank.training.optimizers as optimizers
+import anyrank.runs.checkpoint as checkpoint, anyrank.runs.folder as rundir
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 calls = itertools.count(1)
 """
@@ -62,12 +63,12 @@ def patched(*a):
 rundir.save_state = patched
 """,
     "while the checkpoint is being written": """
-save = rundir.save_file
+save = checkpoint.save_file
 def patched(tensors, path, metadata=None):
     save(tensors, path, metadata=metadata)
     if next(calls) == 3:
         os.truncate(path, os.path.getsize(path) // 2); die()
-rundir.save_file = patched
+checkpoint.save_file = patched
 """,
     "right after the checkpoint": """
 save = rundir.save_state

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anyrank import federation, local, simulation
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.config import Config
-from anyrank.engines import stacked
-from anyrank.engines.base import Job
+from anyrank import simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
-from anyrank.local import plan_round
-from anyrank.models import LoraModel
-from anyrank.records import Client, ClientUpdate, Download, Failure, Scaling
+from anyrank.federation import loop
+from anyrank.messages.plan import plan_round
+from anyrank.messages.records import Client, ClientUpdate, Download, Failure, Job, Scaling
 from anyrank.tasks.base import Examples, Task, TensorInputs
+from anyrank.training import local, stacked
+from anyrank.training.lora import LoraModel
 
 MLP = Config().replace(model={"name": "digits-mlp"}, clients={"count": 8, "participation": 1.0, "ranks": (1, 2, 5, 16)})
 
@@ -32,9 +33,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 def replies(config: Config, stacking: str, round: int = 2) -> dict[str, ClientUpdate | Failure]:
     """What the clients of a round send, from a state that one real round has reached (so that B is not zero)."""
     built = simulation.build(config)
-    state = federation.start(built)
+    state = loop.start(built)
     for number in (1, round):
-        jobs, _ = federation.dispatch(built, state, number)
+        jobs, _ = loop.dispatch(built, state, number)
         plan = plan_round(config.train, number, 5, 0)
         engine = replace(built.engine, stacking=stacking if number == round else "never")
         got = list(engine.train(jobs, plan))
@@ -109,7 +110,7 @@ def test_a_stack_is_cut_where_memory_would_grow(monkeypatch: pytest.MonkeyPatch)
 def test_a_client_that_diverges_leaves_the_others_alone() -> None:
     """One client starts from factors so large that its loss overflows; the others end as they would without it."""
     built = simulation.build(MLP)
-    jobs, _ = federation.dispatch(built, federation.start(built), 1)
+    jobs, _ = loop.dispatch(built, loop.start(built), 1)
     layer = jobs[3].download.adapter.layers["fc1"]
     huge = layer.with_factors(layer.A * 1e30, layer.B + 1e30)
     download = replace(
@@ -211,7 +212,7 @@ def test_the_choice_is_a_matter_of_size_and_can_be_forced(tmp_path: Path) -> Non
 def test_losses_are_means_over_each_clients_own_batch() -> None:
     """Clients of 3 and 40 examples, batches of 16: the small one's mean is over its 3, repeats weigh nothing."""
     built = simulation.build(MLP)
-    jobs, _ = federation.dispatch(built, federation.start(built), 1)
+    jobs, _ = loop.dispatch(built, loop.start(built), 1)
     examples = [np.arange(3), np.arange(40)]
     pair = [replace(jobs[0], num_examples=3), replace(jobs[1], num_examples=40)]
     plan = plan_round(replace(MLP.train, local_steps=1), 1, 5, 0)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from anyrank import simulation
-from anyrank.config import Config
-from anyrank.standing import Labels, of_global, of_personal
-from anyrank.tasks.base import Scores
+from anyrank.config.sections import Config
+from anyrank.federation.standing import Labels, of_global, of_personal
+from anyrank.messages.records import Scores
 
 # Ten held-out examples: label 0 is right 3 of 4 times, label 1 1 of 2, label 2 never of 4; nobody held out a label 3.
 SCORES = Scores(

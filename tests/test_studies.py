@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from anyrank import comparison, config, studies
+from anyrank import config
 from anyrank.errors import ConfigError
+from anyrank.studies import comparison
+from anyrank.studies import study as studies
 
 DIGITS = Path(__file__).resolve().parents[1] / "configs" / "digits.toml"
 STUDY = """

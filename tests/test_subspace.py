@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anyrank import lowrank, subspace
+from anyrank.algebra import lowrank, subspace
+from anyrank.algebra.lowrank import Product, Term
 from anyrank.errors import MethodError
-from anyrank.lowrank import Product, Term
 
 NARROW = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from anyrank import data, simulation
-from anyrank.adapter import Adapter
-from anyrank.config import Config, DataConfig, LoraConfig, ModelConfig
+from anyrank import simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import Config, DataConfig, LoraConfig, ModelConfig
+from anyrank.data import texts
 from anyrank.errors import AnyRankError, ConfigError, ModelError
-from anyrank.models import LoraModel
-from anyrank.records import Scaling
-from anyrank.tasks import text_classifier
+from anyrank.messages.records import Scaling
+from anyrank.tasks.text import own_head
+from anyrank.training.lora import LoraModel
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
 from tiny import WORDS, make_classifier, make_model, settings_of  # noqa: E402 - needs transformers
@@ -46,7 +47,7 @@ def source(tmp_path_factory):
 def load(folder, source, head="model", targets=None, **keys):
     model = ModelConfig(path=str(folder), task="text-classification", head=head)
     lora = LoraConfig(target_modules=TARGETS.get(folder.name, ()) if targets is None else targets)
-    return text_classifier.load(model, DataConfig(source=source, **keys), lora, folder)
+    return own_head.load(model, DataConfig(source=source, **keys), lora, folder)
 
 
 def refusal(*arguments, error=ModelError, **options):
@@ -78,7 +79,7 @@ def alone(model, folder, rows):
 
 def training_texts(source, columns=("text",)):
     """The texts of the training examples, each as the tuple of its columns."""
-    train, _ = data.load_split(DataConfig(source=source, text=columns if len(columns) == 2 else columns[0]))
+    train, _ = texts.load_split(DataConfig(source=source, text=columns if len(columns) == 2 else columns[0]))
     return [text if isinstance(text, tuple) else (text,) for text in train.texts]
 
 
@@ -279,7 +280,7 @@ def test_targets_that_cannot_be_are_refused(folders, source, targets, says):
 def test_longer_than_the_model_is_refused(folders, source):
     model = ModelConfig(path=str(folders["gpt2"]), task="text-classification", head="model", max_length=81)
     with pytest.raises(ModelError, match="takes at most 80 tokens"):
-        text_classifier.load(model, DataConfig(source=source), LoraConfig(), folders["gpt2"])
+        own_head.load(model, DataConfig(source=source), LoraConfig(), folders["gpt2"])
 
 
 def test_only_texts_have_a_models_own_head():

@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.config import DataConfig, LoraConfig, ModelConfig
+from anyrank import devices
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig
 from anyrank.errors import DataError, ModelError, RunError
-from anyrank.models import LoraModel
-from anyrank.records import Scaling
-from anyrank.tasks import encoder, features, text
-from anyrank.tasks.base import Scores, Task
+from anyrank.messages.records import Scaling, Scores
+from anyrank.tasks.base import Task
+from anyrank.tasks.text import encoder, features
+from anyrank.tasks.text import task as text
+from anyrank.training.lora import LoraModel
 
 transformers = pytest.importorskip("transformers")
 from tiny import WORDS, make_model  # noqa: E402 - needs transformers
@@ -40,7 +43,7 @@ def score(task: Task) -> Scores:
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    monkeypatch.setattr(features.os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setattr(devices, "cores", lambda: 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -350,7 +353,7 @@ def test_a_cache_that_cannot_be_written_is_named(folders, data, tmp_path):
 
 
 def test_threads_are_put_back(folders, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(features.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
     seen = []
     load(folders["bert"], data, tmp_path / "cache", progress=lambda done, total: seen.append(torch.get_num_threads()))
     assert set(seen) == {2}

@@ -12,16 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-from anyrank import images, simulation
-from anyrank.adapter import Adapter
-from anyrank.config import Config, DataConfig, LoraConfig, ModelConfig, from_table
+from anyrank import devices, simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import Config, DataConfig, LoraConfig, ModelConfig
+from anyrank.config.tables import from_table
+from anyrank.data import images
+from anyrank.data.partition import partition
 from anyrank.errors import ConfigError, DataError, ModelError
-from anyrank.federation import Federation
-from anyrank.models import LoraModel
-from anyrank.partition import partition
-from anyrank.records import Scaling
-from anyrank.tasks import apart, classifier, fashion, features, vision
+from anyrank.federation.federation import Federation
+from anyrank.messages.records import Scaling
 from anyrank.tasks.base import Task
+from anyrank.tasks.load import _cached_task
+from anyrank.tasks.vision import classifier, prefix, small
+from anyrank.tasks.vision import task as vision
+from anyrank.training.lora import LoraModel
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,7 +39,7 @@ NAMES = ("cat", "dog", "elk")
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    monkeypatch.setattr(features.os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setattr(devices, "cores", lambda: 1)
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -345,13 +349,13 @@ def test_pretraining_happens_once_and_is_told(tmp_path, monkeypatch):
         ModelConfig(name="fashion-mlp"), bands(tmp_path), LoraConfig(), tmp_path, lambda *progress: told.append(progress)
     )
     assert told[-1] == (48 * 8, 48 * 8)
-    monkeypatch.setattr("anyrank.tasks.pretraining._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("anyrank.tasks.vision.pretraining._train", lambda *_: pytest.fail("trained again"))
     again = vision.load(ModelConfig(name="fashion-mlp"), bands(tmp_path, train_examples=50), LoraConfig(), tmp_path)
     assert all(torch.equal(one, other) for one, other in zip(first.module.parameters(), again.module.parameters(), strict=True))
     assert len(again.train) == 50
 
 
-@pytest.mark.parametrize("name", fashion.MODELS)
+@pytest.mark.parametrize("name", small.MODELS)
 def test_a_random_base_takes_images_of_any_size_and_colour(tmp_path, name):
     np.savez(tmp_path / "set.npz", image=COLOUR, label=LABELS)
     config = ModelConfig(name=name, pretrained=False)
@@ -434,7 +438,7 @@ def test_a_small_models_wishes_are_checked(tmp_path):
 
 def federate(config: Config, tmp_path: Path, monkeypatch) -> dict:
     monkeypatch.setenv("ANYRANK_CACHE", str(tmp_path / "cache"))
-    simulation._cached_task.cache_clear()
+    _cached_task.cache_clear()
     return simulation.execute(config, tmp_path / "run")
 
 
@@ -466,7 +470,7 @@ def test_rblas_setting_learns_from_a_random_network(tmp_path, monkeypatch):
         }
     )
     monkeypatch.setenv("ANYRANK_CACHE", str(tmp_path / "cache"))
-    simulation._cached_task.cache_clear()
+    _cached_task.cache_clear()
     built: Federation = simulation.build(config)
     labels = built.engine.model.task.train.labels
     assert built.population.ranks.tolist() == [1, 2, 3]
@@ -603,7 +607,7 @@ def test_a_frozen_prefix_runs_once_and_its_weights_are_let_go(models, zoo, tmp_p
 
 
 def test_layers_that_do_otherwise_alone_are_not_run_apart(models, zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr(apart.SplitClassifier, "forward", lambda self, inputs: inputs.mean(dim=1)[:, :3])
+    monkeypatch.setattr(prefix.SplitClassifier, "forward", lambda self, inputs: inputs.mean(dim=1)[:, :3])
     task = load(models["vit"], zoo, tmp_path / "cache", (LAST["vit"],))
     assert "from pixels" in task.name
     torch.testing.assert_close(logits(task), plain_logits(original(models["vit"]), models["vit"], zoo), atol=1e-4, rtol=1e-4)

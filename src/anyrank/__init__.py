@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from anyrank.adapter import Adapter, LoraLayer
     from anyrank.aggregation import AggregateResult, aggregate
     from anyrank.errors import AnyRankError
-    from anyrank.records import ClientUpdate
+    from anyrank.messages.records import ClientUpdate
 
 __version__ = "0.1.0"
 __all__ = ["Adapter", "AggregateResult", "AnyRankError", "ClientUpdate", "LoraLayer", "aggregate"]
@@ -19,7 +19,7 @@ _HOME = {
     "Adapter": "adapter",
     "LoraLayer": "adapter",
     "AnyRankError": "errors",
-    "ClientUpdate": "records",
+    "ClientUpdate": "messages.records",
     "AggregateResult": "aggregation",
     "aggregate": "aggregation",
 }

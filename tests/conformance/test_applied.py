@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.records import ClientUpdate, Download
 from anyrank.methods import REGISTRY, make
-from anyrank.records import ClientUpdate, Download
 from conformance.dense import DEFINITIONS, Held, Upload
 from conformance.world import (
     CONV,

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
 from anyrank.errors import AnyRankError
+from anyrank.messages.records import Client, Scaling
 from anyrank.methods import Method
-from anyrank.records import Client, Scaling
 from conformance.world import (
     CONV,
     COUNTS,

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from anyrank import keys
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.records import Client, ClientUpdate, Download, Scaling, ServerState
 from anyrank.methods import REGISTRY, Method, make
-from anyrank.records import Client, ClientUpdate, Download, Scaling, ServerState
 
 SEED = 7
 COUNTS = (3, 1, 4, 2, 5)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyrank import lowrank
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.algebra import lowrank
+from anyrank.messages.records import Client, ClientUpdate, Scaling, ServerState
 from anyrank.methods import make
-from anyrank.methods.base import add_to_base
-from anyrank.records import Client, ClientUpdate, Scaling, ServerState
+from anyrank.methods.products import add_to_base
 
 OUT, WIDTH = 12, 9
 UNIT = 2.0**-24  # float32's unit roundoff

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.records import Client, ClientUpdate, Scaling, ServerState
 from anyrank.methods import make
-from anyrank.records import Client, ClientUpdate, Scaling, ServerState
 
 ONE = LoraLayer(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0], [0.0]]), 1.0)  # B A = [[2, 0], [0, 0]]
 TWO = LoraLayer(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), torch.eye(2), 1.0)  # B A = [[1, 0], [0, 4]]

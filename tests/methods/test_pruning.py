@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from anyrank import guard, local
-from anyrank.adapter import Adapter, LoraLayer
-from anyrank.config import Config
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.config.sections import Config
 from anyrank.errors import MethodError
+from anyrank.federation import guard
+from anyrank.messages.plan import plan_round
+from anyrank.messages.records import Client, ClientUpdate, Download, Pruning, Scaling, ServerState
 from anyrank.methods import Method, make
-from anyrank.models import LoraModel
-from anyrank.records import Client, ClientUpdate, Download, Pruning, Scaling, ServerState
-from anyrank.rundir import load_state, save_state
+from anyrank.runs.checkpoint import load_state, save_state
 from anyrank.tasks.base import Examples, Task, TensorInputs
+from anyrank.training import local
+from anyrank.training.lora import LoraModel
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -48,7 +51,7 @@ def download(pruning: Pruning | None, rank: int = 3) -> Download:
 
 def trained(model: LoraModel, pruning: Pruning | None, rank: int = 3, **train) -> ClientUpdate:
     config = replace(Config().train, optimizer="sgd", **{"learning_rate": 0.01, "local_steps": 5, "batch_size": 16} | train)
-    return local.train(model, "ada", download(pruning, rank), np.arange(16), local.plan_round(config, 1, 1, 0))
+    return local.train(model, "ada", download(pruning, rank), np.arange(16), plan_round(config, 1, 1, 0))
 
 
 def test_a_tail_that_shrank_is_dropped_and_nothing_else_changes(model: LoraModel) -> None:
@@ -88,7 +91,7 @@ def test_before_anything_is_learned_nothing_is_pruned(model: LoraModel) -> None:
     """In the first round B is zero: the tail cannot shrink, and its gradient is no NaN."""
     empty = replace(download(Pruning(0.67, 1.0, 1)), adapter=Adapter({"fc": LoraLayer(draw(3, 6), torch.zeros(3, 3), 0.5)}))
     config = replace(Config().train, optimizer="sgd", learning_rate=0.01, local_steps=3)
-    update = local.train(model, "ada", empty, np.arange(16), local.plan_round(config, 1, 1, 0))
+    update = local.train(model, "ada", empty, np.arange(16), plan_round(config, 1, 1, 0))
     assert update.adapter.ranks == {"fc": 3}
     assert torch.isfinite(update.adapter.layers["fc"].A).all()
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from anyrank import collapse
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank import aggregate
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.algebra import spectra
 from anyrank.errors import MethodError
+from anyrank.messages.records import Client, ClientUpdate, Scaling, ServerState
 from anyrank.methods import Method, make
-from anyrank.records import Client, ClientUpdate, Scaling, ServerState
 from conformance.world import (
     COUNTS,
     EQUAL,
@@ -122,9 +124,18 @@ def test_fedavg_refuses_unequal_ranks_and_names_who_takes_them():
         fedavg.aggregate(state, updates_of(fedavg, state, world.clients()))
     says = str(error.value)
     assert "fedavg: expected clients of one rank, got ranks 2, 3, 4, 5, 7 in layer body.conv; give all clients one rank" in says
+    assert says.endswith("use a method that takes mixed ranks (see `anyrank methods`)")
+
+
+def test_a_merge_under_fedavg_names_the_methods_that_take_unequal_ranks():
+    world = World(MIXED)
+    fedavg = make("fedavg")
+    with pytest.raises(MethodError) as error:
+        aggregate(updates_of(fedavg, begin(fedavg, world), world.clients()), method="fedavg")
+    names = str(error.value).partition("mixed ranks:")[2]
     for able in ("ffa_lora", "flexlora", "raflora", "rbla", "zeropad"):
-        assert able in says.partition("mixed ranks:")[2]
-    assert "centralized" not in says
+        assert able in names
+    assert "centralized" not in names
 
 
 def test_local_only_keeps_each_client_apart():
@@ -266,8 +277,8 @@ def test_florist_keeps_the_fewest_values_that_hold_the_energy(energy):
     world = World((9, 9))
     state = begin(make("florist"), world)
     uploads = updates_of(make("florist"), state, world.clients())
-    whole = collapse.spectra(make("florist", {"energy": 1.0}).aggregate(state, uploads).adapter)
-    found = collapse.spectra(make("florist", {"energy": energy}).aggregate(state, uploads).adapter)
+    whole = spectra.spectra(make("florist", {"energy": 1.0}).aggregate(state, uploads).adapter)
+    found = spectra.spectra(make("florist", {"energy": energy}).aggregate(state, uploads).adapter)
     for name, values in whole.items():
         kept = int((found[name] > 1e-9).sum())
         share = torch.cumsum(values**2, dim=0) / (values**2).sum()
@@ -373,10 +384,10 @@ def ratios(name: str, rounds: int = 12) -> list[float]:
         A, B = A[:16], (U * S)[:, :16]
     held = Adapter({"layer": LoraLayer(A, B, 1.0)})
     clients = [Client(f"client-{i}", rank) for i, rank in enumerate(LEVELS)]
-    state, beyond = ServerState(0, 0, held, scaling), [collapse.energy_beyond(collapse.spectra(held), 4)]
+    state, beyond = ServerState(0, 0, held, scaling), [spectra.energy_beyond(spectra.spectra(held), 4)]
     for _ in range(rounds):
         state = method.aggregate(state, [ClientUpdate(method.dispatch(state, c).adapter, 1, c.name) for c in clients])
-        beyond.append(collapse.energy_beyond(collapse.spectra(state.adapter), 4))
+        beyond.append(spectra.energy_beyond(spectra.spectra(state.adapter), 4))
     assert beyond[0] > 0.1  # there was something to lose
     return [after / before for before, after in itertools.pairwise(beyond)]
 

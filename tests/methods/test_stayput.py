@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from anyrank import aggregate
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
 from anyrank.errors import MethodError
+from anyrank.messages.records import Client, ClientUpdate, Scaling, ServerState
 from anyrank.methods import Method, make
-from anyrank.records import Client, ClientUpdate, Scaling, ServerState
 from conformance.world import (
     COUNTS,
     EQUAL,

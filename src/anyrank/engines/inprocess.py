@@ -6,18 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from anyrank import local, private_training, private_upload
-from anyrank.adapter import Adapter
-from anyrank.cohort import Shards
-from anyrank.engines import stacked
-from anyrank.engines.base import Job
+from anyrank.adapter.adapter import Adapter
 from anyrank.errors import AnyRankError
-from anyrank.models import LoraModel
-from anyrank.records import ClientUpdate, Failure, Scaling
-from anyrank.tasks.base import Scores
+from anyrank.federation.cohort import Shards
+from anyrank.messages.plan import Plan
+from anyrank.messages.records import ClientUpdate, Failure, Job, Scaling, Scores
+from anyrank.training import local, private_examples, private_upload, stacked
+from anyrank.training.lora import LoraModel
 
 # How a client trains for the unit that its plan protects.
-_PRIVATELY = {"example": private_training.train, "client": private_upload.train}
+_PRIVATELY = {"example": private_examples.train, "client": private_upload.train}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +34,7 @@ class InProcess:
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
         return self.model.start(rank, scaling, seed)
 
-    def train(self, jobs: Sequence[Job], plan: local.Plan) -> Iterator[ClientUpdate | Failure]:
+    def train(self, jobs: Sequence[Job], plan: Plan) -> Iterator[ClientUpdate | Failure]:
         if plan.privacy:
             yield from (self._private(job, plan) for job in jobs)
             return
@@ -52,7 +50,7 @@ class InProcess:
                 continue
             yield replace(update, metrics={**update.metrics, "seconds": time.perf_counter() - began})
 
-    def _private(self, job: Job, plan: local.Plan) -> ClientUpdate | Failure:
+    def _private(self, job: Job, plan: Plan) -> ClientUpdate | Failure:
         """A private client's reply: it tells no figures, and of a failure only that it happened."""
         try:
             own = self.shards[job.index]
@@ -61,7 +59,7 @@ class InProcess:
         except AnyRankError:
             return Failure(job.client.name, "private training failed; why stays with the client")
 
-    def _stacks(self, jobs: Sequence[Job], plan: local.Plan) -> bool:
+    def _stacks(self, jobs: Sequence[Job], plan: Plan) -> bool:
         wanted = self.stacking == "always" or (self.stacking == "auto" and stacked.worthwhile(self.model))
         whole = plan.config.accumulation_steps == 1  # who splits a batch has no memory for those of others beside it
         return wanted and whole and stacked.possible(self.model, jobs)

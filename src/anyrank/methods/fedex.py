@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anyrank import lowrank
-from anyrank.adapter import LoraLayer
+from anyrank.adapter.layer import LoraLayer
+from anyrank.algebra import lowrank
+from anyrank.messages.records import ServerState
 from anyrank.methods.base import Holds, Part, Traits, add_to_base, client_weights, ownership, weighted_product
 from anyrank.methods.fedavg import FedAvg
 from anyrank.methods.registry import register
-from anyrank.records import ServerState
 
 
 @register

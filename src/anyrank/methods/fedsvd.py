@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anyrank import keys, lowrank
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank import keys
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.algebra import lowrank
+from anyrank.messages.records import Scaling, ServerState
 from anyrank.methods.base import Holds, Method, Part, Traits, Unsettled, init_a, mean_b, pad
 from anyrank.methods.registry import register
-from anyrank.records import Scaling, ServerState
 
 
 @register

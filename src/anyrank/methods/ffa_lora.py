@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 
 from anyrank import keys
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
 from anyrank.errors import MethodError
+from anyrank.messages.records import Scaling, ServerState
 from anyrank.methods.base import Holds, Method, Part, Traits, init_a, mean_b, slice_weights
 from anyrank.methods.registry import register
-from anyrank.records import Scaling, ServerState
 
 
 @register

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from anyrank.messages.records import ServerState
 from anyrank.methods.base import (
     Holds,
     Method,
@@ -16,9 +17,8 @@ from anyrank.methods.base import (
     ownership,
     top_of,
     weighted_product,
-)  # fmt: skip
+)
 from anyrank.methods.registry import register
-from anyrank.records import ServerState
 
 
 @register

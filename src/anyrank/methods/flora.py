@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from anyrank import keys
-from anyrank.adapter import LoraLayer
+from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.records import ServerState
 from anyrank.methods.base import Holds, Method, Part, Traits, add_to_base, client_weights, init_a, ownership, weighted_product
 from anyrank.methods.registry import register
-from anyrank.records import ServerState
 
 
 @register

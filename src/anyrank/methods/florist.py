@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from anyrank import lowrank
-from anyrank.adapter import LoraLayer
+from anyrank.adapter.layer import LoraLayer
+from anyrank.algebra import lowrank
 from anyrank.errors import MethodError
+from anyrank.messages.records import ServerState
 from anyrank.methods.base import (
     Holds,
     Method,
@@ -21,9 +22,8 @@ from anyrank.methods.base import (
     from_svd,
     ownership,
     weighted_product,
-)  # fmt: skip
+)
 from anyrank.methods.registry import register
-from anyrank.records import ServerState
 
 
 @register

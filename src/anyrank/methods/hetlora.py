@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from anyrank import lowrank
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.algebra import lowrank
 from anyrank.errors import MethodError
+from anyrank.messages.records import Client, ClientUpdate, Download, Pruning, ServerState
 from anyrank.methods.base import Holds, Method, Part, Traits, average_layer, client_weights, ownership
 from anyrank.methods.registry import register
-from anyrank.records import Client, ClientUpdate, Download, Pruning, ServerState
 
 _RANKS = "ranks"  # the key in `state.extra` under which each client's ranks are kept, in the order of the layers' names
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyrank import lowrank
-from anyrank.adapter import LoraLayer
+from anyrank.adapter.layer import LoraLayer
+from anyrank.algebra import lowrank
 from anyrank.errors import MethodError
+from anyrank.messages.records import ServerState
 from anyrank.methods.base import Holds, Method, Part, Traits, average_slices, empty_slices, slice_weights, weighted_product
 from anyrank.methods.registry import register
-from anyrank.records import ServerState
 
 
 @register

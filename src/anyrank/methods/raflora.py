@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anyrank import lowrank
+from anyrank.algebra import lowrank
+from anyrank.messages.records import ServerState
 from anyrank.methods.base import (
     EmptySlice,
     Holds,
@@ -18,9 +19,8 @@ from anyrank.methods.base import (
     slice_weights,
     top_of,
     weighted_product,
-)  # fmt: skip
+)
 from anyrank.methods.registry import register
-from anyrank.records import ServerState
 
 
 @register

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anyrank.adapter import LoraLayer
+from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.records import ServerState
 from anyrank.methods.base import EmptySlice, Holds, Method, Part, Traits, average_layer, slice_weights
 from anyrank.methods.registry import register
-from anyrank.records import ServerState
 
 
 @register

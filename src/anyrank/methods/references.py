@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from anyrank.adapter import Adapter, LoraLayer
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.records import EVERYTHING, Client, ClientUpdate, Download, ServerState
 from anyrank.methods.base import Holds, Method, Part, Traits
 from anyrank.methods.fedavg import FedAvg
 from anyrank.methods.registry import register
-from anyrank.records import EVERYTHING, Client, ClientUpdate, Download, ServerState
 
 
 @register

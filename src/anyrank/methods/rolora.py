@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from anyrank.adapter import LoraLayer
+from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.records import Client, Download, ServerState
 from anyrank.methods.base import Holds, Method, Part, Traits, mean_a, mean_b, slice_weights
 from anyrank.methods.registry import register
-from anyrank.records import Client, Download, ServerState
 
 
 @register

@@ -7,13 +7,27 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from anyrank import lowrank
-from anyrank.adapter import Adapter
+from anyrank.adapter.adapter import Adapter
+from anyrank.algebra import lowrank
 from anyrank.errors import MethodError
-from anyrank.methods import base
-from anyrank.methods.base import Holds, Method, Part, Split, Traits
+from anyrank.messages.records import Client, ClientUpdate, Download, Scaling, ServerState
+from anyrank.methods.base import (
+    Holds,
+    Method,
+    Part,
+    Split,
+    Traits,
+    Unsettled,
+    client_weights,
+    frozen_rest,
+    ownership,
+    reordered,
+    slice_order,
+    top_of,
+    weighted_product,
+    widened,
+)
 from anyrank.methods.registry import register
-from anyrank.records import Client, ClientUpdate, Download, Scaling, ServerState
 
 _BEFORE = "before"  # the key in `state.extra` of the global update one round ago
 
@@ -48,14 +62,14 @@ class StayPut(Method):
     rescale = property(lambda self: "both" if self.split == "balanced" else "B")
 
     def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
-        return super().init(base.widened(adapter, self.server_rank, scaling, seed), scaling, seed)
+        return super().init(widened(adapter, self.server_rank, scaling, seed), scaling, seed)
 
     def dispatch(self, state: ServerState, client: Client) -> Download:
         ranks = {name: client.rank_of(name) for name in state.adapter.layers}
-        order = {name: base.slice_order(state, name, client.name, rank, self.rotate) for name, rank in ranks.items()}
-        seen = base.reordered(state, order)
+        order = {name: slice_order(state, name, client.name, rank, self.rotate) for name, rank in ranks.items()}
+        seen = reordered(state, order)
         slices = {name: (*order[name], *range(len(order[name]), rank))[:rank] for name, rank in ranks.items()}
-        merged = base.frozen_rest(seen, ranks) if self.true_point else None
+        merged = frozen_rest(seen, ranks) if self.true_point else None
         return replace(super().dispatch(seen, client), slices=slices, merged=merged)
 
     def share(self, state: ServerState, client: Client) -> Adapter:
@@ -68,13 +82,13 @@ class StayPut(Method):
         after = super().aggregate(state, updates)
         return replace(after, extra={_BEFORE: replace(state.adapter, tensors={})}) if self.momentum and updates else after
 
-    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> base.Unsettled:
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:
         held, before = state.adapter.layers[name], state.extra.get(_BEFORE)
-        order = torch.tensor([base.slice_order(state, name, part.client, part.layer.rank, self.rotate) for part in parts])
-        sent = base.client_weights(parts)[:, None] * base.ownership(parts, held.rank)  # p_k, own slices first, [K, R]
+        order = torch.tensor([slice_order(state, name, part.client, part.layer.rank, self.rotate) for part in parts])
+        sent = client_weights(parts)[:, None] * ownership(parts, held.rank)  # p_k, own slices first, [K, R]
         coverage = torch.zeros(held.rank, dtype=sent.dtype).index_add(0, order.flatten(), sent.flatten())
         shared = coverage.clamp_min(torch.finfo(sent.dtype).tiny) ** self.tau
-        terms = [base.weighted_product(parts, sent / shared[order]), lowrank.of_layer(held, 1 - coverage / shared)]
+        terms = [weighted_product(parts, sent / shared[order]), lowrank.of_layer(held, 1 - coverage / shared)]
         if before:  # one more step along the last: W - W before
             terms += [lowrank.of_layer(held, self.momentum), lowrank.of_layer(before.layers[name], -self.momentum)]
-        return base.top_of(state, name, lowrank.stack(terms), self.split)
+        return top_of(state, name, lowrank.stack(terms), self.split)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anyrank.config import Config
+from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
 from anyrank.privacy.accountants import Spending, epsilon, noise_for
 

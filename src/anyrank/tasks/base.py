@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anyrank.config import EvalConfig
+from anyrank.config.sections import EvalConfig
+from anyrank.messages.records import Scores
 
 
 class Inputs(Protocol):
@@ -55,23 +56,6 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """How a model did on held-out examples: each one `correct` `[n]` bool, its `losses` `[n]` float64, its `labels` `[n]`."""
-
-    correct: np.ndarray
-    losses: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.correct.mean())
-
-    @property
-    def loss(self) -> float:
-        return float(self.losses.mean())
 
 
 class Objective(Protocol):

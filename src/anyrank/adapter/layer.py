@@ -1,0 +1,80 @@
+"""One LoRA layer: its factors, its scaling, and its checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyrank.errors import AdapterError
+
+_KINDS = ("linear", "conv2d", "embedding")
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """One LoRA layer: the effective weight is `W0 + scaling * B @ A` (Hu et al. 2021, section 4.1).
+
+    `A` `[rank, in]`, `B` `[out, rank]`, one floating dtype. A Conv2d layer is held as `in = channels * height * width`
+    of its `kernel`; an Embedding layer as `in = number of embeddings`, `out = embedding size`.
+
+    >>> layer = LoraLayer(A=torch.ones(1, 3), B=torch.ones(2, 1), scaling=2.0)
+    >>> layer.rank, layer.delta().shape
+    (1, torch.Size([2, 3]))
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    kind: str = "linear"
+    kernel: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        for name in ("A", "B"):
+            factor = torch.as_tensor(getattr(self, name))
+            object.__setattr__(self, name, factor)
+            if factor.ndim != 2 or 0 in factor.shape or not factor.is_floating_point():
+                raise AdapterError(
+                    f"{name}: expected a two-dimensional floating tensor with no empty side, "
+                    f"got {factor.dtype} of shape {tuple(factor.shape)}"
+                )
+        if self.A.shape[0] != self.B.shape[1] or self.A.dtype != self.B.dtype:
+            raise AdapterError(
+                f"A [rank, in] and B [out, rank] must share rank and dtype, got A {self.A.dtype} "
+                f"{tuple(self.A.shape)} and B {self.B.dtype} {tuple(self.B.shape)}"
+            )
+        object.__setattr__(self, "scaling", float(self.scaling))
+        if not (math.isfinite(self.scaling) and self.scaling > 0):
+            raise AdapterError(f"scaling: expected a positive number, got {self.scaling}")
+        if self.kind not in _KINDS:
+            raise AdapterError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the change it applies."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def delta(self) -> Tensor:
+        """The change of the weight, `scaling * B @ A`, `[out, in]`, dense. For looking at small layers and for tests."""
+        return self.scaling * (self.B @ self.A)
+
+    def with_factors(self, A: Tensor, B: Tensor, scaling: float | None = None) -> LoraLayer:
+        """The same kind of layer with other factors (and, if given, another scaling), in this layer's dtype."""
+        scaling = self.scaling if scaling is None else scaling
+        return LoraLayer(A.to(self.A.dtype), B.to(self.B.dtype), scaling, self.kind, self.kernel)
+
+
+def finite(tensor: Tensor, where: str, name: str) -> Tensor:
+    """`tensor`, if all its numbers are."""
+    # The sum is NaN or infinite where any entry is, and the quickest pass; large entries may also overflow it, so there the
+    # extremes decide. An outline ("meta") has no entries.
+    known = tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta"
+    if known and not math.isfinite(tensor.sum()) and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        raise AdapterError(f"{where}, {name}: holds NaN or infinite values; the training that made it diverged")
+    return tensor

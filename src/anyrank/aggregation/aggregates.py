@@ -1,0 +1,220 @@
+"""Merging adapters of any ranks without training: one function, for folders of PEFT adapters or for your own loop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyrank import devices
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.adapter.stored import FolderWriter
+from anyrank.aggregation.merge import Merge, has_own_aggregate, plan
+from anyrank.algebra import lowrank, spectra
+from anyrank.errors import AdapterError, MethodError, RunError, RunFailed, nearest
+from anyrank.messages.records import Client, ClientUpdate, Scaling, ServerState
+from anyrank.methods import Method
+
+__all__ = ["AggregateResult", "aggregate", "aggregate_folders"]
+
+Updates = Iterable[ClientUpdate | str | os.PathLike[str]]
+Progress = Callable[[int, int], None]
+_BATCH_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class AggregateResult:
+    """The merged update: as a whole, as the share of any rank, and as what goes into the base model.
+
+    `work` says how singular values were computed: `work.paths` `{way: layers}` and `work.error`, the largest backward error.
+    """
+
+    method: Method
+    state: ServerState
+    work: lowrank.Work = field(default_factory=lowrank.Work)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The whole global update, at the largest rank of the clients."""
+        return self.state.adapter
+
+    @property
+    def base_update(self) -> Adapter | None:
+        """The part to merge into the frozen base model, for the methods that have one."""
+        return self.state.merged
+
+    def share(self, rank: int) -> Adapter:
+        """What a client of `rank` gets to start its next round from."""
+        if not isinstance(rank, int) or rank < 1:
+            raise AdapterError(f"share: expected a rank of at least 1, got {rank!r}")
+        return self.method.share(self.state, Client(f"rank-{rank}", rank))
+
+    def spectrum(self) -> dict[str, Tensor]:
+        """`{layer: singular values of the global update}`, falling, float64."""
+        return spectra.spectra(self.state.adapter, self.state.merged)
+
+
+def aggregate(
+    updates: Updates,
+    method: str | Method,
+    previous: Adapter | str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    scaling: Scaling | None = None,
+    algebra: str = "auto",
+    device: str = "cpu",
+    allow_different_base: bool = False,
+    **options: Any,
+) -> AggregateResult:
+    """Merge the clients' adapters by `method`; `options` are the method's own.
+
+    `updates`: `ClientUpdate`s, or PEFT adapter folders (then all clients weigh the same), which are read as they are merged.
+    `previous`: the global adapter that the clients started from, for methods that keep what no client of this round has.
+    `scaling`: the rule that shares use; by default the one that explains the clients' own scalings. `algebra`: how singular
+    values are computed, see `anyrank.lowrank`. `device`: and where, `cpu` (one layer of all clients in memory at a time),
+    `cuda` (as many layers as have 1 GiB of factors, those of one shape side by side) or `auto`: `cuda` where it is, else `cpu`.
+    `allow_different_base`: merge although the adapters name different base models (one model may have a name of its own on
+    each machine). The result has the widest number type among the clients'. Between devices it differs by rounding.
+
+    >>> import torch
+    >>> from anyrank import LoraLayer
+    >>> one = Adapter({"layer": LoraLayer(torch.eye(1, 2), torch.ones(2, 1), 1.0)})
+    >>> two = Adapter({"layer": LoraLayer(torch.eye(2), torch.eye(2), 1.0)})
+    >>> merged = aggregate([ClientUpdate(one, 3, "a"), ClientUpdate(two, 1, "b")], method="raflora")
+    >>> merged.adapter.ranks, merged.share(rank=1).ranks
+    ({'layer': 2}, {'layer': 1})
+    """
+    merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
+    with lowrank.using(algebra, *_place(device)) as work:
+        whole = has_own_aggregate(merge.method)
+        state = merge.method.aggregate(merge.state(), merge.updates) if whole else _layer_by_layer(merge, work.batch_bytes)
+    return AggregateResult(merge.method, state, work)
+
+
+def _place(device: str) -> tuple[torch.device, int]:
+    """Where SVDs are made, and of how many bytes of the clients' factors at a time; 0 is one layer."""
+    known = ("auto", "cpu", "cuda")
+    if device not in known:  # Apple's has no float64
+        raise MethodError(f"device '{device}': expected one that merges can use; {nearest(device, known)}")
+    found = devices.find(device, "device")
+    return (found, _BATCH_BYTES) if found.type == "cuda" else (torch.device("cpu"), 0)
+
+
+def _layer_by_layer(merge: Merge, batch_bytes: int) -> ServerState:
+    # In memory of their own: what a rule hands through (a frozen A, a head that nobody sent) may still be a page of a file.
+    layers, into_base = {}, {}
+    for names in merge.batches(batch_bytes):
+        for name, (layer, base) in merge.layers(names).items():
+            layers[name] = _copy(layer)
+            into_base |= {name: _copy(base)} if base is not None else {}
+    tensors = {name: merge.tensor(name).clone() for name in merge.tensors}
+    adapter = Adapter(layers, tensors, merge.config)
+    return ServerState(1, merge.seed, adapter, merge.scaling, Adapter(into_base, {}, merge.config) if into_base else None)
+
+
+def _copy(layer: LoraLayer) -> LoraLayer:
+    return layer.with_factors(layer.A.clone(), layer.B.clone())
+
+
+def aggregate_folders(
+    updates: Updates,
+    method: str | Method,
+    out: str | os.PathLike[str],
+    ranks: Sequence[int] = (),
+    previous: Adapter | str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    scaling: Scaling | None = None,
+    algebra: str = "auto",
+    device: str = "cpu",
+    allow_different_base: bool = False,
+    progress: Progress = lambda done, total: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """As `aggregate`, written to `out` layer by layer as it is computed, so that memory holds one layer of all clients, or,
+    with a `device` that is not the CPU, one batch of layers.
+
+    `out/global` is the whole update, `out/rank-R` what a client of each rank in `ranks` gets, `out/base-update` what goes into
+    the base model (for the methods that have such a part): the same numbers, byte for byte, as `aggregate` gives. `out` must
+    not exist, and appears whole or not at all. `progress(done, total)` counts layers. Returns what was done, as a dict.
+    """
+    out = Path(out)
+    if out.exists():
+        raise RunError(f"{out}: exists already; name a new folder, or remove this one")
+    wrong = next((rank for rank in ranks if not isinstance(rank, int) or rank < 1), None)
+    if wrong is not None:
+        raise AdapterError(f"ranks: expected ranks of at least 1, got {wrong!r}")
+    merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with lowrank.using(algebra, *_place(device)) as work, _Folders(unfinished, merge, ranks) as folders:
+            folders.fill(progress, work.batch_bytes)
+        os.replace(unfinished, out)
+    except OSError as error:
+        raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return {
+        "method": merge.method.name,
+        "out": str(out),
+        "folders": sorted(folders.writers),
+        "layers": len(merge.names),
+        "clients": [merge.describe(update) for update in merge.updates],
+        "algebra": work.paths,
+        "error": work.error,
+    }
+
+
+class _Folders:
+    """The folders of one merge while they are written, each layer into all of them."""
+
+    def __init__(self, root: Path, merge: Merge, ranks: Sequence[int]) -> None:
+        self._root, self._merge, self._ranks = root, merge, sorted(set(ranks))
+        self.writers: dict[str, FolderWriter] = {}
+
+    def __enter__(self) -> _Folders:
+        self._root.mkdir(parents=True)
+        for name in ("global", *(f"rank-{rank}" for rank in self._ranks)):
+            self._open(name, self._merge.tensors)
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+    def _open(self, name: str, tensors: Mapping[str, Tensor]) -> FolderWriter:
+        self.writers[name] = FolderWriter(self._root / name, self._merge.outline, tensors)
+        return self.writers[name]
+
+    def fill(self, progress: Progress, batch_bytes: int) -> None:
+        merge = self._merge
+        wide = [name for name, tensor in merge.tensors.items() if tensor.dtype.itemsize >= merge.dtype.itemsize]
+        wide.sort(key=lambda name: -merge.tensors[name].dtype.itemsize)
+        narrow = sorted(merge.tensors.keys() - set(wide), key=lambda name: (-merge.tensors[name].dtype.itemsize, name))
+        self._tensors(wide)
+        done = 0
+        for names in merge.batches(batch_bytes):
+            for name, (layer, base) in merge.layers(names).items():
+                self._layer(name, layer, base)
+                progress(done := done + 1, len(merge.names))
+        self._tensors(narrow)
+        for writer in self.writers.values():
+            writer.finish(merge.config)
+
+    def _layer(self, name: str, layer: LoraLayer, base: LoraLayer | None) -> None:
+        self.writers["global"].add_layer(name, layer)
+        for rank in self._ranks:
+            self.writers[f"rank-{rank}"].add_layer(name, self._merge.share(name, layer, rank))
+        if base is not None:
+            (self.writers.get("base-update") or self._open("base-update", {})).add_layer(name, base)
+
+    def _tensors(self, names: Sequence[str]) -> None:
+        for name in names:
+            tensor = self._merge.tensor(name)
+            for writer in (writer for folder, writer in self.writers.items() if folder != "base-update"):
+                writer.add_tensor(name, tensor)

@@ -1,0 +1,307 @@
+"""One merge, checked before a number is read: who takes part, what the server held, and the method's rule layer by layer."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyrank import methods
+from anyrank.adapter.adapter import Adapter, iter_names
+from anyrank.adapter.layer import LoraLayer, finite
+from anyrank.adapter.stored import is_stored, open_adapter, outline, unchecked
+from anyrank.errors import AdapterError, MethodError
+from anyrank.messages.records import BOTH, Client, ClientUpdate, Scaling, ServerState
+from anyrank.methods import Method
+from anyrank.methods.base import Holds
+from anyrank.methods.registry import taking_mixed_ranks
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is merged. `outline` and `tensors` tell shapes of layers and plain tensors; `dtype` is that of the result.
+
+    `updates` are in the order of the clients' names; their adapters may be stored ones, which are read layer by layer.
+    """
+
+    method: Method
+    updates: Sequence[ClientUpdate]
+    previous: Adapter | None
+    scaling: Scaling
+    seed: int
+    dtype: torch.dtype
+    outline: Mapping[str, LoraLayer]
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.outline)
+
+    def state(self) -> ServerState:
+        """The server before the round, all layers of it, for a method that does not go layer by layer."""
+        layers = {name: self._held(name, self._sent(name)) for name in self.names}
+        tensors = dict(self.previous.tensors) if self.previous else {}
+        return ServerState(0, self.seed, Adapter(layers, tensors, self.config), self.scaling)
+
+    def batches(self, batch_bytes: int) -> Iterator[list[str]]:
+        """The names in their order, as many at a time as the clients hold `batch_bytes` of; one by one if that is 0."""
+        batch, held = [], 0
+        for name in self.names:
+            size = sum(_nbytes(outline(update.adapter).layers[name]) for update in self.updates)
+            if batch and held + size > batch_bytes:
+                yield batch
+                batch, held = [], 0
+            batch, held = [*batch, name], held + size
+        yield batch
+
+    def layers(self, names: Sequence[str]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
+        """The new layers, and what goes into the base model, from these layers of each client."""
+        if not self._adds_up:
+            return self._layers({name: self._sent(name) for name in names})
+        found = self._layers({name: {u.client: unchecked(u.adapter, name) for u in self.updates} for name in names})
+        for name, (merged, base) in found.items():
+            if not (_finite(merged) and (base is None or _finite(base))):
+                self._sent(name)  # says whose numbers are none; finite ones may be too large to add: not theirs to mend
+        return found
+
+    @property
+    def _adds_up(self) -> bool:
+        """Whether all that the clients send goes into sums: a sum is NaN or infinite where a term is, so none needs a look."""
+        return self.method.traits.linear is not Holds.NEVER and self.method.send >= BOTH
+
+    def _layers(self, sent: Mapping[str, Mapping[str, LoraLayer]]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
+        held = {name: self._held(name, layers) for name, layers in sent.items()}
+        state = ServerState(0, self.seed, Adapter(held, {}, self.config), self.scaling)
+        updates = [
+            replace(update, adapter=Adapter({name: layers[update.client] for name, layers in sent.items()}))
+            for update in self.updates
+        ]
+        after = self.method.aggregate(state, updates)
+        into_base = after.merged.layers if after.merged else {}
+        return {name: (after.adapter.layers[name], into_base.get(name)) for name in sent}
+
+    def tensor(self, name: str) -> Tensor:
+        """The new plain tensor (a head, a bias), from those clients that have it."""
+        held = {name: self.previous.tensors[name]} if self.previous and name in self.previous.tensors else {}
+        state = ServerState(0, self.seed, Adapter({}, held, self.config), self.scaling)
+        senders = [update for update in self.updates if name in update.adapter.tensors]
+        sent = [replace(u, adapter=Adapter({}, {name: u.adapter.tensors[name].to(self.tensors[name].dtype)})) for u in senders]
+        return self.method.aggregate(state, sent).adapter.tensors[name]
+
+    def share(self, name: str, layer: LoraLayer, rank: int) -> LoraLayer:
+        """What a client of `rank` gets of the new `layer`."""
+        state = ServerState(1, self.seed, Adapter({name: layer}, {}, self.config), self.scaling)
+        return self.method.share(state, Client(f"rank-{rank}", rank)).layers[name]
+
+    def describe(self, update: ClientUpdate) -> dict[str, Any]:
+        ranks = outline(update.adapter).ranks.values()
+        return {"client": update.client, "num_examples": update.num_examples, "ranks": sorted(set(ranks))}
+
+    def _sent(self, name: str) -> dict[str, LoraLayer]:
+        return {update.client: update.adapter.layers[name] for update in self.updates}
+
+    def _held(self, name: str, sent: Mapping[str, LoraLayer]) -> LoraLayer:
+        """The layer that the server held before: that of `previous`, or nothing learned yet, at the clients' largest rank."""
+        largest = max(sent.values(), key=lambda layer: layer.rank)
+        if self.method.train != BOTH:
+            _common_a(self.method, name, sent, largest)
+        if self.previous is None:
+            A, B = largest.A, torch.zeros_like(largest.B)
+            return self._wide(largest, A, B, self.scaling.of(name, largest.rank))
+        held = self.previous.layers[name]
+        missing = max(0, largest.rank - held.rank)
+        A = torch.cat([held.A, largest.A[held.rank :].to(held.A.dtype)])
+        B = torch.cat([held.B, held.B.new_zeros(held.B.shape[0], missing)], dim=1)
+        return self._wide(held, A, B, held.scaling)
+
+    def _wide(self, like: LoraLayer, A: Tensor, B: Tensor, scaling: float) -> LoraLayer:
+        return LoraLayer(A.to(self.dtype), B.to(self.dtype), scaling, like.kind, like.kernel)
+
+
+def plan(
+    updates: Iterable[ClientUpdate | str | os.PathLike[str]],
+    method: str | Method,
+    previous: Adapter | str | os.PathLike[str] | None,
+    seed: int,
+    scaling: Scaling | None,
+    allow_different_base: bool,
+    options: Mapping[str, Any],
+) -> Merge:
+    """The merge of `updates` (see `aggregate`), after every check that needs no numbers: names, shapes, ranks, base model.
+
+    Raises `AdapterError` with both sides where two adapters do not fit together, `MethodError` for a method that merges
+    nothing, or that cannot take these clients.
+    """
+    method = (methods.make(method, options) if isinstance(method, str) else method).outside_runs()
+    updates = [_update(update, position) for position, update in enumerate(updates, 1)]
+    if not updates:
+        raise AdapterError("aggregate: expected at least one client's adapter, got none")
+    _distinct([update.client for update in updates])
+    previous = open_adapter(previous) if isinstance(previous, (str, os.PathLike)) else previous
+    _mergeable(method, any(is_stored(update.adapter) for update in updates))
+    clients = {update.client: outline(update.adapter) for update in updates}
+    if not method.traits.mixed_ranks:
+        _one_rank(method, clients)
+    everyone = clients if previous is None else {"previous": outline(previous), **clients}
+    names = list(iter_names(everyone))
+    for name in names:
+        _same_shape(name, everyone)
+    tensors = _same_tensors(everyone)
+    if not allow_different_base:
+        _same_base(everyone)
+    for update in updates:
+        if not is_stored(update.adapter):
+            _all_finite(update)
+    dtypes = [layer.A.dtype for adapter in everyone.values() for layer in adapter.layers.values()]
+    first = next(iter(everyone.values()))
+    return Merge(
+        method=method,
+        updates=sorted(updates, key=lambda update: update.client),
+        previous=previous,
+        scaling=scaling or infer_scaling(clients),
+        seed=seed,
+        dtype=functools.reduce(torch.promote_types, dtypes),
+        outline={name: first.layers[name] for name in names},
+        tensors=tensors,
+        config=next(iter(clients.values())).config,
+    )
+
+
+def has_own_aggregate(method: Method) -> bool:
+    """Whether a user's method replaces the whole of `aggregate`, so that its layers may not be independent."""
+    return not type(method).aggregate.__module__.startswith("anyrank.methods.")
+
+
+def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
+    """The rule that explains all clients' scalings, layer by layer: alpha / r, alpha / sqrt(r), or one constant.
+
+    Where none does (say, alpha differs between clients of one rank), shares use the mean of the clients' scalings: a
+    share's product is right under any scaling, and the adapter's own config carries the one that was used.
+    """
+    names = list(iter_names(clients))
+    observed = {name: [(a.layers[name].rank, a.layers[name].scaling) for a in clients.values()] for name in names}
+    candidates = {
+        "standard": lambda rank, scaling: scaling * rank,
+        "rslora": lambda rank, scaling: scaling * rank**0.5,
+        "constant": lambda rank, scaling: scaling,
+    }
+    for rule, alpha_of in candidates.items():
+        alphas = {name: [alpha_of(*pair) for pair in pairs] for name, pairs in observed.items()}
+        if all(max(values) - min(values) <= 1e-9 * max(values) for values in alphas.values()):
+            layer_alpha = {name: values[0] for name, values in alphas.items()}
+            return Scaling(layer_alpha[names[0]], rule, layer_alpha)
+    means = {name: sum(scaling for _, scaling in pairs) / len(pairs) for name, pairs in observed.items()}
+    return Scaling(means[names[0]], "constant", means)
+
+
+def _nbytes(layer: LoraLayer) -> int:
+    return sum(factor.numel() * factor.element_size() for factor in (layer.A, layer.B))
+
+
+def _finite(layer: LoraLayer) -> bool:
+    return math.isfinite(layer.A.sum()) and math.isfinite(layer.B.sum())
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _update(update: Any, position: int) -> ClientUpdate:
+    if isinstance(update, ClientUpdate):
+        return update if update.client else replace(update, client=f"client-{position}")
+    if isinstance(update, (str, os.PathLike)):
+        return ClientUpdate(open_adapter(update), 1, os.fspath(update))
+    raise AdapterError(f"aggregate: expected ClientUpdates or adapter folders, got a {type(update).__name__} at {position}")
+
+
+def _distinct(names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise AdapterError(f"aggregate: client {twice} is named twice; give each update its own client name")
+
+
+def _mergeable(method: Method, stored: bool) -> None:
+    if method.private:
+        kept = ", ".join(sorted(method.private))
+        raise MethodError(
+            f"{method.name}: its clients keep {kept} for themselves, so there is no one adapter to merge into; "
+            "use a method that merges, such as raflora or rbla"
+        )
+    if method.pools_data:
+        raise MethodError(f"{method.name}: it trains on all data in one place, so there is nothing to merge; use fedavg")
+    if stored and has_own_aggregate(method):
+        raise MethodError(
+            f"{method.name}: it has an `aggregate` of its own, which may need all layers at once; "
+            "load the adapters (ClientUpdate(Adapter.load(folder), ...)), or write its rule for one layer"
+        )
+
+
+def _one_rank(method: Method, clients: Mapping[str, Adapter]) -> None:
+    for name in next(iter(clients.values())).layers:
+        ranks = sorted({adapter.layers[name].rank for adapter in clients.values() if name in adapter.layers})
+        if len(ranks) > 1:
+            raise MethodError(
+                f"{method.name}: expected clients of one rank, got ranks {', '.join(map(str, ranks))} in layer {name}; "
+                f"give all clients one rank, or use a method that takes mixed ranks: {taking_mixed_ranks()}"
+            )
+
+
+def _same_shape(name: str, clients: Mapping[str, Adapter]) -> None:
+    (first, adapter), *others = clients.items()
+    for other, theirs in others:
+        a, b = adapter.layers[name], theirs.layers[name]
+        if a.shape != b.shape or a.kind != b.kind or a.kernel != b.kernel:
+            raise AdapterError(
+                f"layer {name}: {first} has {a.kind} [out, in] {list(a.shape)}, {other} has {b.kind} {list(b.shape)}; "
+                "all clients must adapt the same base model"
+            )
+
+
+def _same_tensors(clients: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """`{name: outline}` of all plain tensors, each with the widest dtype that a client has it in."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    for client, adapter in clients.items():
+        for name, tensor in adapter.tensors.items():
+            first, known = found.setdefault(name, (client, tensor))
+            if known.shape != tensor.shape:
+                raise AdapterError(
+                    f"{name}: {first} has shape {list(known.shape)}, {client} has {list(tensor.shape)}; "
+                    "all clients must train the same head"
+                )
+            dtype = torch.promote_types(known.dtype, tensor.dtype)
+            found[name] = first, torch.empty(tensor.shape, dtype=dtype, device="meta")
+    return {name: found[name][1] for name in sorted(found)}
+
+
+def _same_base(clients: Mapping[str, Adapter]) -> None:
+    known = {client: adapter.config.get("base_model_name_or_path") for client, adapter in clients.items()}
+    named = [(client, base) for client, base in known.items() if base]
+    for client, base in named[1:]:
+        if base != named[0][1]:
+            raise AdapterError(
+                f"base model: {named[0][0]} was trained on {named[0][1]}, {client} on {base}; merge adapters of one model, or, "
+                "if these are two names of one, say so (--allow-different-base, allow_different_base=True)"
+            )
+
+
+def _all_finite(update: ClientUpdate) -> None:
+    for name, layer in update.adapter.layers.items():
+        finite(layer.A, f"client {update.client}", name)
+        finite(layer.B, f"client {update.client}", name)
+    for name, tensor in update.adapter.tensors.items():
+        finite(tensor, f"client {update.client}", name)
+
+
+def _common_a(method: Method, name: str, sent: Mapping[str, LoraLayer], largest: LoraLayer) -> None:
+    for client, layer in sent.items():
+        if not torch.equal(layer.A.to(largest.A.dtype), largest.A[: layer.rank]):
+            raise MethodError(
+                f"{method.name}: needs one A for all clients, but {client}'s A differs in layer {name}; "
+                "use a method that merges products, such as raflora or flexlora"
+            )

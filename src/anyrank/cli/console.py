@@ -1,0 +1,81 @@
+"""Progress while something runs: on stderr, so that stdout holds results alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Rounds:
+    """Progress over all rounds of one or many runs: a live line on a terminal, now and then a plain line elsewhere."""
+
+    def __init__(self, total_rounds: int, title: str, quiet: bool = False) -> None:
+        self._quiet, self._total, self._done, self._bytes, self._spoke = quiet, total_rounds, 0, 0, time.monotonic()
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=err, disable=quiet or not err.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task(title, total=total_rounds, note="")
+        self._title = title
+
+    def __enter__(self) -> Rounds:
+        if not self._progress.disable:  # a Progress that shows nothing would still print a line end
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._progress.disable:
+            self._progress.stop()
+
+    def __call__(self, who: str, metrics: Mapping[str, Any]) -> None:
+        self._done += 1
+        self._bytes += metrics["upload_bytes"] + metrics["download_bytes"]
+        note = f"{who} round {metrics['round']}"
+        note += f" · accuracy {metrics['accuracy']:.3f}" if metrics["accuracy"] is not None else ""
+        note += f" · energy past min rank {metrics['collapse']:.3f}" if metrics["collapse"] is not None else ""
+        note += f" · {megabytes(self._bytes)} MB moved"
+        self._progress.update(self._task, advance=1, note=note)
+        if not self._quiet and not err.is_terminal and (time.monotonic() - self._spoke > 5 or self._done == self._total):
+            self._spoke = time.monotonic()
+            err.print(f"{self._title}: {self._done}/{self._total} rounds · {note}", soft_wrap=True)
+
+
+class Preparing:
+    """Progress of one long piece of work, `callback(done, total)`: a live line on a terminal, now and then a plain one."""
+
+    def __init__(self, title: str, quiet: bool = False) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=err, disable=quiet or not err.is_terminal, transient=True,
+        )  # fmt: skip
+        self._title, self._task, self._quiet, self._spoke = title, None, quiet, time.monotonic()
+
+    def __enter__(self) -> Preparing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._task is not None:
+            self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress.disable:
+            if not self._quiet and time.monotonic() - self._spoke > 5:
+                self._spoke = time.monotonic()
+                err.print(f"{self._title}: {done}/{total}", soft_wrap=True)
+            return
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task(self._title, total=total)
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f}" if count < 1e8 else f"{count / 1e6:.0f}"

@@ -1,0 +1,237 @@
+"""What the commands show: live progress while something runs, and tables at the end, on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from anyrank.cli.console import megabytes, out
+
+_PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
+
+_WIDE = 110  # columns of a terminal that has room for more than the essentials
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """The closing table of a comparison: means over seeds, the best accuracy in bold."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    columns = _comparison_columns(rows)
+    table.add_column("method", overflow="fold", min_width=8)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["label"].replace(":", "\n  "), *(show(row) for show in columns.values()))
+    return table
+
+
+def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """`{heading: a row's text}`; only the essentials on a narrow terminal."""
+    best = max(row["accuracy"] for row in rows)
+    wide = out.width >= _WIDE
+    paired = {"against the best,\nby seed (ahead)": _paired} if max(row["seeds"] for row in rows) > 1 and wide else {}
+    worst = {"worst\nclient": lambda row: _known(row["worst_client_accuracy"])} if wide else {}
+    return {
+        "accuracy": lambda row: _leading(spread(row, "accuracy"), row["accuracy"] == best),
+        **paired,
+        "last 5\nrounds": lambda row: f"{row['last_accuracy']:.3f}",
+        **worst,
+        f"energy past\nrank {rows[0]['rank']}": lambda row: _known(row["collapse"]),
+        "MB up": lambda row: megabytes(row["upload_bytes"]),
+        "MB down": lambda row: megabytes(row["download_bytes"]),
+        "s / run": lambda row: f"{row['seconds']:.1f}",
+    }
+
+
+def _paired(row: Mapping[str, Any]) -> str:
+    """The difference to the best row, seed by seed, and on how many seeds the row is ahead."""
+    own = row["accuracy_paired"]
+    if own is None:
+        return "–"
+    if own["to"] == row["label"]:
+        return "best"
+    return f"{own['difference']:+.3f} ± {own['difference_std']:.3f} ({own['wins']}/{row['seeds']})"
+
+
+def _leading(text: str, leads: bool) -> str:
+    return f"[bold]{text}[/bold]" if leads else text
+
+
+def _known(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, Any]], Any]) -> list[Table]:
+    """The closing tables of a study, one a setting; `cells_of` puts its results into words."""
+    tables = []
+    for title, headings, rows in cells_of(results):
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if place else "left", overflow="fold", min_width=None if place else 10)
+        for row in rows:
+            table.add_row(row[0].replace(":", "\n  "), *row[1:], style="bold" if row[-1] == "best" else None)
+        tables.append(table)
+    return tables
+
+
+def audit_table(verdict: Mapping[str, Any]) -> Table:
+    """What an audit found. Its own words on what that is worth stand with it."""
+    table = Table(title="membership-inference audit", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("ε claimed", f"{verdict['claimed']:.3f} at δ = {verdict['delta']:g}")
+    table.add_row("ε at least", f"{verdict['lower_bound']:.3f}, with confidence {verdict['confidence']:.0%}")
+    table.add_row("guessed right", f"{verdict['right']} of {verdict['guessed']}, among {verdict['canaries']} canaries")
+    told = "refuted: the training leaks more than it promises" if verdict["refuted"] else "not refuted (which proves nothing)"
+    table.add_row("the claim is", told)
+    return table
+
+
+def run_table(summary: Mapping[str, Any]) -> Table:
+    """The closing table of one run."""
+    title = f"{summary['name']}: {summary['method']}, {summary['rounds']} rounds"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    beyond = summary["collapse"]
+    smallest = next(iter(summary["ranks"]))
+    private = {}
+    if "epsilon" in summary:
+        plan = summary["privacy"]["plan"]
+        private = {"privacy": f"ε {summary['epsilon']:.4g} spent at δ = {plan['delta']:g}, for one {plan['level']}"}
+    figures = {
+        "accuracy": f"{summary['accuracy']:.4f} (start {summary['start_accuracy']:.4f}, best {summary['best_accuracy']:.4f})",
+        "loss": f"{summary['loss']:.4f}",
+        f"energy past rank {smallest}": "–" if beyond is None else f"{beyond:.4f}",
+        "effective rank": "–" if beyond is None else f"{summary['effective_rank']:.2f}",
+        "clients": f"{summary['clients']} registered, {summary['cohort']} a round, ranks {', '.join(summary['ranks'])}",
+        "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
+        **private,
+        "rejected": str(summary["rejected"]),
+        "head": summary["head"],
+        "examples": f"{megabytes(summary['inputs_bytes'])} MB, {_PLACES[summary['inputs_in']]}",
+        "time": f"{summary['seconds']:.1f} s",
+    }
+    for name, value in figures.items():
+        table.add_row(name, value)
+    return table
+
+
+def merge_table(done: Mapping[str, Any]) -> Table:
+    """What a merge took in, and what it left."""
+    ranks = sorted({rank for client in done["clients"] for rank in client["ranks"]})
+    ways = ", ".join(f"{count} by {way}" for way, count in sorted(done["algebra"].items()))
+    table = Table(title=f"{done['method']}: {len(done['clients'])} adapters", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("layers", str(done["layers"]))
+    table.add_row("ranks", ", ".join(map(str, ranks)))
+    table.add_row("examples", str(sum(client["num_examples"] for client in done["clients"])))
+    table.add_row("singular values", f"{ways}; backward error {done['error']:.1e}" if ways else "none needed")
+    table.add_row("time", f"{done['seconds']:.1f} s")
+    table.add_row("written", "\n".join(f"{done['out']}/{name}" for name in done["folders"]))
+    return table
+
+
+def inspection_tables(reports: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """One row an adapter, side by side, then one table an adapter with a row for each layer."""
+    levels = list(reports[0]["total"]["energy_past"])
+    totals = _inspection_table("adapters", ["adapter", "layers", "ranks"], levels)
+    for report in reports:
+        ranks = ", ".join(map(str, report["total"]["ranks"]))
+        totals.add_row(report["adapter"], str(report["total"]["layers"]), ranks, *_figures(report["total"], levels))
+    tables = [totals]
+    for report in reports:
+        table = _inspection_table(report["adapter"], ["layer", "rank", "scaling", "largest\nvalue"], levels)
+        for layer in report["layers"]:
+            row = (layer["layer"], str(layer["rank"]), f"{layer['scaling']:.3g}", f"{layer['values'][0]:.4g}")
+            table.add_row(*row, *_figures(layer, levels))
+        tables.append(table)
+    return tables
+
+
+def _inspection_table(title: str, columns: Sequence[str], levels: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column(columns[0], overflow="fold", min_width=12)
+    for heading in (*columns[1:], "norm", "effective\nrank", "energy past rank\n" + "".join(f"{level:<5}" for level in levels)):
+        table.add_column(heading, justify="left" if "past" in heading else "right", no_wrap=heading != "ranks")
+    return table
+
+
+def _figures(entry: Mapping[str, Any], levels: Sequence[str]) -> list[str]:
+    past = " ".join(f"{entry['energy_past'][level]:.2f}" for level in levels)
+    return [f"{entry['norm']:.4g}", f"{entry['effective_rank']:.2f}", past]
+
+
+def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
+    """What a run would take: one table of its ranks, one of the whole."""
+    ranks = Table(title=f"{figures['name']}: {figures['method']}", title_justify="left", header_style="bold")
+    for heading in ("rank", "clients", "a round", "trained", "MB up", "MB down", "ms / step"):
+        ranks.add_column(heading, justify="right", no_wrap=True)
+    for level in figures["levels"]:
+        step = "–" if level["step_s"] is None else f"{1e3 * level['step_s']:.1f}"
+        traffic = (f"{level[f'{way}load_bytes'] / 1e6:.3f}" for way in ("up", "down"))
+        counts = (f"{level['rank']}", f"{level['clients']:,}", f"{level['a_round']:.4g}", f"{level['trainable_parameters']:,}")
+        ranks.add_row(*counts, *traffic, step)
+    memory = {name.replace("_", " "): size for name, size in figures["memory_bytes"].items() if size}
+    rows = {
+        "task": figures["task"],
+        "clients": f"{figures['clients']:,} registered, {figures['cohort']:,} a round",
+        "rounds": f"{figures['rounds']:,}, of {figures['local_steps']:.4g} local steps",
+        "traffic a round": f"{_both_ways(figures, '_a_round')}, expected",
+        "traffic in all": f"{_both_ways(figures, '')}, expected",
+        "memory": f"{megabytes(sum(memory.values()))} MB: " + ", ".join(f"{k} {megabytes(v)}" for k, v in memory.items()),
+        **({"privacy": _promise(figures["privacy"])} if figures["privacy"] else {}),
+        "training": "not measured" if figures["training_s"] is None else _guess(figures),
+    }
+    whole = Table(show_header=False)
+    whole.add_column(style="dim")
+    whole.add_column()
+    for name, value in rows.items():
+        whole.add_row(name, value)
+    return [ranks, whole]
+
+
+def _promise(budget: Mapping[str, Any]) -> str:
+    noises = sorted(row["noise_multiplier"] for row in budget["counts"])
+    noise = f"{noises[0]:.4g}" if len(set(noises)) == 1 else f"{noises[0]:.4g} to {noises[-1]:.4g}"
+    return (
+        f"epsilon {budget['epsilon']:.4g} at delta {budget['delta']:g} for one {budget['level']}, noise multiplier {noise}"
+        f"{_where(budget)}, for {budget['max_rounds']} rounds a client"
+    )
+
+
+def _where(budget: Mapping[str, Any]) -> str:
+    return " at the server" if budget.get("noise_at") == "server" else ""
+
+
+def privacy_table(figures: Mapping[str, Any]) -> Table:
+    """What privacy costs: a row for each number of examples that clients declare."""
+    title = f"epsilon {figures['epsilon']:.4g} at delta {figures['delta']:g} for one {figures['level']}"
+    title += f" ({figures['accountant']})" + (f", noise{_where(figures)}" if _where(figures) else "")
+    if "drawn" in figures:
+        least, most = figures["drawn"]["least"], figures["drawn"]["most"]
+        title = f"{figures['name']}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds a client; "
+        title += f"the seed draws each in {least} to {most}"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for heading in ("examples", "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in figures["counts"]:
+        counts = (f"{row['num_examples']:,}", f"{row['clients']:,}", f"{row['sampling_rate']:.4g}", f"{row['steps']:,}")
+        table.add_row(*counts, f"{row['noise_multiplier']:.4g}", f"{row['epsilon']:.4g}")
+    return table
+
+
+def _both_ways(figures: Mapping[str, Any], over: str) -> str:
+    return ", ".join(f"{megabytes(figures[f'{way}load_bytes{over}'])} MB {way}" for way in ("up", "down"))
+
+
+def _guess(figures: Mapping[str, Any]) -> str:
+    whole = figures["training_s"]
+    text = f"{whole:.0f} s" if whole < 600 else f"{whole / 3600:.1f} h"
+    return f"{text}, {figures['round_s']:.2g} s a round: a guess from one step of each rank, scoring and merging not counted"
+
+
+def spread(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.3f} ± {row[f'{name}_std']:.3f}" if row["seeds"] > 1 else f"{row[name]:.3f}"

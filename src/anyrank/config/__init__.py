@@ -1,0 +1,34 @@
+"""A run's configuration: its sections, and how they are read and written."""
+
+from anyrank.config.sections import (
+    ClientsConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    MethodConfig,
+    ModelConfig,
+    PartitionConfig,
+    PrivacyConfig,
+    RunConfig,
+    TrainConfig,
+)
+from anyrank.config.tables import from_table, load, override, to_table
+
+__all__ = [
+    "ClientsConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "TrainConfig",
+    "from_table",
+    "load",
+    "override",
+    "to_table",
+]

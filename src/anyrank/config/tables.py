@@ -1,0 +1,137 @@
+"""Configurations to and from TOML. Unknown keys are errors that name the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anyrank.config.sections import Config
+from anyrank.errors import ConfigError, nearest
+
+# Sections that the project's contract names and that this version cannot honour yet: refused, never ignored.
+_NOT_YET = {"track": "tracking to TensorBoard or MLflow"}
+_PATHS = (("model", "path"), ("data", "source"), ("data", "test_source"), ("method", "file"))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a TOML file, with `section.key=value` overrides.
+
+    Relative paths are taken from the file's folder, or from the folder `$ANYRANK_DATA` where only that has them.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a TOML configuration") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    for section, key in _PATHS:
+        value = table.get(section, {}).get(key) if isinstance(table.get(section), dict) else None
+        if isinstance(value, str) and value:
+            table[section][key] = _found(value, path.parent)
+    for override in overrides:
+        _override(table, override)
+    return from_table(table)
+
+
+def _found(value: str, folder: Path) -> str:
+    """A path as it is found from `folder`, or from `$ANYRANK_DATA`; as it was where there is nothing."""
+    for base in (folder, *(Path(base) for base in [os.environ.get("ANYRANK_DATA")] if base)):
+        if not Path(value).is_absolute() and (base / value).exists():
+            return str((base / value).resolve())
+    return value
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `section.key=value` overrides."""
+    table = to_table(config)
+    for text in overrides:
+        _override(table, text)
+    return from_table(table)
+
+
+def from_table(table: Mapping[str, Any]) -> Config:
+    """The configuration in a parsed TOML table."""
+    for section, what in _NOT_YET.items():
+        if section in table:
+            raise ConfigError(f"[{section}]: {what} is not in this version of anyrank; remove the section to run without it")
+    table = dict(table)
+    method = table.get("method")
+    if isinstance(method, Mapping) and "options" not in method:
+        known = {"name", "file"}
+        options = {key: value for key, value in method.items() if key not in known}
+        table["method"] = {key: value for key, value in method.items() if key in known} | {"options": options}
+    return _build(Config, table, "")
+
+
+def to_table(config: Config) -> dict[str, Any]:
+    """The whole configuration as a TOML table: `from_table` gives the same configuration back."""
+    table = dataclasses.asdict(config)
+    table["method"] |= table["method"].pop("options")
+    return _plain(table)
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"--set {override}: expected section.key=value, e.g. train.learning_rate=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: --set method.name=rbla
+    for name in keys[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {name} is not a section")
+    table[keys[-1]] = value
+
+
+def _build(kind: type, table: Any, where: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: expected a table of keys, got {table!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(table.keys() - hints.keys())
+    if unknown:
+        what = f"{where}.{unknown[0]}" if where else f"[{unknown[0]}]"
+        raise ConfigError(f"{what}: unknown {'key' if where else 'section'}; {nearest(unknown[0], hints)}")
+    values = {}
+    for name, value in table.items():
+        path = f"{where}.{name}" if where else name
+        read = _build if dataclasses.is_dataclass(hints[name]) else _typed
+        values[name] = read(hints[name], value, path)
+    return kind(**values)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_typed(arguments[0], item, where) for item in value)
+    if origin in (types.UnionType, typing.Union):
+        lists = [argument for argument in arguments if typing.get_origin(argument) is tuple]
+        if lists and isinstance(value, (list, tuple)):
+            return _typed(lists[0], value, where)
+        if any(type(value) is argument for argument in arguments):
+            return value
+    elif origin is not None:
+        return dict(value)
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    names = " or ".join("list" if typing.get_origin(each) is tuple else each.__name__ for each in arguments) or hint.__name__
+    raise ConfigError(f"{where}: expected {names}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

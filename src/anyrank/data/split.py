@@ -1,0 +1,47 @@
+"""Held-out examples, and the order of labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from anyrank import keys
+
+# The held-out examples of a file are the same for every run seed: runs that differ in their seed alone are then scored on
+# the same examples, so that their difference is one of training and comparisons over seeds are paired.
+_SPLIT_SEED = 0
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """The distinct names in order: by value where all are whole numbers, else by the alphabet.
+
+    >>> ordered(["10", "9", "9"]), ordered(["b", "a", "10"])
+    (('9', '10'), ('10', 'a', 'b'))
+    """
+    distinct = set(names)
+    whole = all(re.fullmatch(r"[+-]?[0-9]+", name) for name in distinct)
+    return tuple(sorted(distinct, key=lambda name: (int(name), name) if whole else name))
+
+
+def _indices(names: Iterable[str], label_names: tuple[str, ...]) -> np.ndarray:
+    index = {name: i for i, name in enumerate(label_names)}
+    return np.array([index[name] for name in names], dtype=np.int64)
+
+
+def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Which rows `[n]` bool are held out: per label the share's floor, the rest of the total by largest remainder.
+
+    The same for every run seed; every label keeps at least one row that is not held out.
+    """
+    counts = np.bincount(labels)
+    exact = counts * fraction
+    take = np.floor(exact).astype(np.int64)
+    missing = round(len(labels) * fraction) - int(take.sum())
+    take[np.argsort(take - exact, kind="stable")[:missing]] += 1
+    take = np.minimum(take, counts - 1)
+    rng, chosen = keys.rng(_SPLIT_SEED, "test-split"), np.zeros(len(labels), dtype=bool)
+    for label, number in enumerate(take):
+        chosen[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
+    return chosen

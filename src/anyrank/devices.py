@@ -1,0 +1,65 @@
+"""Cores, devices and what they can do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anyrank.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def cores() -> int:
+    """CPU cores that this process may use, at least 1: as the system says it, or, on macOS and Windows, all there are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def find(name: str, asked: str = "model.device") -> torch.device:
+    """The device that is `asked` for: `auto` is a GPU where torch sees one. Raises `ModelError` for one it does not."""
+    import torch
+
+    seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in seen.items() if there))
+    if not seen[name]:
+        raise ModelError(
+            f"{asked} = '{name}': torch {torch.__version__} sees no such device; install a build of torch for it, or set "
+            f"{asked} to 'cpu' or 'auto'"
+        )
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Every core that this process may use, for as long as it encodes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products."""
+    import torch
+
+    return _cpu_has_bfloat16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU has AVX-512 BF16, AMX, or ARM's BF16, as Linux lists them."""
+    try:
+        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

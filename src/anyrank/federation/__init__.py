@@ -1,0 +1,6 @@
+"""The round loop: cohort, dispatch, training by an engine, guard, aggregate, scores, run folder."""
+
+from anyrank.federation.federation import Federation
+from anyrank.federation.loop import dispatch, run, start
+
+__all__ = ["Federation", "dispatch", "run", "start"]

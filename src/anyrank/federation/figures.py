@@ -1,0 +1,53 @@
+"""What is measured after each round, and what a finished run leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from anyrank.algebra.spectra import effective_rank, energy_beyond, spectra
+from anyrank.federation.federation import Federation
+from anyrank.federation.intake import Collected
+from anyrank.federation.standing import UNSCORED, Standing, of_global, of_personal
+from anyrank.messages.records import Client, Job, ServerState
+
+
+def measure(
+    federation: Federation, state: ServerState, jobs: Sequence[Job], collected: Collected, standing: Standing | None
+) -> dict[str, Any]:
+    """The round's metrics; accuracy and loss are `None` in rounds that are not scored, spectra where there is no one model."""
+    served = federation.method.served(state)
+    figures = standing.figures() if standing else UNSCORED
+    values = spectra(served["global"], state.merged) if "global" in served else None
+    uploads = {update.client: update.adapter for update in collected.updates}
+    losses = [update.metrics["loss"] for update in collected.updates if "loss" in update.metrics]
+    smallest = federation.population.levels()[0]
+    return {
+        "round": state.round,
+        **figures,
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "collapse": energy_beyond(values, smallest) if values else None,
+        "effective_rank": effective_rank(values) if values else None,
+        "spectrum": {name: [float(f"{v:.6g}") for v in each.tolist()] for name, each in values.items()} if values else None,
+        "upload_bytes": sum(job.download.upload_bytes(uploads[name]) for job in jobs if (name := job.client.name) in uploads),
+        "download_bytes": sum(job.download.download_bytes() for job in jobs),
+        "clients": len(collected.updates),
+        "rejected": collected.count("rejected", "failed"),
+    }
+
+
+def score(federation: Federation, state: ServerState) -> Standing:
+    """How good what the federation's users run is: the global model, or the personal ones."""
+    served = federation.method.served(state)
+    scores = {name: federation.engine.evaluate(adapter, state.merged) for name, adapter in sorted(served.items())}
+    if len(scores) == 1 and not scores.keys() & set(federation.labels.names if federation.labels else ()):
+        return of_global(next(iter(scores.values())), federation.labels)
+    return of_personal(scores, federation.labels)
+
+
+def shares(federation: Federation, state: ServerState) -> dict[str, Any]:
+    """The adapters that a finished run leaves: the global one, what a client of each rank gets, what is in the base model."""
+    ranks = {f"adapter-rank-{rank}": rank for rank in federation.population.levels()}
+    by_rank = {folder: federation.method.share(state, Client(folder, rank)) for folder, rank in ranks.items()}
+    into_base = {"base-update": state.merged} if state.merged else {}
+    return {"adapter": state.adapter, **by_rank, **into_base}

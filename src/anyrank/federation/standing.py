@@ -1,0 +1,76 @@
+"""How good the federation's models are for its users: over all held-out examples, and for each client by its own labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from anyrank.messages.records import Scores
+
+# Clients that are told apart. Beyond it, what their examples are would have to be drawn for every one of them.
+MOST_CLIENTS = 1_000
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What kinds of examples clients train on: `shares` `[clients, labels]`, each row summing to 1, of clients `names`."""
+
+    names: tuple[str, ...]
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, names: Sequence[str], shards: Sequence[np.ndarray], labels: np.ndarray) -> Labels:
+        """From each client's example indices and the `labels` `[n]` of the training examples; empty clients are left out."""
+        held = [(name, labels[own]) for name, own in zip(names, shards, strict=True) if len(own)]
+        counts = np.array([np.bincount(own, minlength=int(labels.max()) + 1) for _, own in held], dtype=np.float64)
+        return cls(tuple(name for name, _ in held), counts / counts.sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Accuracy and loss over all held-out examples, and each client's accuracy on examples like its own (empty: not told)."""
+
+    accuracy: float
+    loss: float
+    clients: Mapping[str, float] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """What a round's metrics say; `None` for what is not told."""
+        own = np.array(list(self.clients.values()))
+        spread = {"worst_client_accuracy": float(own.min()), "client_accuracy_std": float(own.std())} if len(own) else NOT_TOLD
+        return {"accuracy": self.accuracy, "loss": self.loss, **spread}
+
+
+NOT_TOLD = {"worst_client_accuracy": None, "client_accuracy_std": None}
+UNSCORED = {"accuracy": None, "loss": None, **NOT_TOLD}  # a round between two evaluations
+
+
+def of_global(scores: Scores, labels: Labels | None) -> Standing:
+    """The standing of one model for all clients."""
+    return Standing(scores.accuracy, scores.loss, _by_client(scores, labels, labels.names) if labels else {})
+
+
+def of_personal(scores: Mapping[str, Scores], labels: Labels | None) -> Standing:
+    """The standing of personal models, `scores` by client: means over them, and each client's own model on its own kind."""
+    accuracy = float(np.mean([own.accuracy for own in scores.values()]))
+    loss = float(np.mean([own.loss for own in scores.values()]))
+    clients = {}
+    for name, own in scores.items():
+        clients |= _by_client(own, labels, [name]) if labels and name in labels.names else {}
+    return Standing(accuracy, loss, clients)
+
+
+def _by_client(scores: Scores, labels: Labels, names: Sequence[str]) -> dict[str, float]:
+    """`sum_c share_kc accuracy_c / sum_c share_kc` over the labels c that have held-out examples: what client k would measure
+    on endless held-out examples of its own label proportions, from all examples there are and not from the few of its own.
+    """
+    width = labels.shares.shape[1]
+    seen = np.bincount(scores.labels, minlength=width)[:width].astype(np.float64)
+    right = np.bincount(scores.labels, weights=scores.correct, minlength=width)[:width]
+    accuracy = np.divide(right, seen, out=np.zeros(width), where=seen > 0)
+    rows = labels.shares[[labels.names.index(name) for name in names]] * (seen > 0)
+    totals = rows.sum(axis=1)
+    return {name: float(row @ accuracy / total) for name, row, total in zip(names, rows, totals, strict=True) if total > 0}

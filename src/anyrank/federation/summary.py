@@ -1,0 +1,77 @@
+"""The closing figures of a run, from its metrics."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anyrank.federation.cohort import count_ranks
+
+if TYPE_CHECKING:
+    from anyrank.federation.federation import Federation
+    from anyrank.federation.standing import Standing
+
+
+LAST = 5  # evaluated rounds whose mean stands beside the final and the best figure
+
+
+def summarize(federation: Federation, start: Standing, end: Standing, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on.
+
+    `start`: how good the model was before round 1; `end`: after the last.
+    """
+    config, method, population = federation.config, federation.method, federation.population
+    scored = [row for row in metrics if row["accuracy"] is not None]
+    accuracies = [row["accuracy"] for row in scored]
+    sizes = np.array([federation.counted(int(size)) for size in population.shards.sizes])
+    return {
+        "name": config.run.name,
+        "label": config.run.label or label(method.name, config.clients.ranks, population),
+        "method": method.name,
+        "paper": method.paper,
+        "options": vars(method),
+        "seed": config.run.seed,
+        "rounds": config.run.rounds,
+        "accuracy": accuracies[-1],
+        "best_accuracy": max(accuracies),
+        "last_accuracy": float(np.mean(accuracies[-LAST:])),
+        "loss": scored[-1]["loss"],
+        "worst_client_accuracy": scored[-1]["worst_client_accuracy"],
+        "client_accuracy_std": scored[-1]["client_accuracy_std"],
+        "client_accuracy": dict(end.clients) or None,
+        "start_accuracy": start.accuracy,
+        "start_loss": start.loss,
+        "collapse": metrics[-1]["collapse"],
+        "effective_rank": metrics[-1]["effective_rank"],
+        "upload_bytes": sum(row["upload_bytes"] for row in metrics),
+        "download_bytes": sum(row["download_bytes"] for row in metrics),
+        "seconds": sum(row["seconds"] for row in metrics),
+        "clients": len(population),
+        "cohort": population.cohort_size,
+        "ranks": count_ranks(population.ranks),
+        "examples": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
+        "rejected": sum(row["rejected"] for row in metrics),
+        **federation.facts,
+        "versions": versions(),
+        "platform": platform.platform(),
+    }
+
+
+def label(method: str, ranks: Sequence[int], population: Any) -> str:
+    """What a table calls the run: the method, with `@rank` where every client has that one rank."""
+    return f"{method}@{ranks[0]}" if len(set(ranks)) == 1 and len(population) > 1 else method
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("anyrank", "torch", "numpy", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

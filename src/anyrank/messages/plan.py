@@ -1,0 +1,33 @@
+"""How clients train in one round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from anyrank.config.sections import TrainConfig
+from anyrank.privacy.noise import Mechanism
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How clients train in one round: the configuration, the round's learning rate, a factor on the local steps, and what
+    makes it private, if anything does.
+    """
+
+    config: TrainConfig
+    learning_rate: float
+    round: int
+    seed: int
+    step_factor: int = 1
+    privacy: Mechanism | None = None
+
+
+def plan_round(
+    config: TrainConfig, round: int, rounds: int, seed: int, step_factor: int = 1, privacy: Mechanism | None = None
+) -> Plan:
+    """The plan of `round` (from 1): the learning rate falls over the rounds by the schedule, from the first to the last."""
+    progress = (round - 1) / max(rounds - 1, 1)
+    left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
+    rate = config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
+    return Plan(config, rate, round, seed, step_factor, privacy)

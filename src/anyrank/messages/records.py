@@ -1,0 +1,192 @@
+"""What passes between server and clients in a round, and what the server remembers between two rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from anyrank.adapter.adapter import Adapter
+from anyrank.errors import AdapterError, ConfigError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's work in one round: who, on how many examples (by the server's own record), and from what."""
+
+    index: int
+    client: Client
+    num_examples: int
+    download: Download
+
+
+BOTH = frozenset({"A", "B"})
+EVERYTHING = BOTH | {"tensors"}
+SCALING_RULES = ("constant", "standard", "rslora")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The scaling `s(r)` that a client of rank r uses: `alpha` (constant), `alpha / r` (standard), `alpha / sqrt(r)` (rslora).
+
+    `layer_alpha` overrides alpha for single layers, as PEFT's `alpha_pattern` does.
+
+    >>> Scaling(16, "standard").of("any", 8), Scaling(16, "rslora").of("any", 4), Scaling(2, "constant").of("any", 4)
+    (2.0, 8.0, 2.0)
+    """
+
+    alpha: float
+    rule: str = "standard"
+    layer_alpha: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rule not in SCALING_RULES:
+            raise ConfigError(f"scaling: expected one of {', '.join(SCALING_RULES)}, got {self.rule!r}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"alpha: expected a positive number, got {self.alpha}")
+
+    def of(self, layer: str, rank: int) -> float:
+        """The scaling of `layer` at `rank`."""
+        alpha = float(self.layer_alpha.get(layer, self.alpha))
+        return {"constant": alpha, "standard": alpha / rank, "rslora": alpha / math.sqrt(rank)}[self.rule]
+
+
+@dataclass(frozen=True)
+class Client:
+    """A registered client: its name and the rank that its hardware affords (`layer_ranks`: other ranks for some layers)."""
+
+    name: str
+    rank: int
+    layer_ranks: Mapping[str, int] = field(default_factory=dict)
+
+    def rank_of(self, layer: str) -> int:
+        return self.layer_ranks.get(layer, self.rank)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a client may lower its own rank (HetLoRA): it presses on the slices past `kept(rank)`, the tail, and drops them
+    if that worked.
+
+    The local loss of each layer grows by `penalty * |B[:, tail]| * |A[tail]|` (Frobenius norms); a layer whose product of
+    norms is smaller after the training than it was before loses its tail.
+
+    >>> [Pruning(gamma=0.99, penalty=0.0, min_rank=2).kept(rank) for rank in (1, 2, 3, 32, 200)]
+    [1, 2, 2, 31, 198]
+    """
+
+    gamma: float
+    penalty: float
+    min_rank: int
+
+    def kept(self, rank: int) -> int:
+        """`max(min_rank, floor(gamma * rank))`, and never more than `rank`."""
+        return min(rank, max(self.min_rank, math.floor(self.gamma * rank)))
+
+
+@dataclass(frozen=True)
+class Download:
+    """What a client gets to start its round from.
+
+    `adapter` in the client's ranks; `slices` `{layer: which of the server's slices these are}`; `train`: the factors that
+    the client trains and sends back; `send`: the factors that travel to it (FFA-LoRA's A comes from the seed instead);
+    `private`: what of `A`, `B` and `tensors` stays with the client, so that it travels neither way; `merged`: a low-rank sum
+    that the client adds to its pristine base model for this round; `pruning`: how it may lower its rank, if at all; `rescale`:
+    which factor took up the change from the server's scaling to the client's, B or both by its root.
+    """
+
+    adapter: Adapter
+    slices: Mapping[str, tuple[int, ...]]
+    train: frozenset[str] = BOTH
+    send: frozenset[str] = BOTH
+    private: frozenset[str] = frozenset()
+    merged: Adapter | None = None
+    pruning: Pruning | None = None
+    rescale: Literal["B", "both"] = "B"
+
+    def download_bytes(self) -> int:
+        merged = factor_bytes(self.merged, BOTH) if self.merged else 0
+        return self._travelling(self.adapter, self.send) + merged
+
+    def upload_bytes(self, adapter: Adapter | None = None) -> int:
+        """Bytes of what comes back: `adapter`, or by default one of the download's own ranks."""
+        return self._travelling(adapter or self.adapter, self.train)
+
+    def _travelling(self, adapter: Adapter, factors: frozenset[str]) -> int:
+        tensors = 0 if "tensors" in self.private else tensor_bytes(adapter)
+        return factor_bytes(adapter, factors - self.private) + tensors
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client sends back: its trained adapter, with the example count that weighs it and figures about its training."""
+
+    adapter: Adapter
+    num_examples: int
+    client: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_examples, int) or isinstance(self.num_examples, bool) or self.num_examples < 1:
+            raise AdapterError(
+                f"client {self.client or '?'}: num_examples must be a whole number of at least 1, got {self.num_examples!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that sent nothing usable in this round, and why."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server remembers between rounds, one type for all methods.
+
+    `round`: rounds done; `adapter`: the global update at the federation's largest rank; `scaling`: the rule that clients
+    use; `merged`: what has gone into the base model; `extra`: whatever else a method keeps, as adapters by name.
+    """
+
+    round: int
+    seed: int
+    adapter: Adapter
+    scaling: Scaling
+    merged: Adapter | None = None
+    extra: Mapping[str, Adapter] = field(default_factory=dict)
+
+
+def factor_bytes(adapter: Adapter, factors: frozenset[str]) -> int:
+    """Bytes of the named factors (`{"A", "B"}` or one of them) over all layers."""
+    return sum(
+        factor.nbytes
+        for layer in adapter.layers.values()
+        for name, factor in (("A", layer.A), ("B", layer.B))
+        if name in factors
+    )
+
+
+def tensor_bytes(adapter: Adapter) -> int:
+    """Bytes of the plain tensors (head, biases)."""
+    return sum(tensor.nbytes for tensor in adapter.tensors.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How a model did on held-out examples: each one `correct` `[n]` bool, its `losses` `[n]` float64, its `labels` `[n]`."""
+
+    correct: np.ndarray
+    losses: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())

@@ -1,0 +1,78 @@
+"""Slices of a layer: taken, put in another order, added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anyrank import keys
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.records import Scaling, ServerState
+
+# --- other slices than the first -------------------------------------------------------------------------------------
+
+
+def slice_order(state: ServerState, name: str, client: str, rank: int, drawn: bool) -> list[int]:
+    """The server's slices of a layer, those first that `client` trains in the round after `state`.
+
+    They are the first `rank`, or, if `drawn`, as many without replacement by seed, round, client and layer: who knows the
+    state knows the draw, so nobody has to keep it or send it.
+    """
+    every = range(state.adapter.layers[name].rank)
+    own = every[:rank]
+    if drawn:
+        own = keys.rng(state.seed, "slices", state.round, client, name).choice(len(every), len(own), replace=False).tolist()
+    return [*sorted(own), *sorted(set(every) - set(own))]
+
+
+def reordered(state: ServerState, order: Mapping[str, Sequence[int]]) -> ServerState:
+    """`state` with its slices in that order, layer by layer."""
+    layers = {name: take(layer, order[name]) for name, layer in state.adapter.layers.items()}
+    return replace(state, adapter=replace(state.adapter, layers=layers))
+
+
+def take(layer: LoraLayer, slices: Sequence[int]) -> LoraLayer:
+    """The named slices of a layer, in that order."""
+    if list(slices) == list(range(layer.rank)):
+        return layer
+    return layer.with_factors(layer.A[slices], layer.B[:, slices])
+
+
+def frozen_rest(state: ServerState, ranks: Mapping[str, int]) -> Adapter | None:
+    """The slices past `ranks` that apply something, as a sum that a client adds to its base model; `None` if there are none."""
+    rest = {}
+    for name, layer in state.adapter.layers.items():
+        applies = (layer.A.any(dim=1) & layer.B.any(dim=0)).tolist()
+        alive = [j for j in range(ranks[name], layer.rank) if applies[j]]
+        rest |= {name: take(layer, alive)} if alive else {}
+    return Adapter(rest, {}, state.adapter.config) if rest else None
+
+
+def widened(adapter: Adapter, rank: int, scaling: Scaling, seed: int) -> Adapter:
+    """`adapter`, in which nothing is learned yet, at `rank` (or its own, if larger), as far as each layer can carry it."""
+    wide = {name: pad(layer, min(rank, *layer.shape), seed, "fresh", 0, name) for name, layer in adapter.layers.items()}
+    layers = {name: replace(layer, scaling=scaling.of(name, layer.rank)) for name, layer in wide.items()}
+    return replace(adapter, layers=layers)
+
+
+def pad(layer: LoraLayer, rank: int, seed: int, *names: str | int) -> LoraLayer:
+    """`layer` brought to `rank` by slices that change nothing yet can learn: B zero, A fresh from the key of `names`."""
+    missing = rank - layer.rank
+    if missing <= 0:
+        return layer
+    fresh = init_a(missing, layer, keys.generator(seed, *names))
+    A = torch.cat([layer.A, fresh])
+    B = torch.cat([layer.B, layer.B.new_zeros(layer.B.shape[0], missing)], dim=1)
+    return layer.with_factors(A, B)
+
+
+def init_a(rank: int, like: LoraLayer, generator: torch.Generator) -> Tensor:
+    """PEFT's own start of A: uniform within `1/sqrt(in)` (Kaiming with a = sqrt 5), `[rank, in]`, in `like`'s dtype."""
+    width = like.A.shape[1]
+    draw = torch.rand(rank, width, generator=generator, dtype=torch.float64) * 2 - 1
+    return (draw / math.sqrt(width)).to(like.A.dtype).to(like.A.device)

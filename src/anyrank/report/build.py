@@ -1,0 +1,81 @@
+"""The report of some runs: one HTML file that loads nothing, and one PNG for a README. Reads only the run folders.
+
+Runs of one label and one configuration are seeds of each other: their figures are shown as mean ± sample standard
+deviation. What cannot be read, or compared, is said on the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from anyrank.files import write_whole
+from anyrank.report import charts, figures, page
+from anyrank.report.groups import Group, grouped, seed_count
+from anyrank.report.runs import read
+
+
+def build(runs: Sequence[Path], out: Path) -> Path:
+    """Write the report of the run folders `runs` to `out`, whole or not at all, and return `out`.
+
+    Raises `RunError` where a folder is no run folder.
+    """
+    groups, notes = _groups_of(runs)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template("page.html.j2").render(page.contents(groups, notes))
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, lambda path: path.write_text(html, encoding="utf-8"))
+    return out
+
+
+def figure(runs: Sequence[Path], out: Path) -> Path:
+    """Write the headline PNG of the run folders `runs` to `out`: accuracy, and energy beyond the minimum rank."""
+    groups, _ = _groups_of(runs)
+    seeds = max(len(group.runs) for group in groups)
+    note = "One seed." if seeds == 1 else f"Mean over {seed_count(groups)}; shaded: ± one standard deviation."
+    accuracy = [group.series("accuracy", "start_accuracy") for group in groups]
+    if figures.zoomed(accuracy):
+        note += " Left: the axis leaves out the steep start."
+    if not all(group.mixed for group in groups):
+        note += " Right: where ranks are mixed."
+    collapse = [group.series("collapse") for group in groups if group.mixed]
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, lambda path: figures.headline(accuracy, collapse, note, path))
+    return out
+
+
+_PANELS = {
+    "accuracy": ("round", False, lambda group: group.series("accuracy", "start_accuracy")),
+    "collapse": ("round", True, lambda group: group.series("collapse")),
+    "bytes": ("megabytes uploaded so far, all clients", False, charts.against_upload),
+}
+
+
+def study_figure(settings: Sequence[tuple[str, Sequence[Path]]], kind: str, out: Path) -> Path:
+    """Write a PNG with a panel for each setting, `(name, run folders)`, to `out`: lines of `kind`, one of
+    `accuracy` (over rounds), `collapse` (energy beyond the minimum rank over rounds) and `bytes` (accuracy over uploads).
+    """
+    x_label, log, line_of = _PANELS[kind]
+    shown = []
+    for name, folders in settings:
+        groups, _ = _groups_of(folders)
+        lines = [line_of(group) for group in groups if kind != "collapse" or group.mixed]
+        shown.append((name, [line for line in lines if len(line.x)]))
+    what = "Energy beyond the minimum rank" if kind == "collapse" else "Accuracy"
+    note = f"{what}, %. Mean over seeds; shaded: ± one standard deviation."
+    write_whole(Path(out), lambda path: figures.panels(shown, x_label, log, note, path))
+    return Path(out)
+
+
+def _groups_of(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
+    return grouped([read(Path(folder)) for folder in folders])

@@ -1,0 +1,206 @@
+"""The run folder: what a run writes, how it is read back, and how a killed run goes on.
+
+Logs are appended first, the checkpoint follows, each in one step that happens or does not. On resume the checkpoint
+rules: log lines of rounds it does not know are dropped, since those rounds are run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import Config
+from anyrank.config.tables import from_table, to_table
+from anyrank.errors import AnyRankError, RunError
+from anyrank.files import write_whole
+from anyrank.messages.records import ServerState
+from anyrank.runs.checkpoint import load_state, save_state
+from anyrank.runs.names import CLIENTS, COMPARISON, CONFIG, LEDGER, METRICS, PRIVACY, STATE, SUMMARY, read_lines
+
+
+class RunDir:
+    """One run's folder, locked while it is open, so that two processes never write one run."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self.config = config
+        self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held until close
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise RunError(f"{path}: another process is writing this run; wait for it, or choose another --out") from None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], config: Config, resume: bool = False) -> RunDir:
+        """A new run folder, or (with `resume`) one to go on with; made if there is none yet. Raises what `check` raises."""
+        path = Path(path)
+        cls.check(path, config, resume)
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, config)
+        run._sweep()
+        write_whole(path / CONFIG, lambda file: file.write_text(tomli_w.dumps(to_table(config))))
+        return run
+
+    @staticmethod
+    def check(path: Path, config: Config, resume: bool = False) -> None:
+        """Raise `RunError` where the folder is of something else, holds a run although `resume` is not asked for, or holds
+        one of another configuration. Writes nothing."""
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: expected a folder for the run, got a file; choose another --out")
+        if (path / CONFIG).exists():
+            if not resume:
+                raise RunError(f"{path}: holds a run already; go on with it by --resume, or choose another --out")
+            _same_config(path, config)
+        elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise RunError(f"{path}: expected an empty or new folder, or one with a run in it; choose another --out")
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def restore(self) -> ServerState | None:
+        """The state after the last whole round, with the logs cut back to it; `None` where no round was finished."""
+        path = self.path / "checkpoint" / STATE
+        state = load_state(path) if path.exists() else None
+        for name in (METRICS, CLIENTS):
+            self._cut(name, state.round if state else 0)
+        return state
+
+    def commit(self, state: ServerState, metrics: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
+        """Log the round that led to `state`, then make `state` the checkpoint."""
+        self._append(CLIENTS, clients)
+        self._append(METRICS, [metrics])
+        (self.path / "checkpoint").mkdir(exist_ok=True)
+        save_state(state, self.path / "checkpoint" / STATE)
+
+    def finish(self, adapters: Mapping[str, Adapter], summary: Mapping[str, Any]) -> None:
+        """Write the adapters by folder name, and last of all the summary: its presence says that the run is done."""
+        for name, adapter in adapters.items():
+            adapter.save(self.path / name)
+        write_whole(self.path / SUMMARY, lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rounds' metrics so far."""
+        return read_lines(self.path / METRICS)
+
+    def clients(self) -> list[dict[str, Any]]:
+        """All clients' rows so far."""
+        return read_lines(self.path / CLIENTS)
+
+    def keep_plan(self, plan: Mapping[str, Any], make_key: Callable[[], str]) -> str:
+        """Store the run's privacy plan and the name of its noise key, or see that the plan is the one that is there.
+
+        Returns the name of the key. Raises `RunError` for another plan.
+        """
+        path = self.path / PRIVACY
+        if not path.exists():
+            if (self.path / LEDGER).exists():
+                raise RunError(f"{path}: is gone, while {LEDGER} is there; start the run anew in another --out")
+            name = make_key()
+            write_whole(path, lambda file: file.write_text(json.dumps({"plan": plan, "key": name}, indent=2) + "\n"))
+            return name
+        stored = json.loads(path.read_text())
+        _same("privacy", path, stored["plan"], plan)
+        return stored["key"]
+
+    def charges(self) -> list[dict[str, Any]]:
+        """All charges of the privacy ledger. They are never cut back: what was begun may have been released.
+
+        Only a last line that a kill cut off goes: whom it would have charged had not begun to train.
+        """
+        path = self.path / LEDGER
+        rows = read_lines(path)
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            write_whole(path, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+        return rows
+
+    def charge(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add to the privacy ledger; on disk when this returns."""
+        self._append(LEDGER, rows)
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        with open(self.path / name, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _cut(self, name: str, round: int) -> None:
+        path = self.path / name
+        if path.exists():
+            kept = "".join(json.dumps(row) + "\n" for row in read_lines(path) if row["round"] <= round)
+            write_whole(path, lambda file: file.write_text(kept))
+
+    def _sweep(self) -> None:
+        """Remove temporary files that a killed process left behind."""
+        for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
+            leftover.unlink(missing_ok=True)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run in the folder came to its end."""
+    return (path / SUMMARY).is_file()
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder if it holds a run, else the runs below it: in a comparison's own order, or sorted, at most two levels down."""
+    if (folder / CONFIG).is_file():
+        return [folder]
+    if (folder / COMPARISON).is_file():
+        listed = json.loads((folder / COMPARISON).read_text())["runs"]
+        return [folder / run for run in listed if (folder / run / CONFIG).is_file()]
+    found = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
+    if not found:
+        raise RunError(f"{folder}: expected a run folder or a folder of runs ({CONFIG} in it), found none")
+    return found
+
+
+def remove_run(path: Path) -> None:
+    """Delete a folder that holds runs (or nothing); `RunError` for any other folder."""
+    if not path.exists():
+        return
+    runs = [path, *path.glob("*/"), *path.glob("*/*/")]
+    if any(path.iterdir()) and not any((run / CONFIG).exists() for run in runs):
+        raise RunError(f"{path}: expected a folder of runs or none, and will not delete anything else; choose another --out")
+    shutil.rmtree(path)
+
+
+def _same_config(path: Path, config: Config) -> None:
+    try:
+        stored = from_table(tomllib.loads((path / CONFIG).read_text()))
+    except (AnyRankError, tomllib.TOMLDecodeError, OSError) as error:
+        raise RunError(f"{path / CONFIG}: cannot be read back ({error}); choose another --out") from None
+    _same("", path, to_table(stored), to_table(config))
+
+
+def _same(what: str, path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `RunError` that names the first key by which a run's configuration or plan is not the one it began with."""
+    theirs, ours = _flat(stored, what and f"{what} plan: "), _flat(wanted, what and f"{what} plan: ")
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            raise RunError(
+                f"{path}: was started with {key} = {theirs.get(key)!r}, not {ours.get(key)!r}; "
+                "resume with the configuration in the folder, or choose another --out"
+            )
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,248 @@
+"""Is the promised epsilon true? A membership-inference audit in one run: canaries in or out by a coin, guessed from uploads.
+
+Some training examples become canaries: they get a wrong label, so that nothing but their own presence pulls the model their
+way, and a fair coin decides for each whether it is trained on at all. Who sees every upload, and knows all examples but not the
+coins, then guesses them. Under (epsilon, delta) differential privacy no guesser can be right more often than a bound says;
+being right more often refutes the epsilon.
+
+The guesser here reads an upload as what it is under SGD, `y = sum_i N_i c_i + noise`: c_i the clipped gradient of example i,
+N_i how often it was drawn. The mean of N_i given y, were all Gaussian, is one linear solve. The canaries that seem drawn more
+often than expected, by most, are guessed to be in, and those drawn less often to be out.
+
+Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023, theorem 5.2: the bound that is used.
+An audit can refute a promise and never prove one: a lower bound far below epsilon is the common case, and no evidence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anyrank import keys, simulation
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import Config
+from anyrank.engines.inprocess import InProcess
+from anyrank.errors import ConfigError
+from anyrank.federation import loop
+from anyrank.federation.federation import Federation
+from anyrank.messages.plan import Plan
+from anyrank.messages.records import ClientUpdate, Download, Failure, Job, Scaling, Scores
+from anyrank.privacy.plan import PrivacyPlan
+from anyrank.runs.folder import RunDir
+from anyrank.tasks.base import Classification, Examples
+from anyrank.training.lora import LoraModel
+from anyrank.training.private_examples import PerExample
+
+_AT_ONCE = 256  # examples whose gradients are worked out together
+# Of the canaries, those of the most telling scores. Fixed before any audit: choosing it after one would cheat.
+_GUESSED = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Canaries:
+    """Examples with wrong labels: `index` `[m]` of the training set, `labels` `[m]`, `included` `[m]` bool by fair coins."""
+
+    index: np.ndarray
+    labels: np.ndarray
+    included: np.ndarray
+
+    @classmethod
+    def draw(cls, labels: np.ndarray, candidates: np.ndarray, number: int, seed: int) -> Canaries:
+        """`number` of the `candidates` (indices), each with a label that is not its own."""
+        rng, classes = keys.rng(seed, "audit"), int(labels.max()) + 1
+        index = np.sort(rng.choice(candidates, number, replace=False))
+        wrong = (labels[index] + rng.integers(1, classes, number)) % classes
+        return cls(index, wrong, rng.random(number) < 0.5)
+
+
+def audit(config: Config, canaries: int, noise_factor: float = 1.0, confidence: float = 0.95, on_round=None) -> dict[str, Any]:
+    """Train `config`'s federation with so many canaries, and bound its epsilon from below by what can be guessed.
+
+    `noise_factor` multiplies the noise behind the plan's back, to see whether the audit notices. Returns the `claimed`
+    epsilon, its `lower_bound` at `confidence`, how many canaries were `guessed` and how many of them `right`. Raises
+    `ConfigError` where there is no example-level plan to audit, or no canary can be made.
+    """
+    built = simulation.build(config)
+    try:
+        chosen = _canaries(built, canaries)
+        watch = _Watch(built.engine, chosen)
+        with tempfile.TemporaryDirectory() as folder, RunDir.open(Path(folder) / "run", config) as store:
+            loop.run(_with(built, watch, noise_factor), store, on_round)
+            claimed = _claimed(built.privacy, store.charges())
+    finally:
+        built.engine.model.close()
+    return _verdict(chosen, watch.scores, claimed, built.privacy.delta, confidence)
+
+
+def _canaries(built: Federation, number: int) -> Canaries:
+    task, shards = built.engine.model.task, built.population.shards
+    if built.privacy is None or built.privacy.level != "example":
+        raise ConfigError(
+            "[privacy]: expected level = 'example', whose promise is about single examples; nothing to audit else"
+        )
+    train = built.config.train
+    if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
+        raise ConfigError(
+            "train: an audit reads uploads as sums of gradients; expected optimizer = 'sgd' and nothing beside it"
+        )
+    if not isinstance(task.objective, Classification):
+        raise ConfigError(f"model.task: an audit makes canaries of wrong labels, which {task.name} has none of")
+    held = np.concatenate([shards[client] for client in range(len(shards))])
+    if not 1 <= number <= len(held) // 2:
+        raise ConfigError(
+            f"--canaries: expected 1 to {len(held) // 2}, half of the {len(held)} training examples, got {number}"
+        )
+    return Canaries.draw(task.train.labels.cpu().numpy(), held, number, built.config.run.seed)
+
+
+def _with(built: Federation, watch: _Watch, noise_factor: float) -> Federation:
+    """The federation with `watch` for its engine: its plan stays, counts of examples too, but for the noise."""
+    if noise_factor == 1.0:
+        return dataclasses.replace(built, engine=watch)
+    noise = {count: noise_factor * value for count, value in built.privacy.noise.items()}
+    return dataclasses.replace(built, engine=watch, privacy=dataclasses.replace(built.privacy, noise=noise))
+
+
+def _claimed(plan: PrivacyPlan, charges: Sequence[Mapping[str, Any]]) -> float:
+    """The largest epsilon over clients that the untouched plan reports for the rounds that were charged."""
+    counts = {row["client"]: row["num_examples"] for row in charges}
+    rounds = {name: sum(row["client"] == name for row in charges) for name in counts}
+    return max(plan.epsilon_after(count, rounds[name]) for name, count in counts.items())
+
+
+def _verdict(
+    canaries: Canaries, scores: Mapping[int, float], claimed: float, delta: float, confidence: float
+) -> dict[str, Any]:
+    """Guess "in" for the highest scores and "out" for the lowest, and count. Canaries of clients that never trained are out."""
+    coins = zip(canaries.index.tolist(), canaries.included.tolist(), strict=True)
+    ordered = [inside for _, inside in sorted((scores[index], inside) for index, inside in coins if index in scores)]
+    half = int(len(ordered) * _GUESSED) // 2
+    right = sum(not inside for inside in ordered[:half]) + sum(ordered[len(ordered) - half :])
+    bound = lower_bound(len(ordered), 2 * half, right, delta, confidence)
+    figures = {"canaries": len(ordered), "guessed": 2 * half, "right": right, "confidence": confidence}
+    return {"claimed": claimed, "lower_bound": bound, "delta": delta, **figures, "refuted": bound > claimed}
+
+
+class _Watch:
+    """The engine, with canaries among its examples, whose uploads are read: `scores` `{example: how much speaks for it}`."""
+
+    def __init__(self, engine: InProcess, canaries: Canaries) -> None:
+        self.model, self.canaries, self.scores = engine.model, canaries, {}
+        task = engine.model.task
+        labels = task.train.labels.clone()
+        labels[torch.from_numpy(canaries.index)] = torch.from_numpy(canaries.labels).to(labels)
+        engine.model.task = dataclasses.replace(task, train=Examples(task.train.inputs, labels))
+        self.shards = engine.shards
+        self.engine = dataclasses.replace(engine, shards=_Without(engine.shards, canaries.index[~canaries.included]))
+
+    def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
+        return self.engine.start(rank, scaling, seed)
+
+    def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
+        return self.engine.evaluate(adapter, merged)
+
+    def train(self, jobs: Sequence[Job], plan: Plan) -> Iterator[ClientUpdate | Failure]:
+        by_name = {job.client.name: job for job in jobs}
+        for reply in self.engine.train(jobs, plan):
+            if isinstance(reply, ClientUpdate):
+                self._read(by_name[reply.client], reply, plan)
+            yield reply
+
+    def _read(self, job: Job, update: ClientUpdate, plan: Plan) -> None:
+        """Add to the score of each of the client's canaries how much more often than expected it seems to have been drawn."""
+        examples = np.array(self.shards[job.index])  # a copy: shards may be read-only
+        canary, privacy = np.isin(examples, self.canaries.index), plan.privacy.plan
+        parameters = self.model.load(job.download)
+        parts = [PerExample(self.model, parameters).gradients(part) for part in torch.from_numpy(examples).split(_AT_ONCE)]
+        gradients = torch.cat([torch.cat([g.flatten(1) for g in part], dim=1) for part in parts]).double()
+        gradients *= (privacy.clip_norm / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)).clamp_max(1.0)
+        moved = torch.cat([step.flatten() for step in _steps(self.model, job.download, update)]).double()
+        sums = moved * privacy.batch_size / plan.learning_rate
+        draws, steps = privacy.sampling_rate(job.num_examples), privacy.local_steps
+        mean = torch.from_numpy(np.where(canary, 0.5, 1.0) * draws * steps)
+        spread = torch.from_numpy(np.where(canary, (draws * steps) ** 2 / 4, 0.0) + mean.numpy() * (1 - draws))
+        noise = steps * (privacy.noise[job.num_examples] * privacy.clip_norm) ** 2
+        excess = _posterior(gradients, sums, mean, spread, noise)
+        for example, score in zip(examples[canary].tolist(), excess[torch.from_numpy(canary)].tolist(), strict=True):
+            self.scores[example] = self.scores.get(example, 0.0) + score
+
+
+def _posterior(gradients: Tensor, sums: Tensor, mean: Tensor, spread: Tensor, noise: float) -> Tensor:
+    """`E[N | y] - E[N]` `[n]` for `y = G' N + e`: `gradients` G `[n, P]`, `sums` y `[P]`, N of `mean` and variance `spread`
+    `[n]`, e of variance `noise`. It is `D (G G' D + noise)^-1 G (y - G' mean)`, n x n whatever P is.
+    """
+    gram = gradients @ gradients.T
+    floor = 1e-3 * float(gram.diagonal().mean())  # gradients move during the local steps: they are not known to the last digit
+    system = gram * spread + (noise + floor) * torch.eye(len(mean), dtype=gram.dtype)
+    return spread * torch.linalg.solve(system, gradients @ (sums - gradients.T @ mean))
+
+
+def _steps(model: LoraModel, download: Download, update: ClientUpdate) -> list[Tensor]:
+    """Where the client came from less where it went, of each trained tensor in the order of `model.load`."""
+    steps = []
+    for name, sent in download.adapter.layers.items():
+        got = update.adapter.layers[name]
+        steps += [getattr(sent, factor) - getattr(got, factor) for factor in ("A", "B") if factor in download.train]
+    return steps + [download.adapter.tensors[name] - update.adapter.tensors[name] for name in model.trained]
+
+
+@dataclass(frozen=True, eq=False)
+class _Without:
+    """Shards without some examples, which count as if they were there: the plan must not tell who is missing."""
+
+    shards: Any
+    missing: np.ndarray
+    sizes: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", self.shards.sizes)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, client: int) -> np.ndarray:
+        return np.setdiff1d(self.shards[client], self.missing)
+
+
+# --- what so many right guesses refute ---------------------------------------------------------------------------------
+
+
+def lower_bound(canaries: int, guessed: int, right: int, delta: float, confidence: float = 0.95) -> float:
+    """The largest epsilon that `right` of `guessed` coins among so many `canaries` refute at `confidence`; 0 for none.
+
+    >>> round(lower_bound(100, 100, 100, 0.0), 2), lower_bound(100, 100, 55, 0.0)
+    (3.49, 0.0)
+    """
+    low, high = 0.0, 20.0
+    if p_value(canaries, guessed, right, low, delta) > 1 - confidence:
+        return 0.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        refuted = p_value(canaries, guessed, right, middle, delta) <= 1 - confidence
+        low, high = (middle, high) if refuted else (low, middle)
+    return low
+
+
+def p_value(canaries: int, guessed: int, right: int, epsilon: float, delta: float) -> float:
+    """How likely at most `right` or more of `guessed` coins are guessed under (epsilon, delta) differential privacy.
+
+    `P[X >= v] + 2 m delta max_i (P[v > X >= v - i] / i)`, X binomial of `guessed` coins with `e^epsilon / (1 + e^epsilon)`
+    (theorem 5.2 of the paper, for m canaries and v right guesses).
+    """
+    from scipy.stats import binom
+
+    share = 1 / (1 + math.exp(-epsilon))
+    tail = float(binom.sf(right - 1, guessed, share))
+    if not delta or not right:
+        return min(1.0, tail)
+    below = np.cumsum(binom.pmf(np.arange(right - 1, -1, -1), guessed, share))  # P[v > X >= v - i], i = 1 ... v
+    return min(1.0, tail + 2 * canaries * delta * float((below / np.arange(1, right + 1)).max()))

@@ -1,0 +1,143 @@
+"""The same federation under several methods and seeds: a grid of runs over the cores, and its means with their spread."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyrank import config as configs
+from anyrank import simulation
+from anyrank.algebra import spectra
+from anyrank.config.sections import Config
+from anyrank.errors import ConfigError, RunError
+from anyrank.files import write_whole
+from anyrank.runs.folder import is_finished
+from anyrank.runs.names import COMPARISON, METRICS, SUMMARY
+from anyrank.studies.grid import Cell, OnRound, finished, run_cells
+
+
+@dataclass(frozen=True)
+class Results:
+    """A grid that has been run: the table's rows, of finished runs alone; `failures`, `{label, seed, reason}` of the others."""
+
+    rows: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
+
+
+def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[Cell]:
+    """The runs of `methods` x `seeds`, each method as `variant` reads it. Seeds count up from the configuration's."""
+    if seeds < 1:
+        raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
+    if not methods or len(set(methods)) != len(methods):
+        raise ConfigError(f"--methods: expected different methods, comma-separated, got {', '.join(methods) or 'none'}")
+    cells = []
+    for label in methods:
+        chosen = variant(config, label)
+        for seed in range(config.run.seed, config.run.seed + seeds):
+            cells.append(Cell(label, chosen.replace(run={"seed": seed}), out / label / f"seed-{seed}"))
+    return cells
+
+
+def variant(config: Config, label: str) -> Config:
+    """`config` under the method that `label` names: `METHOD[:KEY=VALUE ...][@RANK]`.
+
+    `fedavg@2`: every client has rank 2. `stayput:tau=0:rotate=true`: with these options. `raflora:train.learning_rate=0.01`:
+    with a key of another section. The configuration's own options go to the method that it names, and to no other.
+    """
+    method, at, rank = label.partition("@")
+    name, *settings = method.split(":")
+    if not name or "/" in label or (at and not (rank.isdigit() and int(rank) > 0)):
+        raise ConfigError(f"--methods {label}: expected METHOD[:KEY=VALUE][@RANK], e.g. fedavg@8 or raflora:split=balanced")
+    options = config.method.options if name == config.method.name else {}
+    chosen = config.replace(method={"name": name, "options": options}, run={"label": label})
+    chosen = chosen.replace(clients={"ranks": (int(rank),)}) if at else chosen
+    keys = [setting if "." in setting.partition("=")[0] else f"method.{setting}" for setting in settings]
+    return configs.override(chosen, keys) if keys else chosen
+
+
+def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None:
+    """Build the first run of each method, so that whatever is wrong with the request stops before anything is trained."""
+    if out.exists() and any(out.iterdir()) and not (resume and (out / COMPARISON).exists()):
+        raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
+    for cell in {cell.label: cell for cell in reversed(cells)}.values():
+        simulation.build(cell.config, progress).engine.model.close()
+
+
+def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> Results:
+    """Run every cell that is not finished yet, `jobs` at a time, then write and return the results.
+
+    A run that cannot go on costs that run. Raises `RunFailed` where none is left to tell of.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out, cells, Results([], []))
+    failures = run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
+    results = Results(table(finished(cells, failures)), failures)
+    _write(out, cells, results)
+    return results
+
+
+def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row a method: means over seeds with their sample standard deviation (0 for one seed). The cells are finished ones."""
+    rows, rank = [], min(min(cell.config.clients.ranks) for cell in cells)
+    for label in dict.fromkeys(cell.label for cell in cells):
+        runs = [cell for cell in cells if cell.label == label]
+        summaries = [json.loads((cell.out / SUMMARY).read_text()) for cell in runs]
+        row: dict[str, Any] = {"label": label, "method": summaries[0]["method"], "seeds": len(runs)}
+        for figure in ("accuracy", "best_accuracy", "last_accuracy", "start_accuracy", "loss", "seconds"):
+            row |= _mean(figure, [summary[figure] for summary in summaries])
+        beyond = [_energy_past(cell, rank) for cell in runs]
+        row |= {"rank": rank, **(_mean("collapse", beyond) if None not in beyond else {"collapse": None})}
+        row |= {key: statistics.fmean(s[key] for s in summaries) for key in ("upload_bytes", "download_bytes")}
+        row |= {"worst_client_accuracy": _mean_of_known([summary["worst_client_accuracy"] for summary in summaries])}
+        rows.append(row | {"rejected": sum(summary["rejected"] for summary in summaries)})
+    for figure in ("accuracy", "last_accuracy"):
+        _pair(rows, figure, {label: _by_seed(cells, label, figure) for label in dict.fromkeys(cell.label for cell in cells)})
+    return rows
+
+
+def _by_seed(cells: Sequence[Cell], label: str, figure: str) -> dict[int, float]:
+    runs = [cell for cell in cells if cell.label == label]
+    return {cell.config.run.seed: json.loads((cell.out / SUMMARY).read_text())[figure] for cell in runs}
+
+
+def _pair(rows: list[dict[str, Any]], figure: str, values: Mapping[str, Mapping[int, float]]) -> None:
+    """Give each row its differences to the row with the best mean, seed by seed: on one seed all methods meet the same
+    clients, cohorts and batches, so that much of the spread over seeds cancels. `wins`: seeds on which the row is ahead.
+    `None` for a row that has no seed in common with the best.
+    """
+    best = max(rows, key=lambda row: row[figure])["label"]
+    for row in rows:
+        own, other = values[row["label"]], values[best]
+        differences = [own[seed] - other[seed] for seed in own if seed in other]
+        paired = (
+            {"to": best, **_mean("difference", differences), "wins": sum(d > 0 for d in differences)} if differences else None
+        )
+        row[f"{figure}_paired"] = paired
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(values)
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: statistics.fmean(values), f"{name}_std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _energy_past(cell: Cell, rank: int) -> float | None:
+    """The share of energy past the comparison's smallest rank after the last round, also where all clients are larger."""
+    import torch
+
+    spectrum = json.loads((cell.out / METRICS).read_text().splitlines()[-1])["spectrum"]
+    if spectrum is None:
+        return None
+    return spectra.energy_beyond({name: torch.tensor(values) for name, values in spectrum.items()}, rank)
+
+
+def _write(out: Path, cells: Sequence[Cell], results: Results) -> None:
+    runs = [str(cell.out.relative_to(out)) for cell in cells]  # in the order that was asked for: reports keep it
+    held = {"runs": runs, "rows": results.rows, "failures": results.failures}
+    write_whole(out / COMPARISON, lambda file: file.write_text(json.dumps(held, indent=2) + "\n"))

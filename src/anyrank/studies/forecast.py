@@ -1,0 +1,167 @@
+"""What a run would take, before anyone trains: clients, ranks, parameters, bytes, memory, and a guess of the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from anyrank import simulation
+from anyrank.config.sections import Config
+from anyrank.errors import RunFailed
+from anyrank.federation import loop
+from anyrank.federation.federation import Federation
+from anyrank.messages.plan import plan_round
+from anyrank.messages.records import Client, ClientUpdate, Download, Failure, Job, ServerState, factor_bytes, tensor_bytes
+from anyrank.privacy.noise import Mechanism
+from anyrank.progress import Progress
+from anyrank.studies import budget
+from anyrank.training import memory
+
+
+def plan(config: Config, measure: bool = True, progress: Progress | None = None) -> dict[str, Any]:
+    """The figures of `config`'s run; nothing that is trained is kept, and no run folder is made.
+
+    Bytes are of round 1, from the downloads that the method makes for each rank (they may grow where a method's do); of a
+    round and in all they are expected values over the draw of the cohorts. `measure`: time one local step of each rank, and
+    guess the time of training from it. Raises what a run would raise for a wrong request.
+    """
+    built = simulation.build(config, progress)
+    try:
+        state = loop.start(built)
+        levels = [_level(built, state, rank, count) for rank, count in _counts(built.population.ranks)]
+        activations = _measure(built, state, levels) if measure else 0
+        return _figures(built, state, levels, activations)
+    finally:
+        built.engine.model.close()
+
+
+def _counts(ranks: np.ndarray) -> Iterator[tuple[int, int]]:
+    values, counts = np.unique(ranks, return_counts=True)
+    return zip(values.tolist(), counts.tolist(), strict=True)
+
+
+def _level(built: Federation, state: ServerState, rank: int, count: int) -> dict[str, Any]:
+    """The row of one rank: `count` clients hold it."""
+    download = built.method.dispatch(state, Client(f"any of rank {rank}", rank))
+    return {
+        "rank": rank,
+        "clients": count,
+        "a_round": count * built.population.cohort_size / len(built.population),
+        "trainable_parameters": _trainable(download),
+        "upload_bytes": download.upload_bytes(),
+        "download_bytes": download.download_bytes(),
+        "step_s": None,
+    }
+
+
+def _trainable(download: Download) -> int:
+    layers = download.adapter.layers.values()
+    factors = sum(getattr(layer, factor).numel() for layer in layers for factor in download.train)
+    return factors + sum(tensor.numel() for tensor in download.adapter.tensors.values())
+
+
+def _measure(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> int:
+    """Time one local step of one client of each rank, as the engine trains them.
+
+    A first step warms up, and tells what is returned: the bytes that its passes keep for their gradients.
+    """
+    jobs = [job for level in levels if (job := _job(built, state, level["rank"]))]
+    train = replace(built.config.train, local_steps=1, local_epochs=0)
+    privacy = Mechanism(replace(built.privacy, local_steps=1)) if built.privacy else None
+    warm, timed = (plan_round(train, round, 2, built.config.run.seed, privacy=privacy) for round in (1, 2))
+    kept = memory.Kept(built.engine.model.module)
+    with kept.watch():
+        list(built.engine.train(jobs, warm))
+    replies = list(_timed(built.engine.train(jobs, timed)))
+    by_name = {reply.client: (reply, seconds) for reply, seconds in replies}
+    for job in jobs:
+        reply, seconds = by_name[job.client.name]
+        if isinstance(reply, Failure):
+            raise RunFailed(f"one local step of {job.client.name}, rank {job.client.rank}: {reply.reason}")
+        next(level for level in levels if level["rank"] == job.client.rank)["step_s"] = seconds
+    return kept.peak
+
+
+def _timed(replies: Iterable[ClientUpdate | Failure]) -> Iterator[tuple[ClientUpdate | Failure, float]]:
+    """Each reply with the seconds it took, by its own account or, where it gives none (private ones), until it came."""
+    began = time.perf_counter()
+    for reply in replies:
+        told = reply.metrics if isinstance(reply, ClientUpdate) else {}
+        yield reply, told.get("seconds", time.perf_counter() - began)
+        began = time.perf_counter()
+
+
+def _job(built: Federation, state: ServerState, rank: int) -> Job | None:
+    """The work of the first client of a rank that has examples."""
+    for index in np.flatnonzero(built.population.ranks == rank):
+        if count := built.counted(len(built.population.shards[int(index)])):
+            client = built.population.client(int(index))
+            return Job(int(index), client, count, built.method.dispatch(state, client))
+    return None
+
+
+def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]], activations: int) -> dict[str, Any]:
+    config, rounds = built.config, built.config.run.rounds
+    up = sum(level["a_round"] * level["upload_bytes"] for level in levels)
+    down = sum(level["a_round"] * level["download_bytes"] for level in levels)
+    steps = _steps(built)
+    timed = [level for level in levels if level["step_s"] is not None]
+    round_s = sum(level["a_round"] * level["step_s"] for level in timed) * steps if timed else None
+    return {
+        "name": config.run.name,
+        "method": config.method.name,
+        "task": built.facts["task"],
+        "rounds": rounds,
+        "clients": len(built.population),
+        "cohort": built.population.cohort_size,
+        "local_steps": steps,
+        "levels": levels,
+        "upload_bytes_a_round": round(up),
+        "download_bytes_a_round": round(down),
+        "upload_bytes": round(up * rounds),
+        "download_bytes": round(down * rounds),
+        "memory_bytes": _memory(built, state, levels) | {"activations": activations},
+        "privacy": budget.of_run(built) if built.privacy else None,
+        "round_s": round_s,
+        "training_s": round_s * rounds if timed else None,
+    }
+
+
+def _steps(built: Federation) -> float:
+    """Local steps of a client in a round, the mean over clients."""
+    train = built.config.train
+    per_epoch = float(np.mean(np.ceil(built.population.shards.sizes / train.batch_size)))
+    return (train.local_steps or train.local_epochs * per_epoch) * built.step_factor
+
+
+def _memory(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes that a run in one process holds, by what they are for, without the interpreter; the base model, the examples of a
+    batch and what local steps keep for their gradients (activations) are on `model.device`.
+
+    `examples_on_disk` are in a file, of which the system keeps in memory what fits.
+    """
+    population, task = built.population, built.engine.model.task
+    cohort = sum(level["a_round"] * (level["upload_bytes"] + level["download_bytes"]) for level in levels)
+    kept = 0.0
+    if built.method.private:  # what stays with a client, the server keeps for it from its first round on
+        taking_part = min(len(population), population.cohort_size * built.config.run.rounds) / len(population)
+        for level in levels:
+            adapter = built.method.dispatch(state, Client("anyone", level["rank"])).adapter
+            kept += taking_part * level["clients"] * _adapter_bytes(adapter)
+    return {
+        "base_model": sum(tensor.nbytes for tensor in task.module.state_dict().values()),
+        "examples": built.facts["inputs_bytes"] if built.facts["inputs_in"] == "memory" else 0,
+        "examples_on_disk": built.facts["inputs_bytes"] if built.facts["inputs_in"] == "disk" else 0,
+        "clients": int(population.ranks.nbytes + population.shards.sizes.nbytes),
+        "server_state": _adapter_bytes(state.adapter),
+        "cohort": round(cohort),
+        "kept_for_clients": round(kept),
+    }
+
+
+def _adapter_bytes(adapter) -> int:
+    return factor_bytes(adapter, frozenset("AB")) + tensor_bytes(adapter)

@@ -1,0 +1,306 @@
+"""A study: one claim, put to the test in several settings by several methods and seeds, from one TOML file to one table.
+
+A study file names the claim, and for each setting a configuration with what it changes in it:
+
+    title = "FlexLoRA collapses, raFLoRA does not"
+    claim = "raFLoRA, section 3"
+    minutes = 5
+    seeds = 3
+    methods = ["flexlora", "raflora"]
+    columns = ["last_accuracy", "collapse"]
+    figure = "accuracy"
+
+    [[setting]]
+    name = "Banking77"
+    config = "../banking77.toml"
+    set = ["run.rounds=60"]
+
+`methods` (each as in `anyrank compare --methods`) and `seeds` may be given anew for a setting; a `set` beside them holds for
+all settings.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyrank import config as configs
+from anyrank import simulation
+from anyrank.config.sections import Config
+from anyrank.errors import ConfigError, nearest
+from anyrank.files import write_whole
+from anyrank.runs.folder import is_finished
+from anyrank.runs.names import METRICS, SUMMARY
+from anyrank.studies import comparison, grid
+from anyrank.studies.grid import Cell
+
+STUDY, TABLE = "study.json", "study.md"
+FIGURES = ("accuracy", "collapse", "bytes", "none")
+_KEYS = {"title": str, "claim": str, "minutes": (int, float), "seeds": int, "methods": list, "columns": list, "setting": list}
+_OPTIONAL = {"figure": str, "set": list, "target_accuracy": (int, float), "budget_megabytes": (int, float)}
+_SETTING_KEYS = {"name": str, "config": str, "set": list, "methods": list, "seeds": int}
+
+# A figure of one finished run, by the name of its column: from its summary, its metrics, and the study.
+Figure = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]], "Study"], "float | None"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a study's table: `heading`, the figure of one run, the `digits` it is told with, after `scale`, and whether
+    its `spread` over seeds is told.
+    """
+
+    heading: str
+    figure: Figure
+    digits: int = 1
+    scale: float = 1.0
+    spread: bool = True
+
+
+def _from_summary(name: str) -> Figure:
+    return lambda summary, metrics, study: summary.get(name)
+
+
+def _energy_past(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
+    """Energy past the smallest rank; of clients of one rank there is none, by definition."""
+    return summary["collapse"] if len(summary["ranks"]) > 1 else None
+
+
+def _rounds_to_target(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
+    """The first scored round from which on the target is reached; `None` where it never is."""
+    return next((row["round"] for row in _scored(metrics) if row["accuracy"] >= study.target_accuracy), None)
+
+
+def _within_budget(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
+    """The accuracy of the last scored round before up and download together pass the budget; `None` where none is."""
+    moved, accuracy = 0, None
+    for row in metrics:
+        moved += row["upload_bytes"] + row["download_bytes"]
+        if moved > 1e6 * study.budget_megabytes:
+            break
+        accuracy = row["accuracy"] if row["accuracy"] is not None else accuracy
+    return accuracy
+
+
+def _scored(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in metrics if row["accuracy"] is not None]
+
+
+COLUMNS = {
+    "accuracy": Column("final, %", _from_summary("accuracy"), 1, 100),
+    "best_accuracy": Column("best, %", _from_summary("best_accuracy"), 1, 100),
+    "last_accuracy": Column("last 5, %", _from_summary("last_accuracy"), 1, 100),
+    "start_accuracy": Column("start, %", _from_summary("start_accuracy"), 1, 100),
+    "worst_client": Column("worst client, %", _from_summary("worst_client_accuracy"), 1, 100),
+    "collapse": Column("energy past min rank, %", _energy_past, 1, 100),
+    "effective_rank": Column("effective rank", _from_summary("effective_rank"), 1),
+    "upload": Column("MB up", _from_summary("upload_bytes"), 2, 1e-6, spread=False),
+    "download": Column("MB down", _from_summary("download_bytes"), 2, 1e-6, spread=False),
+    "epsilon": Column("ε spent", _from_summary("epsilon"), 2),
+    "rounds_to_target": Column("rounds to target", _rounds_to_target, 1),
+    "within_budget": Column("within budget, %", _within_budget, 1, 100),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One federation of a study, under its methods and seeds."""
+
+    name: str
+    config: Config
+    methods: tuple[str, ...]
+    seeds: int
+
+    def cells(self, out: Path) -> list[Cell]:
+        return comparison.plan(self.config, self.methods, self.seeds, out / _folder(self.name))
+
+
+@dataclass(frozen=True)
+class Study:
+    """One claim and the settings it is tried in; `minutes`: what it took on two cores. See the module's docstring."""
+
+    name: str
+    title: str
+    claim: str
+    minutes: float
+    settings: tuple[Setting, ...]
+    columns: tuple[str, ...]
+    figure: str = "accuracy"
+    target_accuracy: float = 0.0
+    budget_megabytes: float = 0.0
+
+    def cells(self, out: Path) -> list[Cell]:
+        """All runs of the study, in folders of their own below `out`."""
+        return [cell for setting in self.settings for cell in setting.cells(out)]
+
+
+def load(path: Path) -> Study:
+    """The study of a TOML file. Raises `ConfigError` for an unknown key, column or figure, and what configurations raise."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a TOML study") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    _check(path, table, _KEYS, _OPTIONAL)
+    for column in table["columns"]:
+        if column not in COLUMNS:
+            raise ConfigError(f"{path}: columns: unknown column {column!r}; {nearest(str(column), COLUMNS)}")
+    if table.get("figure", "accuracy") not in FIGURES:
+        raise ConfigError(f"{path}: figure: expected one of {', '.join(FIGURES)}, got {table['figure']!r}")
+    for column, key in (("rounds_to_target", "target_accuracy"), ("within_budget", "budget_megabytes")):
+        if column in table["columns"] and not table.get(key, 0) > 0:
+            raise ConfigError(f"{path}: column {column} needs {key}, a number above 0")
+    settings = tuple(_setting(path, table, entry) for entry in table["setting"])
+    names = [_folder(setting.name) for setting in settings]
+    if not settings or len(set(names)) != len(names):
+        raise ConfigError(f"{path}: expected settings of different names, got {', '.join(names) or 'none'}")
+    options = {key: table[key] for key in ("figure", "target_accuracy", "budget_megabytes") if key in table}
+    told = {key: table[key] for key in ("title", "claim", "minutes")}
+    return Study(path.stem, settings=settings, columns=tuple(table["columns"]), **told, **options)
+
+
+def check(study: Study, progress=None) -> None:
+    """Build the first run of each setting and method, so that whatever is wrong stops before anything is trained."""
+    for setting in study.settings:
+        for label in setting.methods:
+            simulation.build(comparison.variant(setting.config, label), progress).engine.model.close()
+
+
+def execute(study: Study, out: Path, jobs: int, on_round: grid.OnRound | None = None) -> dict[str, Any]:
+    """Run what is not finished yet, all settings in one grid, and return the results, which `out` then holds as
+    JSON and as Markdown. A run that cannot go on costs that run; `RunFailed` where none is left to tell of.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    cells = study.cells(out)
+    failures = grid.run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
+    grid.finished(cells, failures)
+    results = tell(study, out) | {"failures": failures}
+    write_whole(out / STUDY, lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))
+    write_whole(out / TABLE, lambda file: file.write_text(markdown(results)))
+    return results
+
+
+def tell(study: Study, out: Path) -> dict[str, Any]:
+    """The study's table: for each setting and method each column's values by seed, with mean and sample deviation, and the
+    differences to the setting's best method, seed by seed, in the first column. A run that is not finished has no values.
+    """
+    settings = []
+    for setting in study.settings:
+        cells = setting.cells(out)
+        rows = [_row(study, label, [cell for cell in cells if cell.label == label]) for label in setting.methods]
+        _pair(rows, study.columns[0])
+        seeds = [cell.config.run.seed for cell in cells[: setting.seeds]]
+        settings.append({"name": setting.name, "seeds": seeds, "rows": rows})
+    seconds = sum(_read(cell.out)[0]["seconds"] for cell in study.cells(out) if is_finished(cell.out))
+    told = {"name": study.name, "title": study.title, "claim": study.claim, "columns": list(study.columns)}
+    return told | {"settings": settings, "run_seconds": seconds}
+
+
+def _row(study: Study, label: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    runs = [_read(cell.out) if is_finished(cell.out) else None for cell in cells]
+    columns = {}
+    for name in study.columns:
+        values = [COLUMNS[name].figure(*run, study) if run else None for run in runs]
+        known = [value for value in values if value is not None]
+        mean = statistics.fmean(known) if known else None
+        columns[name] = {"values": values, "mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None}
+    return {"label": label, "columns": columns}
+
+
+def _pair(rows: Sequence[dict[str, Any]], name: str) -> None:
+    """To each row: its mean difference to the row of the largest mean, seed by seed, its spread, and how often it is ahead."""
+    known = [row for row in rows if None not in row["columns"][name]["values"]]
+    best = max(known, key=lambda row: row["columns"][name]["mean"], default=None)
+    for row in known:
+        pairs = zip(row["columns"][name]["values"], best["columns"][name]["values"], strict=True)
+        differences = [own - other for own, other in pairs]
+        std = statistics.stdev(differences) if len(differences) > 1 else None
+        ahead = sum(difference > 0 for difference in differences)
+        row["paired"] = {"to": best["label"], "mean": statistics.fmean(differences), "std": std, "ahead": ahead}
+
+
+def cells_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The results as text, for each setting `(title, headings, rows)`: mean ± sample deviation over seeds."""
+    tables = []
+    for setting in results["settings"]:
+        headings = ["method", *(COLUMNS[name].heading for name in results["columns"]), "to the best (ahead)"]
+        rows = []
+        for row in setting["rows"]:
+            cells = [_cell(COLUMNS[name], row["columns"][name]) for name in results["columns"]]
+            rows.append([row["label"], *cells, _against(row, results["columns"][0], len(setting["seeds"]))])
+        seeds = ", ".join(map(str, setting["seeds"]))
+        tables.append((f"{setting['name']} (seeds {seeds})", headings, rows))
+    return tables
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The results as one Markdown table a setting."""
+    parts = []
+    for title, headings, rows in cells_of(results):
+        lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *([f"`{row[0]}`", *row[1:]] for row in rows)]
+        parts.append(f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(column: Column, told: Mapping[str, Any]) -> str:
+    if told["mean"] is None:
+        return "–"
+    text = f"{column.scale * told['mean']:.{column.digits}f}"
+    text += f" ± {column.scale * told['std']:.{column.digits}f}" if column.spread and told["std"] is not None else ""
+    missing = sum(value is None for value in told["values"])
+    return text + (f" (of {len(told['values']) - missing})" if missing else "")
+
+
+def _against(row: Mapping[str, Any], name: str, seeds: int) -> str:
+    own, column = row.get("paired"), COLUMNS[name]
+    if own is None or own["to"] == row["label"]:
+        return "" if own is None else "best"
+    spread = f" ± {column.scale * own['std']:.{column.digits}f}" if own["std"] is not None else ""
+    return f"{column.scale * own['mean']:+.{column.digits}f}{spread} ({own['ahead']}/{seeds})"
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _setting(path: Path, table: Mapping[str, Any], entry: Any) -> Setting:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{path}: [[setting]]: expected a table of keys, got {entry!r}")
+    _check(path, entry, {"name": str, "config": str}, _SETTING_KEYS)
+    methods = tuple(entry.get("methods", table["methods"]))
+    seeds = entry.get("seeds", table["seeds"])
+    chosen = configs.load(path.parent / entry["config"], [*table.get("set", ()), *entry.get("set", ())])
+    for label in methods:
+        comparison.variant(chosen, label)
+    return Setting(entry["name"], chosen, methods, seeds)
+
+
+def _check(path: Path, table: Mapping[str, Any], needed: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a key that is missing, unknown or of another type."""
+    known = {**needed, **optional}
+    for key in needed:
+        if key not in table:
+            raise ConfigError(f"{path}: expected the key {key!r}; it has {', '.join(table) or 'none'}")
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}; {nearest(key, known)}")
+        if not isinstance(value, known[key]):
+            names = known[key] if isinstance(known[key], tuple) else (known[key],)
+            raise ConfigError(f"{path}: {key}: expected {' or '.join(kind.__name__ for kind in names)}, got {value!r}")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary and metrics of a finished run."""
+    lines = (folder / METRICS).read_text().splitlines()
+    return json.loads((folder / SUMMARY).read_text()), [json.loads(line) for line in lines]
+
+
+def _folder(name: str) -> str:
+    """A setting's folder: its name in small letters, digits and dashes."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

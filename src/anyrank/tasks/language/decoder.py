@@ -1,0 +1,235 @@
+"""A pretrained causal language model with its tokenizer: loaded, run on completions, and asked to go on from a prompt.
+
+transformers is imported when a model is loaded; no code of a model folder is run, and nothing here trains.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anyrank.config.sections import ModelConfig
+from anyrank.errors import ModelError
+from anyrank.tasks.language.sequences import Encoded, Sequences
+from anyrank.tasks.pretrained import first_line, quiet, snapshot, weight_files, without_extra
+
+_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
+# Layers that look back only so far do so by their own mask, which a mask of ours would take the place of.
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A causal language model as transformers knows it, frozen, with its tokenizer; `name` is what it goes by, `targets` what
+    LoRA adapts in it where nothing else is asked for (empty: what PEFT does).
+    """
+
+    name: str
+    tokenizer: Any
+    model: nn.Module
+    targets: tuple[str, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """The token that completions end in."""
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(f"{self.name}: its tokenizer has no end-of-sequence token (eos_token); name it there")
+        return self.tokenizer.eos_token_id
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """All tokens that end a text which the model writes: its tokenizer's, and those that its settings name."""
+        named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return frozenset([self.end, *(named if isinstance(named, list) else [] if named is None else [named])])
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens the model has positions for, where it says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load(config: ModelConfig) -> Pretrained:
+    """The model of a local folder (`model.path`) or of a hub id (`model.name`), in evaluation mode, its matrices in
+    `model.train_dtype`.
+
+    Raises `ModelError` where none is named, and for a folder that holds no whole causal language model.
+    """
+    if not (config.name or config.path):
+        raise ModelError("model: give model.name (arithmetic-decoder or a hub id) or model.path, a transformers folder")
+    folder = Path(config.path) if config.path else snapshot(config.name, _PATTERNS)
+    name = config.path or config.name
+    weight_files(folder, name)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise without_extra() from None
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **local
+            )
+    except Exception as error:  # transformers raises nearly every kind
+        raise ModelError(f"{folder}: transformers cannot load a causal language model ({first_line(error)})") from None
+    missing = sorted(report["missing_keys"])  # transformers fills them at random
+    if missing:
+        raise ModelError(f"{folder}: the weights lack {missing[0]} ({len(missing)} in all); the files are not of one model")
+    for parameter in model.parameters():  # as `hardware.place` has them, without a float32 copy of a narrow model on the way
+        narrow = config.train_dtype == "bfloat16" and parameter.ndim >= 2
+        parameter.data = parameter.data.to(torch.bfloat16 if narrow else torch.float32)
+    return Pretrained(name, tokenizer, model.eval().requires_grad_(False))
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """A causal language model that gives the loss of completions, under the model's own module names.
+
+    Its forward pass takes what `Sequences.batch` makes and gives the mean cross-entropy over the tokens of each example's
+    completion, `[b]`: no example's loss depends on how long another is, or on who else is in the batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        self._model = (model,)  # in a tuple, so that its modules are not registered under a second name
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self.requires_grad_(False)
+
+    @property
+    def whole(self) -> nn.Module:
+        """The language model itself, whose modules these are."""
+        return self._model[0]
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model goes on from what it keeps of earlier tokens."""
+        return "past_key_values" in self._takes
+
+    def forward(
+        self, inputs: Tensor, owner: Tensor, positions: Tensor, scored: Tensor, counts: Tensor, packed: bool = False
+    ) -> Tensor:
+        logits, chosen = self._logits(inputs, owner, positions, scored, packed)
+        losses = F.cross_entropy(logits.float(), inputs.to(logits.device)[chosen], reduction="none")
+        return _by_example(losses, owner, positions, chosen, len(counts)).sum(dim=1) / counts.to(losses.device)
+
+    def read(
+        self, inputs: Tensor, owner: Tensor, positions: Tensor, scored: Tensor, counts: Tensor, packed: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each example, `[b]`, and whether every token of its completion is the likeliest one, `[b]` bool: whether
+        greedy decoding would write the completion word for word."""
+        logits, chosen = self._logits(inputs, owner, positions, scored, packed)
+        wanted = inputs.to(logits.device)[chosen]
+        losses = F.cross_entropy(logits.float(), wanted, reduction="none")
+        wrong = (logits.argmax(dim=1) != wanted).float()
+        tables = (_by_example(values, owner, positions, chosen, len(counts)) for values in (losses, wrong))
+        total, errors = (table.sum(dim=1) for table in tables)
+        return total / counts.to(losses.device), errors == 0
+
+    def _logits(self, inputs: Tensor, owner: Tensor, positions: Tensor, scored: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+        """Logits `[s, vocabulary]` of the scored tokens, told by the token before each, and which they are, `[r, t]` bool.
+
+        Padding stands after all tokens, where causal attention never looks: a batch of one example a row needs no mask.
+        """
+        device = next(self.parameters()).device
+        call: dict[str, Any] = {"input_ids": inputs.to(device), "use_cache": False}
+        if packed:
+            call |= {"attention_mask": self._apart(owner.to(device)), "position_ids": positions.to(device)}
+        columns = scored[:, 1:].any(dim=0).nonzero().squeeze(1)  # the vocabulary is wide: no logits but those that are read
+        if "logits_to_keep" in self._takes:
+            logits = self._run(call | {"logits_to_keep": columns.to(device)}).logits
+        else:
+            logits = self._run(call).logits[:, columns.to(device)]
+        return logits[scored[:, columns + 1].to(device)], scored.to(device)
+
+    def step(self, ids: Tensor, mask: Tensor, kept: Any) -> tuple[Tensor, Any]:
+        """Logits `[b, vocabulary]` of the token after `ids` `[b, t]`, and what to keep for the next step.
+
+        `kept`: what the step before gave, or `None`; `mask` `[b, all tokens so far]`: 0 for padding in front.
+        """
+        call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": kept, "use_cache": True}
+        if "position_ids" in self._takes:
+            call["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._takes:
+            call["logits_to_keep"] = 1
+        output = self._run(call)
+        return output.logits[:, -1], output.past_key_values
+
+    def _run(self, call: Mapping[str, Any]) -> Any:
+        """The model's own output; products in bfloat16 where its matrices are."""
+        weight = next(self.parameters())
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):
+            return self.whole(**call)
+
+    def _apart(self, owner: Tensor) -> Tensor:
+        """What attention adds, `[r, 1, t, t]`: nothing where a token looks back at one of its own example."""
+        dtype, places = next(self.parameters()).dtype, torch.arange(owner.shape[1], device=owner.device)
+        seen = (owner[:, :, None] == owner[:, None, :]) & (places[:, None] >= places)
+        return torch.zeros(seen.shape, dtype=dtype, device=owner.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _by_example(values: Tensor, owner: Tensor, positions: Tensor, chosen: Tensor, examples: int) -> Tensor:
+    """`values` `[s]` of the chosen tokens as a row for each example, `[b, t]`; zero elsewhere."""
+    table = values.new_zeros(examples, owner.shape[1])
+    return table.index_put((owner.to(values.device)[chosen], positions.to(values.device)[chosen]), values)
+
+
+@torch.no_grad()
+def packs(decoder: Decoder, max_length: int) -> bool:
+    """Whether examples can share rows: tried on three short ones, against the same with a row for each.
+
+    Layers that look back less far than `max_length` tokens are not: no short example would show it.
+    """
+    settings = decoder.whole.config.get_text_config()
+    if any((getattr(settings, name, None) or max_length) < max_length for name in _WINDOWS):
+        return False
+    size = settings.vocab_size
+    probe = [Encoded([(7 * i + 3 * j + 1) % size for j in range(length)], 1) for i, length in enumerate((9, 5, 4))]
+    together, index = Sequences.of(probe, 0, packs=True), torch.arange(3)
+    apart = decoder(**together.batch(index, even=True))
+    try:
+        shared = decoder(**together.batch(index))
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # no such mask, no such positions
+        return False
+    tolerance = 1e-4 if apart.dtype == torch.float32 and next(decoder.parameters()).dtype == torch.float32 else 2e-2
+    return torch.allclose(shared, apart, rtol=tolerance, atol=tolerance)
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def go_on(decoder: Decoder, prompts: Sequence[Sequence[int]], limit: int, ends: frozenset[int]) -> list[list[int]]:
+    """What the model writes after each prompt: the likeliest token again and again, `limit` of them or up to one of `ends`.
+
+    Prompts of one call stand side by side, padded in front; keys and values of earlier tokens are kept.
+    """
+    device, width = next(decoder.parameters()).device, max(map(len, prompts))
+    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = (torch.arange(width, device=device) >= pads[:, None]).long()
+    stops = torch.tensor(sorted(ends), device=device)
+    written, done, kept = [], torch.zeros(len(prompts), dtype=torch.bool, device=device), None
+    for _ in range(limit):
+        logits, kept = decoder.step(ids, mask, kept)
+        ids = logits.argmax(dim=1, keepdim=True)
+        written.append(ids)
+        done |= torch.isin(ids[:, 0], stops)
+        if done.all():
+            break
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+    return [_up_to(row, ends) for row in torch.cat(written, dim=1).tolist()]
+
+
+def _up_to(tokens: list[int], ends: frozenset[int]) -> list[int]:
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]

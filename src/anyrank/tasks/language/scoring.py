@@ -1,0 +1,210 @@
+"""When an answer is right: the completion word for word, what the model writes, or the likeliest of the options.
+
+An answer is compared by what is extracted from it (`EXTRACTS`), small functions of a text and the options there are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anyrank.config.sections import EvalConfig
+from anyrank.data.instructions import Instruction
+from anyrank.errors import ConfigError
+from anyrank.messages.records import Scores
+from anyrank.tasks.base import Examples, Inputs
+from anyrank.tasks.language.decoder import Decoder, go_on
+from anyrank.tasks.language.sequences import Sequences
+
+Extract = Callable[[str, Sequence[str]], str | None]
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")  # 16-3 is 16 and 3, not 16 and -3
+_MARK = "####"
+
+
+# --- what an answer comes down to ------------------------------------------------------------------------------------
+
+
+def text_of(text: str, options: Sequence[str] = ()) -> str | None:
+    """The whole text; blanks of any kind and number count as one.
+
+    >>> text_of(" the  sun\\n")
+    'the sun'
+    """
+    return " ".join(text.split()) or None
+
+
+def number_of(text: str, options: Sequence[str] = ()) -> str | None:
+    """The first number after `####`, as GSM8K marks an answer, or else the last number; without separators or needless zeros.
+
+    >>> number_of("He has 3.\\n#### 1,080"), number_of("So it is $18.00."), number_of("None.")
+    ('1080', '18', None)
+    """
+    marked = text.partition(_MARK)[2] if _MARK in text else ""
+    found = _NUMBER.findall(marked)[:1] or ([] if _MARK in text else _NUMBER.findall(text)[-1:])
+    return f"{Decimal(found[0].replace(',', '')).normalize() + 0:f}" if found else None
+
+
+def option_of(text: str, options: Sequence[str]) -> str | None:
+    """The option that is named first, as a word of its own and in letters of either size.
+
+    >>> option_of("The correct answer is answer12, not answer1", ("answer1", "answer12"))
+    'answer12'
+    """
+    found = [(match.start(), option) for option in options if (match := _word(option).search(text))]
+    return min(found)[1] if found else None
+
+
+def _word(option: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
+
+
+EXTRACTS: Mapping[str, Extract] = MappingProxyType({"text": text_of, "number": number_of, "option": option_of})
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """The held-out examples of a task: `items`, their `sequences` of token ids, and what reads and writes those.
+
+    `choices`: a sequence for each option of each item, one after another. `decode` makes a text of token ids, `ends` are the
+    tokens that end one, and the model takes `longest` tokens, where that is known; `generates`: it can go on from a prompt
+    without reading it anew. `score` and `extract` are what `auto` means.
+    """
+
+    items: Sequence[Instruction]
+    sequences: Sequences
+    choices: Sequences | None
+    decode: Callable[[Sequence[int]], str]
+    ends: frozenset[int]
+    longest: int | None
+    generates: bool
+    score: str
+    extract: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Right is a completion whose every token is the likeliest one: what greedy decoding would write."""
+
+    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> np.ndarray:
+        return exact
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Right is a question whose likeliest option is the right one, by the sum over the completion's tokens or (`normalized`)
+    by their mean; the first of several alike."""
+
+    normalized: bool
+
+    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> np.ndarray:
+        choices = questions.choices
+        losses, _ = read(decoder, choices, choices, batch_size)
+        totals = losses if self.normalized else losses * (choices.lengths - choices.prompts).numpy()
+        ends = np.cumsum([len(item.options) for item in questions.items])
+        likeliest = [int(own.argmin()) for own in np.split(totals, ends[:-1])]
+        right = [item.options.index(option_of(item.reference, item.options)) for item in questions.items]
+        return np.array(likeliest) == np.array(right)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Right is a question after which the model writes, greedily and in at most `limit` tokens, a text from which the same is
+    extracted as from the reference."""
+
+    limit: int
+    extract: Extract
+
+    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> np.ndarray:
+        right = np.zeros(len(questions), dtype=bool)
+        for index in by_length(questions.sequences.prompts, batch_size):
+            prompts = [questions.sequences.prompt(i) for i in index.tolist()]
+            for i, tokens in zip(index.tolist(), go_on(decoder, prompts, self.limit, questions.ends), strict=True):
+                item = questions.items[i]
+                right[i] = self.extract(questions.decode(tokens), item.options) == self.extract(item.reference, item.options)
+        return right
+
+
+Judge = Exact | Likelihood | Generate
+
+
+def _exact(questions: Questions, config: EvalConfig) -> Judge:
+    return Exact()
+
+
+def _likelihood(questions: Questions, config: EvalConfig) -> Judge:
+    if questions.choices is None:
+        raise ConfigError("eval.score = 'likelihood': the data has no options to choose from; name them in data.options")
+    return Likelihood(config.length_normalized)
+
+
+def _generate(questions: Questions, config: EvalConfig) -> Judge:
+    if not questions.generates:
+        raise ConfigError(
+            "eval.score = 'generate': the model keeps nothing of earlier tokens (past_key_values); choose another"
+        )
+    name = questions.extract if config.extract == "auto" else config.extract
+    empty = next((item for item in questions.items if EXTRACTS[name](item.reference, item.options) is None), None)
+    if empty is not None:
+        raise ConfigError(f"eval.extract = '{name}': there is none in the answer {empty.reference[-60:]!r}; choose another")
+    longest = int(questions.sequences.prompts.max())
+    if questions.longest and longest + config.max_new_tokens > questions.longest:
+        raise ConfigError(
+            f"eval.max_new_tokens = {config.max_new_tokens}: the longest prompt has {longest} tokens and the model takes "
+            f"{questions.longest} in all; lower it, or model.max_length"
+        )
+    return Generate(config.max_new_tokens, EXTRACTS[name])
+
+
+_JUDGES: Mapping[str, Callable[[Questions, EvalConfig], Judge]] = MappingProxyType(
+    {"exact": _exact, "likelihood": _likelihood, "generate": _generate}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """The module gives each example's loss itself: the mean cross-entropy over the tokens of its completion. The held-out
+    `questions` are right or wrong by `judge`."""
+
+    questions: Questions
+    judge: Judge = field(default_factory=Exact)
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return outputs
+
+    def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
+        losses, exact = read(module, examples.inputs, self.questions.sequences, batch_size)
+        correct = self.judge(module, self.questions, exact, batch_size)
+        return Scores(correct, losses, examples.labels.cpu().numpy())
+
+    def under(self, config: EvalConfig) -> Completion:
+        name = self.questions.score if config.score == "auto" else config.score
+        return replace(self, judge=_JUDGES[name](self.questions, config))
+
+
+@torch.inference_mode()
+def read(decoder: Decoder, inputs: Inputs, sequences: Sequences, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each example's loss `[n]` float64, and whether its completion is the likeliest word for word `[n]` bool; `inputs` hand
+    out the `sequences` in batches."""
+    losses, exact = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=bool)
+    for index in by_length(sequences.lengths, batch_size):
+        batch_losses, batch_exact = decoder.read(**inputs.batch(index))
+        losses[index.numpy()], exact[index.numpy()] = batch_losses.double().cpu().numpy(), batch_exact.cpu().numpy()
+    return losses, exact
+
+
+def by_length(lengths: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Batches of examples that are alike in length, the longest first."""
+    yield from lengths.argsort(descending=True, stable=True).split(batch_size)

@@ -1,0 +1,177 @@
+"""One client's private training in one round: DP-SGD over the trained factors and heads (Abadi et al., CCS 2016).
+
+Each step draws every example of the client with the plan's sampling rate, clips each drawn example's gradient to the clip
+norm, over all that is trained together, adds Gaussian noise to their sum and divides by the expected batch. An empty draw is
+a step too: of noise alone.
+
+Gradients example by example come from the model itself: the trained factors are repeated, one copy an example (what the
+stacked engine does with clients), so that one ordinary backward pass leaves each example's gradient in its own copy. What
+would still mix examples, or reach the loss past those copies, is found by `check` before anyone trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anyrank import keys
+from anyrank.errors import ModelError
+from anyrank.messages.plan import Plan
+from anyrank.messages.records import ClientUpdate, Download, Scaling
+from anyrank.privacy.noise import Draws
+from anyrank.tasks.base import Examples
+from anyrank.training.lora import LoraModel
+from anyrank.training.optimizers import Optimizer
+
+
+def train(model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: Plan) -> ClientUpdate:
+    """The client's update after training on `examples` (indices `[n]` of the task's training set), as `plan.privacy` asks.
+
+    It tells no losses, and no other count of examples than the one the plan declares.
+    """
+    privacy, draws = plan.privacy.plan, plan.privacy.draws(plan.round, client)
+    parameters = model.load(download)
+    start = [parameter.detach().clone() for parameter in parameters]
+    sums = PerExample(model, parameters)
+    optimizer = Optimizer(parameters, plan.config, plan.learning_rate)
+    rate, noise = privacy.sampling_rate(declared), privacy.noise[declared] * privacy.clip_norm
+    for _ in range(privacy.local_steps):
+        index = torch.from_numpy(examples[draws.random(len(examples)) < rate])
+        clipped = sums.clipped(index, privacy.clip_norm, plan.config.accumulation_steps)
+        for parameter, then, total in zip(parameters, start, clipped, strict=True):
+            parameter.grad = (total + noise * _normal(draws, total)) / privacy.batch_size
+            if plan.config.proximal_mu:  # FedProx pulls by the weights alone, which are no secret
+                parameter.grad.add_(parameter.detach() - then, alpha=plan.config.proximal_mu)
+        optimizer.step()
+    return ClientUpdate(model.read(download), declared, client)
+
+
+def _normal(draws: Draws, like: Tensor) -> Tensor:
+    values = torch.from_numpy(draws.standard_normal(like.numel()))
+    return values.view(like.shape).to(like.dtype).to(like.device)
+
+
+class PerExample:
+    """Gradients example by example of what `model` trains, as it was just loaded: `parameters` in the order of `load`."""
+
+    def __init__(self, model: LoraModel, parameters: Sequence[nn.Parameter]) -> None:
+        self.model, self.parameters = model, list(parameters)
+        self.terms = {name: model.terms(name) for name in model.targets}
+
+    def clipped(self, index: Tensor, clip_norm: float, parts: int = 1) -> list[Tensor]:
+        """The sum over the examples `index` `[b]` of their gradients, each scaled down to `clip_norm` over all tensors.
+
+        They go through the model in so many `parts`. An example whose gradient is not finite counts as zero: it must move the
+        sum by no more than any other.
+        """
+        totals = [torch.zeros_like(parameter) for parameter in self.parameters]
+        for part in index.split(-(-len(index) // parts)) if len(index) else ():
+            for total, own in zip(totals, self._clipped(part, clip_norm), strict=True):
+                total.add_(own)
+        return totals
+
+    def _clipped(self, index: Tensor, clip_norm: float) -> list[Tensor]:
+        gradients = self.gradients(index)
+        squares = sum(torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) ** 2 for gradient in gradients)
+        finite = torch.isfinite(squares)
+        if not finite.all():
+            gradients = [torch.where(finite.view(-1, *(1,) * (g.ndim - 1)), g, 0.0) for g in gradients]
+        scales = clip_norm / squares.sqrt().clamp_min(clip_norm)
+        scales = torch.where(finite, scales, 0.0)
+        return [torch.tensordot(scales.to(gradient.dtype), gradient, dims=1) for gradient in gradients]
+
+    def gradients(self, index: Tensor, examples: Examples | None = None) -> list[Tensor]:
+        """The gradient of each example's own loss, `[b, ...]` for each parameter; `examples`: instead of the training set."""
+        copies = {id(p): p.detach().expand(len(index), *p.shape).contiguous().requires_grad_() for p in self.parameters}
+        for name, ((A, B, scaling), *rest) in self.terms.items():
+            self.model.set_stack(name, [(copies.get(id(A), A), copies.get(id(B), B), scaling), *rest])
+        for name, parameter in self.model.trained.items():
+            self.model.set_stacked_tensor(name, copies[id(parameter)])
+        try:
+            losses = _losses(self.model, index, examples)
+            return list(torch.autograd.grad(losses.sum(), list(copies.values()), materialize_grads=True))
+        finally:
+            for name, terms in self.terms.items():
+                self.model.set_stack(name, terms)
+            self.model.leave_stack()
+
+
+def _losses(model: LoraModel, index: Tensor, examples: Examples | None = None) -> Tensor:
+    """The loss `[b]` of each of the examples `index`."""
+    examples = examples or model.task.train
+    return model.task.objective.losses(model.module(**examples.inputs.batch(index, even=True)), examples.labels[index])
+
+
+# --- nothing may bypass the clipping ----------------------------------------------------------------------------------
+
+_PROBED, _PROBE_RANK = 3, 2  # examples, and the rank of a random adapter
+_TOLERANCE = 1e-3  # of an example's gradient: rounding in float32 stays below it
+
+
+def check(model: LoraModel) -> None:
+    """Raise `ModelError`, by name, for what would bypass the clipping of `model`'s gradients example by example.
+
+    Beside what can be told from the module's parts, examples of the held-out data are put to the test, with random factors:
+    the gradient that each has in a batch must be the one that it has alone, by the ordinary way.
+    """
+    _check_parts(model)
+    draw = keys.generator(0, "privacy probe")
+    start = model.start(_PROBE_RANK, Scaling(1.0, "constant"), seed=0)
+    layers = {
+        name: layer.with_factors(
+            *(torch.randn(f.shape, generator=draw).to(f) / math.sqrt(f.shape[1]) for f in (layer.A, layer.B))
+        )
+        for name, layer in start.layers.items()
+    }
+    slices = {name: tuple(range(_PROBE_RANK)) for name in layers}
+    parameters = model.load(Download(replace(start, layers=layers), slices))
+    index = torch.arange(min(_PROBED, len(model.task.test)))
+    together = PerExample(model, parameters).gradients(index, model.task.test)
+    for place in index.tolist():
+        loss = _losses(model, index[place : place + 1], model.task.test).sum()
+        alone = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        scale = max(float(gradient.norm()) for gradient in alone)
+        for name, expected, found in zip(_names(model), alone, together, strict=True):
+            if not float((found[place] - expected).norm()) <= _TOLERANCE * scale:
+                raise ModelError(
+                    f"{name}: its gradient for one example depends on the batch, or it is used past its own module, so that "
+                    "clipping would not bound what one example does; choose other lora.target_modules or model.head"
+                )
+
+
+def _names(model: LoraModel) -> list[str]:
+    """What `model.load` trains, in its order."""
+    return [f"layer {name}, {factor}" for name in model.targets for factor in "AB"] + [f"parameter {n}" for n in model.trained]
+
+
+def _check_parts(model: LoraModel) -> None:
+    for name, part in model.module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None):
+            raise ModelError(
+                f"layer {name}: {type(part).__name__} by the batch's own statistics mixes examples, so that clipping would not "
+                "bound what one example does; choose a model with LayerNorm or GroupNorm"
+            )
+    uses: dict[int, list[str]] = {}
+    for name, parameter in model.module.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    for name, parameter in model.trained.items():
+        if len(uses[id(parameter)]) > 1:
+            both = " and ".join(uses[id(parameter)])
+            raise ModelError(f"parameter {name}: is tied ({both}), so that clipping would miss a part of it; freeze model.head")
+        owner = name.rpartition(".")[0]
+        kind = type(model.module.get_submodule(owner))
+        if kind is not nn.Linear or owner in model.targets:
+            raise ModelError(
+                f"parameter {name}: private training covers plain parameters of Linear modules without LoRA, this one is of "
+                f"{kind.__name__}; freeze model.head"
+            )
+    for name, target in model.targets.items():
+        if target.kind == "embedding" and target.module.scale_grad_by_freq:
+            raise ModelError(
+                f"layer {name}: scale_grad_by_freq makes gradients depend on the batch; choose other target_modules"
+            )

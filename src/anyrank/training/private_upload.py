@@ -1,0 +1,117 @@
+"""One client's upload under client-level privacy: its whole change of the round is clipped, and noise is added to it.
+
+A method for this trains one factor a round, the other being common to all. A client's change of the product is then linear in
+its change of that factor: with A fixed, `s dB A`, whose norm is `|dB M|` with `M = (s^2 A A^T)^(1/2)`, from the small Gram
+matrix alone. The mechanism works in these coordinates: over all layers, and plain tensors as they are, the change is scaled
+down to the clip norm C, noise of standard deviation `sigma C` is added to every coordinate, and both go back through the
+inverse of M. Whatever a client does, it moves these coordinates by at most C against a client that changed nothing, which is
+the sensitivity of adding or removing it; and the noise that reaches the product is of one size whatever the scaling, A or the
+rank are.
+
+`M` may be singular (slices that apply nothing yet), so a small multiple of the identity goes into it: it makes the norm larger
+by no more than that, never smaller, and so leaves the bound a bound. It depends on the download alone, which is no secret.
+
+Where the server adds the noise, it adds it to factors, and an upload is clipped in their own norm (`anyrank.bounded`) instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
+from anyrank.errors import RunFailed
+from anyrank.messages import change
+from anyrank.messages.plan import Plan
+from anyrank.messages.records import ClientUpdate, Download
+from anyrank.privacy.noise import Draws
+from anyrank.training import local
+from anyrank.training.lora import LoraModel
+
+_RIDGE = 1e-3  # of the mean eigenvalue of the Gram matrix
+
+
+def train(model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: Plan) -> ClientUpdate:
+    """The client's update after ordinary training on `examples` (indices `[n]`), clipped, with noise unless the server adds it.
+
+    A client whose training fails uploads no change, like any other: that it failed would tell of its data.
+    """
+    try:
+        adapter = local.train(model, client, download, examples, replace(plan, privacy=None)).adapter
+    except RunFailed:
+        adapter = download.adapter
+    return _SENT[plan.privacy.plan.noise_at](download, ClientUpdate(adapter, declared, client), plan)
+
+
+def _noised(download: Download, trained: ClientUpdate, plan: Plan) -> ClientUpdate:
+    privacy, draws = plan.privacy.plan, plan.privacy.draws(plan.round, trained.client)
+    noise = privacy.noise[trained.num_examples]
+    return replace(trained, adapter=release(download, trained.adapter, privacy.clip_norm, noise, draws))
+
+
+def _clear(download: Download, trained: ClientUpdate, plan: Plan) -> ClientUpdate:
+    return replace(trained, adapter=change.clipped(download, trained.adapter, plan.privacy.plan.upload_bound))
+
+
+_SENT = {"client": _noised, "server": _clear}  # by who adds the noise
+
+
+def release(download: Download, trained: Adapter, clip_norm: float, noise_multiplier: float, draws: Draws) -> Adapter:
+    """`trained`, its change since `download` scaled down to `clip_norm` and covered by noise of `noise_multiplier` of that."""
+    (factor,) = download.train
+    before = download.adapter
+    metrics = {name: _metric(layer, factor) for name, layer in before.layers.items()}
+    changes = {
+        **{name: _in(_change(trained, before, name, factor), metric, factor) for name, metric in metrics.items()},
+        **{name: tensor.double() - before.tensors[name].double() for name, tensor in trained.tensors.items()},
+    }
+    noisy = {
+        name: change + noise_multiplier * clip_norm * _normal(draws, change)
+        for name, change in sorted(_clipped(changes, clip_norm).items())
+    }
+    layers = {name: _moved(layer, factor, _out(noisy[name], metrics[name], factor)) for name, layer in before.layers.items()}
+    tensors = {name: (tensor.double() + noisy[name]).to(tensor.dtype) for name, tensor in before.tensors.items()}
+    return replace(before, layers=layers, tensors=tensors)
+
+
+def _change(trained: Adapter, before: Adapter, name: str, factor: str) -> Tensor:
+    return getattr(trained.layers[name], factor).double() - getattr(before.layers[name], factor).double()
+
+
+def _clipped(changes: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
+    """`changes`, scaled down together to a norm of at most `clip_norm`; zeros where that norm is not finite."""
+    norm = torch.cat([change.flatten() for change in changes.values()]).norm()
+    if not torch.isfinite(norm):
+        return {name: torch.zeros_like(change) for name, change in changes.items()}
+    return {name: change * (clip_norm / norm.clamp_min(clip_norm)) for name, change in changes.items()}
+
+
+def _metric(layer: LoraLayer, factor: str) -> Tensor:
+    """`M` `[rank, rank]` (float64): the square root of the Gram matrix of what the moved factor is multiplied by."""
+    fixed = layer.A.double() if factor == "B" else layer.B.double().T
+    gram = layer.scaling**2 * fixed @ fixed.T
+    mean = float(gram.diagonal().mean())
+    values, vectors = torch.linalg.eigh(gram + (_RIDGE * mean or 1.0) * torch.eye(len(gram), dtype=torch.float64))
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def _in(change: Tensor, metric: Tensor, factor: str) -> Tensor:
+    return change @ metric if factor == "B" else metric @ change
+
+
+def _out(moved: Tensor, metric: Tensor, factor: str) -> Tensor:
+    return torch.linalg.solve(metric, moved, left=factor == "A")
+
+
+def _moved(layer: LoraLayer, factor: str, change: Tensor) -> LoraLayer:
+    moved = (getattr(layer, factor).double() + change).to(layer.A.dtype)
+    return layer.with_factors(layer.A, moved) if factor == "B" else layer.with_factors(moved, layer.B)
+
+
+def _normal(draws: Draws, like: Tensor) -> Tensor:
+    return torch.from_numpy(draws.standard_normal(like.numel())).view(like.shape)
