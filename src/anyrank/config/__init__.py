@@ -13,7 +13,7 @@ from anyrank.config.sections import (
     RunConfig,
     TrainConfig,
 )
-from anyrank.config.tables import from_table, load, override, to_table
+from anyrank.config.tables import from_table, identity, load, override, to_table
 
 __all__ = [
     "ClientsConfig",
@@ -28,6 +28,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "from_table",
+    "identity",
     "load",
     "override",
     "to_table",

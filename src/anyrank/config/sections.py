@@ -19,6 +19,7 @@ RANK_ORDERS = ("shuffled", "cycled", "rising")
 OWN_HEADS = ("model", "model-trained")
 HEADS = ("trained", "frozen", "label-names", *OWN_HEADS)
 TASKS = ("image-classification", "text-classification", "causal-lm")
+HANDED_IN = "handed-in"  # the task, or the partition, of a federation that a Python program made
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 SCALINGS = ("constant", "standard", "rslora")
@@ -34,6 +35,9 @@ SCORES = ("auto", "exact", "generate", "likelihood")
 EXTRACTS = ("auto", "text", "number", "option")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TRAIN_DTYPES = ("float32", "bfloat16")
+# Marks keys that came after the first form of configurations: at their default, they are no part of what names a run's noise
+# (`tables.identity`), so that the same configuration has the same noise in later versions.
+LATER = {"later": True}
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class ModelConfig:
     `pretrained = false`: a fashion model as it is drawn at random. `dtype` is what frozen features are computed in (`auto`:
     bfloat16 where the device has instructions for it); `features`: where they are held while a run uses them, in memory or in
     their file, of which the system keeps in memory what fits. `device` computes all of it (`auto`: a GPU where torch sees
-    one); `train_dtype` is what the base model is held and run in while adapters train, which are float32 themselves.
+    one); `train_dtype` is what the base model is held and run in while adapters train, which are float32 themselves. `file`: a
+    Python file that registers a task of yours, whose name is `task`. `handed_in`: digests of a task that a program handed in.
     """
 
     name: str = ""
@@ -79,9 +84,13 @@ class ModelConfig:
     features: str = "memory"
     device: str = "cpu"
     train_dtype: str = "float32"
+    file: str = field(default="", metadata=LATER)
+    handed_in: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
 
     def __post_init__(self) -> None:
-        _one_of(self.task, TASKS, "model.task")
+        if not self.file and self.task != HANDED_IN:
+            _one_of(self.task, TASKS, "model.task")
+        _expect((self.task == HANDED_IN) == bool(self.handed_in), "model.task", "a task's name", self.task)
         _one_of(self.head, HEADS, "model.head")
         _one_of(self.dtype, DTYPES, "model.dtype")
         _one_of(self.features, FEATURES, "model.features")
@@ -95,7 +104,9 @@ class ModelConfig:
 class PartitionConfig:
     """`[data.partition]`: how training examples fall to clients. `alpha` for dirichlet and quantity, `labels_per_client` for
     pathological, `column` for column; a split that leaves a client below `min_examples` is an error. `sampled` is no split:
-    each client draws `examples_per_client` of all examples, with label skew `alpha`, when it first takes part.
+    each client draws `examples_per_client` of all examples, with label skew `alpha`, when it first takes part. `file`: a
+    Python file that registers a partition of yours, whose name is `kind`. `handed_in`: the digest of shards that a program
+    handed in.
     """
 
     kind: str = "dirichlet"
@@ -104,9 +115,13 @@ class PartitionConfig:
     column: str = ""
     examples_per_client: int = 0
     min_examples: int = 1
+    file: str = field(default="", metadata=LATER)
+    handed_in: str = field(default="", metadata=LATER)
 
     def __post_init__(self) -> None:
-        _one_of(self.kind, PARTITIONS, "data.partition.kind")
+        if not self.file and self.kind != HANDED_IN:
+            _one_of(self.kind, PARTITIONS, "data.partition.kind")
+        _expect((self.kind == HANDED_IN) == bool(self.handed_in), "data.partition.kind", "a partition's name", self.kind)
         _expect(self.alpha > 0, "data.partition.alpha", "a number above 0", self.alpha)
         _expect(self.labels_per_client >= 1, "data.partition.labels_per_client", "at least 1", self.labels_per_client)
         _expect(self.min_examples >= 0, "data.partition.min_examples", "at least 0", self.min_examples)
@@ -114,9 +129,8 @@ class PartitionConfig:
         sampled = self.kind == "sampled"
         right = self.examples_per_client >= 1 if sampled else self.examples_per_client == 0
         _expect(right, "data.partition.examples_per_client", wanted, self.examples_per_client)
-        _expect(
-            bool(self.column) == (self.kind == "column"), "data.partition.column", "set just with kind = 'column'", self.column
-        )
+        fits = bool(self.column) == (self.kind == "column") or bool(self.file)
+        _expect(fits, "data.partition.column", "set just with kind = 'column'", self.column)
 
 
 @dataclass(frozen=True)
@@ -166,13 +180,15 @@ class DataConfig:
 @dataclass(frozen=True)
 class ClientsConfig:
     """`[clients]`: `count` registered, the share of them drawn each round, and the `ranks` they have: the list is repeated
-    over the clients and then shuffled by the seed (`shuffled`), left in order (`cycled`) or sorted (`rising`).
+    over the clients and then shuffled by the seed (`shuffled`), left in order (`cycled`) or sorted (`rising`). `names`: what
+    the clients are called (empty: client-0 and so on).
     """
 
     count: int = 20
     participation: float = 0.25
     ranks: tuple[int, ...] = (2, 4, 8, 16, 32)
     rank_order: str = "shuffled"
+    names: tuple[str, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         _expect(self.count >= 1, "clients.count", "a whole number of at least 1", self.count)
@@ -181,6 +197,9 @@ class ClientsConfig:
         for rank in self.ranks:
             _expect(rank >= 1, "clients.ranks", "ranks of at least 1", rank)
         _one_of(self.rank_order, RANK_ORDERS, "clients.rank_order")
+        if self.names:
+            different = len(set(self.names)) == len(self.names) == self.count and all(self.names)
+            _expect(different, "clients.names", f"{self.count} different names, one a client", list(self.names))
 
 
 @dataclass(frozen=True)
@@ -241,11 +260,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """`[method]`: its `name`, its own options beside it, and `file`: a Python file that registers a method of yours."""
+    """`[method]`: its `name`, its own options beside it, and `file`: a Python file that registers a method of yours.
+    `handed_in`: the digest of a method that a program handed in."""
 
     name: str = "stayput"
     file: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    handed_in: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -254,6 +275,7 @@ class EvalConfig:
     right: the completion is the likeliest one word for word (`exact`), it is what is extracted from up to `max_new_tokens` that
     the model writes (`generate`), or it is the likeliest of its options (`likelihood`; `length_normalized`: a token).
     `extract`: the first option, the final number or the text that an answer comes down to. `auto`: as the data's format has it.
+    `metrics`: figures beside accuracy and loss, by name; `file`: a Python file that registers metrics of yours.
     """
 
     every: int = 1
@@ -262,6 +284,8 @@ class EvalConfig:
     extract: str = "auto"
     max_new_tokens: int = 256
     length_normalized: bool = False
+    metrics: tuple[str, ...] = field(default=(), metadata=LATER)
+    file: str = field(default="", metadata=LATER)
 
     def __post_init__(self) -> None:
         _expect(self.every >= 1, "eval.every", "a whole number of at least 1", self.every)
@@ -269,6 +293,7 @@ class EvalConfig:
         _one_of(self.score, SCORES, "eval.score")
         _one_of(self.extract, EXTRACTS, "eval.extract")
         _expect(self.max_new_tokens >= 1, "eval.max_new_tokens", "a whole number of at least 1", self.max_new_tokens)
+        _expect(len(set(self.metrics)) == len(self.metrics), "eval.metrics", "different names", list(self.metrics))
 
 
 @dataclass(frozen=True)
@@ -353,8 +378,9 @@ class Config:
             table = getattr(self, section)
             value = getattr(table, key)
             usual = value == getattr(type(table)(), key)
-            _expect(usual or task in tasks, f"{section}.{key}", f"it left out: it is for {what}", value)
-        if self.model.head in OWN_HEADS and task != _TEXT:
+            own = bool(self.model.file) or task == HANDED_IN  # such a task reads what it likes
+            _expect(usual or own or task in tasks, f"{section}.{key}", f"it left out: it is for {what}", value)
+        if self.model.head in OWN_HEADS and task != _TEXT and not self.model.file:
             raise ConfigError(f"model.head: '{self.model.head}' is for {_TEXT}; choose trained or frozen")
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:

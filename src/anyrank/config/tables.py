@@ -16,7 +16,10 @@ from anyrank.errors import ConfigError, nearest
 
 # Sections that the project's contract names and that this version cannot honour yet: refused, never ignored.
 _NOT_YET = {"track": "tracking to TensorBoard or MLflow"}
-_PATHS = (("model", "path"), ("data", "source"), ("data", "test_source"), ("method", "file"))
+_PATHS = (
+    *(("model", "path"), ("model", "file"), ("data", "source"), ("data", "test_source"), ("data", "partition", "file")),
+    *(("method", "file"), ("eval", "file")),
+)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -31,10 +34,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: no such file; expected a TOML configuration") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
-    for section, key in _PATHS:
-        value = table.get(section, {}).get(key) if isinstance(table.get(section), dict) else None
-        if isinstance(value, str) and value:
-            table[section][key] = _found(value, path.parent)
+    for *sections, key in _PATHS:
+        holder = table
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and isinstance(holder.get(key), str) and holder[key]:
+            holder[key] = _found(holder[key], path.parent)
     for override in overrides:
         _override(table, override)
     return from_table(table)
@@ -64,7 +69,7 @@ def from_table(table: Mapping[str, Any]) -> Config:
     table = dict(table)
     method = table.get("method")
     if isinstance(method, Mapping) and "options" not in method:
-        known = {"name", "file"}
+        known = {"name", "file", "handed_in"}
         options = {key: value for key, value in method.items() if key not in known}
         table["method"] = {key: value for key, value in method.items() if key in known} | {"options": options}
     return _build(Config, table, "")
@@ -75,6 +80,22 @@ def to_table(config: Config) -> dict[str, Any]:
     table = dataclasses.asdict(config)
     table["method"] |= table["method"].pop("options")
     return _plain(table)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a configuration says, as one names it for ever: keys that came later are left out while they are at their default."""
+    table = to_table(config)
+    _drop_defaults(config, table)
+    return table
+
+
+def _drop_defaults(section: Any, table: dict[str, Any]) -> None:
+    for key in dataclasses.fields(section):
+        value = getattr(section, key.name)
+        if dataclasses.is_dataclass(value):
+            _drop_defaults(value, table[key.name])
+        elif key.metadata.get("later") and not value:
+            table.pop(key.name)
 
 
 def _override(table: dict[str, Any], override: str) -> None:

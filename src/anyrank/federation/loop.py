@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from anyrank.config.tables import to_table
+from anyrank.config.tables import identity
 from anyrank.federation.federation import Federation
 from anyrank.federation.figures import measure, score, shares
 from anyrank.federation.intake import Skipped, charge, collect
@@ -26,7 +26,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
     config, method, engine = federation.config, federation.method, federation.engine
     first = start(federation)
     state, end = store.restore() or first, None
-    ledger = open_ledger(federation.privacy, to_table(config), store)
+    ledger = open_ledger(federation.privacy, identity(config), store)
     while state.round < config.run.rounds:
         began, round = time.perf_counter(), state.round + 1
         jobs, skipped = charge(ledger, *dispatch(federation, state, round), round)
