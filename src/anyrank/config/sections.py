@@ -85,7 +85,7 @@ class ModelConfig:
     device: str = "cpu"
     train_dtype: str = "float32"
     file: str = field(default="", metadata=LATER)
-    handed_in: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
+    handed_in: tuple[str, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         if not self.file and self.task != HANDED_IN:

@@ -83,7 +83,7 @@ def to_table(config: Config) -> dict[str, Any]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What a configuration says, as one names it for ever: keys that came later are left out while they are at their default."""
+    """What a configuration says, as it is named for ever: keys that came later are left out while they are at their default."""
     table = to_table(config)
     _drop_defaults(config, table)
     return table
