@@ -79,6 +79,9 @@ def to_table(config: Config) -> dict[str, Any]:
     """The whole configuration as a TOML table: `from_table` gives the same configuration back."""
     table = dataclasses.asdict(config)
     table["method"] |= table["method"].pop("options")
+    for section in (table["model"], table["data"]["partition"], table["method"]):
+        if not section["handed_in"]:
+            del section["handed_in"]  # what nobody writes by hand
     return _plain(table)
 
 
@@ -95,7 +98,7 @@ def _drop_defaults(section: Any, table: dict[str, Any]) -> None:
         if dataclasses.is_dataclass(value):
             _drop_defaults(value, table[key.name])
         elif key.metadata.get("later") and not value:
-            table.pop(key.name)
+            table.pop(key.name, None)
 
 
 def _override(table: dict[str, Any], override: str) -> None:
