@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def task(device: str, dtype: str, small: bool) -> Task:
     examples = Examples(
         TensorInputs(torch.randint(1000, settings.vocab_size, (count, TOKENS))), torch.randint(CLASSES, (count,))
     )
-    made = Task("random texts", model, targets, examples, examples, tuple(map(str, range(CLASSES))), "frozen")
+    made = Task(module=model, targets=targets, train=examples, test=examples)
     return place(made, ModelConfig(device=device, train_dtype=dtype))
 
 
@@ -76,7 +77,7 @@ def side_by_side(device: str, dtype: str, small: bool, repeats: int) -> None:
         client = Client(f"client-{index:02d}", RANKS[index % len(RANKS)])
         adapter = model.start(client.rank, Scaling(16.0), seed=index)
         slices = {name: tuple(range(layer.rank)) for name, layer in adapter.layers.items()}
-        jobs.append(Job(index, client, len(shard), Download(adapter, slices)))
+        jobs.append(Job(client, len(shard), partial(Download, adapter, slices)))
     plan = Plan(TrainConfig(local_steps=STEPS, batch_size=BATCH), 1e-3, round=1, seed=0)
     engines = {how: InProcess(model, shards, stacking=how) for how in ("never", "always")}
     updates = {how: sorted(engine.train(jobs, plan), key=lambda update: update.client) for how, engine in engines.items()}

@@ -117,7 +117,7 @@ def ours(way: str, encoder, tokens, labels):
     from anyrank.messages.records import Download, Scaling
     from anyrank.privacy.noise import Mechanism
     from anyrank.privacy.plan import PrivacyPlan
-    from anyrank.tasks.base import Examples, Task, TensorInputs, resolve_targets
+    from anyrank.tasks.base import Examples, Task, TensorInputs
     from anyrank.training import local, private_examples
     from anyrank.training.lora import LoraModel
 
@@ -130,7 +130,7 @@ def ours(way: str, encoder, tokens, labels):
             return self.encoder(input_ids=inputs).logits
 
     module, examples = Logits(), Examples(TensorInputs(tokens), labels)
-    task = Task("benchmark", module, resolve_targets(module, ("query", "value")), examples, examples, (), "frozen")
+    task = Task(module=module, targets=("query", "value"), train=examples, test=examples)
     model = LoraModel(task)
     adapter = model.start(RANK, Scaling(16, "standard"), 0)
     download = Download(adapter, {name: tuple(range(RANK)) for name in adapter.layers})
@@ -145,8 +145,8 @@ def ours(way: str, encoder, tokens, labels):
         mechanism, drawn = Mechanism(plan, b"k" * 32), []
         clipped = private_examples.PerExample.clipped
         private_examples.PerExample.clipped = lambda self, index, *rest: drawn.append(len(index)) or clipped(self, index, *rest)
-        plan = plan_round(train, 1, 1, 0, privacy=mechanism)
-        private_examples.train(model, "one", download, EXAMPLES, np.arange(EXAMPLES), plan)
+        plan = plan_round(train, 1, 1, 0)
+        private_examples.train(model, "one", download, EXAMPLES, np.arange(EXAMPLES), plan, mechanism)
         private_examples.PerExample.clipped = clipped
         return sum(drawn)
 

@@ -121,7 +121,7 @@ def account(size: str, data: Path | None) -> dict[str, float]:
     config = configuration(size, 1, data)
     built = simulation.build(config)
     needed = allocation.parts(built)
-    built.engine.model.close()
+    built.close()
     built = simulation.build(config)  # anew, so that nothing of the training above is left in it
     _without_scoring(built.engine, built.engine.model.task.test.labels.numpy())
     held = allocation.alive()

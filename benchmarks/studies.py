@@ -97,9 +97,9 @@ def measure(competitor: str, study: str, number: int, rounds: int, scoring: bool
     figures: dict[str, Any] = {"start_s": time.process_time()}
     if competitor == OURS:
         began = time.process_time()
-        simulation.build(config).engine.model.close()  # a second run in the same process: the task is there
+        simulation.build(config).close()  # a second run in the same process: the task is there
         figures["again_s"] = time.process_time() - began
-        built.engine.model.close()
+        built.close()
         built = simulation.build(config)
     else:
         spent = time.process_time() - began  # the loop has no use for what this computes

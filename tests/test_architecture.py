@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "anyrank"
 # inside functions and for type checkers too.
 LEVELS = [
     ["errors"],
-    ["keys", "files", "progress", "devices"],
+    ["keys", "files", "progress", "devices", "own"],
     ["adapter", "config"],
     ["algebra", "messages", "privacy", "data"],
     ["methods", "runs", "tasks"],

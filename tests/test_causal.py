@@ -134,8 +134,8 @@ def losses(task, even, index=None):
 def test_the_loss_of_each_example_is_the_models_own_over_its_completion(folders, data, architecture):
     task = load(folders[architecture], data, **({"max_length": 4 * 16} if architecture == "mistral" else {}))
     expected = torch.stack([alone(folders[architecture], *row) for row in ROWS])
-    torch.testing.assert_close(losses(task, even=True), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(losses(task, even=False), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(task, equal_lengths=True), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(task, equal_lengths=False), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_does_not_depend_on_who_shares_the_batch(folders, data):
@@ -150,7 +150,7 @@ def test_examples_share_rows_only_where_the_model_keeps_them_apart(folders, data
     shared = load(folders["llama"], data)
     assert "examples share rows" in shared.name
     assert shared.train.inputs.batch(torch.arange(4))["inputs"].shape[0] == 2  # 19, 7 and 6 tokens beside 45
-    assert "packed" not in shared.train.inputs.batch(torch.arange(4), even=True)
+    assert "packed" not in shared.train.inputs.batch(torch.arange(4), equal_lengths=True)
     assert "a row for each example" in load(folders["mistral"], data).name  # each layer looks back 4 tokens, by its own mask
     blind = lambda self, owner: torch.zeros(len(owner), 1, owner.shape[1], owner.shape[1])  # noqa: E731
     monkeypatch.setattr(decoder.Decoder, "_apart", blind)
@@ -166,7 +166,7 @@ def test_rows_are_filled_longest_first_and_nothing_is_lost():
     assert batch["counts"].tolist() == [2, 5, 1, 3, 0]
     assert batch["scored"].sum() == 11
     assert not batch["scored"][batch["positions"] == 0].any()  # the first token of each is its prompt
-    even = Sequences.of(encoded, pad=0, packs=True).batch(torch.tensor([2, 0]), even=True)
+    even = Sequences.of(encoded, pad=0, packs=True).batch(torch.tensor([2, 0]), equal_lengths=True)
     assert even["inputs"].tolist() == [[12, 12, 0], [10, 10, 10]]
     assert "packed" not in even
 
@@ -272,7 +272,7 @@ def test_a_saved_adapter_is_one_of_the_model_as_peft_loads_it(folders, data, tmp
     assert set(task.targets) == {name for name in task.targets if name in names and f"{name}.lora_A.default" in names}
     assert task.targets[0] == first
     model, draw = LoraModel(task), torch.Generator().manual_seed(1)
-    plain = losses(task, even=True)
+    plain = losses(task, equal_lengths=True)
     layers = {
         name: LoraLayer(
             A=torch.randn(4, target.width, generator=draw) / 4, B=torch.randn(target.out, 4, generator=draw) / 4, scaling=2.0
@@ -281,13 +281,13 @@ def test_a_saved_adapter_is_one_of_the_model_as_peft_loads_it(folders, data, tmp
     }
     saved = Adapter(layers, config=model.start(4, Scaling(2.0), seed=0).config).save(tmp_path / "adapter")
     model.apply(Adapter(layers))
-    adapted = losses(task, even=True)
+    adapted = losses(task, equal_lengths=True)
     written_on = decoder.go_on(task.module, [[20, 30, 40, 50]], 8, frozenset())
     model.close()
     assert (adapted - plain).abs().max() > 0.1
-    torch.testing.assert_close(losses(task, even=True), plain)
+    torch.testing.assert_close(losses(task, equal_lengths=True), plain)
     reloaded = peft.AutoPeftModelForCausalLM.from_pretrained(saved).eval()  # it finds the base model itself
-    batch = task.train.inputs.batch(torch.arange(4), even=True)
+    batch = task.train.inputs.batch(torch.arange(4), equal_lengths=True)
     with torch.no_grad():
         logits = reloaded(input_ids=batch["inputs"]).logits[:, :-1]
         tokens = reloaded.generate(torch.tensor([[20, 30, 40, 50]]), max_new_tokens=8, do_sample=False, eos_token_id=None)
@@ -484,9 +484,9 @@ def test_the_configuration_for_gsm8k_federates_it(folders, shared_data):
     paths = [f"model.path={folders['llama']}", f"data.source={gsm8k}/train.jsonl", f"data.test_source={gsm8k}/test.jsonl"]
     built = simulation.build(load_config(CONFIGS / "gsm8k.toml", [*smaller, *paths]))
     assert built.engine.model.targets.keys() == {f"model.layers.{i}.self_attn.{map}_proj" for i in (0, 1) for map in "qv"}
-    assert built.facts["train_examples"] == 40
+    assert built.facts.train_examples == 40
     assert built.engine.model.task.objective.judge == scoring.Generate(256, scoring.number_of)
-    built.engine.model.close()
+    built.close()
 
 
 def test_a_commonsense_set_is_scored_by_the_options_of_each_row(folders, shared_data):
@@ -576,7 +576,7 @@ def test_a_narrow_model_learns_and_writes_nearly_the_same(folders, data):
     narrow = place(causal.load(settings, data, LoraConfig(), None), settings)
     assert narrow.module.get_parameter("model.layers.0.mlp.up_proj.weight").dtype == torch.bfloat16
     assert narrow.module.get_parameter("model.norm.weight").dtype == torch.float32
-    exact = losses(load(folders["llama"], data), even=True)
+    exact = losses(load(folders["llama"], data), equal_lengths=True)
     for even in (False, True):
         torch.testing.assert_close(losses(narrow, even), exact, rtol=0.05, atol=0)
     scores = scored(narrow, score="generate", max_new_tokens=2)

@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from anyrank.privacy import noise
 from anyrank.privacy.noise import Mechanism
 from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.robust import central_noise
+from anyrank.robust.rules import rule_of
 from anyrank.training import private_upload
 from test_privacy_run import MOMENTS, PRELUDE, command, files, lines
 
@@ -57,6 +59,12 @@ class Fixed:
 
     def draws(self, round: int, client: str) -> object:
         return self.source
+
+
+def aggregated(method, state: ServerState, jobs: list[Job], updates: list[ClientUpdate], mechanism) -> ServerState:
+    """The state after a round, as the loop makes it: what the rule lets pass, merged under its noise."""
+    rule = rule_of(mechanism)
+    return rule.aggregate(method, state, rule.screen(state, jobs, updates).updates)
 
 
 @dataclass(frozen=True)
@@ -90,11 +98,11 @@ class World:
         state, method = self.state(), self.rule_of_the_server()
         clients = [Client(f"client-{index}", rank) for index, (rank, _) in enumerate(self.clients)]
         counts = [count for _, count in self.clients]
-        return [Job(i, client, counts[i], method.dispatch(state, client)) for i, client in enumerate(clients)]
+        return [Job(client, counts[i], partial(method.dispatch, state, client)) for i, client in enumerate(clients)]
 
     def released(self, updates: list[ClientUpdate], draws: object) -> Adapter:
         method = self.rule_of_the_server()
-        return central_noise.aggregate(method, self.state(), self.jobs(), updates, Fixed(draws)).adapter
+        return aggregated(method, self.state(), self.jobs(), updates, Fixed(draws)).adapter
 
     def mean(self, updates: list[ClientUpdate]) -> Adapter:
         return self.rule_of_the_server().aggregate(self.state(), updates).adapter
@@ -203,7 +211,7 @@ def test_the_size_of_the_noise_slice_by_slice() -> None:
 def test_a_slice_that_nobody_of_the_cohort_has_gets_no_noise() -> None:
     world = World("rbla", (), ((3, 2), (1, 5)), 8.0, "standard", 0, 0)
     state, method, jobs = world.state(), world.rule_of_the_server(), world.jobs()[1:]
-    after = central_noise.aggregate(method, state, jobs, unchanged(jobs), Fixed(Ones())).adapter
+    after = aggregated(method, state, jobs, unchanged(jobs), Fixed(Ones())).adapter
     for name, layer in after.layers.items():
         assert torch.equal(layer.A[1:], state.adapter.layers[name].A[1:])
         assert not torch.equal(layer.A[0], state.adapter.layers[name].A[0])
@@ -231,7 +239,7 @@ def test_only_what_got_noise_goes_on_from_the_round() -> None:
 
     world = World("rbla", (), ((2, 3), (2, 9)), 8.0, "standard", 0, 0)
     jobs = world.jobs()
-    after = central_noise.aggregate(Hoarder(), world.state(), jobs, unchanged(jobs), Fixed(Ones()))
+    after = aggregated(Hoarder(), world.state(), jobs, unchanged(jobs), Fixed(Ones()))
     assert (after.round, dict(after.extra), after.merged) == (1, {}, None)
 
 
@@ -292,17 +300,17 @@ def config(**sections) -> Config:
 
 
 @pytest.fixture
-def built() -> Iterator[tuple[Federation, list[Job], Plan]]:
-    """A federation in round 1, its jobs, and how they train."""
+def built() -> Iterator[tuple[Federation, list[Job], Plan, Mechanism]]:
+    """A federation in round 1, its jobs, how they train, and under what key."""
     made = simulation.build(config(train={"learning_rate": 5.0, "local_steps": 20}))
     jobs, _ = loop.dispatch(made, loop.start(made), 1)
-    yield made, jobs, plan_round(made.config.train, 1, 3, 0, privacy=Mechanism(made.privacy, b"k" * 32))
-    made.engine.model.close()
+    yield made, jobs, plan_round(made.config.train, 1, 3, 0), Mechanism(made.privacy, b"k" * 32)
+    made.close()
 
 
 def test_the_server_rejects_what_is_not_clipped_and_does_not_say_by_how_much(built) -> None:
-    made, jobs, plan = built
-    replies = list(made.engine.train(jobs, plan))
+    made, jobs, plan, mechanism = built
+    replies = list(made.engine.train(jobs, plan, mechanism))
     assert any(change.norm(job.download, reply.adapter) > 0.49 for job, reply in zip(jobs, replies, strict=True))
     cheat = replies[0]
     doubled = {name: layer.with_factors(layer.A * 3, layer.B + 3) for name, layer in cheat.adapter.layers.items()}
@@ -315,15 +323,15 @@ def test_the_server_rejects_what_is_not_clipped_and_does_not_say_by_how_much(bui
 
 
 def test_uploads_have_no_noise_and_a_client_that_fails_sends_no_change(built, monkeypatch) -> None:
-    made, jobs, plan = built
-    first, again = (list(made.engine.train(jobs, replace(plan, privacy=p))) for p in (plan.privacy, Mechanism(made.privacy)))
+    made, jobs, plan, mechanism = built
+    first, again = (list(made.engine.train(jobs, plan, each)) for each in (mechanism, Mechanism(made.privacy)))
     assert all(torch.equal(numbers_of(a.adapter), numbers_of(b.adapter)) for a, b in zip(first, again, strict=True))
 
     def fails(*_):
         raise RunFailed("loss is nan at local step 2")
 
     monkeypatch.setattr(private_upload.local, "train", fails)
-    for reply, job in zip(made.engine.train(jobs, plan), jobs, strict=True):
+    for reply, job in zip(made.engine.train(jobs, plan, mechanism), jobs, strict=True):
         assert torch.equal(numbers_of(reply.adapter), numbers_of(job.download.adapter))
 
 

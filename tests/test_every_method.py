@@ -69,7 +69,7 @@ def stopped(config: Config, out: Path, after: int) -> None:
         with RunDir.open(out, config, resume=True) as store, pytest.raises(Stop):
             loop.run(built, store, tell)
     finally:
-        built.engine.model.close()
+        built.close()
 
 
 @every_choice
@@ -96,7 +96,7 @@ def test_what_a_run_leaves_gives_its_accuracy_in_peft(method: str, tmp_path: Pat
     ran = config(method, steps=5)
     summary = simulation.execute(ran, tmp_path / "run")
     built = simulation.build(ran)
-    built.engine.model.close()
+    built.close()
     task = built.engine.model.task
     net = copy.deepcopy(task.module)
     if method != "raflora":

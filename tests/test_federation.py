@@ -15,13 +15,12 @@ from anyrank import methods, simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config, PartitionConfig
-from anyrank.data.partition import Shards
 from anyrank.errors import ConfigError, ModelError, RunFailed
 from anyrank.federation import loop
 from anyrank.federation.cohort import Population
 from anyrank.federation.federation import Federation
 from anyrank.messages.plan import Plan, plan_round
-from anyrank.messages.records import ClientUpdate, Failure, Job, Scaling, Scores
+from anyrank.messages.records import ClientUpdate, Code, Facts, Failure, Job, Scaling, Scores
 from anyrank.runs.folder import RunDir
 
 
@@ -38,20 +37,23 @@ class Script:
         )
         return Adapter({"x": layer})
 
-    def train(self, jobs: Sequence[Job], plan: Plan) -> Iterator[ClientUpdate | Failure]:
+    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: None = None) -> Iterator[ClientUpdate | Failure]:
         self.seen.append(list(jobs))
         for job in reversed(jobs):  # replies come in any order
             deed = self.mischief.get(job.client.name, "honest")
             if deed == "silent":
                 continue
             if deed == "crashes":
-                yield Failure(job.client.name, "out of memory")
+                yield Failure(job.client.name, Code.OUT_OF_MEMORY)
                 continue
             layer = job.download.adapter.layers["x"]
             B = layer.B + (float("nan") if deed == "nan" else 1.0)
             A = layer.A[:, :3] if deed == "shape" else layer.A
             name, count = job.client.name, job.num_examples * (1000 if deed == "boasts" else 1)
             yield ClientUpdate(Adapter({"x": LoraLayer(A, B, layer.scaling)}), count, name, {"loss": 1.0})
+
+    def close(self) -> None:
+        pass
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         loss = float(adapter.layers["x"].delta().abs().sum())
@@ -60,10 +62,8 @@ class Script:
 
 def build(tmp_path: Path, engine: Script, sizes: Sequence[int] = (3, 1, 2, 4), ranks=(1, 2, 2, 4), method="rbla", **run):
     config = Config().replace(run={"rounds": 2, **run}, clients={"count": len(sizes), "participation": 1.0})
-    edges = np.cumsum([0, *sizes])
-    shards = Shards(np.arange(edges[-1]), edges)
-    population = Population(np.array(ranks), shards, len(sizes), config.run.seed)
-    built = Federation(config, methods.make(method), population, engine)
+    population = Population(np.array(ranks), np.array(sizes), len(sizes), config.run.seed)
+    built = Federation(config, methods.make(method), population, engine, Facts("a script"))
     return built, RunDir.open(tmp_path / "run", config)
 
 
@@ -146,7 +146,7 @@ def test_ffa_lora_moves_half_of_the_numbers_each_way(tmp_path: Path) -> None:
 
 
 def test_cohorts_are_drawn_by_seed_and_round_and_do_not_depend_on_the_method() -> None:
-    population = Population(np.full(1000, 4), [[0]] * 1000, 10, seed=3)
+    population = Population(np.full(1000, 4), np.ones(1000, dtype=int), 10, seed=3)
     again = replace(population, ranks=np.full(1000, 2))
     assert population.draw(1) == again.draw(1)
     assert population.draw(1) != population.draw(2)
@@ -158,7 +158,7 @@ def test_cohorts_are_drawn_by_seed_and_round_and_do_not_depend_on_the_method() -
 
 def test_every_client_takes_part_about_equally_often() -> None:
     """20 clients, 5 a round, 2,000 rounds: 500 times each, with a standard deviation of sqrt(2000 * 1/4 * 3/4) = 19.4."""
-    population = Population(np.full(20, 4), [[0]] * 20, 5, seed=0)
+    population = Population(np.full(20, 4), np.ones(20, dtype=int), 5, seed=0)
     counts = np.bincount(np.concatenate([population.draw(round) for round in range(2000)]), minlength=20)
     assert abs(counts - 500).max() < 5 * 19.4
 
@@ -214,7 +214,7 @@ def test_collapse_and_its_cure_on_the_digits(tmp_path: Path) -> None:
 def test_centralized_has_all_examples_and_a_cohorts_steps() -> None:
     built = simulation.build(MLP.replace(method={"name": "centralized"}))
     assert len(built.population) == 1
-    assert len(built.population.shards[0]) == built.facts["train_examples"]
+    assert built.population.sizes.tolist() == [built.facts.train_examples]
     assert built.step_factor == 5  # a quarter of 20 clients
     assert built.population.levels() == [32]
 
@@ -236,7 +236,7 @@ def test_fedprox_holds_clients_nearer_to_where_they_started(tmp_path: Path) -> N
         jobs, _ = loop.dispatch(built, state, 1)
         plan = plan_round(built.config.train, 1, 3, 0)
         updates = list(built.engine.train(jobs, plan))
-        built.engine.model.close()
+        built.close()
         return sum(float(layer.delta().norm()) for u in updates for layer in u.adapter.layers.values())
 
     assert moved(1.0) < moved(0.1) < moved(0.0)

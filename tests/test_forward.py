@@ -194,7 +194,7 @@ class Doubled(nn.Linear):
 
 def lora_model(module: nn.Module) -> LoraModel:
     examples = Examples(TensorInputs(torch.zeros(1, WIDTH)), torch.zeros(1, dtype=torch.long))
-    return LoraModel(Task("toy", nn.Sequential(module), ("0",), examples, examples, ("a", "b"), head="frozen"))
+    return LoraModel(Task(module=nn.Sequential(module), targets=("0",), train=examples, test=examples))
 
 
 @pytest.mark.parametrize(("kind", "factor"), [(nn.Linear, 1), (Doubled, 2)])

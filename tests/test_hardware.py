@@ -19,7 +19,7 @@ from anyrank.errors import ConfigError, ModelError
 from anyrank.messages.plan import plan_round
 from anyrank.messages.records import Download, Pruning, Scaling
 from anyrank.studies import forecast
-from anyrank.tasks.base import Examples, Task, TensorInputs
+from anyrank.tasks.base import Classification, Examples, Task, TensorInputs
 from anyrank.tasks.place import place
 from anyrank.tasks.text import own_head
 from anyrank.tasks.text import task as text
@@ -46,7 +46,8 @@ class Net(nn.Module):
 def small(trained: tuple[str, ...] = ("head.weight", "head.bias")) -> Task:
     torch.manual_seed(0)
     examples = Examples(TensorInputs(torch.randn(23, 6)), torch.arange(23) % 3)
-    return Task("small", Net(), ("low", "high"), examples, examples, ("a", "b", "c"), head="trained", trained=trained)
+    known = {"label_names": ("a", "b", "c"), "objective": Classification()}
+    return Task(module=Net(), targets=("low", "high"), train=examples, test=examples, trained=trained, **known)
 
 
 def sent(model: LoraModel, rank: int = 4) -> Download:
@@ -105,7 +106,9 @@ def test_parts_keep_the_penalty_of_pruning_whole() -> None:
 
 def test_no_part_is_larger_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, batch = [], TensorInputs.batch
-    monkeypatch.setattr(TensorInputs, "batch", lambda self, index, even=False: sizes.append(len(index)) or batch(self, index))
+    monkeypatch.setattr(
+        TensorInputs, "batch", lambda self, index, equal_lengths=False: sizes.append(len(index)) or batch(self, index)
+    )
     trained(small(), TrainConfig(batch_size=8, accumulation_steps=3, local_epochs=1))
     assert sizes == [3, 3, 2, 3, 3, 2, 3, 3, 1]
 
@@ -150,7 +153,7 @@ def held(task: Task, checkpointing: bool) -> int:
     model, kept = LoraModel(task, checkpointing), memory.Kept(task.module)
     model.load(sent(model))
     with kept.watch():
-        outputs = task.module(**task.train.inputs.batch(torch.arange(8), even=True))
+        outputs = task.module(**task.train.inputs.batch(torch.arange(8), equal_lengths=True))
     assert outputs.requires_grad
     outputs.sum().backward()
     assert kept.now == 0  # the gradient is made, and nothing is kept for it any more
@@ -197,7 +200,7 @@ def test_what_is_kept_is_counted_by_storage() -> None:
 
 
 def test_a_plan_counts_memory_by_the_options(tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "load_task", lambda config, progress: copy.deepcopy(tasks["llama"]))
+    monkeypatch.setattr("anyrank.simulation.building.load_task", lambda config, progress: copy.deepcopy(tasks["llama"]))
     config = Config().replace(
         run={"stacking": "never"},
         model={"task": "text-classification", "head": "model-trained"},
@@ -315,7 +318,7 @@ with FakeTensorMode():
         round = plan_round(TrainConfig(local_steps=2, batch_size=4, **options), 1, 1, seed=0)
         updates = [local.train(model, "client", first, np.arange(9), round)]
         if "accumulation_steps" not in options:
-            jobs = [Job(i, Client(f"c{i}", 4), 9, first) for i in range(2)]
+            jobs = [Job(Client(f"c{i}", 4), 9, lambda: first) for i in range(2)]
             updates += stacked.train(model, jobs, [np.arange(9), np.arange(5)], round)
         for update in updates:
             held = [value for layer in update.adapter.layers.values() for value in (layer.A, layer.B)]

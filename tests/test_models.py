@@ -64,7 +64,7 @@ def build(kind: str) -> tuple[Net, Tensor]:
 
 def task(module: nn.Module, inputs: Tensor, targets=("target",), trained=()) -> Task:
     examples = Examples(TensorInputs(inputs), torch.zeros(len(inputs), dtype=torch.long))
-    return Task("toy", module, targets, examples, examples, ("a", "b", "c"), head="frozen", trained=trained)
+    return Task(module=module, targets=targets, train=examples, test=examples, trained=trained)
 
 
 def trained_adapter(model: LoraModel, rank: int = 3) -> Adapter:

@@ -37,7 +37,7 @@ class Recomputed:
     stop: int
     packed: bool
 
-    def batch(self, index, even=False):
+    def batch(self, index, equal_lengths=False):
         ids = self.tokens.batch(index)
         with torch.no_grad():
             hidden = self.encoder.hidden(ids["inputs"], ids["mask"], None, self.stop)
@@ -85,7 +85,7 @@ def test_a_cached_prefix_is_exact_to_the_bit_where_both_see_the_same_padding(fol
     kept: dict[tuple[int, ...], dict] = {}
 
     class Kept:
-        def batch(self, index, even=False):
+        def batch(self, index, equal_lengths=False):
             key = tuple(index.tolist())
             if key not in kept:
                 kept[key] = task.train.inputs.batch(index)
@@ -104,7 +104,7 @@ def test_packed_layers_give_what_padded_ones_give(folders, data, tmp_path, archi
     inputs = task.train.inputs
     assert inputs.packs
     padded = replace(task, train=replace(task.train, inputs=replace(inputs, packs=False)))
-    assert "lengths" not in inputs.batch(torch.arange(4), even=True)
+    assert "lengths" not in inputs.batch(torch.arange(4), equal_lengths=True)
     one, loss = trained(task)
     other, again = trained(padded)
     assert loss == pytest.approx(again, rel=1e-5)

@@ -198,8 +198,8 @@ def test_methods_train_privately_whatever_they_train(method: str) -> None:
     state = loop.start(built)
     for round in (1, 2):
         jobs, _ = loop.dispatch(built, state, round)
-        plan = plan_round(built.config.train, round, 2, 0, privacy=Mechanism(built.privacy, b"k" * 32))
-        replies = list(built.engine.train(jobs, plan))
+        plan, mechanism = plan_round(built.config.train, round, 2, 0), Mechanism(built.privacy, b"k" * 32)
+        replies = list(built.engine.train(jobs, plan, mechanism))
         assert all(isinstance(reply, ClientUpdate) and reply.metrics == {} for reply in replies)
         for reply, job in zip(replies, jobs, strict=True):
             for name, layer in reply.adapter.layers.items():
@@ -207,7 +207,7 @@ def test_methods_train_privately_whatever_they_train(method: str) -> None:
                     moved = not getattr(layer, factor).equal(getattr(job.download.adapter.layers[name], factor))
                     assert moved == (factor in job.download.train)
         state = built.method.aggregate(state, replies)
-    built.engine.model.close()
+    built.close()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

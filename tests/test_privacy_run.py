@@ -262,7 +262,9 @@ def test_a_client_whose_budget_is_gone_is_skipped_with_the_reason(workplace: Pat
 
 def test_nothing_but_the_adapter_and_what_the_plan_declares_leaves_a_client(workplace: Path, whole) -> None:
     whole()
-    sizes = {len(own) for own in simulation.build(configs.load(workplace / "private.toml")).population.shards}
+    built = simulation.build(configs.load(workplace / "private.toml"))
+    built.close()
+    sizes = set(built.population.sizes.tolist())
     declared = {size >> size.bit_length() - 3 << size.bit_length() - 3 for size in sizes}
     assert sizes.isdisjoint(declared)
     for row in lines(workplace / "whole", "clients.jsonl"):

@@ -29,7 +29,7 @@ EVERY_KIND = sorted(KINDS.keys() - {"embedding by frequency"}) + sorted(ONLY_MER
 
 def task_of(module: nn.Module, inputs: Tensor, targets=("target",), trained=()) -> Task:
     examples = Examples(TensorInputs(inputs), torch.arange(len(inputs)) % 3)
-    return Task("toy", module, targets, examples, examples, ("a", "b", "c"), head="frozen", trained=trained)
+    return Task(module=module, targets=targets, train=examples, test=examples, trained=trained)
 
 
 def download_of(model: LoraModel, train: frozenset[str] = BOTH) -> Download:
@@ -169,8 +169,8 @@ class Recorded:
 
 def trained_by(mechanism: Mechanism, model: LoraModel, download: Download, **train) -> Adapter:
     keys = {"optimizer": "sgd", "learning_rate": 1.0, "batch_size": BATCH, "local_steps": STEPS} | train
-    plan = plan_round(Config().replace(train=keys).train, 1, 1, 0, privacy=mechanism)
-    return private_examples.train(model, "ada", download, COUNT, np.arange(COUNT), plan).adapter
+    plan = plan_round(Config().replace(train=keys).train, 1, 1, 0)
+    return private_examples.train(model, "ada", download, COUNT, np.arange(COUNT), plan, mechanism).adapter
 
 
 @pytest.fixture

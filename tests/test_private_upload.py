@@ -146,11 +146,11 @@ def test_a_client_that_fails_sends_noise_like_any_other(monkeypatch) -> None:
     built = simulation.build(config())
     jobs, _ = loop.dispatch(built, loop.start(built), 1)
     monkeypatch.setattr(private_upload.local, "train", fails)
-    plan = plan_round(built.config.train, 1, 3, 0, privacy=Mechanism(built.privacy, b"k" * 32))
-    replies = list(built.engine.train(jobs, plan))
-    built.engine.model.close()
+    plan, mechanism = plan_round(built.config.train, 1, 3, 0), Mechanism(built.privacy, b"k" * 32)
+    replies = list(built.engine.train(jobs, plan, mechanism))
+    built.close()
     for reply, job in zip(replies, jobs, strict=True):
-        assert reply.num_examples == built.counted(len(built.population.shards[job.index]))
+        assert reply.num_examples == built.counted(int(built.population.sizes[built.population.index(job.client.name)]))
         assert all(layer.B.any() for layer in reply.adapter.layers.values())
 
 

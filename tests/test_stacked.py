@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def replies(config: Config, stacking: str, round: int = 2) -> dict[str, ClientUp
         got = list(engine.train(jobs, plan))
         if number == 1:
             state = built.method.aggregate(state, got)
-    built.engine.model.close()
+    built.close()
     return {reply.client: reply for reply in got}
 
 
@@ -116,12 +117,12 @@ def test_a_client_that_diverges_leaves_the_others_alone() -> None:
     download = replace(
         jobs[3].download, adapter=replace(jobs[3].download.adapter, layers={**jobs[3].download.adapter.layers, "fc1": huge})
     )
-    broken = [*jobs[:3], replace(jobs[3], download=download), *jobs[4:]]
+    broken = [*jobs[:3], Job(jobs[3].client, jobs[3].num_examples, lambda: download), *jobs[4:]]
     plan = plan_round(MLP.train, 1, 5, 0)
     engine = replace(built.engine, stacking="always")
     good = {reply.client: reply for reply in engine.train(jobs, plan)}
     bad = {reply.client: reply for reply in engine.train(broken, plan)}
-    built.engine.model.close()
+    built.close()
     name = jobs[3].client.name
     assert isinstance(bad[name], Failure)
     assert "lower train.learning_rate" in bad[name].reason
@@ -145,7 +146,7 @@ class Net(nn.Module):
 def images(trained: tuple[str, ...] = (), targets: tuple[str, ...] = ("conv", "fc")) -> LoraModel:
     torch.manual_seed(0)
     examples = Examples(TensorInputs(torch.randn(60, 2, 6, 7)), torch.randint(3, (60,)))
-    return LoraModel(Task("images", Net(), targets, examples, examples, ("a", "b", "c"), "trained", trained=trained))
+    return LoraModel(Task(module=Net(), targets=targets, train=examples, test=examples, trained=trained))
 
 
 def jobs_on(model: LoraModel) -> list[Job]:
@@ -161,14 +162,14 @@ def jobs_on(model: LoraModel) -> list[Job]:
         adapter = replace(start, layers={name: some(layer, rank) for name, layer in start.layers.items()})
         merged = Adapter({where: some(start.layers[where], 2)}) if where else None
         slices = {name: tuple(range(rank)) for name in start.layers}
-        found.append(Job(index, Client(f"client-{index}", rank), 20, Download(adapter, slices, merged=merged)))
+        found.append(Job(Client(f"client-{index}", rank), 20, partial(Download, adapter, slices, merged=merged)))
     return found
 
 
 def test_convolutions_and_sums_for_some_layers_side_by_side() -> None:
     model = images(trained=("head.weight",))
     jobs, plan = jobs_on(model), plan_round(replace(MLP.train, local_steps=4), 1, 5, 0)
-    shards = [np.arange(20 * job.index, 20 * job.index + 20 - job.index) for job in jobs]
+    shards = [np.arange(20 * place, 20 * place + 20 - place) for place in range(len(jobs))]
     assert stacked.possible(model, jobs)
     side_by_side = {reply.client: reply for reply in stacked.train(model, jobs, shards, plan)}
     for job, own in zip(jobs, shards, strict=True):
@@ -202,7 +203,7 @@ def test_what_cannot_be_stacked_goes_one_by_one(trained: str) -> None:
 def test_the_choice_is_a_matter_of_size_and_can_be_forced(tmp_path: Path) -> None:
     built = simulation.build(MLP)
     assert stacked.worthwhile(built.engine.model)
-    built.engine.model.close()
+    built.close()
     big = torch.nn.Linear(1000, 1000)
     assert not stacked.worthwhile(type("Model", (), {"module": big})())
     with pytest.raises(ConfigError, match=r"run.stacking: expected one of auto, always, never, got 'maybe'"):
@@ -222,5 +223,5 @@ def test_losses_are_means_over_each_clients_own_batch() -> None:
     with torch.no_grad():
         index = torch.arange(3)
         expected = task.objective.losses(task.module(**task.train.inputs.batch(index)), task.train.labels[index]).mean()
-    built.engine.model.close()
+    built.close()
     assert told[jobs[0].client.name] == pytest.approx(float(expected), rel=1e-6)

@@ -474,9 +474,9 @@ def test_rblas_setting_learns_from_a_random_network(tmp_path, monkeypatch):
     built: Federation = simulation.build(config)
     labels = built.engine.model.task.train.labels
     assert built.population.ranks.tolist() == [1, 2, 3]
-    held = [set(labels[torch.tensor(built.population.shards[i])].tolist()) for i in range(3)]
+    held = [set(labels[torch.tensor(built.engine.shards[built.population.name(i)])].tolist()) for i in range(3)]
     assert held == [{0}, {0, 1}, {0, 1, 2}]
-    built.engine.model.close()
+    built.close()
     assert federate(config, tmp_path, monkeypatch)["accuracy"] > 0.8
 
 

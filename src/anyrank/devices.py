@@ -37,16 +37,21 @@ def find(name: str, asked: str = "model.device") -> torch.device:
 
 
 @contextlib.contextmanager
-def all_cores() -> Iterator[None]:
-    """Every core that this process may use, for as long as it encodes."""
+def threads(number: int) -> Iterator[None]:
+    """So many CPU threads for torch, for as long as it lasts: the order in which sums are added up depends on it."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(cores())
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def all_cores() -> contextlib.AbstractContextManager[None]:
+    """Every core that this process may use, for as long as it encodes."""
+    return threads(cores())
 
 
 def has_bfloat16(device: torch.device) -> bool:

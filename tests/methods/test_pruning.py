@@ -41,7 +41,7 @@ def model() -> LoraModel:
             return self.fc(inputs)
 
     examples = Examples(TensorInputs(draw(16, 6)), torch.arange(16) % 3)
-    return LoraModel(Task("toy", Net(), ("fc",), examples, examples, ("a", "b", "c"), "frozen"))
+    return LoraModel(Task(module=Net(), targets=("fc",), train=examples, test=examples))
 
 
 def download(pruning: Pruning | None, rank: int = 3) -> Download:

@@ -385,7 +385,7 @@ def _budget_of(config: Path, overrides: list[str], progress) -> dict[str, Any]:
     from anyrank.studies import budget
 
     built = simulation.build(configs.load(config, overrides), progress)
-    built.engine.model.close()
+    built.close()
     return budget.of_run(built)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from anyrank import keys
+from anyrank import keys, own
 from anyrank.config.sections import PartitionConfig
 from anyrank.data.split import ordered
 from anyrank.errors import DataError, nearest
 
 _ATTEMPTS = 20  # draws of random sizes, from one stream, until no client falls short; flwr-datasets makes 10
 _EMPTY: Mapping[str, np.ndarray] = MappingProxyType({})
+_BY_LABEL = ("dirichlet", "pathological", "staircase", "sampled")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,40 @@ class SampledShards:
         return np.full(self.clients, self.size)
 
 
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The shards of a single client that holds `examples`."""
+
+    examples: np.ndarray
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, client: int) -> np.ndarray:
+        return self.examples
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples of each client, `[clients]`."""
+        return np.array([len(self.examples)])
+
+
+def pooled(shards: Shards | SampledShards | Whole) -> Whole:
+    """One client that holds every client's examples."""
+    return Whole(np.unique(np.concatenate([shards[client] for client in range(len(shards))])))
+
+
+@dataclass(frozen=True, eq=False)
+class ByName:
+    """Shards by the name of their client; `place` says where a name's shard stands."""
+
+    shards: Any
+    place: Callable[[str], int]
+
+    def __getitem__(self, client: str) -> np.ndarray:
+        return self.shards[self.place(client)]
+
+
 def partition(
     config: PartitionConfig, labels: Any, num_clients: int, seed: int, columns: Mapping[str, np.ndarray] = _EMPTY
 ) -> Shards | SampledShards:
@@ -114,6 +149,13 @@ def partition(
     (`dirichlet`, `quantity`); a `DataError` names the client where that does not help. `min_examples = 0` permits empty
     clients, though never more clients than examples.
     """
+    if config.file:
+        return _of_file(config, labels, num_clients, seed, columns)
+    if config.kind in _BY_LABEL and not np.issubdtype(np.asarray(labels).dtype, np.integer):
+        raise DataError(
+            f"data.partition.kind = '{config.kind}' splits by label, and these labels are no classes; use iid, quantity or "
+            "column"
+        )
     labels = np.asarray(labels).astype(np.int64)
     if config.kind == "sampled":
         return _sampled(config, labels, num_clients, seed)
@@ -134,6 +176,108 @@ def partition(
         f"least {config.min_examples}; {_MENDS[config.kind]}lower clients.count or data.partition.min_examples "
         "(0 permits empty clients)"
     )
+
+
+def by_hand(shards: Mapping[str, np.ndarray], num_examples: int) -> Shards:
+    """Shards that somebody gives, `{client: indices [n]}`, in this order of clients. Not every example has to be in one.
+
+    Raises `DataError` for a client without examples, one that is none of the `num_examples`, and one that is given twice.
+    """
+    owner = np.full(num_examples, -1, dtype=np.int64)
+    names = list(shards)
+    for client, rows in enumerate(shards.values()):
+        if not len(rows):
+            raise DataError(f"shards: client {names[client]} has no examples; give it some, or leave it out")
+        if rows[0] < 0 or rows[-1] >= num_examples:
+            wrong = rows[0] if rows[0] < 0 else rows[-1]
+            raise DataError(
+                f"shards: client {names[client]}: expected examples 0 to {num_examples - 1}, the training set's, got {wrong}"
+            )
+        twice = rows[1:][rows[1:] == rows[:-1]]
+        if len(twice):
+            raise DataError(f"shards: client {names[client]} is given example {twice[0]} twice; give each example once")
+        taken = rows[owner[rows] >= 0]
+        if len(taken):
+            raise DataError(
+                f"shards: example {taken[0]} is given to {names[owner[taken[0]]]} and to {names[client]}; every example "
+                "belongs to one client"
+            )
+        owner[rows] = client
+    offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in shards.values()])]).astype(np.int64)
+    return Shards(np.concatenate(list(shards.values())).astype(np.int64), offsets)
+
+
+# --- partitions of one's own ------------------------------------------------------------------------------------------
+
+OWN: dict[str, Callable[..., Any]] = {}
+
+
+def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: makes `function(labels, clients, rng, columns)` known as `data.partition.kind = name`.
+
+    It gives the client of each example, whole numbers `[n]` from 0 to `clients - 1`; `labels` `[n]`, `columns` `{name: values
+    [n]}` of the training data, and a NumPy generator that is keyed by the run's seed.
+    """
+    if name in _KINDS or name == "sampled":
+        raise DataError(f"partition.register: '{name}' is a built-in partition; choose another name")
+
+    def keep(split: Callable[..., Any]) -> Callable[..., Any]:
+        OWN[name] = split
+        return split
+
+    return keep
+
+
+def _of_file(config: PartitionConfig, labels: Any, num_clients: int, seed: int, columns: Mapping[str, np.ndarray]) -> Shards:
+    before = dict(OWN)
+    OWN.clear()
+    try:
+        own.load(config.file, "data.partition.file", DataError)
+        made = dict(OWN)
+    finally:
+        OWN.update({**before, **OWN})
+    if not made:
+        raise DataError(
+            f"data.partition.file: {config.file} registers no partition; expected a function under "
+            "@anyrank.partitions.register('mine')"
+        )
+    named = config.kind if config.kind in made or config.kind != PartitionConfig().kind else next(iter(made))
+    if named not in made:
+        raise DataError(f"data.partition.kind: {config.file} registers no '{named}'; {nearest(named, made)}")
+    return split_by(made[named], named, labels, num_clients, seed, columns, config.min_examples)
+
+
+def split_by(
+    split: Callable[..., Any],
+    name: str,
+    labels: Any,
+    num_clients: int,
+    seed: int,
+    columns: Mapping[str, np.ndarray] = _EMPTY,
+    min_examples: int = 1,
+) -> Shards:
+    """The shards of a partition of one's own, see `register`. Raises `DataError` for what are no owners, and empty clients."""
+    labels = np.asarray(labels)
+    try:
+        owners = np.asarray(split(labels, num_clients, keys.rng(seed, "partition"), columns))
+    except Exception as error:
+        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        raise DataError(f"partition '{name}' raised {type(error).__name__}: {first}") from error
+    if owners.shape != labels.shape[:1] or not np.issubdtype(owners.dtype, np.integer):
+        raise DataError(
+            f"partition '{name}': expected the client of each of {len(labels)} examples, whole numbers [{len(labels)}], got "
+            f"{owners.dtype} of shape {owners.shape}"
+        )
+    if owners.min() < 0 or owners.max() >= num_clients:
+        raise DataError(f"partition '{name}': expected clients 0 to {num_clients - 1}, got {owners.min()} to {owners.max()}")
+    shards = Shards.of_owners(owners.astype(np.int64), num_clients)
+    if shards.sizes.min() < min_examples:
+        client = int(shards.sizes.argmin())
+        raise DataError(
+            f"partition '{name}': leaves client {client} with {shards.sizes[client]} examples, expected at least "
+            f"{min_examples}; data.partition.min_examples = 0 permits empty clients"
+        )
+    return shards
 
 
 def _sampled(config: PartitionConfig, labels: np.ndarray, clients: int, seed: int) -> SampledShards:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from anyrank.adapter.adapter import Adapter
-from anyrank.errors import AnyRankError
-from anyrank.federation.cohort import Shards
+from anyrank.errors import RunFailed
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Failure, Job, Scaling, Scores
-from anyrank.training import local, private_examples, private_upload, stacked
+from anyrank.messages.records import ClientUpdate, Failure, Job, Profile, Scaling, Scores
+from anyrank.privacy.noise import Mechanism
+from anyrank.training import memory, trainer
 from anyrank.training.lora import LoraModel
-
-# How a client trains for the unit that its plan protects.
-_PRIVATELY = {"example": private_examples.train, "client": private_upload.train}
+from anyrank.training.trainer import Shards
 
 
 @dataclass(frozen=True, eq=False)
 class InProcess:
-    """The default engine: `shards[i]` are the training examples of client i; scores in batches of `eval_batch_size`.
+    """The default engine: `shards[name]` are the training examples of a client; scores in batches of `eval_batch_size`.
 
-    `stacking`: "auto" trains clients side by side where the model is small enough to gain from it, "always" wherever it is
-    possible, "never".
+    `stacking`: as `trainer.train_cohort` has it.
     """
 
     model: LoraModel
@@ -34,37 +31,27 @@ class InProcess:
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
         return self.model.start(rank, scaling, seed)
 
-    def train(self, jobs: Sequence[Job], plan: Plan) -> Iterator[ClientUpdate | Failure]:
-        if plan.privacy:
-            yield from (self._private(job, plan) for job in jobs)
-            return
-        if self._stacks(jobs, plan):
-            yield from stacked.train(self.model, jobs, [self.shards[job.index] for job in jobs], plan)
-            return
-        for job in jobs:
-            began = time.perf_counter()
-            try:
-                update = local.train(self.model, job.client.name, job.download, self.shards[job.index], plan)
-            except AnyRankError as error:
-                yield Failure(job.client.name, str(error))
-                continue
-            yield replace(update, metrics={**update.metrics, "seconds": time.perf_counter() - began})
-
-    def _private(self, job: Job, plan: Plan) -> ClientUpdate | Failure:
-        """A private client's reply: it tells no figures, and of a failure only that it happened."""
-        try:
-            own = self.shards[job.index]
-            train = _PRIVATELY[plan.privacy.plan.level]
-            return train(self.model, job.client.name, job.download, job.num_examples, own, plan)
-        except AnyRankError:
-            return Failure(job.client.name, "private training failed; why stays with the client")
-
-    def _stacks(self, jobs: Sequence[Job], plan: Plan) -> bool:
-        wanted = self.stacking == "always" or (self.stacking == "auto" and stacked.worthwhile(self.model))
-        whole = plan.config.accumulation_steps == 1  # who splits a batch has no memory for those of others beside it
-        return wanted and whole and stacked.possible(self.model, jobs)
+    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Iterator[ClientUpdate | Failure]:
+        return trainer.train_cohort(self.model, jobs, self.shards, plan, mechanism, self.stacking)
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         self.model.apply(adapter, merged)
         task = self.model.task
         return task.objective.score(task.module, task.test, self.eval_batch_size)
+
+    def profile(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Profile:
+        """One step to warm up, in which memory is watched, and one that is timed."""
+        kept = memory.Kept(self.model.module)
+        with kept.watch():
+            list(self.train(jobs, plan, mechanism))
+        step_s, began = {}, time.perf_counter()
+        for reply in self.train(jobs, plan, mechanism):
+            if isinstance(reply, Failure):
+                raise RunFailed(f"one local step of {reply.client}: {reply}")
+            # Private clients report no time: it is that until their reply came.
+            step_s[reply.client] = reply.metrics.get("seconds", time.perf_counter() - began)
+            began = time.perf_counter()
+        return Profile(step_s, kept.peak)
+
+    def close(self) -> None:
+        self.model.close()

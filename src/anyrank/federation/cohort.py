@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -13,47 +13,19 @@ from anyrank.config.sections import ClientsConfig
 from anyrank.messages.records import Client
 
 POOLED = "all-data"
-
-
-class Shards(Protocol):
-    """The examples of each client: `shards[i]` are client i's indices, sorted; made when asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, client: int) -> np.ndarray: ...
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """Examples of each client, `[clients]`."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Whole:
-    """The shards of a single client that holds `examples`."""
-
-    examples: np.ndarray
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, client: int) -> np.ndarray:
-        return self.examples
-
-    @property
-    def sizes(self) -> np.ndarray:
-        return np.array([len(self.examples)])
+_UNNAMED = "client-"
 
 
 @dataclass(frozen=True, eq=False)
 class Population:
     """All registered clients as arrays; a `Client` is made when one is drawn, so that 10,000 cost what 20 do.
 
-    `ranks` `[count]`; `shards[i]`: client i's example indices; `cohort_size`: clients drawn each round.
+    `ranks` `[count]`; `sizes` `[count]`: examples of each; `cohort_size`: clients drawn each round; `names`: what they are
+    called (empty: client-0 and so on). Which examples a client has, its engine knows.
     """
 
     ranks: np.ndarray
-    shards: Shards
+    sizes: np.ndarray
     cohort_size: int
     seed: int
     names: tuple[str, ...] = ()
@@ -62,7 +34,20 @@ class Population:
         return len(self.ranks)
 
     def name(self, index: int) -> str:
-        return self.names[index] if self.names else f"client-{index:0{len(str(len(self) - 1))}d}"
+        return self.names[index] if self.names else f"{_UNNAMED}{index:0{len(str(len(self) - 1))}d}"
+
+    def index(self, name: str) -> int:
+        """The position of the client called `name`; `KeyError` for a name that no client has."""
+        if self.names:
+            return self._places[name]
+        digits = name.removeprefix(_UNNAMED)
+        if digits.isascii() and digits.isdigit() and int(digits) < len(self) and name == self.name(int(digits)):
+            return int(digits)
+        raise KeyError(name)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.names)}
 
     def client(self, index: int) -> Client:
         return Client(self.name(index), int(self.ranks[index]))
@@ -78,15 +63,18 @@ class Population:
         """The distinct ranks of the federation, rising."""
         return np.unique(self.ranks).tolist()
 
-    def pooled(self) -> Population:
-        """One client of the largest rank that has everybody's examples."""
-        everything = np.unique(np.concatenate([self.shards[i] for i in range(len(self))]))
-        return Population(np.array([self.ranks.max()]), Whole(everything), 1, self.seed, (POOLED,))
+    def pooled(self, size: int) -> Population:
+        """One client of the largest rank that has everybody's examples, `size` in all."""
+        return Population(np.array([self.ranks.max()]), np.array([size]), 1, self.seed, (POOLED,))
 
 
-def populate(config: ClientsConfig, shards: Shards, seed: int) -> Population:
-    """The population that a configuration describes: ranks repeated over the clients, in the order it asks for."""
-    return Population(assign_ranks(config, seed), shards, max(1, round(config.participation * config.count)), seed)
+def populate(config: ClientsConfig, sizes: np.ndarray, seed: int) -> Population:
+    """The population that a configuration describes: ranks repeated over the clients, in the order it asks for.
+
+    `sizes` `[count]`: examples of each client.
+    """
+    cohort_size = max(1, round(config.participation * config.count))
+    return Population(assign_ranks(config, seed), sizes, cohort_size, seed, config.names)
 
 
 def assign_ranks(config: ClientsConfig, seed: int) -> np.ndarray:

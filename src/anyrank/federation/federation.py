@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from anyrank.config.sections import Config
 from anyrank.federation.cohort import Population
 from anyrank.federation.engine import Engine
 from anyrank.federation.standing import Labels
+from anyrank.messages.plan import Plan, plan_round
+from anyrank.messages.records import Facts
 from anyrank.methods import Method
 from anyrank.privacy.plan import PrivacyPlan
 
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """Everything a run consists of. `step_factor` multiplies the local steps of the round plan (1 but for `centralized`);
-    `labels`: what kinds of examples each client has, where clients are told apart; `privacy`: what is promised of what they
-    send."""
+    """Everything that a run consists of. `facts`: what is known of its task; `step_factor` multiplies the local steps of the
+    round plan (1 but for `centralized`); `labels`: what kinds of examples each client has, where clients are told apart;
+    `privacy`: what is promised of what they send.
+    """
 
     config: Config
     method: Method
     population: Population
     engine: Engine
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts
     step_factor: int = 1
     labels: Labels | None = None
     privacy: PrivacyPlan | None = None
+
+    def plan(self, round: int) -> Plan:
+        """How clients train in `round`."""
+        run = self.config.run
+        return plan_round(self.config.train, round, run.rounds, run.seed, self.step_factor)
+
+    def scores(self, round: int) -> bool:
+        """Whether the state after `round` is scored."""
+        return round % self.config.eval.every == 0 or round == self.config.run.rounds
+
+    def close(self) -> None:
+        """Let go of what the engine holds: the model is as it was."""
+        self.engine.close()
 
     def counted(self, num_examples: int) -> int:
         """The examples that a client counts as: its own number, or what a privacy plan declares in its stead."""

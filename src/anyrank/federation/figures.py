@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from anyrank.algebra.spectra import effective_rank, energy_beyond, spectra
 from anyrank.federation.federation import Federation
 from anyrank.federation.intake import Collected
 from anyrank.federation.standing import UNSCORED, Standing, of_global, of_personal
-from anyrank.messages.records import Client, Job, ServerState
+from anyrank.messages.records import Client, ServerState
 
 
-def measure(
-    federation: Federation, state: ServerState, jobs: Sequence[Job], collected: Collected, standing: Standing | None
-) -> dict[str, Any]:
+def measure(federation: Federation, state: ServerState, collected: Collected, standing: Standing | None) -> dict[str, Any]:
     """The round's metrics; accuracy and loss are `None` in rounds that are not scored, spectra where there is no one model."""
     served = federation.method.served(state)
     figures = standing.figures() if standing else UNSCORED
     values = spectra(served["global"], state.merged) if "global" in served else None
-    uploads = {update.client: update.adapter for update in collected.updates}
     losses = [update.metrics["loss"] for update in collected.updates if "loss" in update.metrics]
     smallest = federation.population.levels()[0]
     return {
@@ -29,10 +25,10 @@ def measure(
         "collapse": energy_beyond(values, smallest) if values else None,
         "effective_rank": effective_rank(values) if values else None,
         "spectrum": {name: [float(f"{v:.6g}") for v in each.tolist()] for name, each in values.items()} if values else None,
-        "upload_bytes": sum(job.download.upload_bytes(uploads[name]) for job in jobs if (name := job.client.name) in uploads),
-        "download_bytes": sum(job.download.download_bytes() for job in jobs),
-        "clients": len(collected.updates),
-        "rejected": collected.count("rejected", "failed"),
+        "upload_bytes": collected.upload_bytes,
+        "download_bytes": collected.download_bytes,
+        "clients": collected.count("ok"),
+        "rejected": collected.count("rejected", "failed", "stray"),
     }
 
 

@@ -1,9 +1,9 @@
-"""What comes back in a round: each reply is judged, and each client gets a row."""
+"""What comes back in a round: each reply is judged, and each client gets a row. Whatever a reply is, it is a row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ from anyrank.errors import RunFailed
 from anyrank.federation import guard
 from anyrank.messages.records import Client, ClientUpdate, Failure, Job
 from anyrank.privacy.ledger import SPENT, Ledger, Unlimited
+
+_LONGEST = 100  # letters of a name that nobody here gave
 
 
 class Skipped(NamedTuple):
@@ -23,13 +25,64 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Collected:
-    """What came back in one round: updates that entered it, and a log row for each client of the cohort."""
+    """What came back in one round: the updates that entered it, a log row for each client of the cohort and for each reply of
+    somebody else, and the bytes that went both ways.
+    """
 
+    round: int
     updates: list[ClientUpdate] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    upload_bytes: int = 0
+    download_bytes: int = 0
 
     def count(self, *statuses: str) -> int:
         return sum(row["status"] in statuses for row in self.rows)
+
+    def judge(self, reply: ClientUpdate | Failure, job: Job, bound: float) -> None:
+        """Let the guard see the first reply to `job`, count its bytes, and write its row."""
+        row = self._judged(reply, job, bound)
+        self.download_bytes += job.download.download_bytes()
+        job.settle()
+        self.rows.append(row)
+
+    def _judged(self, reply: ClientUpdate | Failure, job: Job, bound: float) -> dict[str, Any]:
+        if isinstance(reply, Failure):
+            return self._row(job.client, job.num_examples, "failed", str(reply))
+        try:
+            update = guard.admit(reply, job.download, job.client.name, job.num_examples, bound)
+            self.upload_bytes += job.download.upload_bytes(update.adapter)
+        except guard.Rejected as reason:
+            return self._row(job.client, job.num_examples, "rejected", str(reason))
+        except Exception as error:  # a reply may be anything, and break in ways of its own
+            reason = f"expected a client's update, got what cannot be read as one ({type(error).__name__})"
+            return self._row(job.client, job.num_examples, "rejected", reason)
+        self.updates.append(update)
+        known = {key: update.metrics.get(key) for key in ("loss", "seconds")}
+        return self._row(job.client, job.num_examples, "ok", "") | known
+
+    def silent(self, job: Job) -> None:
+        """The row of a client that sent nothing."""
+        self.download_bytes += job.download.download_bytes()
+        job.settle()
+        self.rows.append(self._row(job.client, job.num_examples, "failed", "sent nothing"))
+
+    def skipped(self, skipped: Skipped) -> None:
+        """The row of a client that was asked for nothing."""
+        self.rows.append(self._row(skipped.client, skipped.num_examples, "skipped", skipped.reason))
+
+    def stray(self, name: str, reason: str) -> None:
+        """The row of a reply that nobody waits for."""
+        self.rows.append(self._row(Client(name, 0), None, "stray", reason) | {"rank": None})
+
+    def refuse(self, refused: Mapping[str, str]) -> None:
+        """Note whose updates a rule did not let pass, `{client: reason}`."""
+        for row in self.rows:
+            if row["status"] == "ok" and row["client"] in refused:
+                row |= {"status": "rejected", "reason": refused[row["client"]]}
+
+    def _row(self, client: Client, num_examples: int | None, status: str, reason: str) -> dict[str, Any]:
+        figures = {"num_examples": num_examples, "loss": None, "seconds": None}
+        return {"round": self.round, "client": client.name, "rank": client.rank, **figures, "status": status, "reason": reason}
 
 
 def charge(
@@ -46,18 +99,28 @@ def charge(
     return left, [*skipped, *spent]
 
 
-def collect(replies, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int, bound: float = math.inf) -> Collected:
-    """Pass each reply through the guard. One bad client costs one client; a round in which all fail ends the run."""
-    collected, by_name = Collected(), {job.client.name: job for job in jobs}
+def collect(
+    replies: Iterable[Any], jobs: Sequence[Job], skipped: Sequence[Skipped], round: int, bound: float = math.inf
+) -> Collected:
+    """Pass each reply through the guard. The first reply of a client counts, whatever it is worth.
+
+    A second one, a stranger's, one that comes too late and one without a readable name are rows of status `stray`. Raises
+    `RunFailed` when there were jobs and no usable update came.
+    """
+    collected, awaited = Collected(round), {job.client.name: job for job in jobs}
+    asked = set(awaited)
     for reply in replies:
-        job = by_name.pop(reply.client, None)
-        if job is None:
-            raise RunFailed(f"round {round}: a reply from {reply.client or 'nobody'}, who is not (or no longer) awaited")
-        collected.rows.append(_judge(reply, job, collected.updates, bound) | {"round": round})
-    for job in by_name.values():
-        collected.rows.append(_row(job.client, job.num_examples, "failed", "sent nothing") | {"round": round})
-    for client, num_examples, reason in skipped:
-        collected.rows.append(_row(client, num_examples, "skipped", reason) | {"round": round})
+        name = _sender(reply)
+        if name in awaited:
+            collected.judge(reply, awaited.pop(name), bound)
+        elif name in asked:
+            collected.stray(name, "a second reply in this round: the first one counts")
+        else:
+            collected.stray(name[:_LONGEST], "nobody waits for it: its sender has no job in this round")
+    for job in awaited.values():
+        collected.silent(job)
+    for each in skipped:
+        collected.skipped(each)
     collected.rows.sort(key=lambda row: row["client"])
     if jobs and not collected.updates:
         worst = next(row for row in collected.rows if row["status"] in ("failed", "rejected"))
@@ -65,16 +128,7 @@ def collect(replies, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int
     return collected
 
 
-def _judge(reply: ClientUpdate | Failure, job: Job, updates: list[ClientUpdate], bound: float) -> dict[str, Any]:
-    if isinstance(reply, Failure):
-        return _row(job.client, job.num_examples, "failed", reply.reason)
-    try:
-        updates.append(guard.admit(reply, job.download, job.client.name, job.num_examples, bound))
-    except guard.Rejected as reason:
-        return _row(job.client, job.num_examples, "rejected", str(reason))
-    return _row(job.client, job.num_examples, "ok", "") | {key: reply.metrics.get(key) for key in ("loss", "seconds")}
-
-
-def _row(client: Client, num_examples: int, status: str, reason: str) -> dict[str, Any]:
-    figures = {"num_examples": num_examples, "loss": None, "seconds": None}
-    return {"round": 0, "client": client.name, "rank": client.rank, **figures, "status": status, "reason": reason}
+def _sender(reply: Any) -> str:
+    """The name that a reply gives, or empty."""
+    name = getattr(reply, "client", "")
+    return name if isinstance(name, str) else ""

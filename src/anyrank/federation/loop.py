@@ -1,9 +1,10 @@
-"""The round loop: cohort, dispatch, local training, guard, aggregate, evaluate, run folder. It knows no method and no task."""
+"""The round loop: dispatch, train, collect, screen, aggregate, score, commit. It knows no method, engine or task."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from anyrank.config.tables import identity
@@ -11,10 +12,9 @@ from anyrank.federation.federation import Federation
 from anyrank.federation.figures import measure, score, shares
 from anyrank.federation.intake import Skipped, charge, collect
 from anyrank.federation.summary import summarize
-from anyrank.messages.plan import plan_round
 from anyrank.messages.records import Job, Scaling, ServerState
 from anyrank.privacy.ledger import open_ledger
-from anyrank.robust import central_noise
+from anyrank.robust.rules import rule_of
 from anyrank.runs.folder import RunDir
 
 
@@ -23,26 +23,28 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
 
     Raises `RunFailed` when every client of a round fails; the last checkpoint stands.
     """
-    config, method, engine = federation.config, federation.method, federation.engine
+    config, method = federation.config, federation.method
     first = start(federation)
-    state, end = store.restore() or first, None
+    state, before, end = store.restore() or first, score(federation, first), None
     ledger = open_ledger(federation.privacy, identity(config), store)
     while state.round < config.run.rounds:
         began, round = time.perf_counter(), state.round + 1
+        mechanism = ledger.mechanism()
+        rule, plan = rule_of(mechanism), federation.plan(round)
         jobs, skipped = charge(ledger, *dispatch(federation, state, round), round)
-        privacy = ledger.mechanism()
-        plan = plan_round(config.train, round, config.run.rounds, config.run.seed, federation.step_factor, privacy)
-        collected = collect(engine.train(jobs, plan), jobs, skipped, round, federation.upload_bound)
-        state = central_noise.aggregate(method, state, jobs, collected.updates, privacy)
-        end = score(federation, state) if round % config.eval.every == 0 or round == config.run.rounds else None
-        metrics = measure(federation, state, jobs, collected, end) | ledger.figures(round)
+        replies = federation.engine.train(jobs, plan, mechanism)
+        collected = collect(replies, jobs, skipped, round, federation.upload_bound)
+        screened = rule.screen(state, jobs, collected.updates)
+        collected.refuse(screened.refused)
+        state = rule.aggregate(method, state, screened.updates)
+        end = score(federation, state) if federation.scores(round) else None
+        metrics = measure(federation, state, collected, end) | ledger.figures(round)
         metrics["seconds"] = time.perf_counter() - began
         store.commit(state, metrics, collected.rows)
         if on_round:
             on_round(metrics)
     end = end or score(federation, state)  # of a run that had stopped between its last round and its end
-    summary = summarize(federation, score(federation, first), end, store.metrics())
-    summary |= ledger.summary(state.round)
+    summary = summarize(federation, before, end, store.metrics()) | ledger.summary(state.round)
     store.finish(shares(federation, state), summary)
     ledger.close()
     return summary
@@ -58,11 +60,11 @@ def start(federation: Federation) -> ServerState:
 
 def dispatch(federation: Federation, state: ServerState, round: int) -> tuple[list[Job], list[Skipped]]:
     """The jobs of the round's cohort, and its clients that have no examples to train on."""
-    jobs, idle = [], []
-    for index in federation.population.draw(round):
-        client, count = federation.population.client(index), federation.counted(len(federation.population.shards[index]))
+    jobs, idle, population = [], [], federation.population
+    for index in population.draw(round):
+        client, count = population.client(index), federation.counted(int(population.sizes[index]))
         if count:
-            jobs.append(Job(index, client, count, federation.method.dispatch(state, client)))
+            jobs.append(Job(client, count, partial(federation.method.dispatch, state, client)))
         else:
             idle.append(Skipped(client, 0, "has no examples"))
     return jobs, idle

@@ -27,7 +27,7 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
     config, method, population = federation.config, federation.method, federation.population
     scored = [row for row in metrics if row["accuracy"] is not None]
     accuracies = [row["accuracy"] for row in scored]
-    sizes = np.array([federation.counted(int(size)) for size in population.shards.sizes])
+    sizes = np.array([federation.counted(int(size)) for size in population.sizes])
     return {
         "name": config.run.name,
         "label": config.run.label or label(method.name, config.clients.ranks, population),
@@ -55,7 +55,7 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
         "ranks": count_ranks(population.ranks),
         "examples": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
         "rejected": sum(row["rejected"] for row in metrics),
-        **federation.facts,
+        **federation.facts.table(),
         "versions": versions(),
         "platform": platform.platform(),
     }

@@ -1,4 +1,4 @@
-"""How clients train in one round."""
+"""How clients train in one round. A plan is public and travels; what makes training private is handed beside it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 
 from anyrank.config.sections import TrainConfig
-from anyrank.privacy.noise import Mechanism
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How clients train in one round: the configuration, the round's learning rate, a factor on the local steps, and what
-    makes it private, if anything does.
+    """How clients train in one round: the configuration, the round's learning rate, the run's `seed`, and a factor on the local
+    steps.
     """
 
     config: TrainConfig
@@ -20,14 +19,11 @@ class Plan:
     round: int
     seed: int
     step_factor: int = 1
-    privacy: Mechanism | None = None
 
 
-def plan_round(
-    config: TrainConfig, round: int, rounds: int, seed: int, step_factor: int = 1, privacy: Mechanism | None = None
-) -> Plan:
+def plan_round(config: TrainConfig, round: int, rounds: int, seed: int, step_factor: int = 1) -> Plan:
     """The plan of `round` (from 1): the learning rate falls over the rounds by the schedule, from the first to the last."""
     progress = (round - 1) / max(rounds - 1, 1)
     left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
     rate = config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
-    return Plan(config, rate, round, seed, step_factor, privacy)
+    return Plan(config, rate, round, seed, step_factor)

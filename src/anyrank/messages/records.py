@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.errors import AdapterError, ConfigError
-
-
-@dataclass(frozen=True)
-class Job:
-    """One client's work in one round: who, on how many examples (by the server's own record), and from what."""
-
-    index: int
-    client: Client
-    num_examples: int
-    download: Download
-
 
 BOTH = frozenset({"A", "B"})
 EVERYTHING = BOTH | {"tensors"}
@@ -136,12 +126,91 @@ class ClientUpdate:
             )
 
 
+class Code(enum.Enum):
+    """Why a client sent nothing usable, in a word that may leave its site."""
+
+    DIVERGED = "diverged"
+    OUT_OF_MEMORY = "out of memory"
+    CRASHED = "crashed"
+    LATE = "late"
+    REFUSED = "refused"
+    PRIVATE = "private training failed"
+
+
 @dataclass(frozen=True)
 class Failure:
-    """A client that sent nothing usable in this round, and why."""
+    """A client that sent nothing usable in this round: a `code`, and the `reason` where that may be known."""
 
     client: str
-    reason: str
+    code: Code
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.reason or self.code.value
+
+
+@dataclass(eq=False)
+class Job:
+    """One client's work in one round: who, on how many examples (by the server's own record), and what it starts from.
+
+    `make` builds the download and is a pure function. It is called when the download is first asked for, which is when it is
+    sent, and what it gave is held until `settle`: downloads of a cohort may be a hundred times the server's state.
+    """
+
+    client: Client
+    num_examples: int
+    make: Callable[[], Download] = field(repr=False)
+    _made: Download | None = field(default=None, init=False, repr=False)
+
+    @property
+    def download(self) -> Download:
+        """What the client starts from."""
+        if self._made is None:
+            self._made = self.make()
+        return self._made
+
+    def settle(self) -> None:
+        """Let the download go: the reply has been judged."""
+        self._made = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a task without having it: for reports, forecasts, and a server that holds neither data nor model.
+
+    `inputs_bytes`: of all examples; `inputs_on_disk`: they are in a file, of which the system keeps in memory what fits;
+    `model_bytes`: of the base model.
+    """
+
+    task: str
+    head: str = ""
+    base_model: str = ""
+    label_names: tuple[str, ...] = ()
+    train_examples: int = 0
+    test_examples: int = 0
+    inputs_bytes: int = 0
+    inputs_on_disk: bool = False
+    model_bytes: int = 0
+
+    def table(self) -> dict[str, Any]:
+        """The entries of a summary."""
+        return {
+            "task": self.task,
+            "head": self.head,
+            "base_model": self.base_model,
+            "train_examples": self.train_examples,
+            "test_examples": self.test_examples,
+            "inputs_bytes": self.inputs_bytes,
+            "inputs_in": "disk" if self.inputs_on_disk else "memory",
+        }
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one local step takes: `step_s`, seconds by client, and `activations`, the bytes that it keeps for its gradients."""
+
+    step_s: Mapping[str, float]
+    activations: int
 
 
 @dataclass(frozen=True)
@@ -177,15 +246,18 @@ def tensor_bytes(adapter: Adapter) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How a model did on held-out examples: each one `correct` `[n]` bool, its `losses` `[n]` float64, its `labels` `[n]`."""
+    """How a model did on held-out examples: each one `correct` `[n]` bool, its `losses` `[n]` float64, its `labels` `[n]`.
 
-    correct: np.ndarray
+    `correct` is `None` where nothing is right or wrong, as in a regression.
+    """
+
+    correct: np.ndarray | None
     losses: np.ndarray
     labels: np.ndarray
 
     @property
-    def accuracy(self) -> float:
-        return float(self.correct.mean())
+    def accuracy(self) -> float | None:
+        return None if self.correct is None else float(self.correct.mean())
 
     @property
     def loss(self) -> float:

@@ -26,11 +26,12 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.errors import ConfigError
 from anyrank.messages.change import units
-from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
+from anyrank.messages.records import Client, ClientUpdate, Download, Job, ServerState
 from anyrank.methods.base import Holds, Method
 from anyrank.methods.parts import Part
 from anyrank.methods.registry import REGISTRY
 from anyrank.privacy.noise import Draws, Mechanism
+from anyrank.robust.base import Rule, Screened
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,40 @@ def _supported() -> str:
     return ", ".join(name if holds is Holds.ALWAYS else f"{name} ({holds.value})" for name, holds in linear)
 
 
-def aggregate(
-    method: Method, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate], privacy: Mechanism | None
-) -> ServerState:
-    """The state after the round in which `updates` came back from `jobs`; with the server's noise where the plan asks for it.
+@dataclass(frozen=True)
+class CentralNoise(Rule):
+    """The server's noise on a round's mean, from the plan and the key of `mechanism`.
 
-    Nothing but the factors and tensors that got their noise goes on from such a round.
+    Whoever sent nothing counts as one who changed nothing. Nothing but the factors and tensors that got their noise goes on
+    from such a round.
     """
-    if privacy is None or not privacy.plan.central or not jobs:
-        return method.aggregate(state, updates)
-    whole, plan, round = complete(jobs, updates), privacy.plan, state.round + 1
-    mean = method.aggregate(state, whole).adapter
-    deviation = plan.clip_norm * max(plan.noise.values())  # all the same: nothing here is sampled
-    noised = cover(mean, reach(method, mean, whole, jobs[0].download), deviation, privacy.draws(round, "server"))
-    return replace(state, round=round, adapter=noised)
+
+    mechanism: Mechanism
+
+    def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
+        return Screened(complete(jobs, updates))
+
+    def aggregate(self, method: Method, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+        if not updates:
+            return method.aggregate(state, updates)
+        plan, round = self.mechanism.plan, state.round + 1
+        mean = method.aggregate(state, updates).adapter
+        sent = method.dispatch(state, Client(updates[0].client, 1))  # of a round, all downloads have the same factors to train
+        deviation = plan.clip_norm * max(plan.noise.values())  # all the same: nothing here is sampled
+        far = reach(method, mean, updates, sent)
+        return replace(state, round=round, adapter=cover(mean, far, deviation, self.mechanism.draws(round, "server")))
 
 
 def complete(jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
     """One update for each job: no change from those of whom there is none."""
     sent = {update.client: update for update in updates}
-    unchanged = [ClientUpdate(job.download.adapter, job.num_examples, job.client.name) for job in jobs]
-    return [sent.get(update.client, update) for update in unchanged]
+    return [sent.get(job.client.name) or _unchanged(job) for job in jobs]
+
+
+def _unchanged(job: Job) -> ClientUpdate:
+    adapter = job.download.adapter
+    job.settle()
+    return ClientUpdate(adapter, job.num_examples, job.client.name)
 
 
 def reach(method: Method, mean: Adapter, updates: Sequence[ClientUpdate], download: Download) -> Reach:

@@ -98,6 +98,11 @@ class RunDir:
         """All rounds' metrics so far."""
         return read_lines(self.path / METRICS)
 
+    @staticmethod
+    def read_metrics(path: Path) -> list[dict[str, Any]]:
+        """All rounds' metrics of the run in the folder `path`."""
+        return read_lines(path / METRICS)
+
     def clients(self) -> list[dict[str, Any]]:
         """All clients' rows so far."""
         return read_lines(self.path / CLIENTS)

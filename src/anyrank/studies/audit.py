@@ -19,7 +19,7 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyrank import keys, simulation
+from anyrank import devices, keys, simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.config.sections import Config
-from anyrank.engines.inprocess import InProcess
 from anyrank.errors import ConfigError
 from anyrank.federation import loop
 from anyrank.federation.federation import Federation
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Download, Failure, Job, Scaling, Scores
+from anyrank.messages.records import ClientUpdate, Download, Failure, Job, Profile, Scaling, Scores
+from anyrank.privacy.noise import Mechanism
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.runs.folder import RunDir
+from anyrank.simulation import Setting
 from anyrank.tasks.base import Classification, Examples
 from anyrank.training.lora import LoraModel
 from anyrank.training.private_examples import PerExample
@@ -71,29 +72,40 @@ def audit(config: Config, canaries: int, noise_factor: float = 1.0, confidence: 
     epsilon, its `lower_bound` at `confidence`, how many canaries were `guessed` and how many of them `right`. Raises
     `ConfigError` where there is no example-level plan to audit, or no canary can be made.
     """
-    built = simulation.build(config)
-    try:
-        chosen = _canaries(built, canaries)
-        watch = _Watch(built.engine, chosen)
-        with tempfile.TemporaryDirectory() as folder, RunDir.open(Path(folder) / "run", config) as store:
-            loop.run(_with(built, watch, noise_factor), store, on_round)
-            claimed = _claimed(built.privacy, store.charges())
-    finally:
-        built.engine.model.close()
-    return _verdict(chosen, watch.scores, claimed, built.privacy.delta, confidence)
+    _check(config)
+    watches: list[_Watch] = []
+
+    def watching(setting: Setting) -> _Watch:
+        watches.append(_Watch(setting, _canaries(setting, canaries)))
+        return watches[0]
+
+    with devices.threads(config.run.threads):
+        built = simulation.build(config, engine=watching)
+        (watch,) = watches
+        try:
+            with tempfile.TemporaryDirectory() as folder, RunDir.open(Path(folder) / "run", config) as store:
+                loop.run(_with(built, noise_factor), store, on_round)
+                claimed = _claimed(built.privacy, store.charges())
+        finally:
+            built.close()
+    return _verdict(watch.canaries, watch.scores, claimed, built.privacy.delta, confidence)
 
 
-def _canaries(built: Federation, number: int) -> Canaries:
-    task, shards = built.engine.model.task, built.population.shards
-    if built.privacy is None or built.privacy.level != "example":
+def _check(config: Config) -> None:
+    """Raise `ConfigError` for a run of which there is nothing to audit."""
+    if config.privacy.level != "example":
         raise ConfigError(
             "[privacy]: expected level = 'example', whose promise is about single examples; nothing to audit else"
         )
-    train = built.config.train
+    train = config.train
     if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
         raise ConfigError(
             "train: an audit reads uploads as sums of gradients; expected optimizer = 'sgd' and nothing beside it"
         )
+
+
+def _canaries(setting: Setting, number: int) -> Canaries:
+    task, shards = setting.task, setting.shards.shards
     if not isinstance(task.objective, Classification):
         raise ConfigError(f"model.task: an audit makes canaries of wrong labels, which {task.name} has none of")
     held = np.concatenate([shards[client] for client in range(len(shards))])
@@ -101,15 +113,15 @@ def _canaries(built: Federation, number: int) -> Canaries:
         raise ConfigError(
             f"--canaries: expected 1 to {len(held) // 2}, half of the {len(held)} training examples, got {number}"
         )
-    return Canaries.draw(task.train.labels.cpu().numpy(), held, number, built.config.run.seed)
+    return Canaries.draw(task.train.labels.cpu().numpy(), held, number, setting.config.run.seed)
 
 
-def _with(built: Federation, watch: _Watch, noise_factor: float) -> Federation:
-    """The federation with `watch` for its engine: its plan stays, counts of examples too, but for the noise."""
+def _with(built: Federation, noise_factor: float) -> Federation:
+    """The federation with its noise multiplied: its plan stays, counts of examples too."""
     if noise_factor == 1.0:
-        return dataclasses.replace(built, engine=watch)
+        return built
     noise = {count: noise_factor * value for count, value in built.privacy.noise.items()}
-    return dataclasses.replace(built, engine=watch, privacy=dataclasses.replace(built.privacy, noise=noise))
+    return dataclasses.replace(built, privacy=dataclasses.replace(built.privacy, noise=noise))
 
 
 def _claimed(plan: PrivacyPlan, charges: Sequence[Mapping[str, Any]]) -> float:
@@ -133,39 +145,47 @@ def _verdict(
 
 
 class _Watch:
-    """The engine, with canaries among its examples, whose uploads are read: `scores` `{example: how much speaks for it}`."""
+    """The engine in this process, with canaries among its examples, whose uploads are read.
 
-    def __init__(self, engine: InProcess, canaries: Canaries) -> None:
-        self.model, self.canaries, self.scores = engine.model, canaries, {}
-        task = engine.model.task
-        labels = task.train.labels.clone()
+    `scores` `{example: how much speaks for it}`.
+    """
+
+    def __init__(self, setting: Setting, canaries: Canaries) -> None:
+        self.canaries, self.scores, self.shards = canaries, {}, setting.shards
+        labels = setting.task.train.labels.clone()
         labels[torch.from_numpy(canaries.index)] = torch.from_numpy(canaries.labels).to(labels)
-        engine.model.task = dataclasses.replace(task, train=Examples(task.train.inputs, labels))
-        self.shards = engine.shards
-        self.engine = dataclasses.replace(engine, shards=_Without(engine.shards, canaries.index[~canaries.included]))
+        task = dataclasses.replace(setting.task, train=Examples(setting.task.train.inputs, labels))
+        held = _Without(setting.shards, canaries.index[~canaries.included])
+        self._engine = simulation.in_process(dataclasses.replace(setting, task=task, shards=held))
 
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
-        return self.engine.start(rank, scaling, seed)
+        return self._engine.start(rank, scaling, seed)
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
-        return self.engine.evaluate(adapter, merged)
+        return self._engine.evaluate(adapter, merged)
 
-    def train(self, jobs: Sequence[Job], plan: Plan) -> Iterator[ClientUpdate | Failure]:
+    def profile(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Profile:
+        return self._engine.profile(jobs, plan, mechanism)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Iterator[ClientUpdate | Failure]:
         by_name = {job.client.name: job for job in jobs}
-        for reply in self.engine.train(jobs, plan):
+        for reply in self._engine.train(jobs, plan, mechanism):
             if isinstance(reply, ClientUpdate):
-                self._read(by_name[reply.client], reply, plan)
+                self._read(by_name[reply.client], reply, plan, mechanism.plan)
             yield reply
 
-    def _read(self, job: Job, update: ClientUpdate, plan: Plan) -> None:
+    def _read(self, job: Job, update: ClientUpdate, plan: Plan, privacy: PrivacyPlan) -> None:
         """Add to the score of each of the client's canaries how much more often than expected it seems to have been drawn."""
-        examples = np.array(self.shards[job.index])  # a copy: shards may be read-only
-        canary, privacy = np.isin(examples, self.canaries.index), plan.privacy.plan
-        parameters = self.model.load(job.download)
-        parts = [PerExample(self.model, parameters).gradients(part) for part in torch.from_numpy(examples).split(_AT_ONCE)]
+        model, examples = self._engine.model, np.array(self.shards[job.client.name])  # a copy: shards may be read-only
+        canary = np.isin(examples, self.canaries.index)
+        parameters = model.load(job.download)
+        parts = [PerExample(model, parameters).gradients(part) for part in torch.from_numpy(examples).split(_AT_ONCE)]
         gradients = torch.cat([torch.cat([g.flatten(1) for g in part], dim=1) for part in parts]).double()
         gradients *= (privacy.clip_norm / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)).clamp_max(1.0)
-        moved = torch.cat([step.flatten() for step in _steps(self.model, job.download, update)]).double()
+        moved = torch.cat([step.flatten() for step in _steps(model, job.download, update)]).double()
         sums = moved * privacy.batch_size / plan.learning_rate
         draws, steps = privacy.sampling_rate(job.num_examples), privacy.local_steps
         mean = torch.from_numpy(np.where(canary, 0.5, 1.0) * draws * steps)
@@ -197,19 +217,12 @@ def _steps(model: LoraModel, download: Download, update: ClientUpdate) -> list[T
 
 @dataclass(frozen=True, eq=False)
 class _Without:
-    """Shards without some examples, which count as if they were there: the plan must not tell who is missing."""
+    """Shards by name without some examples, whom the plan counts as if they were there: it must not say who is missing."""
 
     shards: Any
     missing: np.ndarray
-    sizes: np.ndarray = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", self.shards.sizes)
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, client: int) -> np.ndarray:
+    def __getitem__(self, client: str) -> np.ndarray:
         return np.setdiff1d(self.shards[client], self.missing)
 
 

@@ -64,7 +64,7 @@ def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None
     if out.exists() and any(out.iterdir()) and not (resume and (out / COMPARISON).exists()):
         raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
     for cell in {cell.label: cell for cell in reversed(cells)}.values():
-        simulation.build(cell.config, progress).engine.model.close()
+        simulation.build(cell.config, progress).close()
 
 
 def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> Results:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from anyrank import simulation
+from anyrank import devices, simulation
 from anyrank.config.sections import Config
-from anyrank.errors import RunFailed
 from anyrank.federation import loop
 from anyrank.federation.federation import Federation
 from anyrank.messages.plan import plan_round
-from anyrank.messages.records import Client, ClientUpdate, Download, Failure, Job, ServerState, factor_bytes, tensor_bytes
+from anyrank.messages.records import Client, Download, Job, ServerState, factor_bytes, tensor_bytes
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
 from anyrank.studies import budget
-from anyrank.training import memory
 
 
 def plan(config: Config, measure: bool = True, progress: Progress | None = None) -> dict[str, Any]:
@@ -29,14 +27,15 @@ def plan(config: Config, measure: bool = True, progress: Progress | None = None)
     round and in all they are expected values over the draw of the cohorts. `measure`: time one local step of each rank, and
     guess the time of training from it. Raises what a run would raise for a wrong request.
     """
-    built = simulation.build(config, progress)
-    try:
-        state = loop.start(built)
-        levels = [_level(built, state, rank, count) for rank, count in _counts(built.population.ranks)]
-        activations = _measure(built, state, levels) if measure else 0
-        return _figures(built, state, levels, activations)
-    finally:
-        built.engine.model.close()
+    with devices.threads(config.run.threads):
+        built = simulation.build(config, progress)
+        try:
+            state = loop.start(built)
+            levels = [_level(built, state, rank, count) for rank, count in _counts(built.population.ranks)]
+            activations = _measure(built, state, levels) if measure else 0
+            return _figures(built, state, levels, activations)
+        finally:
+            built.close()
 
 
 def _counts(ranks: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -65,42 +64,22 @@ def _trainable(download: Download) -> int:
 
 
 def _measure(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> int:
-    """Time one local step of one client of each rank, as the engine trains them.
-
-    A first step warms up, and tells what is returned: the bytes that its passes keep for their gradients.
-    """
+    """Write the seconds of one local step of each rank into its level; returns the bytes that steps keep for gradients."""
     jobs = [job for level in levels if (job := _job(built, state, level["rank"]))]
     train = replace(built.config.train, local_steps=1, local_epochs=0)
-    privacy = Mechanism(replace(built.privacy, local_steps=1)) if built.privacy else None
-    warm, timed = (plan_round(train, round, 2, built.config.run.seed, privacy=privacy) for round in (1, 2))
-    kept = memory.Kept(built.engine.model.module)
-    with kept.watch():
-        list(built.engine.train(jobs, warm))
-    replies = list(_timed(built.engine.train(jobs, timed)))
-    by_name = {reply.client: (reply, seconds) for reply, seconds in replies}
+    mechanism = Mechanism(replace(built.privacy, local_steps=1)) if built.privacy else None
+    profile = built.engine.profile(jobs, plan_round(train, 1, 2, built.config.run.seed), mechanism)
     for job in jobs:
-        reply, seconds = by_name[job.client.name]
-        if isinstance(reply, Failure):
-            raise RunFailed(f"one local step of {job.client.name}, rank {job.client.rank}: {reply.reason}")
-        next(level for level in levels if level["rank"] == job.client.rank)["step_s"] = seconds
-    return kept.peak
-
-
-def _timed(replies: Iterable[ClientUpdate | Failure]) -> Iterator[tuple[ClientUpdate | Failure, float]]:
-    """Each reply with the seconds it took, by its own account or, where it gives none (private ones), until it came."""
-    began = time.perf_counter()
-    for reply in replies:
-        told = reply.metrics if isinstance(reply, ClientUpdate) else {}
-        yield reply, told.get("seconds", time.perf_counter() - began)
-        began = time.perf_counter()
+        next(level for level in levels if level["rank"] == job.client.rank)["step_s"] = profile.step_s[job.client.name]
+    return profile.activations
 
 
 def _job(built: Federation, state: ServerState, rank: int) -> Job | None:
     """The work of the first client of a rank that has examples."""
     for index in np.flatnonzero(built.population.ranks == rank):
-        if count := built.counted(len(built.population.shards[int(index)])):
+        if count := built.counted(int(built.population.sizes[int(index)])):
             client = built.population.client(int(index))
-            return Job(int(index), client, count, built.method.dispatch(state, client))
+            return Job(client, count, partial(built.method.dispatch, state, client))
     return None
 
 
@@ -114,7 +93,7 @@ def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]]
     return {
         "name": config.run.name,
         "method": config.method.name,
-        "task": built.facts["task"],
+        "task": built.facts.task,
         "rounds": rounds,
         "clients": len(built.population),
         "cohort": built.population.cohort_size,
@@ -134,7 +113,7 @@ def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]]
 def _steps(built: Federation) -> float:
     """Local steps of a client in a round, the mean over clients."""
     train = built.config.train
-    per_epoch = float(np.mean(np.ceil(built.population.shards.sizes / train.batch_size)))
+    per_epoch = float(np.mean(np.ceil(built.population.sizes / train.batch_size)))
     return (train.local_steps or train.local_epochs * per_epoch) * built.step_factor
 
 
@@ -144,7 +123,7 @@ def _memory(built: Federation, state: ServerState, levels: list[dict[str, Any]])
 
     `examples_on_disk` are in a file, of which the system keeps in memory what fits.
     """
-    population, task = built.population, built.engine.model.task
+    population, facts = built.population, built.facts
     cohort = sum(level["a_round"] * (level["upload_bytes"] + level["download_bytes"]) for level in levels)
     kept = 0.0
     if built.method.private:  # what stays with a client, the server keeps for it from its first round on
@@ -153,10 +132,10 @@ def _memory(built: Federation, state: ServerState, levels: list[dict[str, Any]])
             adapter = built.method.dispatch(state, Client("anyone", level["rank"])).adapter
             kept += taking_part * level["clients"] * _adapter_bytes(adapter)
     return {
-        "base_model": sum(tensor.nbytes for tensor in task.module.state_dict().values()),
-        "examples": built.facts["inputs_bytes"] if built.facts["inputs_in"] == "memory" else 0,
-        "examples_on_disk": built.facts["inputs_bytes"] if built.facts["inputs_in"] == "disk" else 0,
-        "clients": int(population.ranks.nbytes + population.shards.sizes.nbytes),
+        "base_model": facts.model_bytes,
+        "examples": 0 if facts.inputs_on_disk else facts.inputs_bytes,
+        "examples_on_disk": facts.inputs_bytes if facts.inputs_on_disk else 0,
+        "clients": int(population.ranks.nbytes + population.sizes.nbytes),
         "server_state": _adapter_bytes(state.adapter),
         "cohort": round(cohort),
         "kept_for_clients": round(kept),

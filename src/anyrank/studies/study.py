@@ -170,7 +170,7 @@ def check(study: Study, progress=None) -> None:
     """Build the first run of each setting and method, so that whatever is wrong stops before anything is trained."""
     for setting in study.settings:
         for label in setting.methods:
-            simulation.build(comparison.variant(setting.config, label), progress).engine.model.close()
+            simulation.build(comparison.variant(setting.config, label), progress).close()
 
 
 def execute(study: Study, out: Path, jobs: int, on_round: grid.OnRound | None = None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,48 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from anyrank.config.sections import EvalConfig
-from anyrank.messages.records import Scores
+from anyrank.errors import DataError, ModelError, nearest
+from anyrank.messages.records import Facts, Scores
+from anyrank.tasks.inputs import Inputs, TensorInputs, inputs_of, labels_of, named, split_items
 
-
-class Inputs(Protocol):
-    """Examples that can be handed to a module batch by batch."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all examples."""
-        ...
-
-    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
-        """Keyword arguments of the module's `forward` for the examples `index` `[b]`; `even`: of one size for each example."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class TensorInputs:
-    """Inputs of one shape, held as one tensor `[n, ...]` that the module takes as the argument `name`."""
-
-    values: Tensor
-    name: str = "inputs"
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
-    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
-        return {self.name: self.values[index]}
+__all__ = [
+    "Classification",
+    "Examples",
+    "Inputs",
+    "Objective",
+    "OwnLoss",
+    "Task",
+    "TensorInputs",
+    "resolve_targets",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Inputs with their labels `[n]` (whole numbers from 0)."""
+    """Inputs with their labels `[n]`: whole numbers from 0 for classes, any numbers for a loss of one's own.
+
+    `inputs`: a tensor or array `[n, ...]`, a mapping of the module's arguments to such, a data set with `len()` and `[i]`, or
+    an `Inputs` of one's own. Without `labels`, the items of a data set hold both: pairs, or mappings with `labels` or `label`.
+    Raises `DataError` for labels of another number than inputs, none at all, and values that are not finite.
+
+    >>> len(Examples(np.zeros((3, 4)), [0, 1, 0]))
+    3
+    """
 
     inputs: Inputs
-    labels: Tensor
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        inputs, labels = split_items(self.inputs) if self.labels is None else (inputs_of(self.inputs), labels_of(self.labels))
+        if len(inputs) != len(labels) or not len(labels):
+            raise DataError(f"Examples: expected as many labels as inputs, at least one, got {len(labels)} and {len(inputs)}")
+        object.__setattr__(self, "inputs", inputs)
+        object.__setattr__(self, "labels", labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,13 +75,13 @@ class Classification:
     """Outputs are logits `[b, classes]`: cross-entropy, and the share of examples whose label has the largest logit."""
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs, labels, reduction="none")
+        return nn.functional.cross_entropy(_tensor_of(outputs), labels, reduction="none")
 
     def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
         correct, losses = [], []
         with torch.inference_mode():
             for index in torch.arange(len(examples)).split(batch_size):
-                logits, labels = module(**examples.inputs.batch(index)), examples.labels[index]
+                logits, labels = _tensor_of(module(**examples.inputs.batch(index))), examples.labels[index]
                 correct.append(logits.argmax(dim=1) == labels)
                 losses.append(self.losses(logits, labels).double())
         return Scores(torch.cat(correct).cpu().numpy(), torch.cat(losses).cpu().numpy(), examples.labels.cpu().numpy())
@@ -95,28 +91,160 @@ class Classification:
 
 
 @dataclass(frozen=True, eq=False)
+class OwnLoss(Classification):
+    """A loss of one's own: `loss(outputs, labels)` gives one value an example, `[b]`, whatever outputs and labels are.
+
+    `classes`: labels are whole numbers from 0, and an example is right where its label has the largest of the outputs
+    `[b, classes]`. Otherwise nothing is right or wrong, and the loss alone is reported.
+    """
+
+    loss: Callable[[Any, Tensor], Tensor]
+    classes: bool = True
+
+    def losses(self, outputs: Any, labels: Tensor) -> Tensor:
+        losses = self.loss(_tensor_of(outputs), labels)
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        if shape != (len(labels),):
+            raise ModelError(
+                f"loss: expected one value an example, [{len(labels)}], got {shape if shape != () else 'a single number'}; a "
+                "loss of torch.nn gives that with reduction='none', one of more numbers an example is to be averaged over them"
+            )
+        return losses
+
+    def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
+        correct, losses = [], []
+        with torch.inference_mode():
+            for index in torch.arange(len(examples)).split(batch_size):
+                outputs, labels = _tensor_of(module(**examples.inputs.batch(index))), examples.labels[index]
+                losses.append(self.losses(outputs, labels).double())
+                if self.classes and isinstance(outputs, Tensor) and outputs.ndim == 2:
+                    correct.append(outputs.argmax(dim=1) == labels)
+        right = torch.cat(correct).cpu().numpy() if correct else None
+        return Scores(right, torch.cat(losses).cpu().numpy(), examples.labels.cpu().numpy())
+
+
+def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The squared error of each example, `[b]`, the mean over its outputs: the loss where labels are no whole numbers."""
+    return ((outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)) ** 2).mean(dim=1)
+
+
+def _tensor_of(outputs: Any) -> Any:
+    """The logits of what transformers' models give, or the outputs as they are."""
+    return getattr(outputs, "logits", outputs)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Task:
     """What is trained and how it is scored; one object a process, shared by all clients, never changed.
 
-    `module(**batch)` gives what `objective` reads, for a classifier logits `[b, classes]`. `targets`: full names of the modules
-    that get LoRA; `trained`: full names of plain parameters trained beside them (a head). Labels of examples say to partitions
-    and to per-client scores what kind of example each is. `columns`: other columns of the training data, for partitions.
-    `base_model` and `head` say in the adapter's config and in the report what was used; `peft` are further entries of that
-    config, such as PEFT's task type, by which its `AutoPeftModel...` classes know what to load.
+    `module(**batch)` gives what `objective` reads, for a classifier logits `[b, classes]`. `targets`: the modules that get
+    LoRA, by full name or, as in PEFT, by a dotted ending; `trained`: full names of plain parameters trained beside them (a
+    head). `train`, `test`: `Examples`, or what makes them. `loss(outputs, labels) -> [b]`: one's own, in the place of cross-
+    entropy for labels that are whole numbers and of the squared error for others. `label_names`: of labels from 0. Labels of
+    examples say to partitions and to per-client scores what kind of example each is. `columns`: other columns of the training
+    data, for partitions. `base_model` and `head` say in the adapter's config and in the report what was used; `peft` are
+    further entries of that config, such as PEFT's task type, by which its `AutoPeftModel...` classes know what to load.
+
+    Raises `ModelError` for targets and parameters that the module has not, `DataError` for examples that are none.
     """
 
-    name: str
     module: nn.Module
     targets: tuple[str, ...]
     train: Examples
     test: Examples
-    label_names: tuple[str, ...]
-    head: str
+    name: str = "a task of one's own"
+    label_names: tuple[str, ...] = ()
+    head: str = ""
     base_model: str = ""
     peft: Mapping[str, Any] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-    objective: Objective = field(default_factory=Classification)
+    loss: Callable[[Any, Tensor], Tensor] | None = None
+    objective: Objective | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise ModelError(f"module: expected a torch.nn.Module, got {type(self.module).__name__}")
+        put = functools.partial(object.__setattr__, self)
+        put("targets", find_targets(self.module, (self.targets,) if isinstance(self.targets, str) else self.targets))
+        put("trained", _parameters(self.module, self.trained))
+        for part in ("train", "test"):
+            put(part, _examples(getattr(self, part), self.module, part))
+        if self.objective is None:
+            put("objective", _objective(self.loss, self.train.labels))
+        if not self.label_names and _are_classes(self.train.labels):
+            put("label_names", tuple(str(label) for label in range(int(self.train.labels.max()) + 1)))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the labels are whole numbers from 0, which name kinds of examples."""
+        return _are_classes(self.train.labels)
+
+    def facts(self) -> Facts:
+        """What is known of the task by those who do not have it."""
+        inputs = (self.train.inputs, self.test.inputs)
+        return Facts(
+            task=self.name,
+            head=self.head,
+            base_model=self.base_model,
+            label_names=self.label_names,
+            train_examples=len(self.train),
+            test_examples=len(self.test),
+            inputs_bytes=sum(part.nbytes for part in inputs),
+            inputs_on_disk=any(part.on_disk for part in inputs),
+            model_bytes=sum(tensor.nbytes for tensor in self.module.state_dict().values()),
+        )
+
+
+def _are_classes(labels: Tensor) -> bool:
+    return labels.ndim == 1 and not labels.is_floating_point() and int(labels.min()) >= 0
+
+
+def _examples(given: Any, module: nn.Module, part: str) -> Examples:
+    try:
+        if not isinstance(given, Examples):
+            given = Examples(*given) if isinstance(given, tuple) and len(given) == 2 else Examples(given)
+    except DataError as error:
+        raise DataError(f"{part}: {error}") from None
+    inputs = named(given.inputs, module)
+    return given if inputs is given.inputs else Examples(inputs, given.labels)
+
+
+def _objective(loss: Callable[[Any, Tensor], Tensor] | None, labels: Tensor) -> Objective:
+    if loss is not None:
+        return OwnLoss(loss, _are_classes(labels))
+    return Classification() if _are_classes(labels) else OwnLoss(squared_error, classes=False)
+
+
+def _parameters(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    known = {name for name, _ in module.named_parameters()} if names else set()
+    for name in names:
+        if name not in known:
+            raise ModelError(f"trained: {type(module).__name__} has no parameter {name!r}; {nearest(name, known)}")
+    return tuple(names)
+
+
+def find_targets(module: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Full names of the modules that `wanted` names, each by its full name or by PEFT's rule of endings.
+
+    Raises `ModelError` for none at all, and for a name that fits no module.
+    """
+    known = {name for name, _ in module.named_modules() if name}
+    if not wanted:
+        raise ModelError(
+            f"targets: expected names of modules that get LoRA, got none; {type(module).__name__} has {_some(known)}"
+        )
+    found: list[str] = []
+    for name in wanted:
+        fits = [name] if name in known else list(resolve_targets(module, [name]))
+        if not fits:
+            raise ModelError(f"targets: {type(module).__name__} has no module {name!r}; {nearest(str(name), known)}")
+        found += fits
+    return tuple(dict.fromkeys(found))
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:5]) or "no modules of its own"
 
 
 def resolve_targets(module: nn.Module, endings: Sequence[str]) -> tuple[str, ...]:

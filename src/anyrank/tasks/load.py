@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from dataclasses import replace
 from pathlib import Path
 
-from anyrank.config.sections import OWN_HEADS, Config, DataConfig, LoraConfig, ModelConfig
+from anyrank.config.sections import HANDED_IN, Config, DataConfig, LoraConfig, ModelConfig
+from anyrank.errors import AnyRankError, ConfigError, ModelError
 from anyrank.progress import Progress
+from anyrank.tasks import registry
 from anyrank.tasks.base import Task
 from anyrank.tasks.place import place
-
-# The room of each `model.task`: a module of `anyrank.tasks` with `load(model, data, lora, cache, progress) -> Task`.
-_TASKS = {"image-classification": "vision.task", "text-classification": "text.task", "causal-lm": "language.task"}
 
 
 def cache_dir() -> Path:
@@ -25,26 +23,45 @@ def cache_dir() -> Path:
 
 
 def load_task(config: Config, progress: Progress | None = None) -> Task:
-    """The task that a configuration describes; the last one is kept, so that a grid of runs loads it once."""
+    """The task that a configuration describes; the last one is kept, so that a grid of runs loads it once.
+
+    Raises `ConfigError` for the task of a run whose program handed it in: only that program has it.
+    """
+    if config.model.task == HANDED_IN:
+        raise ConfigError(
+            "model.task = 'handed-in': this run's module and data were handed in by a Python program; go on with it by that "
+            "program, with resume=True"
+        )
     task = _load_task(config.model, config.data, config.lora, progress)
     return replace(task, objective=task.objective.under(config.eval))
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig) -> list:
+def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, changed: int = 0) -> list:
     return []
 
 
 def _load_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
-    slot = _cached_task(model, data, lora)  # a list, so that `progress` is no part of the key
+    changed = Path(model.file).stat().st_mtime_ns if model.file and Path(model.file).is_file() else 0
+    slot = _cached_task(model, data, lora, changed)  # a list, so that `progress` is no part of the key
+    if slot and getattr(slot[0].module, "_anyrank_in_use", False):  # another federation of this process trains on it
+        return _make(model, data, lora, progress)
     if not slot:
-        room = importlib.import_module(f"anyrank.tasks.{_room(model, data)}")  # a task's own imports may be heavy
-        slot.append(place(room.load(model, data, lora, cache_dir(), progress), model))
+        slot.append(_make(model, data, lora, progress))
     return slot[0]
 
 
-def _room(model: ModelConfig, data: DataConfig) -> str:
-    """The module of `anyrank.tasks` that a configuration's task is made by."""
-    if model.task == "image-classification" and data.source == "digits":
-        return "vision.digits"
-    return "text.own_head" if model.head in OWN_HEADS else _TASKS[model.task]
+def _make(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
+    make = registry.find(model, data)
+    try:
+        task = make(registry.Wanted(model, data, lora, cache_dir(), progress))
+    except AnyRankError:
+        raise
+    except Exception as error:
+        if not model.file:
+            raise
+        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        raise ModelError(f"model.file: {model.file}: task '{model.task}' raised {type(error).__name__}: {first}") from error
+    if not isinstance(task, Task):
+        raise ModelError(f"model.file: {model.file}: expected an anyrank.Task, got {type(task).__name__}")
+    return place(task, model)

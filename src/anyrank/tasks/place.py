@@ -42,8 +42,12 @@ class DeviceInputs:
     def nbytes(self) -> int:
         return self.inputs.nbytes
 
-    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
-        batch = self.inputs.batch(index, even)
+    @property
+    def on_disk(self) -> bool:
+        return self.inputs.on_disk
+
+    def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
+        batch = self.inputs.batch(index, equal_lengths)
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 

@@ -54,7 +54,7 @@ def _backward(model: LoraModel, index: Tensor, config: TrainConfig) -> float:
     """
     total, train = 0.0, model.task.train
     for part in index.split(-(-config.batch_size // config.accumulation_steps)):
-        outputs = model.module(**train.inputs.batch(part, even=config.gradient_checkpointing))
+        outputs = model.module(**train.inputs.batch(part, equal_lengths=config.gradient_checkpointing))
         loss = model.task.objective.losses(outputs, train.labels[part]).sum() / len(index)
         loss.backward()
         total += float(loss.detach())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,45 @@ class Target:
     kernel: tuple[int, int] = (1, 1)
 
 
+_IN_USE = "_anyrank_in_use"  # an attribute of a module that a `LoraModel` has open
+
+
+def in_use(module: nn.Module) -> bool:
+    """Whether a `LoraModel` has the module open."""
+    return _IN_USE in vars(module)
+
+
+@contextlib.contextmanager
+def _taken(module: nn.Module) -> Iterator[None]:
+    """The module for one user alone, frozen and in evaluation mode; afterwards it is as it was.
+
+    transformer layers of torch have a fast path that reads their weights and never calls the modules that LoRA is on; it is
+    closed for as long.
+    """
+    if in_use(module):
+        raise ModelError(
+            f"{type(module).__name__}: another federation in this process is using this module; give each its own, such as "
+            "copy.deepcopy(module)"
+        )
+    modes = [(part, part.training) for part in module.modules()]
+    moving = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    setattr(module, _IN_USE, True)
+    module.requires_grad_(False).eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        delattr(module, _IN_USE)
+        for part, training in modes:
+            part.training = training
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        for parameter in moving:
+            parameter.requires_grad_(True)
+
+
 class LoraModel:
     """The module of a task with LoRA factors on its targets, set and read as `Adapter` records.
 
@@ -42,10 +81,19 @@ class LoraModel:
     """
 
     def __init__(self, task: Task, checkpointing: bool = False) -> None:
-        self.task = task
-        self.module = task.module.requires_grad_(False).eval()
-        self.device = next(self.module.parameters()).device
+        self.task, self.module = task, task.module
         self._open = contextlib.ExitStack()
+        self._open.enter_context(_taken(self.module))
+        self.device = next(self.module.parameters()).device
+        try:
+            self._place(checkpointing)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _place(self, checkpointing: bool) -> None:
+        """Put LoRA's forward passes in the place of the targets' own."""
+        task = self.task
         if checkpointing:
             self._open.enter_context(memory.checkpointed(self.module, task.targets))
         modules = dict(self.module.named_modules())
@@ -64,9 +112,10 @@ class LoraModel:
 
     def close(self) -> None:
         """Put the module's own forward passes and plain parameters back: the module is as it was."""
-        self._open.close()
-        for name, start in self._start.items():
-            self.trained[name].data.copy_(start)
+        if in_use(self.module):
+            self._open.close()
+            for name, start in self._start.items():
+                self.trained[name].data.copy_(start)
 
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
         """The adapter that a run starts from: PEFT's init (A uniform, B zero; Embedding: A zero, B normal), head as loaded."""

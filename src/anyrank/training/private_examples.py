@@ -23,18 +23,20 @@ from anyrank import keys
 from anyrank.errors import ModelError
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Download, Scaling
-from anyrank.privacy.noise import Draws
+from anyrank.privacy.noise import Draws, Mechanism
 from anyrank.tasks.base import Examples
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
 
 
-def train(model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: Plan) -> ClientUpdate:
-    """The client's update after training on `examples` (indices `[n]` of the task's training set), as `plan.privacy` asks.
+def train(
+    model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: Plan, mechanism: Mechanism
+) -> ClientUpdate:
+    """The client's update after training on `examples` (indices `[n]` of the task's training set), as `mechanism` asks.
 
     It tells no losses, and no other count of examples than the one the plan declares.
     """
-    privacy, draws = plan.privacy.plan, plan.privacy.draws(plan.round, client)
+    privacy, draws = mechanism.plan, mechanism.draws(plan.round, client)
     parameters = model.load(download)
     start = [parameter.detach().clone() for parameter in parameters]
     sums = PerExample(model, parameters)
@@ -104,7 +106,7 @@ class PerExample:
 def _losses(model: LoraModel, index: Tensor, examples: Examples | None = None) -> Tensor:
     """The loss `[b]` of each of the examples `index`."""
     examples = examples or model.task.train
-    return model.task.objective.losses(model.module(**examples.inputs.batch(index, even=True)), examples.labels[index])
+    return model.task.objective.losses(model.module(**examples.inputs.batch(index, equal_lengths=True)), examples.labels[index])
 
 
 # --- nothing may bypass the clipping ----------------------------------------------------------------------------------

@@ -29,33 +29,35 @@ from anyrank.errors import RunFailed
 from anyrank.messages import change
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Download
-from anyrank.privacy.noise import Draws
+from anyrank.privacy.noise import Draws, Mechanism
 from anyrank.training import local
 from anyrank.training.lora import LoraModel
 
 _RIDGE = 1e-3  # of the mean eigenvalue of the Gram matrix
 
 
-def train(model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: Plan) -> ClientUpdate:
+def train(
+    model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: Plan, mechanism: Mechanism
+) -> ClientUpdate:
     """The client's update after ordinary training on `examples` (indices `[n]`), clipped, with noise unless the server adds it.
 
     A client whose training fails uploads no change, like any other: that it failed would tell of its data.
     """
     try:
-        adapter = local.train(model, client, download, examples, replace(plan, privacy=None)).adapter
+        adapter = local.train(model, client, download, examples, plan).adapter
     except RunFailed:
         adapter = download.adapter
-    return _SENT[plan.privacy.plan.noise_at](download, ClientUpdate(adapter, declared, client), plan)
+    return _SENT[mechanism.plan.noise_at](download, ClientUpdate(adapter, declared, client), plan.round, mechanism)
 
 
-def _noised(download: Download, trained: ClientUpdate, plan: Plan) -> ClientUpdate:
-    privacy, draws = plan.privacy.plan, plan.privacy.draws(plan.round, trained.client)
+def _noised(download: Download, trained: ClientUpdate, round: int, mechanism: Mechanism) -> ClientUpdate:
+    privacy, draws = mechanism.plan, mechanism.draws(round, trained.client)
     noise = privacy.noise[trained.num_examples]
     return replace(trained, adapter=release(download, trained.adapter, privacy.clip_norm, noise, draws))
 
 
-def _clear(download: Download, trained: ClientUpdate, plan: Plan) -> ClientUpdate:
-    return replace(trained, adapter=change.clipped(download, trained.adapter, plan.privacy.plan.upload_bound))
+def _clear(download: Download, trained: ClientUpdate, round: int, mechanism: Mechanism) -> ClientUpdate:
+    return replace(trained, adapter=change.clipped(download, trained.adapter, mechanism.plan.upload_bound))
 
 
 _SENT = {"client": _noised, "server": _clear}  # by who adds the noise

@@ -21,7 +21,7 @@ from torch import Tensor
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Failure, Job
+from anyrank.messages.records import ClientUpdate, Code, Failure, Job
 from anyrank.training import local
 from anyrank.training.forward import Term
 from anyrank.training.lora import LoraModel
@@ -97,7 +97,7 @@ class _Stack:
     def _step(self, step: int) -> list[float]:
         """One local step of every active client; returns their losses."""
         (index, weights), task = self._batch(step), self.model.task
-        logits = self.model.module(**task.train.inputs.batch(index, even=True))
+        logits = self.model.module(**task.train.inputs.batch(index, equal_lengths=True))
         losses = (task.objective.losses(logits, task.train.labels[index]).view(weights.shape) * weights).sum(dim=1)
         losses.sum().backward()
         for key, start in self.start.items():  # FedProx: the gradient of mu / 2 * |w - w_global|^2
@@ -131,7 +131,7 @@ class _Stack:
     def _reply(self, client: int, place: int) -> ClientUpdate | Failure:
         job, losses = self.jobs[client], self.losses[client]
         if not math.isfinite(losses[-1]):
-            return Failure(job.client.name, local.diverged(losses[-1], len(losses)))
+            return Failure(job.client.name, Code.DIVERGED, local.diverged(losses[-1], len(losses)))
         layers = {}
         for name, layer in job.download.adapter.layers.items():
             A, B = self.layers[name]["A"][place, : layer.rank], self.layers[name]["B"][place, :, : layer.rank]

@@ -196,7 +196,7 @@ def packs(decoder: Decoder, max_length: int) -> bool:
     size = settings.vocab_size
     probe = [Encoded([(7 * i + 3 * j + 1) % size for j in range(length)], 1) for i, length in enumerate((9, 5, 4))]
     together, index = Sequences.of(probe, 0, packs=True), torch.arange(3)
-    apart = decoder(**together.batch(index, even=True))
+    apart = decoder(**together.batch(index, equal_lengths=True))
     try:
         shared = decoder(**together.batch(index))
     except (AttributeError, TypeError, ValueError, RuntimeError):  # no such mask, no such positions

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Encoded:
 class Sequences:
     """Examples end to end: `tokens` `[all tokens]` int32, `lengths` `[n]`, of which `prompts` `[n]` are given, int64.
 
-    `packs`: examples may share rows, unless `even` parts are wanted. Rows are as wide as the longest example, so that sharing
+    `packs`: examples may share rows, unless equal lengths are wanted. Rows are as wide as the longest example, so that sharing
     them never costs attention more than padding does.
     """
 
@@ -53,6 +54,8 @@ class Sequences:
         lengths = torch.tensor([len(each.ids) for each in encoded], dtype=torch.int64)
         return cls(tokens, lengths, torch.tensor([each.prompt for each in encoded], dtype=torch.int64), pad, packs)
 
+    on_disk: ClassVar[bool] = False
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -65,11 +68,11 @@ class Sequences:
         start = int(self.starts[i])
         return self.tokens[start : start + int(self.prompts[i])].tolist()
 
-    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
+    def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
         index = index.cpu()
         lengths, prompts = self.lengths[index], self.prompts[index]
         width = int(lengths.max())
-        rows, columns, height = _rows(lengths, width) if self.packs and not even else _one_each(lengths)
+        rows, columns, height = _rows(lengths, width) if self.packs and not equal_lengths else _one_each(lengths)
         owner = torch.repeat_interleave(torch.arange(len(index)), lengths)
         position = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
         places = (rows * width + columns)[owner] + position

@@ -26,7 +26,7 @@ class RaggedInputs:
     A batch is `inputs` `[b, t, …]` (float32, or int64 token ids) and `mask` `[b, t]` bool, `t` the longest text of the batch,
     and for pairs of texts, where the model is told which of them a token is of, `segments` `[b, t]` (held as `[tokens]` uint8).
     `packs`: the module takes a batch without padding, end to end as the texts are held: `inputs` `[tokens, …]`, `lengths` `[b]`
-    and `segments` `[tokens]`. It gets that unless `even` parts are wanted.
+    and `segments` `[tokens]`. It gets that unless parts of equal lengths are wanted.
     """
 
     values: Tensor
@@ -34,6 +34,7 @@ class RaggedInputs:
     pad: int = 0
     packs: bool = False
     segments: Tensor | None = None
+    on_disk: bool = False
     starts: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,8 +48,8 @@ class RaggedInputs:
         segments = 0 if self.segments is None else self.segments.nbytes
         return self.values.nbytes + self.lengths.nbytes + self.starts.nbytes + segments
 
-    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
-        return self._packed(index) if self.packs and not even else self._padded(index)
+    def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
+        return self._packed(index) if self.packs and not equal_lengths else self._padded(index)
 
     def _packed(self, index: Tensor) -> dict[str, Tensor | bool]:
         lengths = self.lengths[index]

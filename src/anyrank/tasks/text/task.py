@@ -109,7 +109,7 @@ def _on_map(encode: Encode, texts: Mapping[str, Sequence[str]], head: _Head) -> 
     found = encode({part: Features(part_texts) for part, part_texts in texts.items()})
     embedded = {part: tensors["values"] for part, tensors in found.items()}
     module = MapClassifier(head.build(embedded["train"].shape[1], embedded.get("names")))
-    inputs = {part: TensorInputs(embedded[part]) for part in ("train", "test")}
+    inputs = {part: TensorInputs(embedded[part], on_disk=encode.on_disk) for part in ("train", "test")}
     return _Built(module, (MAP,), inputs, f"LoRA on a map of frozen embeddings, {encode.encoder.dtype_name}")
 
 
@@ -124,7 +124,7 @@ def _in_encoder(encode: Encode, texts: Mapping[str, Sequence[str]], head: _Head,
     found = encode(wanted)
     packs = encoder.packs
     inputs = {
-        part: RaggedInputs(**found[part], packs=packs)
+        part: RaggedInputs(**found[part], packs=packs, on_disk=encode.on_disk)
         if first
         else token_inputs(encoder.tokens(texts[part]), encoder.pad, packs)
         for part in ("train", "test")

@@ -29,6 +29,7 @@ class PixelInputs:
 
     values: Tensor
     scale: Scale
+    on_disk: bool = False
 
     def __len__(self) -> int:
         return len(self.values)
@@ -37,7 +38,7 @@ class PixelInputs:
     def nbytes(self) -> int:
         return self.values.nbytes
 
-    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
+    def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
         return {"inputs": self.scale(self.values[index])}
 
 
@@ -46,6 +47,7 @@ class HiddenInputs:
     """What a frozen part gave for each example, `values` `[n, …]` float32 or bfloat16; a batch is `inputs` `[b, …]` float32."""
 
     values: Tensor
+    on_disk: bool = False
 
     def __len__(self) -> int:
         return len(self.values)
@@ -54,7 +56,7 @@ class HiddenInputs:
     def nbytes(self) -> int:
         return self.values.nbytes
 
-    def batch(self, index: Tensor, even: bool = False) -> dict[str, Tensor | bool]:
+    def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
         return {"inputs": self.values[index].float()}
 
 

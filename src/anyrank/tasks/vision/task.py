@@ -95,7 +95,7 @@ def _on_map(frozen: _Frozen, parts: Mapping[str, Images], endings: Sequence[str]
     features = frozen.inputs_of(found.heads[0], parts)
     if features["train"].ndim != 2:
         raise ModelError(f"lora.target_modules = ['map']: the head of {found.name} takes more than one vector an image")
-    inputs = {part: HiddenInputs(values) for part, values in features.items()}
+    inputs = {part: HiddenInputs(values, frozen.on_disk) for part, values in features.items()}
     module = MapClassifier(found.model.get_submodule(found.heads[0]))
     trained = tuple(f"head.{name}" for name, _ in module.head.named_parameters())
     return _Built(module, (MAP,), trained, inputs, f"LoRA on a map of frozen features, {frozen.dtype_name}")
@@ -110,9 +110,11 @@ def _inside(frozen: _Frozen, parts: Mapping[str, Images], endings: Sequence[str]
     inner = [target for target in targets if target not in found.heads]
     cut = prefix.find(found.model, inner, frozen.sample(parts["test"]))
     if cut is None:
-        inputs = {part: PixelInputs(values, found.processor.scale) for part, values in frozen.pixels(parts).items()}
+        inputs = {
+            part: PixelInputs(values, found.processor.scale, frozen.on_disk) for part, values in frozen.pixels(parts).items()
+        }
         return _Built(WholeClassifier(found.model), targets, found.trained, inputs, "LoRA in the model, from pixels")
-    inputs = {part: HiddenInputs(values) for part, values in frozen.inputs_of(cut.place, parts).items()}
+    inputs = {part: HiddenInputs(values, frozen.on_disk) for part, values in frozen.inputs_of(cut.place, parts).items()}
     module = prefix.SplitClassifier(found.model, cut)
     how = f"LoRA from {cut.place} on, frozen prefix {frozen.dtype_name}"
     return _Built(module, targets, found.trained, inputs, how)
@@ -161,6 +163,11 @@ class _Frozen:
     progress: Progress | None
 
     @property
+    def on_disk(self) -> bool:
+        """Whether what was computed stays in its file while a run uses it."""
+        return self.config.features == "disk"
+
+    @property
     def bfloat16(self) -> bool:
         return self.config.dtype == "bfloat16" or (self.config.dtype == "auto" and has_bfloat16(self.device))
 
@@ -190,9 +197,8 @@ class _Frozen:
 
     def _once(self, what: str, parts: Mapping[str, Images], run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """`run` of every part's images, batch by batch, or what the cache has of it."""
-        on_disk = self.config.features == "disk"
         places = {part: ("images", self._key(what, given)) for part, given in parts.items()}
-        found = {part: store.load(self.cache, *place, mapped=on_disk) for part, place in places.items()}
+        found = {part: store.load(self.cache, *place, mapped=self.on_disk) for part, place in places.items()}
         missing = [part for part, tensors in found.items() if tensors is None]
         done, total = 0, sum(len(parts[part]) for part in missing)
         for part in missing:
@@ -206,7 +212,7 @@ class _Frozen:
                 if self.progress is not None:
                     self.progress(done, total)
             store.store(self.cache, *places[part], {"values": values})
-            found[part] = store.load(self.cache, *places[part], mapped=True) if on_disk else {"values": values}
+            found[part] = store.load(self.cache, *places[part], mapped=True) if self.on_disk else {"values": values}
         return {part: tensors["values"] for part, tensors in found.items()}
 
     def _key(self, what: str, given: Images) -> dict[str, str]:

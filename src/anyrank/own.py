@@ -1,0 +1,58 @@
+"""Python files of the user's own: methods, tasks, partitions and metrics that a configuration names by a file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from anyrank.errors import AnyRankError
+
+_PREFIX = "anyrank_own_"
+
+
+def load(path: str | Path, asked: str, kind: type[AnyRankError]) -> ModuleType:
+    """Run a Python file, as a module of its own, and return it. `asked`: the key of the configuration that names it.
+
+    Raises an error of `kind`, in one line, for a file that is not there, cannot be read as Python, or raises.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise kind(f"{asked}: no such file {path}; expected a Python file")
+    name = _PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise kind(f"{asked}: {path}: expected a Python file, whose name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look a class's module up there
+    try:
+        spec.loader.exec_module(module)
+    except AnyRankError:
+        sys.modules.pop(name, None)
+        raise
+    except Exception as error:
+        sys.modules.pop(name, None)
+        raise kind(f"{asked}: {path}, {_where(error, path)}: {_says(error)}") from None
+    return module
+
+
+def is_own(module: str) -> bool:
+    """Whether a module of this name came from a user's file."""
+    return module.startswith(_PREFIX)
+
+
+def _where(error: BaseException, path: Path) -> str:
+    """The last line of `path` that the error went through."""
+    line, trace = getattr(error, "lineno", None), error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"line {line}" if line else "when it was run"
+
+
+def _says(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or ["no message"])[0][:200]
+    return f"{type(error).__name__}: {first}"

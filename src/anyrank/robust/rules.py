@@ -1,0 +1,12 @@
+"""Which rule a run goes by."""
+
+from __future__ import annotations
+
+from anyrank.privacy.noise import Mechanism
+from anyrank.robust.base import Rule
+from anyrank.robust.central_noise import CentralNoise
+
+
+def rule_of(mechanism: Mechanism | None) -> Rule:
+    """The rule of a run under `mechanism`, the privacy plan with its key, or `None`."""
+    return CentralNoise(mechanism) if mechanism and mechanism.plan.central else Rule()

@@ -1,0 +1,288 @@
+"""A federation from Python: a torch module, data, shards and a method of one's own, in a run folder like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import HANDED_IN, Config
+from anyrank.config.tables import load as load_config
+from anyrank.data import partition
+from anyrank.errors import AnyRankError, ConfigError, DataError, MethodError
+from anyrank.messages.records import Client, ServerState
+from anyrank.methods import REGISTRY, Method, make
+from anyrank.progress import Progress
+from anyrank.runs.checkpoint import load_state
+from anyrank.runs.folder import RunDir
+from anyrank.simulation import building
+from anyrank.tasks import digest
+from anyrank.tasks.base import Task
+from anyrank.tasks.inputs import rows_of
+
+Rows = Sequence[int] | np.ndarray | torch.Tensor
+Split = Callable[[np.ndarray, int, np.random.Generator, Mapping[str, np.ndarray]], np.ndarray]
+_SECTIONS = ("run", "model", "data", "clients", "lora", "train", "privacy", "eval")
+
+
+class Federation:
+    """One federation: a task or a configuration, its clients, and the method that merges what they train.
+
+    >>> import torch
+    >>> x, y = torch.randn(40, 4), torch.arange(40) % 2
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> task = Task(module=net, targets=("0",), train=(x, y), test=(x, y))
+    >>> Federation(task, ranks={"north": 4, "south": 2}, rounds=1).names
+    ('north', 'south')
+    """
+
+    def __init__(
+        self,
+        task: Task | None = None,
+        *,
+        ranks: Mapping[str, int] | Sequence[int] | int | None = None,
+        shards: Mapping[str, Rows] | Sequence[Rows] | Split | None = None,
+        method: str | Method | type[Method] | None = None,
+        rounds: int | None = None,
+        seed: int | None = None,
+        config: Config | None = None,
+        **sections: Mapping[str, Any],
+    ) -> None:
+        """A federation of `task`; without one, of what `config` describes.
+
+        `ranks`: of each client, by name, in a list, or one for all. `shards`: the training examples of each client, by the
+        same names or in the same order, as indices `[n]` or a mask; or a function `(labels, clients, rng, columns)` that
+        gives the client of each example `[n]`. Without `shards` the configuration's partition splits them. `method`: by name,
+        or a method of one's own. `config`, or keywords `run`, `model`, `data`, `clients`, `lora`, `train`, `privacy` and
+        `eval` with keys of that section, such as `train={"learning_rate": 1e-2}`, say the rest. Where clients are named, all
+        take part in every round, unless `clients={"participation": ...}` says otherwise.
+
+        Raises `AnyRankError`, in one line, for whatever does not fit together.
+        """
+        if task is not None and not isinstance(task, Task):
+            raise ConfigError(f"task: expected an anyrank.Task, got {type(task).__name__}")
+        if task is None and config is None:
+            raise ConfigError("Federation: expected a task, or config=...; anyrank.load('config.toml') reads a file")
+        self.task = task
+        self._shards: Any = None
+        chosen = _configured(config, sections)
+        chosen, names = _with_clients(chosen, ranks, shards, "clients" in sections or config is not None)
+        self._method, chosen = _with_method(chosen, method)
+        run = {key: value for key, value in (("rounds", rounds), ("seed", seed)) if value is not None}
+        chosen = _replaced(chosen, {"run": run})
+        if task is not None:
+            chosen = _handed_in(chosen, task)
+        if shards is not None:
+            if task is None:
+                raise ConfigError("shards: are indices of a task's training examples; hand in the task too")
+            self._shards = _shards(shards, names, task, chosen)
+            found = digest.of_shards((name, self._shards[i]) for i, name in enumerate(names))
+            chosen = _replaced(chosen, {"data": {"partition": dataclasses.replace(
+                chosen.data.partition, kind=HANDED_IN, handed_in=found, column="", examples_per_client=0)}})  # fmt: skip
+        elif task is not None and not task.has_classes and chosen.data.partition == type(chosen.data.partition)():
+            iid = dataclasses.replace(chosen.data.partition, kind="iid")
+            chosen = _replaced(chosen, {"data": {"partition": iid}})
+        self.config = chosen
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The clients' names."""
+        clients = self.config.clients
+        return clients.names or tuple(f"client-{i:0{len(str(clients.count - 1))}d}" for i in range(clients.count))
+
+    def run(
+        self,
+        out: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        on_round: Callable[[Mapping[str, Any]], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Run the federation in the folder `out` (default: `runs/NAME`), and return what it came to.
+
+        `resume`: go on with the run in the folder, or start it where there is none; a run of another task, other shards or
+        another configuration is refused. `on_round` gets each round's metrics, `progress(done, total)` what is prepared.
+        The folder is that of any run: `anyrank report OUT` makes its page. The module is as it was when this returns.
+        """
+        folder = Path(out) if out is not None else Path("runs") / self.config.run.name
+        instead = {"task": self.task, "shards": self._shards, "method": self._method}
+        summary = building.execute(self.config, folder, resume, on_round, progress, **instead)
+        return Result.of(folder, summary, self._method or make(self.config.method.name, self.config.method.options))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: its folder `out`, the closing figures `summary`, and the `metrics` of each round.
+
+    `adapter`: the global update; `base_update`: what goes into the frozen base model below it (FLoRA, FedEx), or `None`.
+    """
+
+    out: Path
+    summary: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    state: ServerState = dataclasses.field(repr=False)
+    method: Method = dataclasses.field(repr=False)
+
+    @classmethod
+    def of(cls, out: Path, summary: Mapping[str, Any], method: Method) -> Result:
+        """From the folder of a finished run."""
+        metrics = RunDir.read_metrics(out)
+        return cls(out, summary, metrics, load_state(out / "checkpoint" / "state.safetensors"), method)
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.state.adapter
+
+    @property
+    def base_update(self) -> Adapter | None:
+        return self.state.merged
+
+    def share(self, rank: int) -> Adapter:
+        """What a client of `rank` would get: the part of the global update that fits it."""
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise MethodError(f"share: expected a rank of at least 1, got {rank!r}")
+        return self.method.share(self.state, Client(f"rank-{rank}", rank))
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Federation:
+    """The federation of a TOML configuration, with `section.key=value` overrides, as `anyrank run` runs it."""
+    return Federation(config=load_config(path, overrides))
+
+
+# --- from keywords to a configuration ---------------------------------------------------------------------------------
+
+
+def _configured(config: Config | None, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    for name in sections:
+        if name not in _SECTIONS:
+            raise ConfigError(
+                f"Federation: unknown keyword {name!r}; expected task, ranks, shards, method, rounds, seed, config, or one of "
+                f"the sections {', '.join(_SECTIONS)}, as in train={{'learning_rate': 1e-2}}"
+            )
+    return _replaced(config or Config(), sections)
+
+
+def _replaced(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """`config` with keys changed; a key that no section has is an error as in a file."""
+    from anyrank.config.tables import from_table, to_table
+
+    plain = {
+        name: keys for name, keys in sections.items() if not any(dataclasses.is_dataclass(value) for value in keys.values())
+    }
+    table = to_table(config)
+    for name, keys in plain.items():
+        if not isinstance(keys, Mapping):
+            raise ConfigError(f"{name}: expected keys of the section [{name}], got {keys!r}")
+        table[name] = table[name] | dict(keys)
+    changed = from_table(table) if plain else config
+    return changed.replace(**{name: keys for name, keys in sections.items() if name not in plain})
+
+
+def _with_clients(config: Config, ranks: Any, shards: Any, configured: bool) -> tuple[Config, tuple[str, ...]]:
+    """The configuration with the clients that `ranks` and `shards` name, and their names."""
+    by_name = next((given for given in (ranks, shards) if isinstance(given, Mapping)), None)
+    listed = next((given for given in (ranks, shards) if _is_list(given)), None)
+    if by_name is None and listed is None:
+        keys = {} if ranks is None else {"ranks": [_rank(ranks, "every client")]}
+        config = _replaced(config, {"clients": keys}) if keys else config
+        return config, config.clients.names
+    if by_name is not None:
+        names = tuple(by_name)
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"ranks: expected names of clients, got {name!r}")
+        _same_names(ranks, shards)
+    else:
+        names = ()
+    count = len(by_name if by_name is not None else listed)
+    if not count:
+        raise ConfigError("ranks: expected at least one client, got none")
+    keys: dict[str, Any] = {"count": count, "names": list(names)}
+    if isinstance(ranks, Mapping):
+        keys |= {"ranks": [_rank(rank, name) for name, rank in ranks.items()], "rank_order": "cycled"}
+    elif _is_list(ranks):
+        if len(ranks) != count:
+            raise ConfigError(f"ranks: expected one a client, {count}, got {len(ranks)}")
+        keys |= {"ranks": [_rank(rank, f"client {i}") for i, rank in enumerate(ranks)], "rank_order": "cycled"}
+    elif ranks is not None:
+        keys |= {"ranks": [_rank(ranks, "every client")]}
+    if not configured:
+        keys |= {"participation": 1.0}
+    return _replaced(config, {"clients": keys}), names
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, (str, bytes))
+
+
+def _same_names(ranks: Any, shards: Any) -> None:
+    if isinstance(ranks, Mapping) and isinstance(shards, Mapping):
+        lacking = sorted(map(str, ranks.keys() ^ shards.keys()))
+        if lacking:
+            has, other = ("ranks", "shards") if lacking[0] in ranks else ("shards", "ranks")
+            raise ConfigError(f"{other}: client {lacking[0]!r} is in {has} and not in {other}; name the same clients in both")
+    elif ranks is not None and shards is not None and (_is_list(ranks) or _is_list(shards)):
+        raise ConfigError("ranks and shards: expected both by name, or both in a list")
+
+
+def _rank(rank: Any, client: str) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
+        raise ConfigError(f"ranks: {client}: expected a whole number of at least 1, got {rank!r}")
+    return int(rank)
+
+
+def _with_method(config: Config, method: Any) -> tuple[Method | None, Config]:
+    """A method that is handed in, or `None` where the configuration can make it, and the configuration that says which."""
+    if method is None:
+        return None, config
+    if isinstance(method, str):
+        options = config.method.options if method == config.method.name else {}
+        return None, config.replace(method={"name": method, "options": options})
+    try:
+        made = method() if isinstance(method, type) and issubclass(method, Method) else method
+    except TypeError as error:
+        raise MethodError(f"method: {error}") from None
+    if not isinstance(made, Method):
+        raise MethodError(f"method: expected a name or an anyrank.methods.Method, got {type(method).__name__}")
+    options = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    known = REGISTRY.get(made.name) is type(made) and type(made).__module__.startswith("anyrank.methods.")
+    found = "" if known else digest.of_text(digest.source(type(made)))
+    return made, config.replace(method={"name": made.name, "options": options, "file": "", "handed_in": found})
+
+
+def _handed_in(config: Config, task: Task) -> Config:
+    """The configuration of a task that is handed in: it says so, with the task's digest."""
+    if config.model.device not in ("cpu", "auto") or config.model.train_dtype != "float32":
+        raise ConfigError(
+            "model: device and train_dtype are the module's own, which is used where and as it is; leave them out"
+        )
+    model = dataclasses.replace(type(config.model)(), task=HANDED_IN, handed_in=digest.digest(task))
+    data = dataclasses.replace(type(config.data)(), source=HANDED_IN, partition=config.data.partition)
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def _shards(shards: Any, names: tuple[str, ...], task: Task, config: Config) -> partition.Shards:
+    size, labels = len(task.train), task.train.labels.cpu().numpy()
+    if callable(shards) and not _is_list(shards) and not isinstance(shards, Mapping):
+        least = config.data.partition.min_examples
+        name = getattr(shards, "__name__", "shards")
+        return partition.split_by(shards, name, labels, config.clients.count, config.run.seed, task.columns, least)
+    given = shards if isinstance(shards, Mapping) else dict(enumerate(shards))
+    if isinstance(shards, Mapping) and names:
+        given = {name: shards[name] for name in names}
+    rows = {}
+    for name, own in given.items():
+        try:
+            rows[str(name)] = rows_of(own)
+        except DataError as error:
+            raise DataError(f"shards: client {name}: {error}") from None
+    return partition.by_hand(rows, size)
+
+
+__all__ = ["AnyRankError", "Federation", "Result", "load"]

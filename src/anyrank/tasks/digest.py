@@ -1,0 +1,71 @@
+"""What a task that was handed in is, in a few letters: a run goes on with the task that it began with, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anyrank.tasks.base import Examples, Task
+from anyrank.tasks.inputs import pieces
+
+_LETTERS = 16
+_ITEMS = 256  # examples that are read of a data set whose items are made when they are asked for
+
+
+def digest(task: Task) -> tuple[str, ...]:
+    """`part digest`, for each part: the module's weights and structure, what is trained of it, the examples, the loss.
+
+    Tensors are read whole. Of a data set whose items are made one by one, all labels are, and 256 items spread evenly.
+    """
+    module = task.module
+    weights = [(name, value) for name, value in sorted(module.state_dict().items()) if isinstance(value, Tensor)]
+    return (
+        f"module {_of([repr(type(module)), str(module)], weights)}",
+        f"targets {_of([*task.targets, '/', *task.trained], ())}",
+        f"train {_of_examples(task.train)}",
+        f"test {_of_examples(task.test)}",
+        f"loss {_of([source(task.loss) if task.loss else repr(task.objective)], ())}",
+    )
+
+
+def of_shards(shards: Iterable[tuple[str, np.ndarray]]) -> str:
+    """A digest of who has which examples."""
+    return _of([], [(name, torch.from_numpy(np.ascontiguousarray(rows))) for name, rows in shards])
+
+
+def source(thing: Callable[..., Any] | type) -> str:
+    """What a function or class says: its own text where that can be found, or its name and what it is compiled to."""
+    if isinstance(thing, nn.Module):
+        return repr(thing)
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        code = getattr(thing, "__code__", None)
+        name = getattr(thing, "__qualname__", type(thing).__qualname__)
+        return f"{name} {code.co_code.hex() if code else ''}"
+
+
+def of_text(text: str) -> str:
+    """A digest of a text."""
+    return _of([text], ())
+
+
+def _of_examples(examples: Examples) -> str:
+    return _of([type(examples.inputs).__name__], [*pieces(examples.inputs, _ITEMS), ("labels", examples.labels)])
+
+
+def _of(texts: Iterable[str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(f"{len(text)}\0{text}".encode())
+    for name, value in tensors:
+        value = value.detach().cpu().contiguous()
+        total.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        total.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else b"")
+    return total.hexdigest()[:_LETTERS]

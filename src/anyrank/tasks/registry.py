@@ -1,0 +1,97 @@
+"""The tasks by name. `register` is the one line that makes a task of one's own take part everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anyrank import own
+from anyrank.config.sections import OWN_HEADS, DataConfig, LoraConfig, ModelConfig
+from anyrank.errors import ModelError, nearest
+from anyrank.progress import Progress
+
+if TYPE_CHECKING:
+    from anyrank.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a task is made from: the sections `model`, `data` and `lora` of a configuration, the folder `cache` for what is
+    worth keeping between runs, and `progress(done, total)`, or `None`.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig
+    cache: Path
+    progress: Progress | None = None
+
+
+Make = Callable[[Wanted], "Task"]
+
+OWN: dict[str, Make] = {}
+
+# `model.task` -> the module that makes it; loaded when it is asked for, since its own imports may be heavy.
+_BUILT_IN = {
+    "image-classification": "anyrank.tasks.vision.task",
+    "text-classification": "anyrank.tasks.text.task",
+    "causal-lm": "anyrank.tasks.language.task",
+}
+
+
+def register(name: str) -> Callable[[Make], Make]:
+    """Decorator: makes `function(wanted) -> Task` known as `model.task = name`. A built-in name cannot be taken.
+
+    `wanted` has the configuration's sections `model`, `data` and `lora`, see `Wanted`.
+    """
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"tasks.register: expected a name, as in @register('mine'), got {name!r}")
+    if name in _BUILT_IN:
+        raise ModelError(f"tasks.register: '{name}' is a built-in task; choose another name")
+
+    def keep(make: Make) -> Make:
+        OWN[name] = make
+        return make
+
+    return keep
+
+
+def find(model: ModelConfig, data: DataConfig) -> Make:
+    """What makes the task that a configuration names; `model.file` is run first, where there is one.
+
+    Raises `ModelError` for a file that registers no task, or not the one that is named.
+    """
+    if model.file:
+        return _from_file(model)
+    import importlib
+
+    module = importlib.import_module(_room(model, data))
+    return lambda wanted: module.load(wanted.model, wanted.data, wanted.lora, wanted.cache, wanted.progress)
+
+
+def _from_file(model: ModelConfig) -> Make:
+    before = dict(OWN)
+    OWN.clear()
+    try:
+        own.load(model.file, "model.file", ModelError)
+        made = dict(OWN)
+    finally:
+        OWN.update({**before, **OWN})
+    if not made:
+        raise ModelError(
+            f"model.file: {model.file} registers no task; expected a function under @anyrank.tasks.register('{model.task}')"
+        )
+    if model.task in made:
+        return made[model.task]
+    if len(made) == 1 and model.task == ModelConfig().task:  # nobody named one
+        return next(iter(made.values()))
+    raise ModelError(f"model.task: {model.file} registers no task '{model.task}'; {nearest(model.task, made)}")
+
+
+def _room(model: ModelConfig, data: DataConfig) -> str:
+    """The module that a configuration's task is made by."""
+    if model.task == "image-classification" and data.source == "digits":
+        return "anyrank.tasks.vision.digits"
+    return "anyrank.tasks.text.own_head" if model.head in OWN_HEADS else _BUILT_IN[model.task]
