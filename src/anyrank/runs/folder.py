@@ -198,10 +198,29 @@ def _same(what: str, path: Path, stored: Mapping[str, Any], wanted: Mapping[str,
     theirs, ours = _flat(stored, what and f"{what} plan: "), _flat(wanted, what and f"{what} plan: ")
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key):
+            if key.endswith(".handed_in"):
+                raise _handed_in(key, path, theirs.get(key), ours.get(key))
             raise RunError(
                 f"{path}: was started with {key} = {theirs.get(key)!r}, not {ours.get(key)!r}; "
                 "resume with the configuration in the folder, or choose another --out"
             )
+
+
+_GIVEN = {"model": "task", "data.partition": "shards", "method": "method"}  # what a program hands in, by the table it is of
+
+
+def _handed_in(key: str, path: Path, theirs: Any, ours: Any) -> RunError:
+    """Which part of what a program handed in is not what the run began with."""
+    what = _GIVEN[key.removesuffix(".handed_in")]
+    if not theirs or not ours:
+        began = f"was started with a {what} that a program handed in, not with" if theirs else "was not started with"
+        return RunError(f"{path}: {began} this {what}; go on with it as it was started, or choose another folder")
+    parts = [old.split()[0] for old, new in zip(theirs, ours, strict=False) if old != new] if what == "task" else []
+    differs = f" (its {', '.join(parts)})" if parts else ""
+    return RunError(
+        f"{path}: was started with another {what} than the one handed in{differs}; hand in what the run began with, or choose "
+        "another folder"
+    )
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
