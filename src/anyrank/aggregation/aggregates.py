@@ -16,7 +16,7 @@ from anyrank import devices
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.adapter.stored import FolderWriter
-from anyrank.aggregation.merge import Merge, has_own_aggregate, plan
+from anyrank.aggregation.merge import Merge, plan
 from anyrank.algebra import lowrank, spectra
 from anyrank.errors import AdapterError, MethodError, RunError, RunFailed, nearest
 from anyrank.messages.records import Client, ClientUpdate, Scaling, ServerState
@@ -92,7 +92,7 @@ def aggregate(
     """
     merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
     with lowrank.using(algebra, *_place(device)) as work:
-        whole = has_own_aggregate(merge.method)
+        whole = not merge.method.by_layer
         state = merge.method.aggregate(merge.state(), merge.updates) if whole else _layer_by_layer(merge, work.batch_bytes)
     return AggregateResult(merge.method, state, work)
 

@@ -174,11 +174,6 @@ def plan(
     )
 
 
-def has_own_aggregate(method: Method) -> bool:
-    """Whether a user's method replaces the whole of `aggregate`, so that its layers may not be independent."""
-    return not type(method).aggregate.__module__.startswith("anyrank.methods.")
-
-
 def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
     """The rule that explains all clients' scalings, layer by layer: alpha / r, alpha / sqrt(r), or one constant.
 
@@ -235,7 +230,7 @@ def _mergeable(method: Method, stored: bool) -> None:
         )
     if method.pools_data:
         raise MethodError(f"{method.name}: it trains on all data in one place, so there is nothing to merge; use fedavg")
-    if stored and has_own_aggregate(method):
+    if stored and not method.by_layer:
         raise MethodError(
             f"{method.name}: it has an `aggregate` of its own, which may need all layers at once; "
             "load the adapters (ClientUpdate(Adapter.load(folder), ...)), or write its rule for one layer"

@@ -36,7 +36,7 @@ def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
             f"method.name: with {method.name}, {' and '.join(sorted(method.private))} stay with each client and are scored one "
             "by one; private training covers methods whose clients keep nothing: choose another"
         )
-    if getattr(method, "prune", False):
+    if method.prunes:
         raise ConfigError(
             f"method.prune: {method.name} would prune ranks by norms that are mostly noise; set method.prune=false, or choose "
             "another method"

@@ -119,8 +119,19 @@ class Method(ABC):
     weights: ClassVar[Callable[[Sequence[Part], int], Tensor] | None] = None
     # True for the reference line that gathers all examples in one place: the federation then has one client.
     pools_data: ClassVar[bool] = False
+    # Whether a layer's new factors need no other layer. A method with an `aggregate` of its own has to say so itself.
+    by_layer: ClassVar[bool] = True
     # True for the lines that methods are measured against, which no federation would run.
     reference: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "aggregate" in vars(cls) and "by_layer" not in vars(cls):
+            cls.by_layer = False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether clients may lower their own ranks."""
+        return False
 
     def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
         """The state before round 1: `adapter` at the largest rank, A random and B zero, one for all clients."""

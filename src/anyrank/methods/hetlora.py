@@ -35,6 +35,8 @@ class HetLoRA(Method):
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.NEVER, stationary=Holds.EQUAL)
     rescale = "both"
 
+    by_layer = True  # what it keeps beside the layers are ranks
+
     prune: bool = True
     gamma: float = 0.99
     penalty: float = 0.001
@@ -46,6 +48,10 @@ class HetLoRA(Method):
                 "hetlora: expected gamma above 0 and at most 1, penalty of at least 0 and min_rank of at least 1, got "
                 f"{self.gamma}, {self.penalty} and {self.min_rank}"
             )
+
+    @property
+    def prunes(self) -> bool:
+        return self.prune
 
     def dispatch(self, state: ServerState, client: Client) -> Download:
         if not self.prune:

@@ -47,6 +47,8 @@ class StayPut(Method):
     paper = "this project"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.EQUAL, stationary=Holds.ALWAYS)
 
+    by_layer = True  # what it keeps beside the layers is the update one round ago, layer by layer
+
     tau: float = 0.0
     true_point: bool = True
     rotate: bool = True
