@@ -63,8 +63,8 @@ def build(config: Config, progress: Progress | None = None) -> Federation:
 
 
 def _labels(population: cohort.Population, task: Task) -> Labels | None:
-    """What kinds of examples the clients have; `None` where there are too many clients to tell them apart."""
-    if len(population) > MOST_CLIENTS:
+    """What kinds of examples the clients have; `None` where there are too many clients to tell them apart, or no kinds."""
+    if len(population) > MOST_CLIENTS or task.train.labels.is_floating_point():
         return None
     members = range(len(population))
     names, shards = [population.name(i) for i in members], [population.shards[i] for i in members]

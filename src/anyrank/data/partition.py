@@ -114,7 +114,13 @@ def partition(
     (`dirichlet`, `quantity`); a `DataError` names the client where that does not help. `min_examples = 0` permits empty
     clients, though never more clients than examples.
     """
-    labels = np.asarray(labels).astype(np.int64)
+    labels = np.asarray(labels)
+    if labels.dtype.kind == "f" and config.kind in _BY_LABEL:
+        raise DataError(
+            f"data.partition.kind = '{config.kind}' splits by label, and these labels are {labels.dtype} numbers, no kinds; "
+            "use iid, quantity or column"
+        )
+    labels = labels.astype(np.int64)
     if config.kind == "sampled":
         return _sampled(config, labels, num_clients, seed)
     if num_clients > len(labels):
@@ -228,6 +234,7 @@ _KINDS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
         "column": _column,
     }
 )
+_BY_LABEL = ("dirichlet", "pathological", "staircase", "sampled")
 _MENDS = {
     "iid": "",
     "dirichlet": "raise data.partition.alpha, ",

@@ -11,6 +11,7 @@ from anyrank.errors import AnyRankError
 from anyrank.federation.cohort import Shards
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Failure, Job, Scaling, Scores
+from anyrank.tasks.base import score
 from anyrank.training import local, private_examples, private_upload, stacked
 from anyrank.training.lora import LoraModel
 
@@ -66,5 +67,4 @@ class InProcess:
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         self.model.apply(adapter, merged)
-        task = self.model.task
-        return task.objective.score(task.module, task.test, self.eval_batch_size)
+        return score(self.model.task, self.eval_batch_size)

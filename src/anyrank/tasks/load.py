@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from anyrank.config.sections import OWN_HEADS, Config, DataConfig, LoraConfig, ModelConfig
 from anyrank.progress import Progress
-from anyrank.tasks.base import Task
+from anyrank.tasks.base import Task, judged
 from anyrank.tasks.place import place
 
 # The room of each `model.task`: a module of `anyrank.tasks` with `load(model, data, lora, cache, progress) -> Task`.
@@ -27,7 +26,7 @@ def cache_dir() -> Path:
 def load_task(config: Config, progress: Progress | None = None) -> Task:
     """The task that a configuration describes; the last one is kept, so that a grid of runs loads it once."""
     task = _load_task(config.model, config.data, config.lora, progress)
-    return replace(task, objective=task.objective.under(config.eval))
+    return judged(task, config.eval)
 
 
 @functools.lru_cache(maxsize=1)
