@@ -28,6 +28,7 @@ from anyrank.config.tables import load as load_config
 from anyrank.data import instructions, partition
 from anyrank.errors import ConfigError, DataError, ModelError
 from anyrank.messages.records import Scaling
+from anyrank.tasks import base
 from anyrank.tasks.language import arithmetic, decoder, scoring
 from anyrank.tasks.language import task as causal
 from anyrank.tasks.language.sequences import Encoded, Sequences
@@ -377,6 +378,14 @@ def test_the_likeliest_option_is_the_one_that_costs_least(folders, tmp_path):
     normal = scored(task, score="likelihood", length_normalized=True).correct
     assert normal.tolist() == (mean.argmin(axis=1) == right).tolist()
     assert likely.tolist() != normal.tolist()  # a long option costs more than it is unlikely
+    # Metrics hold the option that was found likeliest against the right one, by the options' names in order.
+    judged = base.judged(task, EvalConfig(score="likelihood", metrics=("macro_f1", "per_label")))
+    found, names = base.score(judged, 3), sorted(options)
+    chosen = (mean * counts).argmin(axis=1)
+    assert [names[i] for i in found.predictions] == [options[i] for i in chosen]
+    assert [names[i] for i in found.targets] == [options[i] for i in right]
+    assert found.figures["per_label"] == {name: float((chosen == i)[right == i].mean()) for i, name in enumerate(options)}
+    assert found.labels.tolist() == task.test.labels.tolist()
 
 
 def test_what_is_scored_must_be_there(folders, data):
@@ -387,6 +396,8 @@ def test_what_is_scored_must_be_there(folders, data):
         without.under(EvalConfig(score="generate"))
     with pytest.raises(ConfigError, match="no options to choose from"):
         scored(task, score="likelihood")
+    with pytest.raises(ConfigError, match="metric 'macro_f1': is of predictions, and this task has losses"):
+        base.judged(task, EvalConfig(score="exact", metrics=("macro_f1",)))
     with pytest.raises(ConfigError, match="eval.extract = 'number': there is none in the answer ' on'"):
         scored(task, score="generate", extract="number")
     with pytest.raises(ConfigError, match="the longest prompt has 35 tokens and the model takes 1200 in all"):

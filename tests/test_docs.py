@@ -19,6 +19,7 @@ from anyrank.methods import make
 from anyrank.methods.catalog import catalog
 from anyrank.studies import comparison
 from anyrank.studies import study as studies
+from anyrank.tasks.metrics import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -120,6 +121,25 @@ def test_the_method_to_paste_in_works(tmp_path: Path, monkeypatch: pytest.Monkey
         from anyrank.methods import REGISTRY
 
         del REGISTRY["equal-voices"]
+
+
+def test_the_metrics_to_paste_in_work(tmp_path: Path) -> None:
+    """Pasted into a file and named as the document names them, they are in every file of a run."""
+    page = (ROOT / "docs" / "add-a-metric.md").read_text()
+    (code,), (config,) = blocks(page, "python"), blocks(page, "toml")
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "run.toml").write_text(f'[run]\nrounds = 2\n[model]\nname = "digits-mlp"\n{config}')
+    chosen = load(tmp_path / "run.toml")
+    try:
+        summary = simulation.execute(chosen, tmp_path / "run")
+        assert list(summary["metrics"]) == list(chosen.eval.metrics)
+        assert summary["metrics"]["top3"] >= summary["accuracy"]
+        assert 0 < summary["metrics"]["weighted_error"] < 1
+        for name in REGISTRY.keys() - {"kappa", "weighted_error", "top3"}:
+            assert f"`{name}`" in page
+    finally:
+        for name in ("kappa", "weighted_error", "top3"):
+            REGISTRY.pop(name, None)
 
 
 LOOP, FLOWER, NVFLARE = blocks((ROOT / "docs" / "aggregate.md").read_text(), "python")

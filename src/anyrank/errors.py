@@ -38,6 +38,18 @@ class RunFailed(AnyRankError):
     """A run, or one client's training, cannot go on. The last checkpoint stands."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """Somebody else's error in one line: its kind and the first line that it says; one of ours in its own words.
+
+    >>> in_a_line(ValueError("a\nb"))
+    'ValueError: a'
+    """
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+    if isinstance(error, AnyRankError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the known word nearest to `word`, or all of them when none is near."""
     known = sorted(known)

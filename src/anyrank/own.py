@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from anyrank.errors import AnyRankError
+from anyrank.errors import AnyRankError, in_a_line
 
 _PREFIX = "anyrank_own_"
 
@@ -29,12 +29,9 @@ def load(path: str | Path, asked: str, kind: type[AnyRankError]) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickling look a class's module up there
     try:
         spec.loader.exec_module(module)
-    except AnyRankError:
+    except (Exception, SystemExit) as error:  # whatever the file does
         sys.modules.pop(name, None)
-        raise
-    except Exception as error:
-        sys.modules.pop(name, None)
-        raise kind(f"{asked}: {path}, {_where(error, path)}: {_says(error)}") from None
+        raise kind(f"{asked}: {path}{_where(error, path)}: {in_a_line(error)}; mend the file") from None
     return module
 
 
@@ -50,9 +47,4 @@ def _where(error: BaseException, path: Path) -> str:
         if trace.tb_frame.f_code.co_filename == str(path):
             line = trace.tb_lineno
         trace = trace.tb_next
-    return f"line {line}" if line else "when it was run"
-
-
-def _says(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or ["no message"])[0][:200]
-    return f"{type(error).__name__}: {first}"
+    return f", line {line}" if line else ""

@@ -39,7 +39,10 @@ class Rounds:
         self._done += 1
         self._bytes += metrics["upload_bytes"] + metrics["download_bytes"]
         note = f"{who} round {metrics['round']}"
-        note += f" · accuracy {metrics['accuracy']:.3f}" if metrics["accuracy"] is not None else ""
+        shown = next(
+            (name for name in ("accuracy", "loss") if metrics[name] is not None), None
+        )  # a loss where nothing is right
+        note += f" · {shown} {metrics[shown]:.3f}" if shown else ""
         note += f" · energy past min rank {metrics['collapse']:.3f}" if metrics["collapse"] is not None else ""
         note += f" · {megabytes(self._bytes)} MB moved"
         self._progress.update(self._task, advance=1, note=note)

@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from anyrank.cli.console import megabytes, out
 
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
 
+Cell = Callable[[Mapping[str, Any]], str]  # a row's text in one column
 _WIDE = 110  # columns of a terminal that has room for more than the essentials
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """The closing table of a comparison: means over seeds, the best accuracy in bold."""
+def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table | Group:
+    """The closing table of a comparison: means over seeds, the best accuracy in bold, else the lowest loss; and one of the
+    task's metrics below it, where there are any."""
+    names = dict.fromkeys(name for row in rows for name, value in row["metrics"].items() if "mean" in value)
+    whole = _method_table(rows, title, _comparison_columns(rows))
+    if not names:
+        return whole
+    return Group(whole, _method_table(rows, "metrics", {name: _metric_of(name) for name in names}))
+
+
+def _method_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Mapping[str, Cell]) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
-    columns = _comparison_columns(rows)
     table.add_column("method", overflow="fold", min_width=8)
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -26,16 +37,20 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
     """`{heading: a row's text}`; only the essentials on a narrow terminal."""
-    best = max(row["accuracy"] for row in rows)
+    told = any(row["accuracy"] is not None for row in rows)
+    first, pick = ("accuracy", max) if told else ("loss", min)
+    best = pick((row[first] for row in rows if row[first] is not None), default=None)
     wide = out.width >= _WIDE
-    paired = {"against the best,\nby seed (ahead)": _paired} if max(row["seeds"] for row in rows) > 1 and wide else {}
-    worst = {"worst\nclient": lambda row: _known(row["worst_client_accuracy"])} if wide else {}
+    several = max(row["seeds"] for row in rows) > 1 and wide
+    paired = {"against the best,\nby seed (ahead)": lambda row: _paired(row, first)} if several else {}
+    late = {"last 5\nrounds": lambda row: _known(row["last_accuracy"])} if told else {}
+    worst = {"worst\nclient": lambda row: _known(row["worst_client_accuracy"])} if told and wide else {}
     return {
-        "accuracy": lambda row: _leading(spread(row, "accuracy"), row["accuracy"] == best),
+        first: lambda row: _leading(spread(row, first), row[first] == best),
         **paired,
-        "last 5\nrounds": lambda row: f"{row['last_accuracy']:.3f}",
+        **late,
         **worst,
         f"energy past\nrank {rows[0]['rank']}": lambda row: _known(row["collapse"]),
         "MB up": lambda row: megabytes(row["upload_bytes"]),
@@ -44,9 +59,21 @@ def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable
     }
 
 
-def _paired(row: Mapping[str, Any]) -> str:
+def _metric_of(name: str) -> Cell:
+    """A metric's mean, with its spread over several seeds; one with a number for each label stands in the report."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        told = row["metrics"].get(name)
+        if told is None:
+            return "–"
+        return f"{told['mean']:.3f} ± {told['std']:.3f}" if row["seeds"] > 1 else f"{told['mean']:.3f}"
+
+    return cell
+
+
+def _paired(row: Mapping[str, Any], figure: str) -> str:
     """The difference to the best row, seed by seed, and on how many seeds the row is ahead."""
-    own = row["accuracy_paired"]
+    own = row[f"{figure}_paired"]
     if own is None:
         return "–"
     if own["to"] == row["label"]:
@@ -101,8 +128,9 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         plan = summary["privacy"]["plan"]
         private = {"privacy": f"ε {summary['epsilon']:.4g} spent at δ = {plan['delta']:g}, for one {plan['level']}"}
     figures = {
-        "accuracy": f"{summary['accuracy']:.4f} (start {summary['start_accuracy']:.4f}, best {summary['best_accuracy']:.4f})",
-        "loss": f"{summary['loss']:.4f}",
+        "accuracy": _accuracy(summary),
+        "loss": f"{summary['loss']:.4f}" + ("" if _has_accuracy(summary) else f" (start {summary['start_loss']:.4f})"),
+        **_metric_rows(summary["metrics"], summary["start_metrics"]),
         f"energy past rank {smallest}": "–" if beyond is None else f"{beyond:.4f}",
         "effective rank": "–" if beyond is None else f"{summary['effective_rank']:.2f}",
         "clients": f"{summary['clients']} registered, {summary['cohort']} a round, ranks {', '.join(summary['ranks'])}",
@@ -116,6 +144,32 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     for name, value in figures.items():
         table.add_row(name, value)
     return table
+
+
+_MOST_LABELS = 3  # of a metric with a number for each label, so many of the lowest are told
+
+
+def _has_accuracy(summary: Mapping[str, Any]) -> bool:
+    return summary["accuracy"] is not None
+
+
+def _accuracy(summary: Mapping[str, Any]) -> str:
+    if not _has_accuracy(summary):
+        return "–"
+    return f"{summary['accuracy']:.4f} (start {summary['start_accuracy']:.4f}, best {summary['best_accuracy']:.4f})"
+
+
+def _metric_rows(end: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, str]:
+    """A row for each metric: its value, or the lowest of its values by label; names are escaped, they are anybody's."""
+    rows = {}
+    for name, value in end.items():
+        if isinstance(value, Mapping):
+            lowest = sorted(value.items(), key=lambda item: item[1])
+            told = ", ".join(f"{escape(label)} {number:.4f}" for label, number in lowest[:_MOST_LABELS])
+            rows[name] = f"lowest {told}" + (f", {len(lowest) - _MOST_LABELS} more" if len(lowest) > _MOST_LABELS else "")
+        else:
+            rows[name] = f"{value:.4f}" + (f" (start {start[name]:.4f})" if name in start else "")
+    return rows
 
 
 def merge_table(done: Mapping[str, Any]) -> Table:
@@ -234,4 +288,7 @@ def _guess(figures: Mapping[str, Any]) -> str:
 
 
 def spread(row: Mapping[str, Any], name: str) -> str:
+    """A figure's mean, with its spread over several seeds."""
+    if row[name] is None:
+        return "–"
     return f"{row[name]:.3f} ± {row[f'{name}_std']:.3f}" if row["seeds"] > 1 else f"{row[name]:.3f}"

@@ -12,7 +12,7 @@ import numpy as np
 from anyrank import keys, own
 from anyrank.config.sections import PartitionConfig
 from anyrank.data.split import ordered
-from anyrank.errors import DataError, nearest
+from anyrank.errors import DataError, in_a_line, nearest
 
 _ATTEMPTS = 20  # draws of random sizes, from one stream, until no client falls short; flwr-datasets makes 10
 _EMPTY: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -151,12 +151,13 @@ def partition(
     """
     if config.file:
         return _of_file(config, labels, num_clients, seed, columns)
-    if config.kind in _BY_LABEL and not np.issubdtype(np.asarray(labels).dtype, np.integer):
+    labels = np.asarray(labels)
+    if config.kind in _BY_LABEL and not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
-            f"data.partition.kind = '{config.kind}' splits by label, and these labels are no classes; use iid, quantity or "
-            "column"
+            f"data.partition.kind = '{config.kind}' splits by label, and these labels are {labels.dtype} numbers, no kinds; "
+            "use iid, quantity or column"
         )
-    labels = np.asarray(labels).astype(np.int64)
+    labels = labels.astype(np.int64)
     if config.kind == "sampled":
         return _sampled(config, labels, num_clients, seed)
     if num_clients > len(labels):
@@ -261,8 +262,7 @@ def split_by(
     try:
         owners = np.asarray(split(labels, num_clients, keys.rng(seed, "partition"), columns))
     except Exception as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
-        raise DataError(f"partition '{name}' raised {type(error).__name__}: {first}") from error
+        raise DataError(f"partition '{name}' raised {in_a_line(error)}") from error
     if owners.shape != labels.shape[:1] or not np.issubdtype(owners.dtype, np.integer):
         raise DataError(
             f"partition '{name}': expected the client of each of {len(labels)} examples, whole numbers [{len(labels)}], got "
@@ -372,6 +372,7 @@ _KINDS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
         "column": _column,
     }
 )
+_BY_LABEL = ("dirichlet", "pathological", "staircase", "sampled")
 _MENDS = {
     "iid": "",
     "dirichlet": "raise data.partition.alpha, ",

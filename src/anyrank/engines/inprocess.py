@@ -11,6 +11,7 @@ from anyrank.errors import RunFailed
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Failure, Job, Profile, Scaling, Scores
 from anyrank.privacy.noise import Mechanism
+from anyrank.tasks.base import score
 from anyrank.training import memory, trainer
 from anyrank.training.lora import LoraModel
 from anyrank.training.trainer import Shards
@@ -36,8 +37,7 @@ class InProcess:
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         self.model.apply(adapter, merged)
-        task = self.model.task
-        return task.objective.score(task.module, task.test, self.eval_batch_size)
+        return score(self.model.task, self.eval_batch_size)
 
     def profile(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Profile:
         """One step to warm up, in which memory is watched, and one that is timed."""

@@ -12,7 +12,8 @@ from anyrank.messages.records import Client, ServerState
 
 
 def measure(federation: Federation, state: ServerState, collected: Collected, standing: Standing | None) -> dict[str, Any]:
-    """The round's metrics; accuracy and loss are `None` in rounds that are not scored, spectra where there is no one model."""
+    """The round's figures. Accuracy and loss are `None` in rounds that are not scored, which have none of the task's metrics;
+    spectra where there is no one model."""
     served = federation.method.served(state)
     figures = standing.figures() if standing else UNSCORED
     values = spectra(served["global"], state.merged) if "global" in served else None

@@ -31,17 +31,19 @@ class Labels:
 
 @dataclass(frozen=True)
 class Standing:
-    """Accuracy and loss over all held-out examples, and each client's accuracy on examples like its own (empty: not told)."""
+    """Accuracy (`None` where nothing is right or wrong), loss and the task's metrics over all held-out examples, and each
+    client's accuracy on examples like its own (empty: not told)."""
 
-    accuracy: float
+    accuracy: float | None
     loss: float
     clients: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         """What a round's metrics say; `None` for what is not told."""
         own = np.array(list(self.clients.values()))
         spread = {"worst_client_accuracy": float(own.min()), "client_accuracy_std": float(own.std())} if len(own) else NOT_TOLD
-        return {"accuracy": self.accuracy, "loss": self.loss, **spread}
+        return {"accuracy": self.accuracy, "loss": self.loss, **spread, **self.metrics}
 
 
 NOT_TOLD = {"worst_client_accuracy": None, "client_accuracy_std": None}
@@ -50,23 +52,36 @@ UNSCORED = {"accuracy": None, "loss": None, **NOT_TOLD}  # a round between two e
 
 def of_global(scores: Scores, labels: Labels | None) -> Standing:
     """The standing of one model for all clients."""
-    return Standing(scores.accuracy, scores.loss, _by_client(scores, labels, labels.names) if labels else {})
+    return Standing(scores.accuracy, scores.loss, _by_client(scores, labels, labels.names) if labels else {}, scores.figures)
 
 
 def of_personal(scores: Mapping[str, Scores], labels: Labels | None) -> Standing:
     """The standing of personal models, `scores` by client: means over them, and each client's own model on its own kind."""
-    accuracy = float(np.mean([own.accuracy for own in scores.values()]))
+    accuracies = [own.accuracy for own in scores.values()]
+    accuracy = None if None in accuracies else float(np.mean(accuracies))
     loss = float(np.mean([own.loss for own in scores.values()]))
     clients = {}
     for name, own in scores.items():
         clients |= _by_client(own, labels, [name]) if labels and name in labels.names else {}
-    return Standing(accuracy, loss, clients)
+    return Standing(accuracy, loss, clients, _mean([own.figures for own in scores.values()]))
+
+
+def _mean(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of each figure over the models that have it, of a mapping number by number."""
+    means = {}
+    for name in dict.fromkeys(name for each in figures for name in each):
+        values = [each[name] for each in figures if name in each]
+        means[name] = _mean(values) if isinstance(values[0], Mapping) else float(np.mean(values))
+    return means
 
 
 def _by_client(scores: Scores, labels: Labels, names: Sequence[str]) -> dict[str, float]:
     """`sum_c share_kc accuracy_c / sum_c share_kc` over the labels c that have held-out examples: what client k would measure
     on endless held-out examples of its own label proportions, from all examples there are and not from the few of its own.
+    Empty where nothing is right or wrong.
     """
+    if scores.correct is None:
+        return {}
     width = labels.shares.shape[1]
     seen = np.bincount(scores.labels, minlength=width)[:width].astype(np.float64)
     right = np.bincount(scores.labels, weights=scores.correct, minlength=width)[:width]

@@ -22,11 +22,13 @@ LAST = 5  # evaluated rounds whose mean stands beside the final and the best fig
 def summarize(federation: Federation, start: Standing, end: Standing, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on.
 
-    `start`: how good the model was before round 1; `end`: after the last.
+    `start`: how good the model was before round 1; `end`: after the last. Accuracies are `None` where nothing is right or
+    wrong. Of `metrics` the final values stand here and those before round 1; no best round is told of them, since what is
+    better of a metric is not known.
     """
     config, method, population = federation.config, federation.method, federation.population
-    scored = [row for row in metrics if row["accuracy"] is not None]
-    accuracies = [row["accuracy"] for row in scored]
+    scored = [row for row in metrics if row["loss"] is not None]
+    accuracies = [row["accuracy"] for row in scored if row["accuracy"] is not None]
     sizes = np.array([federation.counted(int(size)) for size in population.sizes])
     return {
         "name": config.run.name,
@@ -36,15 +38,17 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
         "options": vars(method),
         "seed": config.run.seed,
         "rounds": config.run.rounds,
-        "accuracy": accuracies[-1],
-        "best_accuracy": max(accuracies),
-        "last_accuracy": float(np.mean(accuracies[-LAST:])),
+        "accuracy": scored[-1]["accuracy"],
+        "best_accuracy": max(accuracies, default=None),
+        "last_accuracy": float(np.mean(accuracies[-LAST:])) if accuracies else None,
         "loss": scored[-1]["loss"],
         "worst_client_accuracy": scored[-1]["worst_client_accuracy"],
         "client_accuracy_std": scored[-1]["client_accuracy_std"],
         "client_accuracy": dict(end.clients) or None,
         "start_accuracy": start.accuracy,
         "start_loss": start.loss,
+        "metrics": dict(end.metrics),
+        "start_metrics": dict(start.metrics),
         "collapse": metrics[-1]["collapse"],
         "effective_rank": metrics[-1]["effective_rank"],
         "upload_bytes": sum(row["upload_bytes"] for row in metrics),

@@ -246,17 +246,26 @@ def tensor_bytes(adapter: Adapter) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How a model did on held-out examples: each one `correct` `[n]` bool, its `losses` `[n]` float64, its `labels` `[n]`.
+    """How a model did on held-out examples: its `losses` `[n]` float64, their `labels` `[n]`, and which of them are `correct`
+    `[n]` bool, `None` where nothing is right or wrong (regression).
 
-    `correct` is `None` where nothing is right or wrong, as in a regression.
+    For metrics: `predictions` `[n]`, whole numbers like the labels, or the outputs of a task without classes; `scores`
+    `[n, classes]` float32, probabilities, only where a metric asks for them; `targets` `[n]` and their `names`, where
+    predictions are held against others than the labels. `figures`: the metrics by name, a number each, or one for each label.
     """
 
     correct: np.ndarray | None
     losses: np.ndarray
     labels: np.ndarray
+    predictions: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    names: tuple[str, ...] = ()
+    figures: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float | None:
+        """The share of examples that are correct."""
         return None if self.correct is None else float(self.correct.mean())
 
     @property

@@ -13,7 +13,7 @@ import jinja2
 
 from anyrank.files import write_whole
 from anyrank.report import charts, figures, page
-from anyrank.report.groups import Group, grouped, seed_count
+from anyrank.report.groups import Group, grouped, seed_count, tells_accuracy
 from anyrank.report.runs import read
 
 
@@ -38,24 +38,25 @@ def build(runs: Sequence[Path], out: Path) -> Path:
 
 
 def figure(runs: Sequence[Path], out: Path) -> Path:
-    """Write the headline PNG of the run folders `runs` to `out`: accuracy, and energy beyond the minimum rank."""
+    """Write the headline PNG of the run folders `runs` to `out`: accuracy (else loss), and energy beyond the minimum rank."""
     groups, _ = _groups_of(runs)
     seeds = max(len(group.runs) for group in groups)
     note = "One seed." if seeds == 1 else f"Mean over {seed_count(groups)}; shaded: ± one standard deviation."
-    accuracy = [group.series("accuracy", "start_accuracy") for group in groups]
-    if figures.zoomed(accuracy):
+    name = "accuracy" if tells_accuracy(groups) else "loss"
+    first = [group.series(name, f"start_{name}") for group in groups]
+    if figures.zoomed(first):
         note += " Left: the axis leaves out the steep start."
     if not all(group.mixed for group in groups):
         note += " Right: where ranks are mixed."
     collapse = [group.series("collapse") for group in groups if group.mixed]
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda path: figures.headline(accuracy, collapse, note, path))
+    write_whole(out, lambda path: figures.headline(first, name, collapse, note, path))
     return out
 
 
 _PANELS = {
-    "accuracy": ("round", False, lambda group: group.series("accuracy", "start_accuracy")),
+    "accuracy": ("round", False, lambda group: _first(group)),
     "collapse": ("round", True, lambda group: group.series("collapse")),
     "bytes": ("megabytes uploaded so far, all clients", False, charts.against_upload),
 }
@@ -64,17 +65,25 @@ _PANELS = {
 def study_figure(settings: Sequence[tuple[str, Sequence[Path]]], kind: str, out: Path) -> Path:
     """Write a PNG with a panel for each setting, `(name, run folders)`, to `out`: lines of `kind`, one of
     `accuracy` (over rounds), `collapse` (energy beyond the minimum rank over rounds) and `bytes` (accuracy over uploads).
+    Where no setting has an accuracy it is the loss.
     """
     x_label, log, line_of = _PANELS[kind]
-    shown = []
+    shown, told = [], False
     for name, folders in settings:
         groups, _ = _groups_of(folders)
+        told = told or tells_accuracy(groups)
         lines = [line_of(group) for group in groups if kind != "collapse" or group.mixed]
         shown.append((name, [line for line in lines if len(line.x)]))
-    what = "Energy beyond the minimum rank" if kind == "collapse" else "Accuracy"
-    note = f"{what}, %. Mean over seeds; shaded: ± one standard deviation."
-    write_whole(Path(out), lambda path: figures.panels(shown, x_label, log, note, path))
+    percent = told or kind == "collapse"
+    what = "Energy beyond the minimum rank, %" if kind == "collapse" else "Accuracy, %" if told else "Loss"
+    note = f"{what}. Mean over seeds; shaded: ± one standard deviation."
+    write_whole(Path(out), lambda path: figures.panels(shown, x_label, log, note, path, percent))
     return Path(out)
+
+
+def _first(group: Group) -> figures.Series:
+    name = "accuracy" if tells_accuracy([group]) else "loss"
+    return group.series(name, f"start_{name}")
 
 
 def _groups_of(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:

@@ -11,29 +11,59 @@ import numpy as np
 
 from anyrank.report import figures, words
 from anyrank.report.figures import Series
-from anyrank.report.groups import Group
+from anyrank.report.groups import Group, metric_names, tells_accuracy
 from anyrank.report.runs import Run
-from anyrank.report.style import heat_gradient, partition_colors
+from anyrank.report.style import cut, heat_gradient, partition_colors
 
 
 def learning(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Accuracy and loss over the rounds."""
-    spread = _spread_note(groups)
-    accuracy = [group.series("accuracy", "start_accuracy") for group in groups]
+    """Accuracy, where there is one, and loss over the rounds."""
+    spread, shown = _spread_note(groups), []
+    if tells_accuracy(groups):
+        accuracy = [group.series("accuracy", "start_accuracy") for group in groups]
+        alt = "Accuracy of the global model over the rounds, a line a method"
+        told = f"Higher is better: accuracy of the global model on held-out examples after each round{spread}"
+        shown.append(_chart(figures.lines(accuracy, "Accuracy, %", "round", alt, percent=True), told + _zoom_note(accuracy)))
     loss = [group.series("loss", "start_loss") for group in groups]
-    return [
-        _chart(
-            figures.lines(
-                accuracy, "Accuracy, %", "round", "Accuracy of the global model over the rounds, a line a method", percent=True
-            ),
-            f"Higher is better: accuracy of the global model on held-out examples after each round{spread}"
-            + _zoom_note(accuracy),
-        ),
-        _chart(
-            figures.lines(loss, "Loss", "round", "Loss of the global model over the rounds, a line a method"),
-            f"Lower is better: loss of the global model on the same examples{spread}" + _zoom_note(loss),
-        ),
+    alt = "Loss of the global model over the rounds, a line a method"
+    told = f"Lower is better: loss of the global model on {'the same' if shown else 'held-out'} examples{spread}"
+    return [*shown, _chart(figures.lines(loss, "Loss", "round", alt), told + _zoom_note(loss))]
+
+
+def metrics(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """A chart over the rounds for each metric of one number, and a table for each that has one for each label."""
+    shown = []
+    for name in metric_names(groups):
+        lines = [line for group in groups if len((line := group.series(name, "start_metrics")).x)]
+        if lines:
+            svg = figures.lines(lines, cut(name, 40), "round", f"{name} over the rounds, a line a method")
+            shown.append(_chart(svg, f"{name} on held-out examples after each round{_spread_note(groups)}" + _zoom_note(lines)))
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.by_label)
+    tables = [_label_table(groups, name) for name in names]
+    return {"charts": shown, "tables": tables} if shown or tables else None
+
+
+_MOST_LABELS = 24  # rows of a table by label; the rest is said to be higher
+
+
+def _label_table(groups: Sequence[Group], name: str) -> dict[str, Any]:
+    """A row a label, the lowest mean over the methods first; with one method also a bar, of its share of the largest."""
+    having = [group for group in groups if any(name in run.by_label for run in group.runs)]
+    labels = dict.fromkeys(label for group in having for run in group.runs for label in run.by_label.get(name, ()))
+    stats = {label: [group.label_stat(name, label) for group in having] for label in labels}
+    means = {label: float(np.mean([stat.mean for stat in row if stat])) for label, row in stats.items()}
+    order = sorted(labels, key=lambda label: means[label])
+    largest = max(max(means.values()), 1e-12)
+    rows = [
+        {
+            "label": label,
+            "cells": [stat.text(3) if stat else "–" for stat in stats[label]],
+            "bar": round(100 * max(means[label], 0.0) / largest) if len(having) == 1 else None,
+        }
+        for label in order[:_MOST_LABELS]
     ]
+    heads = [(group.label, group.style) for group in having]
+    return {"name": name, "labels": heads, "rows": rows, "more": max(len(order) - _MOST_LABELS, 0)}
 
 
 def collapse(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -166,7 +196,7 @@ def traffic(groups: Sequence[Group]) -> list[dict[str, Any]]:
         )
     ]
     series = [line for group in groups if len((line := against_upload(group)).x)]
-    if series:
+    if series and tells_accuracy(groups):
         alt = "Accuracy against megabytes uploaded so far, a line a method"
         svg = figures.lines(series, "Accuracy, %", "megabytes uploaded so far, all clients", alt, percent=True)
         charts.append(
@@ -179,8 +209,8 @@ def traffic(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def against_upload(group: Group) -> Series:
-    """Accuracy over the megabytes that all clients have uploaded so far."""
-    line = group.series("accuracy")
+    """Accuracy, or the loss where there is none, over the megabytes that all clients have uploaded so far."""
+    line = group.series("accuracy" if tells_accuracy([group]) else "loss")
     sums = []
     for run in group.runs:
         if len(run.rounds):

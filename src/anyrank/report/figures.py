@@ -167,8 +167,8 @@ def bars(rows: Sequence[tuple[str, Style, float, float]], title: str, alt: str) 
         return svg(figure, alt)
 
 
-def headline(accuracy: Sequence[Series], collapse: Sequence[Series], note: str, out: Path) -> None:
-    """The README's PNG: accuracy, and energy beyond the minimum rank, over the rounds, 1800 px wide.
+def headline(first: Sequence[Series], name: str, collapse: Sequence[Series], note: str, out: Path) -> None:
+    """The README's PNG: `first`, of `name` accuracy or loss, and energy beyond the minimum rank, over the rounds, 1800 px wide.
 
     It is a white card with round corners, so that the text keeps its contrast on light and on dark pages.
     """
@@ -179,7 +179,9 @@ def headline(accuracy: Sequence[Series], collapse: Sequence[Series], note: str, 
         card = FancyBboxPatch((0.01, 0.02), 0.98, 0.96, **corners, fc="white", ec="#d1d9e0", lw=0.8, zorder=-1)
         card.set_transform(figure.transFigure)
         figure.add_artist(card)
-        _draw_lines(figure, (0.02, 0.09, 0.485, 0.87), accuracy, CARD, "Accuracy, %", "round", True, False, False)
+        percent = name == "accuracy"
+        told = "Accuracy, %" if percent else "Loss"
+        _draw_lines(figure, (0.02, 0.09, 0.485, 0.87), first, CARD, told, "round", percent, False, False)
         log = wants_log(collapse)
         title = "Energy beyond the minimum rank, %" + (" (log scale)" if log else "")
         _draw_lines(figure, (0.505, 0.09, 0.485, 0.87), collapse, CARD, title, "round", True, log, True)
@@ -187,8 +189,10 @@ def headline(accuracy: Sequence[Series], collapse: Sequence[Series], note: str, 
         figure.savefig(out, format="png", metadata={"Software": None})
 
 
-def panels(shown: Sequence[tuple[str, Sequence[Series]]], x_label: str, log: bool, note: str, out: Path) -> None:
-    """A PNG with a panel a setting, `(title, lines)`, two beside each other, on a white card. Values are shares, told in %."""
+def panels(
+    shown: Sequence[tuple[str, Sequence[Series]]], x_label: str, log: bool, note: str, out: Path, percent: bool = True
+) -> None:
+    """A PNG with a panel a setting, `(title, lines)`, two beside each other, on a white card. `percent`: values are shares."""
     rows = -(-len(shown) // 2)
     tall = 3.4 * rows + 0.4
     with look():
@@ -197,7 +201,7 @@ def panels(shown: Sequence[tuple[str, Sequence[Series]]], x_label: str, log: boo
         for place, (title, series) in enumerate(shown):
             row, column = divmod(place, 2)
             box = (0.02 + 0.49 * column, (0.4 + 3.4 * (rows - 1 - row)) / tall, 0.475, 3.3 / tall)
-            _draw_lines(figure, box, series, CARD, title, x_label, True, log and wants_log(series), log)
+            _draw_lines(figure, box, series, CARD, title, x_label, percent, log and wants_log(series), log)
         figure.text(0.032, 0.16 / tall, note, fontsize=8, color=CARD.muted)
         figure.savefig(out, format="png", metadata={"Software": None})
 

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,19 +55,27 @@ class Group:
         return max((int(run.rounds[-1]) for run in self.runs if len(run.rounds)), default=0)
 
     def stat(self, name: str) -> Stat | None:
-        values = [value for run in self.runs if (value := run.final(name)) is not None]
-        if not values:
-            return None
-        return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+        return _stat([value for run in self.runs if (value := run.final(name)) is not None])
+
+    def label_stat(self, name: str, label: str) -> Stat | None:
+        """Of a metric with a number for each label: that of `label`, in the end."""
+        return _stat([run.by_label[name][label] for run in self.runs if label in run.by_label.get(name, ())])
 
     def series(self, name: str, start: str = "") -> Series:
-        """The mean over seeds of a column, at the rounds that every seed has; `start` is the summary's name of round 0."""
+        """The mean over seeds of a column, at the rounds that every seed has; `start` is the summary's name of round 0,
+        a value or a table of them."""
         tables = [table for run in self.runs if (table := _by_round(run, name, start))]
         shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
         values = np.array([[table[number] for number in shared] for table in tables]).reshape(len(tables), len(shared))
         mean = values.mean(axis=0) if len(tables) else np.zeros(0)
         std = values.std(axis=0, ddof=1) if len(tables) > 1 else np.zeros(len(mean))
         return Series(self.label, self.style, np.array(shared, dtype=float), mean, std)
+
+
+def _stat(values: Sequence[float]) -> Stat | None:
+    if not values:
+        return None
+    return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
 
 def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
@@ -142,11 +150,24 @@ def _unlike(groups: Sequence[Group]) -> list[str]:
 
 
 def _by_round(run: Run, name: str, start: str) -> dict[int, float]:
+    if name not in run.columns:
+        return {}
     table = {
         int(number): float(value) for number, value in zip(run.rounds, run.columns[name], strict=True) if not math.isnan(value)
     }
-    first = finite(run.summary.get(start)) if start else None
+    before = run.summary.get(start)
+    first = finite(before.get(name) if isinstance(before, Mapping) else before)
     return ({0: first} if first is not None and table else {}) | table
+
+
+def metric_names(groups: Sequence[Group]) -> list[str]:
+    """The metrics of one number that any of the runs has, in their order."""
+    return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.metrics))
+
+
+def tells_accuracy(groups: Sequence[Group]) -> bool:
+    """Whether accuracy is what these runs are told by: not where they have a loss alone, as where nothing is right or wrong."""
+    return any(group.stat("accuracy") for group in groups) or not any(group.stat("loss") for group in groups)
 
 
 def seed_count(groups: Sequence[Group]) -> str:

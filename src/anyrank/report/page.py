@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anyrank.report import charts, clients, words
-from anyrank.report.groups import Group, Stat, seed_count
+from anyrank.report.groups import Group, Stat, metric_names, seed_count, tells_accuracy
 from anyrank.report.runs import Run
 from anyrank.report.style import DARK, LIGHT
 
@@ -23,6 +23,8 @@ def contents(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
         "table": _table(groups),
         "keys": [(group.label, group.style) for group in groups],
         "learning": charts.learning(groups),
+        "accuracy": tells_accuracy(groups),
+        "metrics": charts.metrics(groups),
         "collapse": charts.collapse(groups),
         "spectra": charts.spectra(groups),
         "partitions": charts.partitions(groups),
@@ -42,27 +44,47 @@ def contents(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
 
 
 def _headline(groups: Sequence[Group]) -> str:
-    """One sentence from the numbers: the best mean final accuracy, who ties with it, and where the energy lies."""
-    scored = sorted(((stat, group) for group in groups if (stat := group.stat("accuracy"))), key=lambda pair: -pair[0].mean)
+    """One sentence from the numbers: the best mean final accuracy (else loss), who ties with it, and where the energy lies."""
+    score = _ACCURACY if tells_accuracy(groups) else _LOSS
+    scored = [(stat, group) for group in groups if (stat := group.stat(score.name))]
+    scored.sort(key=lambda pair: -score.sign * pair[0].mean)
     if not scored:
         return "No round of these runs has been scored yet."
     (best, winner), *rest = scored
-    value = f"{best.text(2, 100)} %"
+    value = best.text(score.digits, score.scale) + score.unit
     seeds = words.count(best.n, "seed")
     if not rest:
-        sentence = f"{winner.label} ends at an accuracy of {value} after {words.count(winner.rounds, 'round')} ({seeds})"
+        sentence = f"{winner.label} ends at {score.of} {value} after {words.count(winner.rounds, 'round')} ({seeds})"
     else:
-        sentence = f"{winner.label} has the highest final accuracy, {value} ({seeds}), {_rivals(best, rest)}"
+        sentence = f"{winner.label} has the {score.best}, {value} ({seeds}), {_rivals(best, rest, score)}"
     energy = _energy_clause(groups)
     return f"{sentence}; {energy}." if energy else f"{sentence}."
 
 
-def _rivals(best: Stat, rest: Sequence[tuple[Stat, Group]]) -> str:
+@dataclass(frozen=True)
+class _Score:
+    """How runs are told apart: the figure `name`, its `sign` (1: higher is better), and its words."""
+
+    name: str
+    sign: int
+    digits: int
+    scale: float
+    unit: str
+    of: str
+    best: str
+    ahead: str
+
+
+_ACCURACY = _Score("accuracy", 1, 2, 100, " %", "an accuracy of", "highest final accuracy", "points ahead of")
+_LOSS = _Score("loss", -1, 4, 1, "", "a loss of", "lowest final loss", "below")
+
+
+def _rivals(best: Stat, rest: Sequence[tuple[Stat, Group]], score: _Score) -> str:
     ties = [group.label for stat, group in rest if _tie(best, stat)]
     second, runner = rest[0]
     if ties:
         return f"a tie with {words.joined(ties)} within the spread"
-    gap = f"{words.places(100 * (best.mean - second.mean), 2)} points ahead of {runner.label}"
+    gap = f"{words.places(score.sign * score.scale * (best.mean - second.mean), score.digits)} {score.ahead} {runner.label}"
     if best.mean == second.mean:
         return f"level with {runner.label}, with too few seeds to tell them apart"
     return f"{gap}, more than the spread" if min(best.n, second.n) > 1 else f"{gap}, with too few seeds to know the spread"
@@ -126,11 +148,14 @@ def _shared(runs: Iterable[Run], key: str) -> str:
 
 
 # heading, name of the figure, decimals, scale, whether the spread is told
-_TABLE = (
+_ACCURACIES = (
     ("final accuracy, %", "accuracy", 2, 100, True),
     ("best, %", "best_accuracy", 2, 100, True),
     ("last 5, %", "last_accuracy", 2, 100, True),
     ("worst client, %", "worst_client_accuracy", 2, 100, True),
+)
+_LOSSES = (("final loss", "loss", 4, 1, True),)
+_OTHERS = (
     ("energy beyond min rank, %", "collapse", 2, 100, True),
     ("up, MB", "upload_bytes", 1, 1e-6, False),
     ("down, MB", "download_bytes", 1, 1e-6, False),
@@ -140,16 +165,21 @@ _TABLE = (
 
 
 def _table(groups: Sequence[Group]) -> dict[str, Any]:
-    """The results: a row a label, its cells as text. Accuracy and energy in %, traffic in MB (10^6 bytes), time in s."""
-    best = max((stat.mean for group in groups if (stat := group.stat("accuracy"))), default=None)
+    """The results: a row a label, its cells as text. Accuracy and energy in %, traffic in MB (10^6 bytes), time in s, metrics
+    as they are."""
+    score = _ACCURACY if tells_accuracy(groups) else _LOSS
+    own = [(name, name, 3, 1, True) for name in metric_names(groups)]
+    table = (*(_ACCURACIES if score is _ACCURACY else _LOSSES), *own, *_OTHERS)
+    means = [stat.mean for group in groups if (stat := group.stat(score.name))]
+    best = max(means, key=lambda mean: score.sign * mean, default=None)
     rows = []
     for group in groups:
-        stats = {name: group.stat(name) for _, name, *_ in _TABLE if name != "collapse" or group.mixed}
-        cells = [_cell(stats.get(name), digits, scale, spread) for _, name, digits, scale, spread in _TABLE]
-        top = len(groups) > 1 and stats["accuracy"] is not None and stats["accuracy"].mean == best
+        stats = {name: group.stat(name) for _, name, *_ in table if name != "collapse" or group.mixed}
+        cells = [_cell(stats.get(name), digits, scale, spread) for _, name, digits, scale, spread in table]
+        top = len(groups) > 1 and stats[score.name] is not None and stats[score.name].mean == best
         rows.append({"label": group.label, "style": group.style, "seeds": len(group.runs), "cells": cells, "best": top})
     return {
-        "columns": [heading for heading, *_ in _TABLE],
+        "columns": [heading for heading, *_ in table],
         "rows": rows,
         "alone": [group.label for group in groups if not group.mixed],
         "spread": any(len(group.runs) > 1 for group in groups),

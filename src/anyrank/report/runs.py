@@ -43,7 +43,8 @@ class TakingPart:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: one method, one seed. `columns` `{name: [rounds]}`, NaN where a round has no such value;
+    """One run folder: one method, one seed. `columns` `{name: [rounds]}`, NaN where a round has no such value, those of the
+    task's `metrics` among them; `by_label`: the last numbers of those that have one for each label, `{name: {label: number}}`;
     `spectrum` `[rounds, r]`: singular values combined over layers by root-sum-square; `layers`: the last round's, apart.
     """
 
@@ -56,6 +57,8 @@ class Run:
     summary: Mapping[str, Any]
     rounds: np.ndarray
     columns: Mapping[str, np.ndarray]
+    metrics: Sequence[str]
+    by_label: Mapping[str, Mapping[str, float]]
     spectrum: np.ndarray
     layers: Mapping[str, np.ndarray]
     taking_part: TakingPart
@@ -86,10 +89,10 @@ class Run:
 
     def final(self, name: str) -> float | None:
         """A final figure: the summary's where the run is finished, else the same reckoned from its rounds."""
-        value = finite(self.summary.get(name))
-        if value is not None or name not in _FINAL:
+        value = finite(section(self.summary, "metrics").get(name) if name in self.metrics else self.summary.get(name))
+        if value is not None or name not in {**_FINAL, **dict.fromkeys(self.metrics)}:
             return value
-        column, reduce = _FINAL[name]
+        column, reduce = _FINAL.get(name, (name, lambda values: values[-1]))
         values = self.columns[column]
         values = values[~np.isnan(values)]
         return float(reduce(values)) if len(values) else None
@@ -121,6 +124,7 @@ def read(folder: Path) -> Run:
     taking_part, broken_clients = _read_clients(folder / "clients.jsonl")
     metrics = {int(row["round"]): row for row in metrics if finite(row.get("round")) is not None}  # a repeated round: its last
     ordered = [metrics[number] for number in sorted(metrics)]
+    single, by_label = _metrics(summary, config, ordered)
     method = summary.get("method") or section(config, "method").get("name") or folder.name
     seed = summary.get("seed", section(config, "run").get("seed"))
     return Run(
@@ -132,12 +136,34 @@ def read(folder: Path) -> Run:
         config=config,
         summary=summary,
         rounds=np.array(sorted(metrics), dtype=int),
-        columns={name: np.array([_float(row.get(name)) for row in ordered]) for name in _COLUMNS},
+        columns={name: np.array([_float(row.get(name)) for row in ordered]) for name in (*_COLUMNS, *single)},
+        metrics=single,
+        by_label=by_label,
         spectrum=_combined([_spectra(row) for row in ordered]),
         layers=_spectra(ordered[-1]) if ordered else {},
         taking_part=taking_part,
         unreadable=broken + broken_clients,
     )
+
+
+def _metrics(
+    summary: Mapping[str, Any], config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """The names of the task's metrics of one number, and the last numbers of those with one for each label.
+
+    A summary says which metrics there are. An unfinished run has only those that its configuration names.
+    """
+    asked = section(config, "eval").get("metrics")
+    names = dict.fromkeys([*section(summary, "metrics"), *map(str, asked if isinstance(asked, list) else ())])
+    single, by_label = [], {}
+    for name in names:
+        values = [row[name] for row in [*rows, section(summary, "metrics")] if row.get(name) is not None]
+        if values and isinstance(values[-1], Mapping):
+            numbers = {str(label): number for label, value in values[-1].items() if (number := finite(value)) is not None}
+            by_label |= {name: numbers} if numbers else {}
+        elif values and name not in _COLUMNS:
+            single.append(name)
+    return single, by_label
 
 
 def _instead(folder: Path) -> str:

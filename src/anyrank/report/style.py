@@ -151,9 +151,9 @@ def plain(ax: Axes, paint: Paint) -> None:
     ax.xaxis.labelpad = 1.5
 
 
-def cut(label: str) -> str:
-    """A label as it fits beside a line."""
-    return label if len(label) <= _LONGEST else label[: _LONGEST - 1] + "…"
+def cut(label: str, longest: int = _LONGEST) -> str:
+    """A label as it fits beside a line, or in so many characters."""
+    return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
 def label_width(labels: Sequence[str]) -> float:

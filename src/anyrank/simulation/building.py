@@ -24,7 +24,7 @@ from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.progress import Progress
 from anyrank.robust import central_noise
 from anyrank.runs.folder import RunDir
-from anyrank.tasks.base import Task
+from anyrank.tasks.base import Task, judged
 from anyrank.tasks.load import load_task
 from anyrank.training import private_examples, probe
 from anyrank.training.lora import LoraModel
@@ -75,7 +75,7 @@ def build(
     """
     method = method or _method(config)
     check_ranks(config, method)
-    task = task or load_task(config, progress)
+    task = judged(task, config.eval) if task else load_task(config, progress)
     if shards is None:
         examples, clients = task.train.labels.cpu(), config.clients.count
         shards = partition.partition(config.data.partition, examples, clients, config.run.seed, task.columns)

@@ -16,7 +16,7 @@ from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, RunError
 from anyrank.files import write_whole
 from anyrank.runs.folder import is_finished
-from anyrank.runs.names import COMPARISON, METRICS, SUMMARY
+from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
 from anyrank.studies.grid import Cell, OnRound, finished, run_cells
 
 
@@ -81,7 +81,11 @@ def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | Non
 
 
 def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One row a method: means over seeds with their sample standard deviation (0 for one seed). The cells are finished ones."""
+    """One row a method: means over seeds with their sample standard deviation (0 for one seed). The cells are finished ones.
+
+    Accuracies are `None` where nothing is right or wrong: then the loss says which is best. `metrics`: `{name: {mean, std}}` of
+    the task's metrics, of one with a number for each label `{name: {label: {mean, std}}}`.
+    """
     rows, rank = [], min(min(cell.config.clients.ranks) for cell in cells)
     for label in dict.fromkeys(cell.label for cell in cells):
         runs = [cell for cell in cells if cell.label == label]
@@ -93,8 +97,9 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         row |= {"rank": rank, **(_mean("collapse", beyond) if None not in beyond else {"collapse": None})}
         row |= {key: statistics.fmean(s[key] for s in summaries) for key in ("upload_bytes", "download_bytes")}
         row |= {"worst_client_accuracy": _mean_of_known([summary["worst_client_accuracy"] for summary in summaries])}
+        row |= {"metrics": _metrics([summary.get("metrics", {}) for summary in summaries])}
         rows.append(row | {"rejected": sum(summary["rejected"] for summary in summaries)})
-    for figure in ("accuracy", "last_accuracy"):
+    for figure in ("accuracy", "last_accuracy", "loss"):
         _pair(rows, figure, {label: _by_seed(cells, label, figure) for label in dict.fromkeys(cell.label for cell in cells)})
     return rows
 
@@ -107,15 +112,19 @@ def _by_seed(cells: Sequence[Cell], label: str, figure: str) -> dict[int, float]
 def _pair(rows: list[dict[str, Any]], figure: str, values: Mapping[str, Mapping[int, float]]) -> None:
     """Give each row its differences to the row with the best mean, seed by seed: on one seed all methods meet the same
     clients, cohorts and batches, so that much of the spread over seeds cancels. `wins`: seeds on which the row is ahead.
-    `None` for a row that has no seed in common with the best.
+    `None` for a row that has no seed in common with the best, and for all where the figure is not told.
     """
-    best = max(rows, key=lambda row: row[figure])["label"]
+    if any(row[figure] is None for row in rows):
+        for row in rows:
+            row[f"{figure}_paired"] = None
+        return
+    sign = -1 if lower_is_better(figure) else 1
+    best = max(rows, key=lambda row: sign * row[figure])["label"]
     for row in rows:
         own, other = values[row["label"]], values[best]
         differences = [own[seed] - other[seed] for seed in own if seed in other]
-        paired = (
-            {"to": best, **_mean("difference", differences), "wins": sum(d > 0 for d in differences)} if differences else None
-        )
+        wins = sum(sign * difference > 0 for difference in differences)
+        paired = {"to": best, **_mean("difference", differences), "wins": wins} if differences else None
         row[f"{figure}_paired"] = paired
 
 
@@ -123,8 +132,22 @@ def _mean_of_known(values: Sequence[float | None]) -> float | None:
     return None if None in values else statistics.fmean(values)
 
 
-def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+def _mean(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    if None in values:
+        return {name: None, f"{name}_std": None}
     return {name: statistics.fmean(values), f"{name}_std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _metrics(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation of each metric over the runs that have it."""
+    told: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in runs for name in each):
+        values = [each[name] for each in runs if name in each]
+        if isinstance(values[0], Mapping):
+            told[name] = _metrics(values)
+        else:
+            told[name] = {"mean": statistics.fmean(values), "std": _mean(name, values)[f"{name}_std"]}
+    return told
 
 
 def _energy_past(cell: Cell, rank: int) -> float | None:

@@ -16,7 +16,9 @@ A study file names the claim, and for each setting a configuration with what it 
     set = ["run.rounds=60"]
 
 `methods` (each as in `anyrank compare --methods`) and `seeds` may be given anew for a setting; a `set` beside them holds for
-all settings.
+all settings. `columns` may also name what a setting's `[eval] metrics` has: `macro_f1`, or `per_label.NAME` for one label of a
+metric that has a number for each. Of the first column the largest mean is the best one, or the smallest where the name says so
+(`lower_is_better`).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, nearest
 from anyrank.files import write_whole
 from anyrank.runs.folder import is_finished
-from anyrank.runs.names import METRICS, SUMMARY
+from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
 from anyrank.studies import comparison, grid
 from anyrank.studies.grid import Cell
 
@@ -91,11 +93,26 @@ def _scored(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in metrics if row["accuracy"] is not None]
 
 
+def _metric(column: str) -> Figure:
+    """The final value of a metric, or of `METRIC.LABEL` of one that has a number for each label."""
+    name, dot, label = column.partition(".")
+
+    def figure(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
+        value = summary.get("metrics", {}).get(name)
+        if value is not None and isinstance(value, Mapping) != bool(dot):
+            mend = f"name one of them: {name}.{next(iter(value))}" if not dot else f"name it without .{label}"
+            raise ConfigError(f"columns: {column}: {name} has {'one number' if dot else 'a number for each label'}; {mend}")
+        return value.get(label) if isinstance(value, Mapping) else value
+
+    return figure
+
+
 COLUMNS = {
     "accuracy": Column("final, %", _from_summary("accuracy"), 1, 100),
     "best_accuracy": Column("best, %", _from_summary("best_accuracy"), 1, 100),
     "last_accuracy": Column("last 5, %", _from_summary("last_accuracy"), 1, 100),
     "start_accuracy": Column("start, %", _from_summary("start_accuracy"), 1, 100),
+    "loss": Column("loss", _from_summary("loss"), 3),
     "worst_client": Column("worst client, %", _from_summary("worst_client_accuracy"), 1, 100),
     "collapse": Column("energy past min rank, %", _energy_past, 1, 100),
     "effective_rank": Column("effective rank", _from_summary("effective_rank"), 1),
@@ -105,6 +122,11 @@ COLUMNS = {
     "rounds_to_target": Column("rounds to target", _rounds_to_target, 1),
     "within_budget": Column("within budget, %", _within_budget, 1, 100),
 }
+
+
+def column_of(name: str) -> Column:
+    """The column `name`: one of `COLUMNS`, or a metric's."""
+    return COLUMNS.get(name) or Column(name, _metric(name), 3)
 
 
 @dataclass(frozen=True)
@@ -149,15 +171,18 @@ def load(path: Path) -> Study:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     _check(path, table, _KEYS, _OPTIONAL)
-    for column in table["columns"]:
-        if column not in COLUMNS:
-            raise ConfigError(f"{path}: columns: unknown column {column!r}; {nearest(str(column), COLUMNS)}")
     if table.get("figure", "accuracy") not in FIGURES:
         raise ConfigError(f"{path}: figure: expected one of {', '.join(FIGURES)}, got {table['figure']!r}")
     for column, key in (("rounds_to_target", "target_accuracy"), ("within_budget", "budget_megabytes")):
         if column in table["columns"] and not table.get(key, 0) > 0:
             raise ConfigError(f"{path}: column {column} needs {key}, a number above 0")
     settings = tuple(_setting(path, table, entry) for entry in table["setting"])
+    known = {*COLUMNS, *(name for setting in settings for name in setting.config.eval.metrics)}
+    for column in table["columns"]:
+        if column not in COLUMNS and str(column).partition(".")[0] not in known - COLUMNS.keys():
+            raise ConfigError(
+                f"{path}: columns: unknown column {column!r}, also in eval.metrics; {nearest(str(column), known)}"
+            )
     names = [_folder(setting.name) for setting in settings]
     if not settings or len(set(names)) != len(names):
         raise ConfigError(f"{path}: expected settings of different names, got {', '.join(names) or 'none'}")
@@ -207,7 +232,7 @@ def _row(study: Study, label: str, cells: Sequence[Cell]) -> dict[str, Any]:
     runs = [_read(cell.out) if is_finished(cell.out) else None for cell in cells]
     columns = {}
     for name in study.columns:
-        values = [COLUMNS[name].figure(*run, study) if run else None for run in runs]
+        values = [column_of(name).figure(*run, study) if run else None for run in runs]
         known = [value for value in values if value is not None]
         mean = statistics.fmean(known) if known else None
         columns[name] = {"values": values, "mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None}
@@ -215,14 +240,15 @@ def _row(study: Study, label: str, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _pair(rows: Sequence[dict[str, Any]], name: str) -> None:
-    """To each row: its mean difference to the row of the largest mean, seed by seed, its spread, and how often it is ahead."""
+    """To each row: its mean difference to the row of the best mean, seed by seed, its spread, and how often it is ahead."""
     known = [row for row in rows if None not in row["columns"][name]["values"]]
-    best = max(known, key=lambda row: row["columns"][name]["mean"], default=None)
+    sign = -1 if lower_is_better(name.partition(".")[0]) else 1
+    best = max(known, key=lambda row: sign * row["columns"][name]["mean"], default=None)
     for row in known:
         pairs = zip(row["columns"][name]["values"], best["columns"][name]["values"], strict=True)
         differences = [own - other for own, other in pairs]
         std = statistics.stdev(differences) if len(differences) > 1 else None
-        ahead = sum(difference > 0 for difference in differences)
+        ahead = sum(sign * difference > 0 for difference in differences)
         row["paired"] = {"to": best["label"], "mean": statistics.fmean(differences), "std": std, "ahead": ahead}
 
 
@@ -230,10 +256,10 @@ def cells_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list
     """The results as text, for each setting `(title, headings, rows)`: mean ± sample deviation over seeds."""
     tables = []
     for setting in results["settings"]:
-        headings = ["method", *(COLUMNS[name].heading for name in results["columns"]), "to the best (ahead)"]
+        headings = ["method", *(column_of(name).heading for name in results["columns"]), "to the best (ahead)"]
         rows = []
         for row in setting["rows"]:
-            cells = [_cell(COLUMNS[name], row["columns"][name]) for name in results["columns"]]
+            cells = [_cell(column_of(name), row["columns"][name]) for name in results["columns"]]
             rows.append([row["label"], *cells, _against(row, results["columns"][0], len(setting["seeds"]))])
         seeds = ", ".join(map(str, setting["seeds"]))
         tables.append((f"{setting['name']} (seeds {seeds})", headings, rows))
@@ -259,7 +285,7 @@ def _cell(column: Column, told: Mapping[str, Any]) -> str:
 
 
 def _against(row: Mapping[str, Any], name: str, seeds: int) -> str:
-    own, column = row.get("paired"), COLUMNS[name]
+    own, column = row.get("paired"), column_of(name)
     if own is None or own["to"] == row["label"]:
         return "" if own is None else "best"
     spread = f" ± {column.scale * own['std']:.{column.digits}f}" if own["std"] is not None else ""

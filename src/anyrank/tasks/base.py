@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from anyrank.config.sections import EvalConfig
 from anyrank.errors import DataError, ModelError, nearest
 from anyrank.messages.records import Facts, Scores
+from anyrank.tasks import metrics
 from anyrank.tasks.inputs import Inputs, TensorInputs, inputs_of, labels_of, named, split_items
+from anyrank.tasks.metrics import Metric
 
 __all__ = [
     "Classification",
@@ -26,6 +28,8 @@ __all__ = [
     "TensorInputs",
     "resolve_targets",
 ]
+
+NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +59,18 @@ class Examples:
 
 
 class Objective(Protocol):
-    """What a task's outputs mean: the loss that is trained, and the score that is told."""
+    """What a task's outputs mean: the loss that is trained, and the score that is told. `gives`: what it has for metrics, of
+    `metrics.OF`."""
+
+    @property
+    def gives(self) -> frozenset[str]: ...
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of each example of a batch, `[b]`, from the module's `outputs`; no example's depends on another's."""
         ...
 
-    def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
-        """How `module` as it stands does on `examples`."""
+    def score(self, module: nn.Module, examples: Examples, batch_size: int, of: Set[str] = NOTHING) -> Scores:
+        """How `module` as it stands does on `examples`; `of`: what metrics are going to ask for, of `metrics.OF`."""
         ...
 
     def under(self, config: EvalConfig) -> Objective:
@@ -74,35 +82,31 @@ class Objective(Protocol):
 class Classification:
     """Outputs are logits `[b, classes]`: cross-entropy, and the share of examples whose label has the largest logit."""
 
+    gives: ClassVar[frozenset[str]] = frozenset(metrics.OF)
+
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(_tensor_of(outputs), labels, reduction="none")
 
-    def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
-        correct, losses = [], []
-        with torch.inference_mode():
-            for index in torch.arange(len(examples)).split(batch_size):
-                logits, labels = _tensor_of(module(**examples.inputs.batch(index))), examples.labels[index]
-                correct.append(logits.argmax(dim=1) == labels)
-                losses.append(self.losses(logits, labels).double())
-        return Scores(torch.cat(correct).cpu().numpy(), torch.cat(losses).cpu().numpy(), examples.labels.cpu().numpy())
+    def score(self, module: nn.Module, examples: Examples, batch_size: int, of: Set[str] = NOTHING) -> Scores:
+        return read(self, module, examples, batch_size, of)
 
     def under(self, config: EvalConfig) -> Classification:
         return self
 
 
-@dataclass(frozen=True, eq=False)
-class OwnLoss(Classification):
-    """A loss of one's own: `loss(outputs, labels)` gives one value an example, `[b]`, whatever outputs and labels are.
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss of one's own, `function(outputs, labels) -> [b]`, no example's depending on another's.
 
-    `classes`: labels are whole numbers from 0, and an example is right where its label has the largest of the outputs
-    `[b, classes]`. Otherwise nothing is right or wrong, and the loss alone is reported.
+    Labels that are whole numbers `[n]`, with outputs `[b, classes]`, are classes: accuracy is told as in `Classification`.
+    Otherwise nothing is right or wrong: the loss is told, and the metrics, whose predictions are the outputs.
     """
 
-    loss: Callable[[Any, Tensor], Tensor]
-    classes: bool = True
+    function: Callable[[Tensor, Tensor], Tensor]
+    gives: ClassVar[frozenset[str]] = frozenset(metrics.OF)  # scores only of classes: which they are, outputs tell
 
     def losses(self, outputs: Any, labels: Tensor) -> Tensor:
-        losses = self.loss(_tensor_of(outputs), labels)
+        losses = self.function(_tensor_of(outputs), labels)
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         if shape != (len(labels),):
             raise ModelError(
@@ -111,16 +115,36 @@ class OwnLoss(Classification):
             )
         return losses
 
-    def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
-        correct, losses = [], []
-        with torch.inference_mode():
-            for index in torch.arange(len(examples)).split(batch_size):
-                outputs, labels = _tensor_of(module(**examples.inputs.batch(index))), examples.labels[index]
-                losses.append(self.losses(outputs, labels).double())
-                if self.classes and isinstance(outputs, Tensor) and outputs.ndim == 2:
-                    correct.append(outputs.argmax(dim=1) == labels)
-        right = torch.cat(correct).cpu().numpy() if correct else None
-        return Scores(right, torch.cat(losses).cpu().numpy(), examples.labels.cpu().numpy())
+    def score(self, module: nn.Module, examples: Examples, batch_size: int, of: Set[str] = NOTHING) -> Scores:
+        return read(self, module, examples, batch_size, of)
+
+    def under(self, config: EvalConfig) -> OwnLoss:
+        return self
+
+
+@torch.inference_mode()
+def read(objective: Objective, module: nn.Module, examples: Examples, batch_size: int, of: Set[str]) -> Scores:
+    """The scores of a module with one output for each example, as it stands.
+
+    Classes are whole-number labels `[n]` with outputs `[b, classes]`: predictions are the likeliest of them. Without classes
+    they are the outputs themselves, kept where `of` has predictions.
+    """
+    losses, predictions, scores = [], [], []
+    classes = True
+    for index in torch.arange(len(examples)).split(batch_size):
+        outputs, labels = _tensor_of(module(**examples.inputs.batch(index))), examples.labels[index]
+        losses.append(objective.losses(outputs, labels).double().cpu())
+        classes = labels.ndim == 1 and not labels.is_floating_point() and outputs.ndim == 2 and outputs.shape[1] > 1
+        if classes:
+            predictions.append(outputs.argmax(dim=1).cpu())
+            scores += [outputs.float().softmax(dim=1).cpu()] if "scores" in of else []
+        elif "predictions" in of:
+            alone = outputs.ndim == labels.ndim + 1 and outputs.shape[-1] == 1  # [b, 1] beside labels [b]
+            predictions.append((outputs.squeeze(-1) if alone else outputs).float().cpu())
+    labels = examples.labels.cpu().numpy()
+    told = torch.cat(predictions).numpy() if predictions else None
+    correct = told == labels if classes else None
+    return Scores(correct, torch.cat(losses).numpy(), labels, told, torch.cat(scores).numpy() if scores else None)
 
 
 def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -144,6 +168,8 @@ class Task:
     examples say to partitions and to per-client scores what kind of example each is. `columns`: other columns of the training
     data, for partitions. `base_model` and `head` say in the adapter's config and in the report what was used; `peft` are
     further entries of that config, such as PEFT's task type, by which its `AutoPeftModel...` classes know what to load.
+    `metrics`: figures of its own beside accuracy and loss, by name: functions `metric(labels, predictions)`, or `Metric`s;
+    always computed.
 
     Raises `ModelError` for targets and parameters that the module has not, `DataError` for examples that are none.
     """
@@ -161,6 +187,7 @@ class Task:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     loss: Callable[[Any, Tensor], Tensor] | None = None
     objective: Objective | None = None
+    metrics: Mapping[str, Callable[..., Any] | Metric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
@@ -196,6 +223,23 @@ class Task:
         )
 
 
+def judged(task: Task, config: EvalConfig) -> Task:
+    """`task`, scored as `[eval]` says, with the metrics that it adds. Raises `ConfigError` for what the task cannot tell."""
+    objective = task.objective.under(config)
+    return replace(task, objective=objective, metrics=metrics.choose(task.metrics, config, objective.gives))
+
+
+def score(task: Task, batch_size: int) -> Scores:
+    """How the task's module as it stands does on its held-out examples, its metrics reckoned.
+
+    Probabilities are let go with it: they are the one thing here that grows with examples times classes. Raises `ConfigError`
+    for a metric that fails, or whose value is no finite number.
+    """
+    chosen = [metrics.as_metric(name, value) for name, value in task.metrics.items()]
+    found = task.objective.score(task.module, task.test, batch_size, frozenset(metric.of for metric in chosen))
+    return replace(found, scores=None, figures=metrics.compute(chosen, found, task.label_names))
+
+
 def _are_classes(labels: Tensor) -> bool:
     return labels.ndim == 1 and not labels.is_floating_point() and int(labels.min()) >= 0
 
@@ -212,8 +256,8 @@ def _examples(given: Any, module: nn.Module, part: str) -> Examples:
 
 def _objective(loss: Callable[[Any, Tensor], Tensor] | None, labels: Tensor) -> Objective:
     if loss is not None:
-        return OwnLoss(loss, _are_classes(labels))
-    return Classification() if _are_classes(labels) else OwnLoss(squared_error, classes=False)
+        return OwnLoss(loss)
+    return Classification() if _are_classes(labels) else OwnLoss(squared_error)
 
 
 def _parameters(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:

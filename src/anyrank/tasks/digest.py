@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anyrank.tasks.base import Examples, Task
+from anyrank.tasks.base import Examples, OwnLoss, Task
 from anyrank.tasks.inputs import pieces
 
 _LETTERS = 16
@@ -30,8 +30,13 @@ def digest(task: Task) -> tuple[str, ...]:
         f"targets {_of([*task.targets, '/', *task.trained], ())}",
         f"train {_of_examples(task.train)}",
         f"test {_of_examples(task.test)}",
-        f"loss {_of([source(task.loss) if task.loss else repr(task.objective)], ())}",
+        f"loss {_of([_of_loss(task)], ())}",
     )
+
+
+def _of_loss(task: Task) -> str:
+    objective = task.objective
+    return source(objective.function) if isinstance(objective, OwnLoss) else repr(objective)
 
 
 def of_shards(shards: Iterable[tuple[str, np.ndarray]]) -> str:

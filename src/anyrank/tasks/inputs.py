@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anyrank.errors import DataError, ModelError
+from anyrank.errors import DataError, ModelError, in_a_line
 
 UNNAMED = ""  # the name of an argument that stands first in the module's forward, whatever it is called
 
@@ -147,7 +147,7 @@ def labels_of(given: Any) -> Tensor:
     try:
         labels = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError) as error:
-        raise DataError(f"labels: expected numbers [n], got what makes no tensor ({_first(error)})") from None
+        raise DataError(f"labels: expected numbers [n], got what makes no tensor ({in_a_line(error)})") from None
     if not len(labels.shape):
         raise DataError("labels: expected one an example [n], got a single number")
     if labels.is_floating_point():
@@ -220,7 +220,7 @@ def _tensor(values: Any, name: str) -> Tensor:
     try:
         tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: expected numbers [n, ...], got what makes no tensor ({_first(error)})") from None
+        raise DataError(f"{name}: expected numbers [n, ...], got what makes no tensor ({in_a_line(error)})") from None
     if not tensor.ndim:
         raise DataError(f"{name}: expected one entry an example [n, ...], got a single number")
     tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
@@ -231,10 +231,6 @@ def _tensor(values: Any, name: str) -> Tensor:
 
 def _number(label: Any) -> Any:
     return label.item() if isinstance(label, (Tensor, np.ndarray)) and label.size in (1, torch.Size([])) else label
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def rows_of(given: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:

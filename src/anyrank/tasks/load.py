@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from anyrank.config.sections import HANDED_IN, Config, DataConfig, LoraConfig, ModelConfig
-from anyrank.errors import AnyRankError, ConfigError, ModelError
+from anyrank.errors import AnyRankError, ConfigError, ModelError, in_a_line
 from anyrank.progress import Progress
 from anyrank.tasks import registry
-from anyrank.tasks.base import Task
+from anyrank.tasks.base import Task, judged
 from anyrank.tasks.place import place
 
 
@@ -33,7 +32,7 @@ def load_task(config: Config, progress: Progress | None = None) -> Task:
             "program, with resume=True"
         )
     task = _load_task(config.model, config.data, config.lora, progress)
-    return replace(task, objective=task.objective.under(config.eval))
+    return judged(task, config.eval)
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,8 +59,7 @@ def _make(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Prog
     except Exception as error:
         if not model.file:
             raise
-        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
-        raise ModelError(f"model.file: {model.file}: task '{model.task}' raised {type(error).__name__}: {first}") from error
+        raise ModelError(f"model.file: {model.file}: task '{model.task}' raised {in_a_line(error)}") from error
     if not isinstance(task, Task):
         raise ModelError(f"model.file: {model.file}: expected an anyrank.Task, got {type(task).__name__}")
     return place(task, model)

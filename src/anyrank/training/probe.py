@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyrank import keys
 from anyrank.config.sections import TrainConfig
-from anyrank.errors import ModelError
+from anyrank.errors import ModelError, in_a_line
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, Scaling
 from anyrank.training import local, stacked
@@ -83,10 +83,8 @@ def _reached(model: LoraModel, index: Tensor) -> tuple[set[str], object]:
     try:
         outputs = model.module(**model.task.train.inputs.batch(index))
     except Exception as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
         raise ModelError(
-            f"{type(model.module).__name__}: its forward pass over {len(index)} training examples raised "
-            f"{type(error).__name__}: {first}"
+            f"{type(model.module).__name__}: its forward pass over {len(index)} training examples raised {in_a_line(error)}"
         ) from error
     finally:
         for hook in hooks:

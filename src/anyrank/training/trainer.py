@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from anyrank.errors import RunFailed
+from anyrank.errors import RunFailed, in_a_line
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job
 from anyrank.privacy.noise import Mechanism
@@ -82,8 +82,7 @@ def _failure(client: str, error: Exception) -> Failure:
         return Failure(client, Code.DIVERGED, str(error))
     if _out_of_memory(error):
         return Failure(client, Code.OUT_OF_MEMORY, "its training ran out of memory; lower train.batch_size or its rank")
-    first = (str(error).strip().splitlines() or ["no message"])[0][:200]
-    return Failure(client, Code.CRASHED, f"its training raised {type(error).__name__}: {first}")
+    return Failure(client, Code.CRASHED, f"its training raised {in_a_line(error)}")
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -6,10 +6,11 @@ An answer is compared by what is extracted from it (`EXTRACTS`), small functions
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from types import MappingProxyType
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from anyrank.config.sections import EvalConfig
 from anyrank.data.instructions import Instruction
+from anyrank.data.split import ordered
 from anyrank.errors import ConfigError
 from anyrank.messages.records import Scores
-from anyrank.tasks.base import Examples, Inputs
+from anyrank.tasks.base import NOTHING, Examples, Inputs
 from anyrank.tasks.language.decoder import Decoder, go_on
 from anyrank.tasks.language.sequences import Sequences
 
@@ -94,12 +96,24 @@ class Questions:
         return len(self.items)
 
 
+class Judged(NamedTuple):
+    """Which questions are `correct` `[n]` bool; of those with options also which one was found the likeliest, `predictions`
+    `[n]`, and which is right, `targets` `[n]`, both places in `names`, all the options there are."""
+
+    correct: np.ndarray
+    predictions: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    names: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Exact:
     """Right is a completion whose every token is the likeliest one: what greedy decoding would write."""
 
-    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> np.ndarray:
-        return exact
+    gives: ClassVar[frozenset[str]] = frozenset({"losses"})
+
+    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> Judged:
+        return Judged(exact)
 
 
 @dataclass(frozen=True)
@@ -108,15 +122,22 @@ class Likelihood:
     by their mean; the first of several alike."""
 
     normalized: bool
+    gives: ClassVar[frozenset[str]] = frozenset({"losses", "predictions"})
 
-    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> np.ndarray:
+    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> Judged:
         choices = questions.choices
         losses, _ = read(decoder, choices, choices, batch_size)
         totals = losses if self.normalized else losses * (choices.lengths - choices.prompts).numpy()
         ends = np.cumsum([len(item.options) for item in questions.items])
         likeliest = [int(own.argmin()) for own in np.split(totals, ends[:-1])]
         right = [item.options.index(option_of(item.reference, item.options)) for item in questions.items]
-        return np.array(likeliest) == np.array(right)
+        names = ordered(option for item in questions.items for option in item.options)
+        place = {name: i for i, name in enumerate(names)}
+        predictions, targets = (
+            np.array([place[item.options[i]] for item, i in zip(questions.items, chosen, strict=True)])
+            for chosen in (likeliest, right)
+        )
+        return Judged(np.array(likeliest) == np.array(right), predictions, targets, tuple(names))
 
 
 @dataclass(frozen=True)
@@ -126,15 +147,16 @@ class Generate:
 
     limit: int
     extract: Extract
+    gives: ClassVar[frozenset[str]] = frozenset({"losses"})
 
-    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> np.ndarray:
+    def __call__(self, decoder: Decoder, questions: Questions, exact: np.ndarray, batch_size: int) -> Judged:
         right = np.zeros(len(questions), dtype=bool)
         for index in by_length(questions.sequences.prompts, batch_size):
             prompts = [questions.sequences.prompt(i) for i in index.tolist()]
             for i, tokens in zip(index.tolist(), go_on(decoder, prompts, self.limit, questions.ends), strict=True):
                 item = questions.items[i]
                 right[i] = self.extract(questions.decode(tokens), item.options) == self.extract(item.reference, item.options)
-        return right
+        return Judged(right)
 
 
 Judge = Exact | Likelihood | Generate
@@ -184,10 +206,15 @@ class Completion:
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return outputs
 
-    def score(self, module: nn.Module, examples: Examples, batch_size: int) -> Scores:
+    @property
+    def gives(self) -> frozenset[str]:
+        return self.judge.gives
+
+    def score(self, module: nn.Module, examples: Examples, batch_size: int, of: Set[str] = NOTHING) -> Scores:
         losses, exact = read(module, examples.inputs, self.questions.sequences, batch_size)
-        correct = self.judge(module, self.questions, exact, batch_size)
-        return Scores(correct, losses, examples.labels.cpu().numpy())
+        found = self.judge(module, self.questions, exact, batch_size)
+        labels = examples.labels.cpu().numpy()  # kinds of questions; what predictions are held against are the right options
+        return Scores(found.correct, losses, labels, found.predictions, targets=found.targets, names=found.names)
 
     def under(self, config: EvalConfig) -> Completion:
         name = self.questions.score if config.score == "auto" else config.score
