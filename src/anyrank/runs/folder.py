@@ -2,6 +2,9 @@
 
 Logs are appended first, the checkpoint follows, each in one step that happens or does not. On resume the checkpoint
 rules: log lines of rounds it does not know are dropped, since those rounds are run again.
+
+No torch here but for the checkpoint itself, which is loaded where a run goes on: whether a folder may be used, and which
+runs lie in it, is answered without.
 """
 
 from __future__ import annotations
@@ -13,18 +16,19 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from anyrank.adapter.adapter import Adapter
 from anyrank.config.sections import Config
 from anyrank.config.tables import from_table, to_table
 from anyrank.errors import AnyRankError, RunError
 from anyrank.files import write_whole
-from anyrank.messages.records import ServerState
-from anyrank.runs.checkpoint import load_state, save_state
 from anyrank.runs.names import CLIENTS, COMPARISON, CONFIG, LEDGER, METRICS, PRIVACY, STATE, SUMMARY, read_lines
+
+if TYPE_CHECKING:
+    from anyrank.adapter.adapter import Adapter
+    from anyrank.messages.records import ServerState
 
 
 class RunDir:
@@ -75,18 +79,22 @@ class RunDir:
 
     def restore(self) -> ServerState | None:
         """The state after the last whole round, with the logs cut back to it; `None` where no round was finished."""
+        from anyrank.runs import checkpoint
+
         path = self.path / "checkpoint" / STATE
-        state = load_state(path) if path.exists() else None
+        state = checkpoint.load_state(path) if path.exists() else None
         for name in (METRICS, CLIENTS):
             self._cut(name, state.round if state else 0)
         return state
 
     def commit(self, state: ServerState, metrics: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
         """Log the round that led to `state`, then make `state` the checkpoint."""
+        from anyrank.runs import checkpoint
+
         self._append(CLIENTS, clients)
         self._append(METRICS, [metrics])
         (self.path / "checkpoint").mkdir(exist_ok=True)
-        save_state(state, self.path / "checkpoint" / STATE)
+        checkpoint.save_state(state, self.path / "checkpoint" / STATE)
 
     def finish(self, adapters: Mapping[str, Adapter], summary: Mapping[str, Any]) -> None:
         """Write the adapters by folder name, and last of all the summary: its presence says that the run is done."""
