@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from anyrank.adapter.adapter import Adapter
     from anyrank.messages.records import ServerState
 
+# What a comparison, or the demo, leaves beside the folders of its runs.
+_COMPARED = (COMPARISON, "report.html", "figure.png", "demo.toml")
+
 
 class RunDir:
     """One run's folder, locked while it is open, so that two processes never write one run."""
@@ -179,13 +182,26 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def remove_run(path: Path) -> None:
-    """Delete a folder that holds runs (or nothing); `RunError` for any other folder."""
+    """Delete a folder of runs as a comparison leaves it, or an empty one; `RunError` where anything else lies in it too."""
     if not path.exists():
         return
-    runs = [path, *path.glob("*/"), *path.glob("*/*/")]
-    if any(path.iterdir()) and not any((run / CONFIG).exists() for run in runs):
-        raise RunError(f"{path}: expected a folder of runs or none, and will not delete anything else; choose another --out")
+    if not path.is_dir():
+        raise RunError(f"{path}: expected a folder of runs or none, got a file; choose another --out")
+    strangers = [entry.name for entry in path.iterdir() if not _of_comparison(entry)]
+    if strangers:
+        raise RunError(
+            f"{path}: expected a folder of runs or none, got {min(strangers)} in it, and will not delete anything else; "
+            "choose another --out"
+        )
     shutil.rmtree(path)
+
+
+def _of_comparison(entry: Path) -> bool:
+    """Whether a comparison made it: one of its own files, or a folder of runs and of nothing beside them."""
+    if not entry.is_dir() or entry.is_symlink():
+        return entry.name in _COMPARED
+    runs = [inner for inner in entry.iterdir() if inner.is_dir() and (inner / CONFIG).is_file()]
+    return len(runs) == len(list(entry.iterdir()))
 
 
 def _same_config(path: Path, config: Config) -> None:
