@@ -10,6 +10,7 @@ import pytest
 from anyrank.config import explain, reference, tables
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
+from anyrank.methods import catalog
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = explain.keys()
@@ -112,6 +113,16 @@ def test_another_librarys_name_is_no_key_here() -> None:
     assert not others & {key.name for key in KEYS}
 
 
+def test_every_option_of_a_method_is_explained() -> None:
+    told = {
+        (user, key.name)
+        for key in catalog.option_keys()
+        for user in key.doc.split(";")[0].removeprefix("An option of ").split(", ")
+    }
+    assert told == {(entry["name"], option) for entry in catalog.stored() for option in entry["options"]}
+    assert [key.default for key in explain.find("penalty", catalog.option_keys())] == [0.001, 0.01]  # of two methods
+
+
 def test_the_page_of_keys_is_made_from_the_code() -> None:
     """Write it anew by `python -m anyrank.config.reference > docs/configuration.md`."""
     assert (ROOT / "docs" / "configuration.md").read_text() == reference.page()
@@ -131,6 +142,10 @@ def test_explain_prints_it_for_people_and_for_machines(anyrank) -> None:
     ]
     assert "[data.partition]" in anyrank("explain").stdout
     assert "data.partition" in json.loads(anyrank("explain", "--json").stdout)["sections"]
+    options = json.loads(anyrank("explain", "split", "--json").stdout)["keys"]
+    assert [key["key"] for key in options] == ["data.split", "method.split"]
+    assert (options[1]["default"], options[1]["values"]) == ("singular-in-b", ["singular-in-b", "balanced"])
+    assert "raflora" in options[1]["doc"]
     refused = anyrank("explain", "zzz")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

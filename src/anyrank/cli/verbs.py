@@ -309,8 +309,9 @@ def explain(
     Example: [cyan]anyrank explain lora.alpha[/cyan]
     """
     from anyrank.config import explain
+    from anyrank.methods import catalog
 
-    found = explain.find(key) if key else []
+    found = explain.find(key, catalog.option_keys()) if key else []
     if as_json:
         return _print_json({"keys": [each.table() for each in found]} if key else {"sections": explain.sections()})
     from anyrank.cli import console, tables

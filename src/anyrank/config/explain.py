@@ -7,14 +7,14 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from anyrank.config.sections import READ_BY, TASKS, Config
 from anyrank.errors import ConfigError, nearest
 
-_TYPES = {str: "string", int: "whole number", float: "number", bool: "true or false"}
+TYPES = {str: "string", int: "whole number", float: "number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _type(hint: Any) -> str:
         return f"list of {_type(arguments[0])}s"
     if origin in (types.UnionType, typing.Union):
         return ", or ".join("list of them" if typing.get_origin(each) is tuple else _type(each) for each in arguments)
-    return _TYPES.get(hint, "table")
+    return TYPES.get(hint, "table")
 
 
 def _toml(value: Any) -> str:
@@ -126,39 +126,42 @@ def _toml(value: Any) -> str:
 # --- finding a key by what somebody calls it ----------------------------------------------------------------------------
 
 
-def elsewhere(word: str) -> list[Key]:
-    """The keys that another library calls `word`."""
+def elsewhere(word: str, pool: Sequence[Key]) -> list[Key]:
+    """The keys of `pool` that another library calls `word`."""
     said = _plain(word)
-    return [key for key in keys() if said in {_plain(name) for names in key.also.values() for name in names}]
+    return [key for key in pool if said in {_plain(name) for names in key.also.values() for name in names}]
 
 
-def named(word: str) -> list[Key]:
-    """The keys that are `word`: by dotted path, or else by name in any section, or else by another library's name."""
-    by_path = [key for key in keys() if key.path == word]
-    return by_path or [key for key in keys() if key.name == word] or elsewhere(word)
+def named(word: str, pool: Sequence[Key]) -> list[Key]:
+    """The keys of `pool` that are `word`: by dotted path, or else by name in any section, or else by another library's name."""
+    by_path = [key for key in pool if key.path == word]
+    return by_path or [key for key in pool if key.name == word] or elsewhere(word, pool)
 
 
-def find(word: str) -> list[Key]:
-    """The keys of a section, or those that are `word`; `ConfigError` that names the nearest where there are none."""
-    found = [key for key in keys() if word in (key.section, key.section.rpartition(".")[2])] or named(word)
+def find(word: str, options: Sequence[Key] = ()) -> list[Key]:
+    """The keys of a section, or those that are `word`; `ConfigError` that names the nearest where there are none.
+
+    `options`: the keys that methods have in [method] beside its own.
+    """
+    pool = [*keys(), *options]
+    found = [key for key in pool if word in (key.section, key.section.rpartition(".")[2])] or named(word, pool)
     if not found:
-        last = word.rpartition(".")[2]
-        meant = hint(last)  # `train.lr`, `run.alpha`: the right name in a wrong section
-        raise ConfigError(f"{word}: no key and no section; {meant or _near(word)}")
+        meant = hint(word.rpartition(".")[2])  # `train.lr`, `run.alpha`: the right name in a wrong section
+        raise ConfigError(f"{word}: no key and no section; {meant or _near(word, pool)}")
     return found
 
 
-def _near(word: str) -> str:
+def _near(word: str, pool: Sequence[Key]) -> str:
     """The nearest of all names, or else the sections, of which there are few."""
-    known = {name for key in keys() for name in (key.path, key.name)} | set(sections())
-    others = {name for key in keys() for names in key.also.values() for name in names}
+    known = {name for key in pool for name in (key.path, key.name)} | set(sections())
+    others = {name for key in pool for names in key.also.values() for name in names}
     close = nearest(word, known | others)
     return close if close.startswith("did you mean") else f"known sections: {', '.join(sections())}"
 
 
 def hint(word: str) -> str:
     """Where a key stands that has this name in another section, or in another library; empty where none has."""
-    found = named(word)
+    found = named(word, keys())
     return f"did you mean {' or '.join(key.path for key in found)}?" if found else ""
 
 

@@ -11,9 +11,11 @@ import functools
 import json
 import typing
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from anyrank.config.explain import TYPES, Key
 from anyrank.files import write_whole
 from anyrank.methods import registry
 
@@ -55,6 +57,22 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         for key, default in entries[name]["options"].items()
     }
     registry.checked(name, options, hints)
+
+
+def option_keys() -> list[Key]:
+    """The options as keys of [method], as `anyrank explain` shows them: one where methods have the same. Loads no torch."""
+    by_name: dict[str, Key] = {}
+    users: dict[str, list[str]] = {}
+    for entry in stored():
+        for name, default in entry["options"].items():
+            key = Key(f"method.{name}", "", TYPES[type(default)], tuple(entry["choices"].get(name, ())) or "", default, {})
+            of = f"{name} {key.usual}"
+            by_name[of] = key
+            users.setdefault(of, []).append(entry["name"])
+    return [
+        replace(key, doc=f"An option of {', '.join(users[of])}; docs/methods.md says what it does there.")
+        for of, key in by_name.items()
+    ]
 
 
 def main() -> None:
