@@ -2,12 +2,14 @@
 
     python benchmarks/startup.py [--starts N]
 
-The commands take turns, so that whatever else the machine does falls on all of them; the median of N starts of each is told.
+The commands take turns, so that whatever else the machine does falls on all of them; the median of N starts of each is told,
+its wall seconds with the least and the most of them, its CPU seconds, and the ratios of the wall seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -43,32 +45,39 @@ def main() -> None:
     starts = parser.parse_args().starts
     with tempfile.TemporaryDirectory() as folder:
         seconds = measure(Path(folder), starts)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    print("| command | seconds | least to most | times Python | share of importing torch |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    medians = {name: statistics.median(wall for wall, _ in times) for name, times in seconds.items()}
+    print("| command | seconds | least to most | CPU seconds | times Python | share of importing torch |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, median in medians.items():
-        spread = f"{min(seconds[name]):.2f} to {max(seconds[name]):.2f}"
-        print(f"| `{name}` | {median:.2f} | {spread} | {median / medians[FLOOR]:.0f} | {median / medians[TORCH]:.2f} |")
+        walls, cpu = [wall for wall, _ in seconds[name]], statistics.median(cpu for _, cpu in seconds[name])
+        ratios = f"{median / medians[FLOOR]:.0f} | {median / medians[TORCH]:.2f}"
+        print(f"| `{name}` | {median:.2f} | {min(walls):.2f} to {max(walls):.2f} | {cpu:.2f} | {ratios} |")
 
 
-def measure(folder: Path, starts: int) -> dict[str, list[float]]:
-    """Seconds of each start of each command, the first of each left out: it may read files that are not in memory yet."""
+def measure(folder: Path, starts: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of each start of each command, its first left out: that may read files not in memory yet."""
     (folder / "small.toml").write_text(SMALL)
     for name in ("held", "empty", "adapter"):
         (folder / name).mkdir()
     (folder / "held" / "config.toml").write_text(SMALL)
-    seconds: dict[str, list[float]] = {name: [] for name in [*BASES, *COMMANDS]}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in [*BASES, *COMMANDS]}
     for turn in range(starts + 1):
         for name, times in seconds.items():
             arguments = BASES.get(name) or ["-m", *name.split()]
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), _cpu()
             done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
-            spent = time.perf_counter() - began
+            wall, cpu = time.perf_counter() - began, _cpu() - spent
             if done.returncode != COMMANDS.get(name, 0):
                 sys.exit(f"{name}: ended with {done.returncode}\n{done.stderr}")
             if turn:
-                times.append(spent)
+                times.append((wall, cpu))
     return seconds
+
+
+def _cpu() -> float:
+    """CPU seconds of all processes that have been started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
