@@ -417,14 +417,14 @@ class EvalConfig:
     batch_size: int = key(1024, "Examples that are scored at a time.", COUNT, {"transformers": "per_device_eval_batch_size"})
     score: str = key(
         "auto",
-        "What is right, for causal-lm: the completion is the likeliest one word for word (exact), it is what is extracted "
+        "What is right: the completion is the likeliest one word for word (exact), it is what is extracted "
         "from the text that the model writes (generate), or it is the likeliest of its options (likelihood). With auto it is "
         "as the data's format has it.",
         SCORES,
     )
     extract: str = key(
         "auto",
-        "What an answer comes down to, for causal-lm: its whole text, its final number, or the first option in it. With auto "
+        "What an answer comes down to: its whole text, its final number, or the first option in it. With auto "
         "it is as the data's format has it.",
         EXTRACTS,
     )
