@@ -2,7 +2,8 @@
 # make test      everything that is tested
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
-#                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it)
+#                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
+#                and starts of light commands (half a minute)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
 # make lint      style and imports
 
@@ -26,6 +27,7 @@ mutants: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/aggregate.py
 	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python benchmarks/startup.py
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py

@@ -35,6 +35,9 @@ NEVER = {
     "report": ("torch", "transformers", "peft", "anyrank.adapter", "anyrank.tasks"),
     "config": ("torch", "numpy"),
     "runs.names": ("torch",),
+    "runs.folder": ("torch",),
+    "methods.registry": ("torch", "numpy"),
+    "methods.catalog": ("torch", "numpy"),
 }
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded
     "torch": {

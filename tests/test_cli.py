@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from anyrank.errors import RunError
+from anyrank.runs.folder import remove_run
+
 
 def test_run_leaves_every_file_of_the_contract(anyrank, tmp_path: Path) -> None:
     done = anyrank("run", "digits.toml")
@@ -144,6 +147,23 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(
     assert message in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["digits.toml"]
+
+
+def test_what_the_demo_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """A folder may hold much beside a run two levels below it."""
+    for out in ("demo", "mine"):
+        (tmp_path / out / "rbla" / "seed-0").mkdir(parents=True)
+        for name in ("compare.json", "report.html", "figure.png", "demo.toml", "rbla/seed-0/config.toml"):
+            (tmp_path / out / name).write_text("")
+    (tmp_path / "mine" / "rbla" / "notes.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    for out in ("demo", "empty", "absent"):
+        remove_run(tmp_path / out)
+        assert not (tmp_path / out).exists()
+    for out in ("mine", "."):
+        with pytest.raises(RunError, match="will not delete anything else"):
+            remove_run(tmp_path / out)
+    assert (tmp_path / "mine" / "rbla" / "notes.txt").exists()
 
 
 def test_a_run_that_diverges_exits_with_1(anyrank) -> None:

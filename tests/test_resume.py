@@ -56,11 +56,11 @@ def patched(self, name, rows):
 rundir.RunDir._append = patched
 """,
     "after the logs, before the checkpoint": """
-save = rundir.save_state
+save = checkpoint.save_state
 def patched(*a):
     if next(calls) == 3: die()
     save(*a)
-rundir.save_state = patched
+checkpoint.save_state = patched
 """,
     "while the checkpoint is being written": """
 save = checkpoint.save_file
@@ -71,11 +71,11 @@ def patched(tensors, path, metadata=None):
 checkpoint.save_file = patched
 """,
     "right after the checkpoint": """
-save = rundir.save_state
+save = checkpoint.save_state
 def patched(*a):
     save(*a)
     if next(calls) == 3: die()
-rundir.save_state = patched
+checkpoint.save_state = patched
 """,
     "while the final adapters are being written": """
 save = adapter.save_file

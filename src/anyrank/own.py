@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from anyrank.errors import AnyRankError, in_a_line
 
@@ -21,7 +22,7 @@ def load(path: str | Path, asked: str, kind: type[AnyRankError]) -> ModuleType:
     path = Path(path)
     if not path.is_file():
         raise kind(f"{asked}: no such file {path}; expected a Python file")
-    name = _PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    name = name_of(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise kind(f"{asked}: {path}: expected a Python file, whose name ends in .py")
@@ -35,9 +36,31 @@ def load(path: str | Path, asked: str, kind: type[AnyRankError]) -> ModuleType:
     return module
 
 
+def name_of(path: Path) -> str:
+    """A module name that no other file has, whatever folders they lie in."""
+    return _PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+
+
 def is_own(module: str) -> bool:
     """Whether a module of this name came from a user's file."""
     return module.startswith(_PREFIX)
+
+
+def registered(path: str | Path, asked: str, kind: type[AnyRankError], table: dict[str, Any], what: str) -> dict[str, Any]:
+    """What a file enters into `table` by name when it is run; what was in the table before stays.
+
+    `what`: what it should have entered, in words. Raises an error of `kind` as `load` does, and for a file that enters nothing.
+    """
+    before = dict(table)
+    table.clear()
+    try:
+        load(path, asked, kind)
+        made = dict(table)
+    finally:
+        table.update({**before, **table})
+    if not made:
+        raise kind(f"{asked}: {path} registers no {what}")
+    return made
 
 
 def _where(error: BaseException, path: Path) -> str:

@@ -1,21 +1,50 @@
-"""What is typed for `anyrank aggregate` and `anyrank privacy`, read: folders with their examples, ranks, options, budgets."""
+"""What is typed, read and checked: configurations, methods, folders with their examples, ranks, options, budgets.
+
+What can be refused without torch is refused here, before a verb imports what computes.
+"""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from anyrank.adapter.stored import open_adapter
-from anyrank.config.sections import PrivacyConfig
+from anyrank import config as configs
+from anyrank.config.sections import Config, PrivacyConfig
 from anyrank.errors import AdapterError, ConfigError, MethodError
-from anyrank.messages.records import ClientUpdate
-from anyrank.studies import budget as budgets
+from anyrank.methods import catalog
+from anyrank.methods.registry import find_file
+
+if TYPE_CHECKING:
+    from anyrank.messages.records import ClientUpdate
 
 
-def updates(words: Sequence[str]) -> list[ClientUpdate]:
-    """`CLIENT_DIR[=EXAMPLES]` each: stored adapters with the examples that weigh them; all weigh the same if none says.
+def configuration(path: Path, overrides: Sequence[str], own_method: bool = True) -> Config:
+    """The configuration in a file, with its method's name and options checked as far as that needs no torch.
+
+    `own_method = False`: where its methods are named apart (`methods`). A method from a file is known when that has run.
+    """
+    chosen = configs.load(path, overrides)
+    if chosen.method.file:
+        find_file(chosen.method.file)
+    elif own_method:
+        catalog.check(chosen.method.name, chosen.method.options)
+    return chosen
+
+
+def methods(text: str, file: str = "") -> list[str]:
+    """`METHOD[:KEY=VALUE][@RANK],...`: each label, its method known unless it may come from `file`."""
+    labels = [label.strip() for label in text.split(",")]
+    for label in labels:
+        name = label.partition("@")[0].partition(":")[0]
+        if name and not file:
+            catalog.check(name, {})
+    return labels
+
+
+def updates(words: Sequence[str]) -> list[tuple[str, int]]:
+    """`CLIENT_DIR[=EXAMPLES]` each: folders with the examples that weigh them; all weigh the same if none says.
 
     Raises `AdapterError` where examples are no whole number of at least 1, or are given for some folders only.
     """
@@ -27,8 +56,16 @@ def updates(words: Sequence[str]) -> list[ClientUpdate]:
     for folder, text in pairs:
         if text and not (text.isascii() and text.isdigit() and int(text) > 0):
             raise AdapterError(f"{folder}={text}: expected a whole number of at least 1 as its examples, got {text!r}")
-        found.append(ClientUpdate(open_adapter(folder), int(text or 1), folder))
+        found.append((folder, int(text or 1)))
     return found
+
+
+def opened(updates: Sequence[tuple[str, int]]) -> list[ClientUpdate]:
+    """Stored adapters with their examples, as a merge takes them."""
+    from anyrank.adapter.stored import open_adapter
+    from anyrank.messages.records import ClientUpdate
+
+    return [ClientUpdate(open_adapter(folder), examples, folder) for folder, examples in updates]
 
 
 def _folder_and_examples(word: str) -> tuple[str, str]:
@@ -70,4 +107,6 @@ def budget(
     if not (examples and batch_size and steps):
         raise ConfigError("anyrank privacy: expected a configuration, or all of --examples, --batch-size and --steps")
     asked = PrivacyConfig("example", epsilon, delta, noise_multiplier=noise_multiplier, accountant=accountant)
+    from anyrank.studies import budget as budgets
+
     return budgets.of_steps(examples, batch_size, steps, asked)

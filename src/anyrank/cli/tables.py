@@ -8,8 +8,10 @@ from typing import Any
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from anyrank.cli.console import megabytes, out
+from anyrank.config.explain import Key
 
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
 
@@ -285,6 +287,31 @@ def _guess(figures: Mapping[str, Any]) -> str:
     whole = figures["training_s"]
     text = f"{whole:.0f} s" if whole < 600 else f"{whole / 3600:.1f} h"
     return f"{text}, {figures['round_s']:.2g} s a round: a guess from one step of each rank, scoring and merging not counted"
+
+
+def section_table(sections: Mapping[str, str]) -> Table:
+    """The sections of a configuration."""
+    table = Table(header_style="bold")
+    table.add_column("section", no_wrap=True)
+    table.add_column("is")
+    for name, doc in sections.items():
+        table.add_row(Text(f"[{name}]"), Text(doc))  # as it is: brackets are no markup here
+    return table
+
+
+def key_tables(keys: Sequence[Key]) -> list[Table]:
+    """What each key is, one small table a key."""
+    tables = []
+    for key in keys:
+        table = Table(title=Text(key.path, style="bold"), title_justify="left", show_header=False)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column()
+        rows = {"is": f"{key.doc} {key.limits}".strip(), "type": key.type, "values": key.takes, "default": key.usual}
+        for name, value in (rows | {"elsewhere": key.elsewhere}).items():
+            if value:
+                table.add_row(name, Text(value))
+        tables.append(table)
+    return tables
 
 
 def spread(row: Mapping[str, Any], name: str) -> str:

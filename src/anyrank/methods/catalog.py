@@ -1,18 +1,33 @@
-"""The methods as rows: for `anyrank methods`, and for the tables of the documents, which a test compares with it."""
+"""The methods as rows: for `anyrank methods`, for the documents, and for what is refused before torch is loaded.
+
+`catalog.json` beside this file holds the rows of the library's own methods. `python -m anyrank.methods.catalog` writes it
+anew from the classes, and a test compares the two.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import typing
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from anyrank.methods import REGISTRY, Holds
+from anyrank.config.explain import TYPES, Key
+from anyrank.files import write_whole
+from anyrank.methods import registry
+
+FILE = Path(__file__).with_name("catalog.json")
 
 
 def catalog() -> list[dict[str, Any]]:
-    """One entry a method, by name: rule, trained factors, traits, options with their values, paper."""
+    """One entry a registered method, by name: rule, trained factors, traits, options with their values, paper."""
+    from anyrank.methods.base import Holds
+
     entries = []
-    for name, kind in sorted(REGISTRY.items()):
+    for name, kind in sorted(registry.registered().items()):
         traits = {key: value.value if isinstance(value, Holds) else value for key, value in vars(kind.traits).items()}
         options = {field.name: field.default for field in dataclasses.fields(kind)}
         choices = {
@@ -23,3 +38,47 @@ def catalog() -> list[dict[str, Any]]:
         entry = {"name": name, "summary": kind.summary, "paper": kind.paper, "train": sorted(kind.train)}
         entries.append(entry | {**traits, "options": options, "choices": choices})
     return entries
+
+
+@functools.cache
+def stored() -> list[dict[str, Any]]:
+    """The entries of the library's own methods, from the file. Loads no torch."""
+    return json.loads(FILE.read_text())
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Raise what `make` raises for a name or an option that the library's own methods do not have. Loads no torch."""
+    entries = {entry["name"]: entry for entry in stored()}
+    if name not in entries:
+        raise registry.unknown(name, entries)
+    choices = entries[name]["choices"]
+    hints = {
+        key: typing.Literal[tuple(choices[key])] if key in choices else type(default)
+        for key, default in entries[name]["options"].items()
+    }
+    registry.checked(name, options, hints)
+
+
+def option_keys() -> list[Key]:
+    """The options as keys of [method], as `anyrank explain` shows them: one where methods have the same. Loads no torch."""
+    by_name: dict[str, Key] = {}
+    users: dict[str, list[str]] = {}
+    for entry in stored():
+        for name, default in entry["options"].items():
+            key = Key(f"method.{name}", "", TYPES[type(default)], tuple(entry["choices"].get(name, ())) or "", default, {})
+            of = f"{name} {key.usual}"
+            by_name[of] = key
+            users.setdefault(of, []).append(entry["name"])
+    return [
+        replace(key, doc=f"An option of {', '.join(users[of])}; docs/methods.md says what it does there.")
+        for of, key in by_name.items()
+    ]
+
+
+def main() -> None:
+    """Write the file anew."""
+    write_whole(FILE, lambda file: file.write_text(json.dumps(catalog(), indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    main()

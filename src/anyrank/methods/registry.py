@@ -1,62 +1,143 @@
-"""The methods by name. `register` is the one line that makes a method take part everywhere."""
+"""The methods by name. `register` is the one line that makes a method take part everywhere.
+
+The library's own methods compute with torch. They are imported when a method is first looked up, and not before.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
+import importlib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from anyrank import own
 from anyrank.errors import MethodError, nearest
 
 if TYPE_CHECKING:
     from anyrank.methods.base import Method
 
-REGISTRY: dict[str, type[Method]] = {}
+    REGISTRY: dict[str, type[Method]]
+
+# The files of this folder that register methods: a new method is one line here.
+BUILT_IN = (
+    "fedavg",
+    "fedex",
+    "fedsa",
+    "fedsvd",
+    "ffa_lora",
+    "flexlora",
+    "flora",
+    "florist",
+    "hetlora",
+    "lora_fair",
+    "raflora",
+    "rbla",
+    "references",
+    "rolora",
+    "stayput",
+    "zeropad",
+)
+_OWN = "anyrank.methods."  # what the modules of the library's own methods are called
+
+_known: dict[str, type[Method]] = {}
+_of_file: dict[str, dict[str, type[Method]]] = {}  # what each user's file has registered, by the name of its module
 _M = TypeVar("_M", bound="type[Method]")
 
 
+def __getattr__(name: str) -> Any:
+    if name == "REGISTRY":
+        return registered()
+    raise AttributeError(f"module 'anyrank.methods.registry' has no attribute {name!r}")
+
+
+def registered() -> dict[str, type[Method]]:
+    """All methods by name, the library's own among them."""
+    for module in BUILT_IN:
+        importlib.import_module(f"{_OWN}{module}")
+    return _known
+
+
 def register(method: _M) -> _M:
-    """Class decorator: makes a method known by its `name` to the commands, the simulation and the conformance suite."""
-    known = REGISTRY.get(method.name)
+    """Class decorator: makes a method known by its `name` to the commands, the simulation and the conformance suite.
+
+    A name of the library's own is refused. One from a user's file goes to the file that was loaded last, so that two
+    federations of one process may each have a method of that name.
+    """
+    known = (_known if method.__module__.startswith(_OWN) else registered()).get(method.name)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
-        raise MethodError(f"method '{method.name}' is registered already, by {known.__module__}; choose another name")
-    REGISTRY[method.name] = method
+        from_another_file = own.is_own(known.__module__) and known.__module__ != method.__module__
+        if not from_another_file:
+            raise MethodError(f"method '{method.name}' is registered already, by {known.__module__}; choose another name")
+    _known[method.name] = method
     return method
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """The method `name` with `options`; an unknown name or option is an error that names the nearest known one."""
-    if name not in REGISTRY:
-        raise MethodError(f"method '{name}': unknown; {nearest(name, REGISTRY)}")
-    kind, options = REGISTRY[name], dict(options or {})
-    hints = {field.name: hint for field in dataclasses.fields(kind) if (hint := typing.get_type_hints(kind)[field.name])}
+    kind = registered().get(name)
+    if kind is None:
+        raise unknown(name, _known)
+    hints = typing.get_type_hints(kind)
+    return kind(**checked(name, options or {}, {field.name: hints[field.name] for field in dataclasses.fields(kind)}))
+
+
+def unknown(name: str, known: Mapping[str, Any]) -> MethodError:
+    """The error for a name that is none of the `known` ones."""
+    return MethodError(f"method '{name}': unknown; {nearest(name, known)}")
+
+
+def checked(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The `options` of the method `name`, each of the type that `hints` has for it; `MethodError` for any other."""
+    found = {}
     for option, value in options.items():
         if option not in hints:
             hint = nearest(option, hints) if hints else "it has no options"
             raise MethodError(f"method '{name}': unknown option '{option}'; {hint}")
-        options[option] = _checked(name, option, value, hints[option])
-    return kind(**options)
+        found[option] = _checked(name, option, value, hints[option])
+    return found
 
 
 def taking_mixed_ranks() -> str:
     """The names of the methods that take clients of unequal rank, for an error's advice."""
-    return ", ".join(sorted(name for name, kind in REGISTRY.items() if kind.traits.mixed_ranks and not kind.reference))
+    return ", ".join(sorted(name for name, kind in registered().items() if kind.traits.mixed_ranks and not kind.reference))
 
 
-def load_file(path: str | Path) -> None:
-    """Run a Python file that registers methods of its own (`[method] file = "..."`)."""
+# --- methods of one's own, in a file -------------------------------------------------------------------------------------
+
+
+def find_file(path: str | Path) -> Path:
+    """The file of `[method] file`; `MethodError` where there is none."""
     path = Path(path)
     if not path.is_file():
         raise MethodError(f"method.file: no such file {path}; expected a Python file that registers a method")
-    module = f"anyrank_user_methods_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module, path)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[module] = loaded
-    spec.loader.exec_module(loaded)
+    return path
+
+
+def load_file(path: str | Path) -> None:
+    """Run a Python file that registers methods of its own (`[method] file = "..."`).
+
+    Each call runs it anew, and its methods are then the ones known by their names. Raises `MethodError` with the file and
+    the line where it stops, or where it registers nothing; then all is known as it was before.
+    """
+    module = own.name_of(find_file(path))
+    before = dict(registered())
+    for name, kind in _of_file.get(module, {}).items():
+        if _known.get(name) is kind:
+            del _known[name]
+    try:
+        own.load(path, "method.file", MethodError)
+        # What it imports from elsewhere was run once and registers nothing the second time: it is remembered.
+        found = _of_file.get(module, {}) | {name: kind for name, kind in _known.items() if before.get(name) is not kind}
+        if not found:
+            raise MethodError(f"method.file: {path} registers no method; put @anyrank.methods.register above its class")
+    except MethodError:
+        _known.clear()
+        _known.update(before)
+        raise
+    _of_file[module] = found
+    _known.update(found)
 
 
 def _checked(method: str, option: str, value: Any, hint: Any) -> Any:

@@ -2,6 +2,9 @@
 
 Logs are appended first, the checkpoint follows, each in one step that happens or does not. On resume the checkpoint
 rules: log lines of rounds it does not know are dropped, since those rounds are run again.
+
+No torch here but for the checkpoint itself, which is loaded where a run goes on: whether a folder may be used, and which
+runs lie in it, is answered without.
 """
 
 from __future__ import annotations
@@ -13,18 +16,22 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from anyrank.adapter.adapter import Adapter
 from anyrank.config.sections import Config
 from anyrank.config.tables import from_table, to_table
 from anyrank.errors import AnyRankError, RunError
 from anyrank.files import write_whole
-from anyrank.messages.records import ServerState
-from anyrank.runs.checkpoint import load_state, save_state
 from anyrank.runs.names import CLIENTS, COMPARISON, CONFIG, LEDGER, METRICS, PRIVACY, STATE, SUMMARY, read_lines
+
+if TYPE_CHECKING:
+    from anyrank.adapter.adapter import Adapter
+    from anyrank.messages.records import ServerState
+
+# What a comparison, or the demo, leaves beside the folders of its runs.
+_COMPARED = (COMPARISON, "report.html", "figure.png", "demo.toml")
 
 
 class RunDir:
@@ -75,18 +82,22 @@ class RunDir:
 
     def restore(self) -> ServerState | None:
         """The state after the last whole round, with the logs cut back to it; `None` where no round was finished."""
+        from anyrank.runs import checkpoint
+
         path = self.path / "checkpoint" / STATE
-        state = load_state(path) if path.exists() else None
+        state = checkpoint.load_state(path) if path.exists() else None
         for name in (METRICS, CLIENTS):
             self._cut(name, state.round if state else 0)
         return state
 
     def commit(self, state: ServerState, metrics: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
         """Log the round that led to `state`, then make `state` the checkpoint."""
+        from anyrank.runs import checkpoint
+
         self._append(CLIENTS, clients)
         self._append(METRICS, [metrics])
         (self.path / "checkpoint").mkdir(exist_ok=True)
-        save_state(state, self.path / "checkpoint" / STATE)
+        checkpoint.save_state(state, self.path / "checkpoint" / STATE)
 
     def finish(self, adapters: Mapping[str, Adapter], summary: Mapping[str, Any]) -> None:
         """Write the adapters by folder name, and last of all the summary: its presence says that the run is done."""
@@ -176,13 +187,26 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def remove_run(path: Path) -> None:
-    """Delete a folder that holds runs (or nothing); `RunError` for any other folder."""
+    """Delete a folder of runs as a comparison leaves it, or an empty one; `RunError` where anything else lies in it too."""
     if not path.exists():
         return
-    runs = [path, *path.glob("*/"), *path.glob("*/*/")]
-    if any(path.iterdir()) and not any((run / CONFIG).exists() for run in runs):
-        raise RunError(f"{path}: expected a folder of runs or none, and will not delete anything else; choose another --out")
+    if not path.is_dir():
+        raise RunError(f"{path}: expected a folder of runs or none, got a file; choose another --out")
+    strangers = [entry.name for entry in path.iterdir() if not _of_comparison(entry)]
+    if strangers:
+        raise RunError(
+            f"{path}: expected a folder of runs or none, got {min(strangers)} in it, and will not delete anything else; "
+            "choose another --out"
+        )
     shutil.rmtree(path)
+
+
+def _of_comparison(entry: Path) -> bool:
+    """Whether a comparison made it: one of its own files, or a folder of runs and of nothing beside them."""
+    if not entry.is_dir() or entry.is_symlink():
+        return entry.name in _COMPARED
+    runs = [inner for inner in entry.iterdir() if inner.is_dir() and (inner / CONFIG).is_file()]
+    return len(runs) == len(list(entry.iterdir()))
 
 
 def _same_config(path: Path, config: Config) -> None:

@@ -72,17 +72,8 @@ def find(model: ModelConfig, data: DataConfig) -> Make:
 
 
 def _from_file(model: ModelConfig) -> Make:
-    before = dict(OWN)
-    OWN.clear()
-    try:
-        own.load(model.file, "model.file", ModelError)
-        made = dict(OWN)
-    finally:
-        OWN.update({**before, **OWN})
-    if not made:
-        raise ModelError(
-            f"model.file: {model.file} registers no task; expected a function under @anyrank.tasks.register('{model.task}')"
-        )
+    wanted = f"task; expected a function under @anyrank.tasks.register('{model.task}')"
+    made = own.registered(model.file, "model.file", ModelError, OWN, wanted)
     if model.task in made:
         return made[model.task]
     if len(made) == 1 and model.task == ModelConfig().task:  # nobody named one

@@ -1,0 +1,169 @@
+"""What the keys of a configuration are, read from their declarations: for `anyrank explain`, the documents, and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anyrank.config.sections import READ_BY, TASKS, Config
+from anyrank.errors import ConfigError, nearest
+
+TYPES = {str: "string", int: "whole number", float: "number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its dotted `path`, what it is, the `type` that TOML gives it, its `values` (those it takes, or their range in
+    words), its `default`, `also`, `{library: names}`: what others call it, and the `tasks` that it is for (empty: all).
+    """
+
+    path: str
+    doc: str
+    type: str
+    values: tuple[Any, ...] | str
+    default: Any
+    also: Mapping[str, tuple[str, ...]]
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def section(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def takes(self) -> str:
+        """The values in words; empty where any of the type will do."""
+        return self.values if isinstance(self.values, str) else ", ".join(map(_toml, self.values))
+
+    @property
+    def usual(self) -> str:
+        """The default, as TOML writes it."""
+        return _toml(self.default)
+
+    @property
+    def elsewhere(self) -> str:
+        """The names that other libraries have for it."""
+        return "; ".join(f"{library}: {', '.join(names)}" for library, names in self.also.items())
+
+    @property
+    def limits(self) -> str:
+        """Which tasks it is for, in words; empty where for all."""
+        if set(self.tasks) == set(TASKS):
+            return "Not for the embedded digits."
+        named = [task.replace("image-classification", "images of a source of yours") for task in self.tasks]
+        return f"For {' and '.join(named)} only." if named else ""
+
+    def table(self) -> dict[str, Any]:
+        """The key as JSON writes it."""
+        return {"key": self.path} | {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+
+
+@functools.cache
+def sections() -> dict[str, str]:
+    """What each section is, by its dotted name."""
+    return dict(_sections(Config, ""))
+
+
+@functools.cache
+def keys() -> tuple[Key, ...]:
+    """All keys, in the order of the sections and of their declarations."""
+    return tuple(_keys(Config, ""))
+
+
+def _sections(kind: type, where: str):
+    hints = typing.get_type_hints(kind)
+    if where:
+        doc = (kind.__doc__ or "").partition("`: ")[2]
+        yield where, doc[:1].upper() + doc[1:]
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _sections(hints[field.name], _below(where, field.name))
+
+
+def _keys(kind: type, where: str):
+    hints, inner = typing.get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
+        hint, path = hints[field.name], _below(where, field.name)
+        if dataclasses.is_dataclass(hint):
+            inner.append((hint, path))
+            continue
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        also = {library: tuple(names.split(", ")) for library, names in field.metadata.get("also", {}).items()}
+        told = field.metadata.get("doc", ""), _type(hint), field.metadata.get("values", "")
+        yield Key(path, *told, default, also, READ_BY.get((where, field.name), ((), ""))[0])
+    for hint, path in inner:
+        yield from _keys(hint, path)
+
+
+def _below(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _type(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}s"
+    if origin in (types.UnionType, typing.Union):
+        return ", or ".join("list of them" if typing.get_origin(each) is tuple else _type(each) for each in arguments)
+    return TYPES.get(hint, "table")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+# --- finding a key by what somebody calls it ----------------------------------------------------------------------------
+
+
+def elsewhere(word: str, pool: Sequence[Key]) -> list[Key]:
+    """The keys of `pool` that another library calls `word`."""
+    said = _plain(word)
+    return [key for key in pool if said in {_plain(name) for names in key.also.values() for name in names}]
+
+
+def named(word: str, pool: Sequence[Key]) -> list[Key]:
+    """The keys of `pool` that are `word`: by dotted path, or else by name in any section, or else by another library's name."""
+    by_path = [key for key in pool if key.path == word]
+    return by_path or [key for key in pool if key.name == word] or elsewhere(word, pool)
+
+
+def find(word: str, options: Sequence[Key] = ()) -> list[Key]:
+    """The keys of a section, or those that are `word`; `ConfigError` that names the nearest where there are none.
+
+    `options`: the keys that methods have in [method] beside its own.
+    """
+    pool = [*keys(), *options]
+    found = [key for key in pool if word in (key.section, key.section.rpartition(".")[2])] or named(word, pool)
+    if not found:
+        meant = hint(word.rpartition(".")[2])  # `train.lr`, `run.alpha`: the right name in a wrong section
+        raise ConfigError(f"{word}: no key and no section; {meant or _near(word, pool)}")
+    return found
+
+
+def _near(word: str, pool: Sequence[Key]) -> str:
+    """The nearest of all names, or else the sections, of which there are few."""
+    known = {name for key in pool for name in (key.path, key.name)} | set(sections())
+    others = {name for key in pool for names in key.also.values() for name in names}
+    close = nearest(word, known | others)
+    return close if close.startswith("did you mean") else f"known sections: {', '.join(sections())}"
+
+
+def hint(word: str) -> str:
+    """Where a key stands that has this name in another section, or in another library; empty where none has."""
+    found = named(word, keys())
+    return f"did you mean {' or '.join(key.path for key in found)}?" if found else ""
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "_").lower()
