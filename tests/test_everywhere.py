@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -36,6 +37,8 @@ def fsync(descriptor):
 
 def in_use(path):
     path = os.path.realpath(path)
+    if os.path.basename(path).startswith(".lock"):  # filelock's own: what it does with it depends on the system
+        return
     with open("/proc/self/maps", "rb") as maps:
         if os.fsencode(path) + b"\\n" in maps.read():
             raise PermissionError(f"{path} is mapped")
@@ -107,12 +110,9 @@ def test_the_commands_work_without_what_other_systems_lack(start: Start, tmp_pat
     methods = ("--methods", "rbla,raflora:split=balanced")
     ended(start("-m", "anyrank", "compare", "digits.toml", *methods, "--jobs", "2", "--out", "grid"))
     assert sorted(path.parent.name for path in (tmp_path / "grid").glob("*/*/summary.json")) == ["seed-0"] * 2
-    demo = ("demo", "--methods", "rbla", "--seeds", "1", "--out", "grid", "--jobs", "1")
     ended(start("-m", "anyrank", "report", "grid"))
-    ended(start("-c", f"from anyrank.cli import demo\ndemo.CONFIG = demo.CONFIG.replace(run={{'rounds': 1}})\n{MAIN}", *demo))
-
-
-MAIN = "from anyrank.cli import main; main()"
+    small = "from anyrank.cli import demo, main; demo.CONFIG = demo.CONFIG.replace(run={'rounds': 1}); main()"
+    ended(start("-c", small, "demo", "--methods", "rbla", "--seeds", "1", "--out", "grid", "--jobs", "1"))
 
 
 def test_the_library_works_without_what_other_systems_lack(start: Start) -> None:
@@ -172,9 +172,6 @@ def test_a_methods_folder_is_its_label_or_a_name_that_windows_takes(label: str) 
     told = comparison.folder(label, windows=True)
     assert not set(told) & set('<>:"|?*\\')
     assert told[-1] not in ". "
-    assert bytes.fromhex(told.encode().hex()).decode() == told
-    from urllib.parse import unquote
-
     assert unquote(told) == label, "different labels have different folders"
 
 
