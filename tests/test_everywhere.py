@@ -90,7 +90,9 @@ def start(tmp_path: Path, cache: Path) -> Iterator[Start]:
     yield call
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()  # not for the end of its pipes: where a test has failed, workers may still hold them
+        process.stdout.close()
+        process.stderr.close()
 
 
 def ended(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
