@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from anyrank.errors import RunError
 from anyrank.runs.folder import remove_run
@@ -206,12 +206,11 @@ def wait_until(holds, seconds: float) -> None:
 
 def is_locked(path: Path) -> bool:
     """Whether some process holds the lock of a run."""
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])

@@ -64,7 +64,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def _cpu_has_bfloat16() -> bool:
     """Whether the CPU has AVX-512 BF16, AMX, or ARM's BF16, as Linux lists them."""
     try:
-        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")))
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

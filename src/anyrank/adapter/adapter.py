@@ -35,7 +35,7 @@ from anyrank.adapter.peft import (
     unreadable,
 )
 from anyrank.errors import AdapterError
-from anyrank.files import write_whole
+from anyrank.files import write_whole, write_whole_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class Adapter:
 
         def write_both(weights: Path) -> None:  # both are on the disk before either is put in place
             save_file(peft_tensors(self.layers, self.tensors), weights, metadata={"format": "pt"})
-            write_whole(folder / CONFIG_FILE, lambda path: path.write_text(config))
+            write_whole_text(folder / CONFIG_FILE, config)
 
         write_whole(folder / WEIGHTS_FILE, write_both)
         return folder
@@ -110,7 +110,8 @@ def _load(folder: Path) -> Adapter:
     config, weights = read_config(folder), find_weights(folder)
     try:
         with safe_open(weights, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+            # Copies, not safetensors' map of the file: so that it can be saved again in its folder, on Windows too.
+            tensors = {key: file.get_tensor(key).clone() for key in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
         raise unreadable(weights, error) from None
     return from_peft_state(tensors, config, where=str(folder))

@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         what = "no such folder" if not folder.is_dir() else f"no {CONFIG_FILE} in it"
         raise AdapterError(f"{folder}: {what}; expected a PEFT adapter folder, as save_pretrained writes it")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AdapterError(f"{path}: not readable as JSON ({error}); save the adapter again") from None
     return check_config(config, str(path))

@@ -206,7 +206,7 @@ class FolderWriter:
         self._file.close()
         layers = {name: self._outline(name, *told) for name, told in self._layers.items()}
         text = json.dumps(peft_config(layers, self._tensors, config), indent=2, sort_keys=True) + "\n"
-        with open(self._folder / CONFIG_FILE, "w") as file:
+        with open(self._folder / CONFIG_FILE, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

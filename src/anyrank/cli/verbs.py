@@ -81,7 +81,7 @@ def demo(
     labels = arguments.methods(methods)
     remove_run(out)
     results = _compare(CONFIG, labels, seeds, out, jobs, resume=False, quiet=as_json)
-    (out / "demo.toml").write_text(tomli_w.dumps(to_table(CONFIG)))
+    (out / "demo.toml").write_text(tomli_w.dumps(to_table(CONFIG)), encoding="utf-8")
     _show_comparison(results, out, as_json, "digits turned by 90 degrees")
 
 

@@ -30,7 +30,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a TOML configuration") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -68,6 +68,8 @@ def store(folder: Path, kind: str, key: Mapping[str, str], tensors: Mapping[str,
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
     except (OSError, SafetensorError) as error:
+        if load(folder, kind, key, mapped=True) is not None:  # Windows replaces no file that another process has mapped
+            return path
         raise RunError(f"{path}: cannot write to the cache: {error}; free space, or choose another cache folder") from None
     return path
 

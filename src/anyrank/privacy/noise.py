@@ -101,12 +101,16 @@ def name_of(key: bytes) -> str:
 
 
 def keep_key(key: bytes) -> str:
-    """Store a key for its owner alone; returns its name."""
+    """Store a key for its owner alone; returns its name.
+
+    By the mode of the file where there are modes. On Windows it is the user's profile that others cannot read.
+    """
     folder, name = key_folder(), name_of(key)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        os.fchmod(descriptor, 0o600)  # also where the file was there before
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        if hasattr(os, "fchmod"):
+            os.fchmod(descriptor, 0o600)  # also where the file was there before
         file.write(key.hex())
         file.flush()
         os.fsync(file.fileno())
@@ -114,17 +118,20 @@ def keep_key(key: bytes) -> str:
 
 
 def find_key(name: str) -> bytes:
-    """The key of that name; `RunError` where it is not here, is not what its name says, or others can read it."""
+    """The key of that name; `RunError` where it is not here, is not what its name says, or others can read it.
+
+    Who can read it is asked on POSIX alone: the modes that Windows shows say nothing of it.
+    """
     path = key_folder() / name
     if not path.is_file():
         raise RunError(
             f"{path}: the noise key of this run is not here, so that an interrupted round cannot be run again with the same "
             "noise; bring the key from where the run began, or start the run anew in another --out"
         )
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise RunError(f"{path}: others can read this noise key; expected mode 600, and a run that is started anew")
     try:
-        key = bytes.fromhex(path.read_text())
+        key = bytes.fromhex(path.read_text(encoding="utf-8"))
     except ValueError:
         key = b""
     if name_of(key) != name:

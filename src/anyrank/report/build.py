@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jinja2
 
-from anyrank.files import write_whole
+from anyrank.files import write_whole, write_whole_text
 from anyrank.report import charts, figures, page
 from anyrank.report.groups import Group, grouped, seed_count, tells_accuracy
 from anyrank.report.runs import read
@@ -33,7 +33,7 @@ def build(runs: Sequence[Path], out: Path) -> Path:
     html = environment.get_template("page.html.j2").render(page.contents(groups, notes))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda path: path.write_text(html, encoding="utf-8"))
+    write_whole_text(out, html)
     return out
 
 

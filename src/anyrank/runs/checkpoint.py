@@ -40,7 +40,8 @@ def load_state(path: Path) -> ServerState:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            # Copies: safetensors maps the file, and where it is mapped Windows lets no next checkpoint take its place.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RunError(f"{path}: not a readable checkpoint ({error}); start the run anew in another --out") from None
     if header["format"] != _FORMAT:

@@ -9,11 +9,11 @@ runs lie in it, is answered without.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,12 @@ import tomli_w
 from anyrank.config.sections import Config
 from anyrank.config.tables import from_table, to_table
 from anyrank.errors import AnyRankError, RunError
-from anyrank.files import write_whole
+from anyrank.files import write_whole_text
 from anyrank.runs.names import CLIENTS, COMPARISON, CONFIG, LEDGER, METRICS, PRIVACY, STATE, SUMMARY, read_lines
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it warns where it has no lock of the system: `RunDir` says what follows
+    from filelock import FileLock, SoftFileLock, Timeout
 
 if TYPE_CHECKING:
     from anyrank.adapter.adapter import Adapter
@@ -35,17 +39,23 @@ _COMPARED = (COMPARISON, "report.html", "figure.png", "demo.toml")
 
 
 class RunDir:
-    """One run's folder, locked while it is open, so that two processes never write one run."""
+    """One run's folder, locked while it is open, so that two processes never write one run.
+
+    The lock is the system's (`fcntl`, `msvcrt`), which frees it when the process ends, however it ends. Where the system or
+    the folder's file system has none, the lock is the file itself: it stays when the process is killed. It names its process,
+    and newer versions of filelock take it over where that process is gone from this machine; else the error says to delete it.
+    """
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self.config = config
-        self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held until close
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise RunError(f"{path}: another process is writing this run; wait for it, or choose another --out") from None
+        self._lock = FileLock(path / ".lock", thread_local=False)
+        of_the_system = not isinstance(self._lock, SoftFileLock)
+        try:  # what a killed process left is cleared away by one attempt and taken by the next
+            self._lock.acquire(timeout=0 if of_the_system else 0.5)
+        except Timeout:
+            left = "" if of_the_system else f"; if there is none, it was killed: delete {path / '.lock'}"
+            raise RunError(f"{path}: another process is writing this run; wait for it, or choose another --out{left}") from None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: Config, resume: bool = False) -> RunDir:
@@ -55,7 +65,7 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, config)
         run._sweep()
-        write_whole(path / CONFIG, lambda file: file.write_text(tomli_w.dumps(to_table(config))))
+        write_whole_text(path / CONFIG, tomli_w.dumps(to_table(config)))
         return run
 
     @staticmethod
@@ -72,7 +82,7 @@ class RunDir:
             raise RunError(f"{path}: expected an empty or new folder, or one with a run in it; choose another --out")
 
     def close(self) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def __enter__(self) -> RunDir:
         return self
@@ -103,7 +113,7 @@ class RunDir:
         """Write the adapters by folder name, and last of all the summary: its presence says that the run is done."""
         for name, adapter in adapters.items():
             adapter.save(self.path / name)
-        write_whole(self.path / SUMMARY, lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
+        write_whole_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rounds' metrics so far."""
@@ -128,9 +138,9 @@ class RunDir:
             if (self.path / LEDGER).exists():
                 raise RunError(f"{path}: is gone, while {LEDGER} is there; start the run anew in another --out")
             name = make_key()
-            write_whole(path, lambda file: file.write_text(json.dumps({"plan": plan, "key": name}, indent=2) + "\n"))
+            write_whole_text(path, json.dumps({"plan": plan, "key": name}, indent=2) + "\n")
             return name
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         _same("privacy", path, stored["plan"], plan)
         return stored["key"]
 
@@ -142,7 +152,7 @@ class RunDir:
         path = self.path / LEDGER
         rows = read_lines(path)
         if path.exists() and not path.read_bytes().endswith(b"\n"):
-            write_whole(path, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+            write_whole_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
     def charge(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -160,7 +170,7 @@ class RunDir:
         path = self.path / name
         if path.exists():
             kept = "".join(json.dumps(row) + "\n" for row in read_lines(path) if row["round"] <= round)
-            write_whole(path, lambda file: file.write_text(kept))
+            write_whole_text(path, kept)
 
     def _sweep(self) -> None:
         """Remove temporary files that a killed process left behind."""
@@ -178,7 +188,7 @@ def find_runs(folder: Path) -> list[Path]:
     if (folder / CONFIG).is_file():
         return [folder]
     if (folder / COMPARISON).is_file():
-        listed = json.loads((folder / COMPARISON).read_text())["runs"]
+        listed = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))["runs"]
         return [folder / run for run in listed if (folder / run / CONFIG).is_file()]
     found = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
     if not found:
@@ -211,8 +221,8 @@ def _of_comparison(entry: Path) -> bool:
 
 def _same_config(path: Path, config: Config) -> None:
     try:
-        stored = from_table(tomllib.loads((path / CONFIG).read_text()))
-    except (AnyRankError, tomllib.TOMLDecodeError, OSError) as error:
+        stored = from_table(tomllib.loads((path / CONFIG).read_text(encoding="utf-8")))
+    except (AnyRankError, tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise RunError(f"{path / CONFIG}: cannot be read back ({error}); choose another --out") from None
     _same("", path, to_table(stored), to_table(config))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from anyrank import simulation
 from anyrank.algebra import spectra
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, RunError
-from anyrank.files import write_whole
+from anyrank.files import write_whole_text
 from anyrank.runs.folder import is_finished
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
 from anyrank.studies.grid import Cell, OnRound, finished, run_cells
@@ -38,8 +40,17 @@ def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[
     for label in methods:
         chosen = variant(config, label)
         for seed in range(config.run.seed, config.run.seed + seeds):
-            cells.append(Cell(label, chosen.replace(run={"seed": seed}), out / label / f"seed-{seed}"))
+            cells.append(Cell(label, chosen.replace(run={"seed": seed}), out / folder(label) / f"seed-{seed}"))
     return cells
+
+
+def folder(label: str, windows: bool = os.name == "nt") -> str:
+    """A method's folder: its label; on Windows, whose names take no colon, with %3A and the like for what they do not take.
+
+    >>> folder("raflora:split=balanced", windows=True)
+    'raflora%3Asplit=balanced'
+    """
+    return re.sub(r'[%<>:"\\|?*\x00-\x1f]|[. ]$', lambda found: f"%{ord(found[0]):02X}", label) if windows else label
 
 
 def variant(config: Config, label: str) -> Config:
@@ -89,7 +100,7 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     rows, rank = [], min(min(cell.config.clients.ranks) for cell in cells)
     for label in dict.fromkeys(cell.label for cell in cells):
         runs = [cell for cell in cells if cell.label == label]
-        summaries = [json.loads((cell.out / SUMMARY).read_text()) for cell in runs]
+        summaries = [json.loads((cell.out / SUMMARY).read_text(encoding="utf-8")) for cell in runs]
         row: dict[str, Any] = {"label": label, "method": summaries[0]["method"], "seeds": len(runs)}
         for figure in ("accuracy", "best_accuracy", "last_accuracy", "start_accuracy", "loss", "seconds"):
             row |= _mean(figure, [summary[figure] for summary in summaries])
@@ -106,7 +117,7 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def _by_seed(cells: Sequence[Cell], label: str, figure: str) -> dict[int, float]:
     runs = [cell for cell in cells if cell.label == label]
-    return {cell.config.run.seed: json.loads((cell.out / SUMMARY).read_text())[figure] for cell in runs}
+    return {cell.config.run.seed: json.loads((cell.out / SUMMARY).read_text(encoding="utf-8"))[figure] for cell in runs}
 
 
 def _pair(rows: list[dict[str, Any]], figure: str, values: Mapping[str, Mapping[int, float]]) -> None:
@@ -154,13 +165,13 @@ def _energy_past(cell: Cell, rank: int) -> float | None:
     """The share of energy past the comparison's smallest rank after the last round, also where all clients are larger."""
     import torch
 
-    spectrum = json.loads((cell.out / METRICS).read_text().splitlines()[-1])["spectrum"]
+    spectrum = json.loads((cell.out / METRICS).read_text(encoding="utf-8").splitlines()[-1])["spectrum"]
     if spectrum is None:
         return None
     return spectra.energy_beyond({name: torch.tensor(values) for name, values in spectrum.items()}, rank)
 
 
 def _write(out: Path, cells: Sequence[Cell], results: Results) -> None:
-    runs = [str(cell.out.relative_to(out)) for cell in cells]  # in the order that was asked for: reports keep it
+    runs = [cell.out.relative_to(out).as_posix() for cell in cells]  # in the order that was asked for: reports keep it
     held = {"runs": runs, "rows": results.rows, "failures": results.failures}
-    write_whole(out / COMPARISON, lambda file: file.write_text(json.dumps(held, indent=2) + "\n"))
+    write_whole_text(out / COMPARISON, json.dumps(held, indent=2) + "\n")

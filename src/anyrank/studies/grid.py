@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -75,13 +74,15 @@ _events: Any = None  # in a worker: where its rounds are told
 def _start_worker(events: Any) -> None:
     global _events
     _events = events
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """A killed grid must not train on unseen: end this process, at whatever it is, when its parent is gone."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with(parent: Any) -> None:
+    """A killed grid must not train on unseen: end this process, at whatever it is, when its parent is gone.
+
+    It waits on the parent's handle, or on a pipe that the parent holds open: on Windows `os.getppid` never changes.
+    """
+    parent.join()
     os._exit(1)
 
 

@@ -35,7 +35,7 @@ from anyrank import config as configs
 from anyrank import simulation
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, nearest
-from anyrank.files import write_whole
+from anyrank.files import write_whole_text
 from anyrank.runs.folder import is_finished
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
 from anyrank.studies import comparison, grid
@@ -165,7 +165,7 @@ def load(path: Path) -> Study:
     """The study of a TOML file. Raises `ConfigError` for an unknown key, column or figure, and what configurations raise."""
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a TOML study") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -207,8 +207,8 @@ def execute(study: Study, out: Path, jobs: int, on_round: grid.OnRound | None = 
     failures = grid.run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
     grid.finished(cells, failures)
     results = tell(study, out) | {"failures": failures}
-    write_whole(out / STUDY, lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))
-    write_whole(out / TABLE, lambda file: file.write_text(markdown(results)))
+    write_whole_text(out / STUDY, json.dumps(results, indent=2) + "\n")
+    write_whole_text(out / TABLE, markdown(results))
     return results
 
 
@@ -323,8 +323,8 @@ def _check(path: Path, table: Mapping[str, Any], needed: Mapping[str, Any], opti
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Summary and metrics of a finished run."""
-    lines = (folder / METRICS).read_text().splitlines()
-    return json.loads((folder / SUMMARY).read_text()), [json.loads(line) for line in lines]
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    return json.loads((folder / SUMMARY).read_text(encoding="utf-8")), [json.loads(line) for line in lines]
 
 
 def _folder(name: str) -> str:

@@ -129,6 +129,6 @@ def _table() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
 
         return load_digits(return_X_y=True)
-    with gzip.open(path, "rt") as file:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
         table = np.loadtxt(file, delimiter=",")
     return table[:, :-1], table[:, -1].astype(np.int64)
