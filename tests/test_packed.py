@@ -37,6 +37,11 @@ class Recomputed:
     tokens: features.RaggedInputs
     stop: int
     packed: bool
+    on_disk: bool = False
+    nbytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def batch(self, index, equal_lengths=False):
         ids = self.tokens.batch(index)
@@ -167,7 +172,7 @@ def test_a_packed_batch_has_the_logits_and_gradients_of_a_padded_one(folders, ar
     for even in (False, True):
         for weight in trained:
             weight.requires_grad_(True)
-        logits = module(**inputs.batch(torch.arange(len(lengths)), even=even))
+        logits = module(**inputs.batch(torch.arange(len(lengths)), equal_lengths=even))
         loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(lengths)) % 3)
         found.append((logits, *torch.autograd.grad(loss, trained)))
     terms = [0.0, *(each.size() for each in cancelling), *[0.0] * 2 * len(layers)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from anyrank.config.explain import TYPES, Key
-from anyrank.files import write_whole
+from anyrank.files import write_whole_text
 from anyrank.methods import registry
 
 FILE = Path(__file__).with_name("catalog.json")
@@ -43,7 +43,7 @@ def catalog() -> list[dict[str, Any]]:
 @functools.cache
 def stored() -> list[dict[str, Any]]:
     """The entries of the library's own methods, from the file. Loads no torch."""
-    return json.loads(FILE.read_text())
+    return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ def option_keys() -> list[Key]:
 
 def main() -> None:
     """Write the file anew."""
-    write_whole(FILE, lambda file: file.write_text(json.dumps(catalog(), indent=1) + "\n"))
+    write_whole_text(FILE, json.dumps(catalog(), indent=1) + "\n")
 
 
 if __name__ == "__main__":
