@@ -41,8 +41,8 @@ class RunFailed(AnyRankError):
 def in_a_line(error: BaseException) -> str:
     """Somebody else's error in one line: its kind and the first line that it says; one of ours in its own words.
 
-    >>> in_a_line(ValueError("a\nb"))
-    'ValueError: a'
+    >>> in_a_line(ValueError("out of range"))
+    'ValueError: out of range'
     """
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
     if isinstance(error, AnyRankError):

@@ -217,8 +217,8 @@ class Task:
             label_names=self.label_names,
             train_examples=len(self.train),
             test_examples=len(self.test),
-            inputs_bytes=sum(part.nbytes for part in inputs),
-            inputs_on_disk=any(part.on_disk for part in inputs),
+            inputs_bytes=sum(getattr(part, "nbytes", 0) for part in inputs),
+            inputs_on_disk=any(getattr(part, "on_disk", False) for part in inputs),
             model_bytes=sum(tensor.nbytes for tensor in self.module.state_dict().values()),
         )
 

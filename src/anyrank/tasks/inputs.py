@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from anyrank.errors import DataError, ModelError, in_a_line
 UNNAMED = ""  # the name of an argument that stands first in the module's forward, whatever it is called
 
 
-@runtime_checkable
 class Inputs(Protocol):
     """Examples that can be handed to a module batch by batch."""
 
@@ -124,7 +123,7 @@ def inputs_of(given: Any) -> Inputs:
 
     Raises `DataError` for what is none of these, for parts of different lengths, and for numbers that are not finite.
     """
-    if isinstance(given, Inputs):
+    if hasattr(given, "batch") and not hasattr(given, "__getitem__"):  # a data set may have a method `batch`, too
         return given
     if isinstance(given, (Tensor, np.ndarray)):
         return TensorInputs(_tensor(given, "inputs"), UNNAMED)
