@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -234,3 +235,37 @@ def test_commands_and_links_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
     for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_federation_from_python_runs_in_under_twenty_lines(tmp_path: Path) -> None:
+    """The script in the document is the one in `examples/`, and it learns."""
+    code = blocks((ROOT / "docs" / "python.md").read_text(), "python")[0]
+    assert code == (ROOT / "examples" / "own_module.py").read_text()
+    assert len(code.splitlines()) < 20
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    start, end, f1 = map(float, done.stdout.split())
+    assert end > start + 0.3
+    assert f1 > 0.85
+    assert set(Adapter.load(tmp_path / "for-south").ranks.values()) == {1}
+
+
+def test_the_notebook_is_the_script_and_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = json.loads((ROOT / "examples" / "own_module.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    script = (ROOT / "examples" / "own_module.py").read_text()
+    assert "\n".join(code).split() == script.split()
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in code:
+        exec(compile(cell, "a cell", "exec"), names)
+    assert names["result"].summary["accuracy"] > 0.8
+
+
+def test_the_task_of_the_document_takes_part_in_commands(anyrank, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "python.md").read_text()
+    (tmp_path / "blobs.py").write_text(blocks(text, "python")[1])
+    (tmp_path / "own.toml").write_text(blocks(text, "toml")[0] + "[clients]\ncount = 4\nranks = [1, 2]\n[run]\nrounds = 3\n")
+    done = anyrank("run", "own.toml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["train_examples"] == 500

@@ -91,6 +91,9 @@ def test_a_cached_prefix_is_exact_to_the_bit_where_both_see_the_same_padding(fol
     kept: dict[tuple[int, ...], dict] = {}
 
     class Kept:
+        def __len__(self):
+            return len(task.train)
+
         def batch(self, index, equal_lengths=False):
             key = tuple(index.tolist())
             if key not in kept:
