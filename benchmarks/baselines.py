@@ -163,14 +163,14 @@ class PeftLoop:
     model: nn.Module
     data: Data
     test: Data
-    shards: Sequence[np.ndarray]
+    shards: Mapping[str, np.ndarray]
     inside: str = ""  # where in the model the part lies that PEFT wraps
 
-    def train(self, jobs: Sequence[Job], plan: Plan) -> Iterator[ClientUpdate]:
+    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: None = None) -> Iterator[ClientUpdate]:
         for job in jobs:
             if job.download.train != BOTH or job.download.pruning:
                 raise NotImplementedError("the loop trains A and B, and prunes nothing")
-            examples = self.shards[job.index]
+            examples = self.shards[job.client.name]
             with self.wrapped(job.download.adapter, job.download.merged) as peft_model:
                 losses = self.fit(peft_model, examples, local.batches(len(examples), plan, job.client.name), plan)
                 adapter = read(peft_model, job.download)
@@ -345,7 +345,7 @@ def baseline(kind: type[PeftLoop], built: Any) -> PeftLoop:
 def _of_images(kind: type[PeftLoop], built: Any) -> PeftLoop:
     task = built.engine.model.task
     parts = (_pixels(part, built.config.eval.batch_size) for part in (task.train, task.test))
-    return kind(task.module, *parts, built.population.shards)
+    return kind(task.module, *parts, built.engine.shards)
 
 
 def _pixels(examples: Examples, at_a_time: int) -> Images:
@@ -362,7 +362,7 @@ def _of_texts(kind: type[PeftLoop], built: Any) -> PeftLoop:
     encoder = AutoModel.from_pretrained(folder, local_files_only=True, **no_dropout).requires_grad_(False).eval()
     on_map = task.targets == ("map",)
     model = TextClassifier(encoder, task.module.head, task.module.map if on_map else None)
-    return kind(model, *texts, built.population.shards, inside="" if on_map else "encoder")
+    return kind(model, *texts, built.engine.shards, inside="" if on_map else "encoder")
 
 
 def _tokens(tokenizer: Any, texts: Sequence[Any], labels: np.ndarray, longest: int) -> Texts:
@@ -375,7 +375,7 @@ def _tokens(tokenizer: Any, texts: Sequence[Any], labels: np.ndarray, longest: i
 def _of_completions(kind: type[PeftLoop], built: Any) -> PeftLoop:
     task = built.engine.model.task
     parts = (_prompted(part, task.objective) for part in (task.train, task.test))
-    return kind(task.module.whole, *parts, built.population.shards)
+    return kind(task.module.whole, *parts, built.engine.shards)
 
 
 def _prompted(examples: Examples, objective: Completion) -> Completions:

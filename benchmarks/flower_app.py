@@ -62,14 +62,15 @@ def by_flower(rounds: int) -> float:
         from anyrank.messages.plan import plan_round
 
         built, engine = world(rounds)
-        index, round = message.content["task"]["client"], message.content["task"]["round"]
+        name, round = message.content["task"]["client"], message.content["task"]["round"]
+        index = built.population.index(name)
         client = built.population.client(index)
         job = _job(built, index, client, _unpack(built, client, message.content["adapter"].to_torch_state_dict()))
         plan = plan_round(built.config.train, round, rounds, built.config.run.seed)
         (update,) = engine.train([job], plan)
         content = RecordDict({
             "adapter": ArrayRecord(torch_state_dict=_pack(update.adapter)),
-            "told": ConfigRecord({"client": index, "loss": update.metrics["loss"]}),
+            "told": ConfigRecord({"client": name, "loss": update.metrics["loss"]}),
         })  # fmt: skip
         return Message(content=content, reply_to=message)
 
@@ -88,13 +89,13 @@ def by_flower(rounds: int) -> float:
                 Message(
                     content=RecordDict({
                         "adapter": ArrayRecord(torch_state_dict=_pack(job.download.adapter)),
-                        "task": ConfigRecord({"client": job.index, "round": round}),
+                        "task": ConfigRecord({"client": job.client.name, "round": round}),
                     }),
                     dst_node_id=node, message_type="train", group_id=str(round),
                 )
                 for job, node in zip(jobs, nodes, strict=False)
             ]  # fmt: skip
-            by_index, updates = {job.index: job for job in jobs}, []
+            by_index, updates = {job.client.name: job for job in jobs}, []
             for reply in grid.send_and_receive(messages):
                 job = by_index[reply.content["told"]["client"]]
                 adapter = _unpack(built, job.client, reply.content["adapter"].to_torch_state_dict())
@@ -132,7 +133,7 @@ def _unpack(built, client, tensors):
 def _job(built, index, client, adapter):
     from anyrank.messages.records import Download, Job
 
-    return Job(index, client, len(built.population.shards[index]), Download(adapter, {}))
+    return Job(client, int(built.population.sizes[index]), lambda: Download(adapter, {}))
 
 
 def main() -> None:

@@ -170,7 +170,7 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
     plan = plan_round(built.config.train, 1, 1, 0)
     inputs, total = model.task.train.inputs, 0
     for job in jobs:
-        examples = built.engine.shards[job.index]
+        examples = built.engine.shards[job.client.name]
         batches = [torch.from_numpy(examples[index]) for index in local.batches(len(examples), plan, job.client.name)]
         model.load(job.download)
         if isinstance(inputs, RaggedInputs):  # each length by itself: what padding adds is no work that has to be done

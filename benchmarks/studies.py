@@ -124,16 +124,16 @@ class OneByOne:
 
     def __init__(self, engine: Any, seconds: float) -> None:
         self.engine, self.seconds = engine, seconds
-        self.start, self.evaluate = engine.start, engine.evaluate
+        self.start, self.evaluate, self.close = engine.start, engine.evaluate, getattr(engine, "close", lambda: None)
         self.cohort, self.trained, self.spent = 0, 0, 0.0
 
-    def train(self, jobs, plan):
+    def train(self, jobs, plan, mechanism=None):
         self.cohort = len(jobs)
         for job in jobs:
             if self.trained and self.spent > self.seconds:
                 return
             began = time.process_time()
-            replies = list(self.engine.train([job], plan))
+            replies = list(self.engine.train([job], plan, mechanism))
             self.spent += time.process_time() - began
             self.trained += 1
             yield from replies

@@ -49,8 +49,8 @@ def _run(built: Federation, privacy: Mechanism) -> Adapter:
     state, run = loop.start(built), built.config.run
     while state.round < run.rounds:
         jobs, _ = loop.dispatch(built, state, state.round + 1)
-        plan = plan_round(built.config.train, state.round + 1, run.rounds, run.seed, privacy=privacy)
-        state = built.method.aggregate(state, list(built.engine.train(jobs, plan)))
+        plan = plan_round(built.config.train, state.round + 1, run.rounds, run.seed)
+        state = built.method.aggregate(state, list(built.engine.train(jobs, plan, privacy)))
     return state.adapter
 
 
