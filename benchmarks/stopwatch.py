@@ -17,10 +17,10 @@ class Stopwatch:
 
     def watch(self, built) -> None:
         """Put a clock around each part of the round loop."""
-        from anyrank.federation import figures, guard, loop
+        from anyrank.federation import figures, guard
         from anyrank.runs import folder
 
-        self._wrap(loop, "dispatch", "dispatch")
+        self._wrap(type(built.method), "dispatch", "dispatch")  # a download is made when it is sent, inside of training
         self._wrap(guard, "admit", "guard")
         self._wrap(type(built.method), "aggregate", "aggregate")
         for name in ("spectra", "energy_beyond", "effective_rank"):
@@ -28,8 +28,8 @@ class Stopwatch:
         self._wrap(folder.RunDir, "commit", "run folder")
         train = type(built.engine).train
 
-        def timed(engine, jobs, plan):
-            replies = train(engine, jobs, plan)
+        def timed(engine, jobs, plan, mechanism=None):
+            replies = iter(train(engine, jobs, plan, mechanism))
             following = self._timed(lambda: next(replies, None), "train")
             while (reply := following()) is not None:
                 yield reply
