@@ -23,18 +23,23 @@ _PATHS = (
 )
 
 
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The table in a TOML file; `ConfigError` where there is none. `what` it should be, in a word."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a TOML {what}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a TOML file, with `section.key=value` overrides.
 
     Relative paths are taken from the file's folder, or from the folder `$ANYRANK_DATA` where only that has them.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a TOML configuration") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    table = read_toml(path, "configuration")
     for *sections, key in _PATHS:
         holder = table
         for section in sections:

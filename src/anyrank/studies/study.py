@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from typing import Any
 from anyrank import config as configs
 from anyrank import simulation
 from anyrank.config.sections import Config
+from anyrank.config.tables import read_toml
 from anyrank.errors import ConfigError, nearest
 from anyrank.files import write_whole_text
 from anyrank.runs.folder import is_finished
@@ -164,12 +164,7 @@ class Study:
 def load(path: Path) -> Study:
     """The study of a TOML file. Raises `ConfigError` for an unknown key, column or figure, and what configurations raise."""
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a TOML study") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    table = read_toml(path, "study")
     _check(path, table, _KEYS, _OPTIONAL)
     if table.get("figure", "accuracy") not in FIGURES:
         raise ConfigError(f"{path}: figure: expected one of {', '.join(FIGURES)}, got {table['figure']!r}")

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anyrank.tasks.inputs import TensorInputs
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -23,41 +25,22 @@ class Scale:
         return (values.float() * self.factor - mean) / std
 
 
-@dataclass(frozen=True, eq=False)
-class PixelInputs:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PixelInputs(TensorInputs):
     """Pictures `values` uint8 `[n, channels, h, w]`; a batch is `inputs` `[b, channels, h, w]` float32."""
 
-    values: Tensor
     scale: Scale
-    on_disk: bool = False
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
 
     def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
-        return {"inputs": self.scale(self.values[index])}
+        return {self.name: self.scale(self.values[index])}
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenInputs:
+class HiddenInputs(TensorInputs):
     """What a frozen part gave for each example, `values` `[n, …]` float32 or bfloat16; a batch is `inputs` `[b, …]` float32."""
 
-    values: Tensor
-    on_disk: bool = False
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
     def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
-        return {"inputs": self.values[index].float()}
+        return {self.name: self.values[index].float()}
 
 
 def turned(values: np.ndarray, degrees: int) -> np.ndarray:

@@ -169,4 +169,4 @@ def _pretrain(name: str, module: nn.Module, given: Images, values: np.ndarray, f
 
 
 def _examples(given: Images, values: np.ndarray) -> Examples:
-    return Examples(PixelInputs(torch.from_numpy(values), _SCALE), torch.from_numpy(given.labels))
+    return Examples(PixelInputs(torch.from_numpy(values), scale=_SCALE), torch.from_numpy(given.labels))

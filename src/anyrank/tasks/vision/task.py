@@ -95,7 +95,7 @@ def _on_map(frozen: _Frozen, parts: Mapping[str, Images], endings: Sequence[str]
     features = frozen.inputs_of(found.heads[0], parts)
     if features["train"].ndim != 2:
         raise ModelError(f"lora.target_modules = ['map']: the head of {found.name} takes more than one vector an image")
-    inputs = {part: HiddenInputs(values, frozen.on_disk) for part, values in features.items()}
+    inputs = {part: HiddenInputs(values, on_disk=frozen.on_disk) for part, values in features.items()}
     module = MapClassifier(found.model.get_submodule(found.heads[0]))
     trained = tuple(f"head.{name}" for name, _ in module.head.named_parameters())
     return _Built(module, (MAP,), trained, inputs, f"LoRA on a map of frozen features, {frozen.dtype_name}")
@@ -111,10 +111,11 @@ def _inside(frozen: _Frozen, parts: Mapping[str, Images], endings: Sequence[str]
     cut = prefix.find(found.model, inner, frozen.sample(parts["test"]))
     if cut is None:
         inputs = {
-            part: PixelInputs(values, found.processor.scale, frozen.on_disk) for part, values in frozen.pixels(parts).items()
+            part: PixelInputs(values, scale=found.processor.scale, on_disk=frozen.on_disk)
+            for part, values in frozen.pixels(parts).items()
         }
         return _Built(WholeClassifier(found.model), targets, found.trained, inputs, "LoRA in the model, from pixels")
-    inputs = {part: HiddenInputs(values, frozen.on_disk) for part, values in frozen.inputs_of(cut.place, parts).items()}
+    inputs = {part: HiddenInputs(values, on_disk=frozen.on_disk) for part, values in frozen.inputs_of(cut.place, parts).items()}
     module = prefix.SplitClassifier(found.model, cut)
     how = f"LoRA from {cut.place} on, frozen prefix {frozen.dtype_name}"
     return _Built(module, targets, found.trained, inputs, how)
