@@ -528,3 +528,34 @@ def test_files_of_one_name_in_two_folders_do_not_meet(own: Path, tmp_path_factor
     first.run(own / "run")
     anyrank.load(own / "own.toml").run(own / "again")
     assert weights(own / "run") == weights(own / "again") != weights(other / "run")
+
+
+# --- number types ----------------------------------------------------------------------------------------------------
+
+
+class Doubles(Pairs):
+    """Rows of float64, as NumPy has them."""
+
+    def __getitem__(self, i: int):
+        return self.x[i].double().numpy(), int(self.y[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float64_data_fits_the_module_whatever_holds_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    x, y = rows()
+    array = Examples(x[:COUNT].double().numpy(), y[:COUNT]), Examples(x[COUNT:].double().numpy(), y[COUNT:])
+    items = Examples(Doubles(x[:COUNT], y[:COUNT])), Examples(Doubles(x[COUNT:], y[COUNT:]))
+    for name, (train, test) in {"array": array, "items": items}.items():
+        result = federation(task(net().to(dtype), train=train, test=test)).run(tmp_path / name)
+        assert {layer.A.dtype for layer in result.adapter.layers.values()} == {dtype}
+    assert weights(tmp_path / "array") == weights(tmp_path / "items")
+
+
+def test_who_takes_part(tmp_path: Path) -> None:
+    """All clients that are named, unless a share of them is asked for."""
+    everyone = federation().run(tmp_path / "all")
+    assert [row["clients"] for row in everyone.metrics] == [2, 2]
+    half = federation(clients={"participation": 0.5}).run(tmp_path / "half")
+    assert [row["clients"] for row in half.metrics] == [1, 1]
+    by_config = federation(config=anyrank.Config()).run(tmp_path / "config")
+    assert [row["clients"] for row in by_config.metrics] == [2, 2]

@@ -14,7 +14,7 @@ from anyrank.privacy.noise import Mechanism
 from anyrank.tasks.base import score
 from anyrank.training import memory, trainer
 from anyrank.training.lora import LoraModel
-from anyrank.training.trainer import Shards
+from anyrank.training.trainer import ExamplesOf
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class InProcess:
     """
 
     model: LoraModel
-    shards: Shards
+    shards: ExamplesOf
     eval_batch_size: int = 1024
     stacking: str = "auto"
 

@@ -73,7 +73,9 @@ class Federation:
         self.task = task
         self._shards: Any = None
         chosen = _configured(config, sections)
-        chosen, names = _with_clients(chosen, ranks, shards, "clients" in sections or config is not None)
+        participation = chosen.clients.participation
+        stated = "participation" in sections.get("clients", {}) or participation != Config().clients.participation
+        chosen, names = _with_clients(chosen, ranks, shards, stated)
         self._method, chosen = _with_method(chosen, method)
         run = {key: value for key, value in (("rounds", rounds), ("seed", seed)) if value is not None}
         chosen = _replaced(chosen, {"run": run})
@@ -184,7 +186,7 @@ def _replaced(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Conf
     return changed.replace(**{name: keys for name, keys in sections.items() if name not in plain})
 
 
-def _with_clients(config: Config, ranks: Any, shards: Any, configured: bool) -> tuple[Config, tuple[str, ...]]:
+def _with_clients(config: Config, ranks: Any, shards: Any, stated: bool) -> tuple[Config, tuple[str, ...]]:
     """The configuration with the clients that `ranks` and `shards` name, and their names."""
     by_name = next((given for given in (ranks, shards) if isinstance(given, Mapping)), None)
     listed = next((given for given in (ranks, shards) if _is_list(given)), None)
@@ -212,7 +214,7 @@ def _with_clients(config: Config, ranks: Any, shards: Any, configured: bool) -> 
         keys |= {"ranks": [_rank(rank, f"client {i}") for i, rank in enumerate(ranks)], "rank_order": "cycled"}
     elif ranks is not None:
         keys |= {"ranks": [_rank(ranks, "every client")]}
-    if not configured:
+    if not stated:  # how many take part: who names clients means all of them
         keys |= {"participation": 1.0}
     return _replaced(config, {"clients": keys}), names
 

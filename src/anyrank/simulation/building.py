@@ -26,6 +26,7 @@ from anyrank.robust import central_noise
 from anyrank.runs.folder import RunDir
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.load import load_task
+from anyrank.tasks.place import where_it_is
 from anyrank.training import private_examples, probe
 from anyrank.training.lora import LoraModel
 
@@ -75,7 +76,7 @@ def build(
     """
     method = method or _method(config)
     check_ranks(config, method)
-    task = judged(task, config.eval) if task else load_task(config, progress)
+    task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
     if shards is None:
         examples, clients = task.train.labels.cpu(), config.clients.count
         shards = partition.partition(config.data.partition, examples, clients, config.run.seed, task.columns)

@@ -15,7 +15,7 @@ from anyrank.config.sections import EvalConfig
 from anyrank.errors import DataError, ModelError, nearest
 from anyrank.messages.records import Facts, Scores
 from anyrank.tasks import metrics
-from anyrank.tasks.inputs import Inputs, TensorInputs, inputs_of, labels_of, named, split_items
+from anyrank.tasks.inputs import Inputs, TensorInputs, fitted, inputs_of, labels_of, split_items
 from anyrank.tasks.metrics import Metric
 
 __all__ = [
@@ -250,7 +250,7 @@ def _examples(given: Any, module: nn.Module, part: str) -> Examples:
             given = Examples(*given) if isinstance(given, tuple) and len(given) == 2 else Examples(given)
     except DataError as error:
         raise DataError(f"{part}: {error}") from None
-    inputs = named(given.inputs, module)
+    inputs = fitted(given.inputs, module)
     return given if inputs is given.inputs else Examples(inputs, given.labels)
 
 

@@ -82,13 +82,14 @@ class ItemInputs:
 
     `items[i]` is what the module takes (a tensor, an array, a number, or a mapping of its arguments) or, with `paired`, a pair
     of that and the label, or a mapping that has the label under `label`. Items of a batch are put together as
-    `torch.utils.data.default_collate` does.
+    `torch.utils.data.default_collate` does; float64 numbers, as NumPy and Python have them, become `dtype`.
     """
 
     items: Any
     name: str = UNNAMED
     paired: bool = False
     label: str = ""
+    dtype: torch.dtype | None = None
     on_disk: bool = False
 
     def __len__(self) -> int:
@@ -104,7 +105,8 @@ class ItemInputs:
         from torch.utils.data import default_collate
 
         collated = default_collate([self._given(int(i)) for i in index])
-        return dict(collated) if isinstance(collated, Mapping) else {self.name: collated}
+        batch = dict(collated) if isinstance(collated, Mapping) else {self.name: collated}
+        return {name: _narrowed(value, self.dtype) for name, value in batch.items()}
 
     def _given(self, i: int) -> Any:
         item = self.items[i]
@@ -173,6 +175,22 @@ def split_items(items: Any) -> tuple[ItemInputs, Tensor]:
     raise DataError(f"Examples: expected items (input, label) or mappings with a label, got {type(first).__name__}")
 
 
+def fitted(inputs: Inputs, module: nn.Module) -> Inputs:
+    """`inputs` under the names that the module's forward has for them, float64 numbers in the module's own number type."""
+    inputs = named(inputs, module)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    if isinstance(inputs, FieldInputs):
+        return replace(inputs, fields={name: _narrowed(values, dtype) for name, values in inputs.fields.items()})
+    if type(inputs) is TensorInputs:
+        return replace(inputs, values=_narrowed(inputs.values, dtype))
+    return replace(inputs, dtype=dtype) if isinstance(inputs, ItemInputs) else inputs
+
+
+def _narrowed(values: Any, dtype: torch.dtype | None) -> Any:
+    wide = isinstance(values, Tensor) and values.dtype == torch.float64
+    return values.to(dtype) if wide and dtype is not None else values
+
+
 def named(inputs: Inputs, module: nn.Module) -> Inputs:
     """`inputs` under the name that the module's forward gives its first argument, where they have none of their own.
 
@@ -222,7 +240,6 @@ def _tensor(values: Any, name: str) -> Tensor:
         raise DataError(f"{name}: expected numbers [n, ...], got what makes no tensor ({in_a_line(error)})") from None
     if not tensor.ndim:
         raise DataError(f"{name}: expected one entry an example [n, ...], got a single number")
-    tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise DataError(f"{name}: hold NaN or infinite values; fill or remove those examples")
     return tensor.detach()

@@ -51,6 +51,14 @@ class DeviceInputs:
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
+def where_it_is(task: Task) -> Task:
+    """`task` with its examples handed out on the device that its module is on."""
+    device = next((parameter.device for parameter in task.module.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        return task
+    return replace(task, train=_on(task.train, device), test=_on(task.test, device))
+
+
 def _on(examples: Examples, device: torch.device) -> Examples:
     return Examples(DeviceInputs(examples.inputs, device), examples.labels.to(device))
 

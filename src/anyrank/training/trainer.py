@@ -21,7 +21,7 @@ from anyrank.training.lora import LoraModel
 _PRIVATELY = {"example": private_examples.train, "client": private_upload.train}
 
 
-class Shards(Protocol):
+class ExamplesOf(Protocol):
     """The training examples of clients: `shards[name]` are indices `[n]` of the task's training set, sorted."""
 
     def __getitem__(self, client: str) -> np.ndarray: ...
@@ -46,7 +46,7 @@ def train(
 
 
 def train_cohort(
-    model: LoraModel, jobs: Sequence[Job], shards: Shards, plan: Plan, mechanism: Mechanism | None, stacking: str
+    model: LoraModel, jobs: Sequence[Job], shards: ExamplesOf, plan: Plan, mechanism: Mechanism | None, stacking: str
 ) -> Iterator[ClientUpdate | Failure]:
     """The replies to `jobs`, one after another or side by side.
 
