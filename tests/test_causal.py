@@ -122,10 +122,12 @@ def alone(folder, prompt, completion):
         return model(input_ids=torch.tensor([given + learned]), labels=labels).loss
 
 
-def losses(task, even, index=None):
+def losses(task, equal_lengths, index=None):
     index = torch.arange(len(task.train)) if index is None else index
     with torch.no_grad():
-        return task.objective.losses(task.module(**task.train.inputs.batch(index, even=even)), task.train.labels[index])
+        return task.objective.losses(
+            task.module(**task.train.inputs.batch(index, equal_lengths=equal_lengths)), task.train.labels[index]
+        )
 
 
 # --- what is learned -------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def test_gradients_of_shared_rows_are_those_of_padded_ones(folders, data):
             for name, target in model.targets.items()
         }
         model.apply(Adapter(layers))
-        task.module(**task.train.inputs.batch(torch.arange(4), even=even)).mean().backward()
+        task.module(**task.train.inputs.batch(torch.arange(4), equal_lengths=even)).mean().backward()
         gradients.append([factor.grad for layer in layers.values() for factor in (layer.A, layer.B)])
     model.close()
     assert len(gradients[0]) == 8  # query and value of two layers

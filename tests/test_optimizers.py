@@ -68,7 +68,7 @@ def test_rows_that_are_selected_go_on_as_if_nothing_had_happened(case: str) -> N
 
 def test_no_compiler_is_loaded() -> None:
     program = (
-        "import sys, torch; from anyrank.optimizers import Optimizer; from anyrank.config import TrainConfig\n"
+        "import sys, torch; from anyrank.training.optimizers import Optimizer; from anyrank.config import TrainConfig\n"
         "p = torch.ones(2, requires_grad=True); p.grad = torch.ones(2); Optimizer([p], TrainConfig(), 0.1).step()\n"
         "assert float(p[0]) < 1; print('torch._dynamo' in sys.modules)"
     )
