@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,3 +178,36 @@ def test_every_method_is_a_file_a_reader_takes_in() -> None:
             text, tree = path.read_text(), ast.parse(path.read_text())
             imported = sum(n.end_lineno - n.lineno + 1 for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)))
             assert len(text.splitlines()) - imported <= 75, f"{path.name} has grown"
+
+
+def test_the_tree_of_the_readme_is_the_folder_tree() -> None:
+    """Every room stands in the README, and nothing that is none."""
+    readme = (SOURCE.parents[1] / "README.md").read_text()
+    tree = readme.split("## The repository")[1].split("src/anyrank/")[1].split("\ntests/")[0]
+    rows = re.findall(r"^  (\S.*?)(?:  +\S.*)?$", tree, flags=re.MULTILINE)
+    named = {name.removesuffix("/").removesuffix(".py") for row in rows for name in row.split()}
+    assert named == {room(module) for module in modules()} - {"__main__"}
+
+
+PUBLIC = {
+    "anyrank": ["Adapter", "AggregateResult", "AnyRankError", "ClientUpdate", "Config", "Examples", "Federation", "LoraLayer"]
+    + ["Result", "Task", "aggregate", "load", "methods", "metrics", "partitions", "tasks"],
+    "anyrank.adapter": ["Adapter", "LoraLayer", "open_adapter"],
+    "anyrank.aggregation": ["AggregateResult", "aggregate", "aggregate_folders", "infer_scaling"],
+    "anyrank.methods": ["REGISTRY", "Holds", "Method", "Part", "Traits", "load_file", "make", "register"],
+    "anyrank.methods.base": ["Method", "from_product", "slice_weights", "weighted_product", "average_layer", "top_of"],
+    "anyrank.config": ["Config", "load", "override", "from_table", "to_table"],
+    "anyrank.federation": ["Federation", "run", "start", "dispatch"],
+    "anyrank.simulation": ["build", "execute", "Federation", "load"],
+    "anyrank.tasks": ["register", "Task", "Examples"],
+    "anyrank.cli": ["main", "app"],
+    "anyrank.report": ["build", "figure", "study_figure"],
+}
+
+
+@pytest.mark.parametrize("path", PUBLIC)
+def test_public_paths_work_in_a_process_of_their_own(path: str) -> None:
+    program = f"import importlib; m = importlib.import_module({path!r}); [getattr(m, name) for name in {PUBLIC[path]!r}]"
+    program += f"\nfrom {path} import {', '.join(PUBLIC[path])}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
