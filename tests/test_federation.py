@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from anyrank import methods, simulation
+from anyrank import methods, report, simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config, PartitionConfig
 from anyrank.errors import ConfigError, ModelError, RunFailed
-from anyrank.federation import loop
+from anyrank.federation import intake, loop
 from anyrank.federation.cohort import Population
 from anyrank.federation.federation import Federation
 from anyrank.messages.plan import Plan, plan_round
-from anyrank.messages.records import ClientUpdate, Code, Facts, Failure, Job, Scaling, Scores
+from anyrank.messages.records import Client, ClientUpdate, Code, Facts, Failure, Job, Scaling, Scores
 from anyrank.runs.folder import RunDir
 
 
@@ -50,7 +51,15 @@ class Script:
             B = layer.B + (float("nan") if deed == "nan" else 1.0)
             A = layer.A[:, :3] if deed == "shape" else layer.A
             name, count = job.client.name, job.num_examples * (1000 if deed == "boasts" else 1)
-            yield ClientUpdate(Adapter({"x": LoraLayer(A, B, layer.scaling)}), count, name, {"loss": 1.0})
+            update = ClientUpdate(Adapter({"x": LoraLayer(A, B, layer.scaling)}), count, name, {"loss": 1.0})
+            if deed == "stranger first":
+                yield replace(update, client="mallory")
+            yield update
+            if deed == "twice":
+                yield replace(update, adapter=Adapter({"x": LoraLayer(A, B + 5.0, layer.scaling)}))
+        if "late" in self.mischief.values():
+            yield Failure("client-of-yesterday", Code.LATE)
+            yield ClientUpdate(Adapter({"x": LoraLayer(A, B, layer.scaling)}), 1)
 
     def close(self) -> None:
         pass
@@ -90,6 +99,55 @@ def test_one_bad_client_costs_one_client(tmp_path: Path, deed: str, status: str,
     metrics = rows(tmp_path, "metrics.jsonl")
     assert [(row["clients"], row["rejected"]) for row in metrics] == [(3, 1), (3, 1)]
     assert all(np.isfinite(row["loss"]) for row in metrics)
+
+
+@pytest.mark.parametrize(
+    ("deed", "strays"),
+    [
+        ("twice", [("client-1", "a second reply in this round: the first one counts")]),
+        ("stranger first", [("mallory", "nobody waits for it: its sender has no job in this round")]),
+        ("late", [(name, "nobody waits for it: its sender has no job in this round") for name in ("", "client-of-yesterday")]),
+    ],
+)
+def test_a_reply_that_nobody_waits_for_is_a_row_and_changes_nothing(tmp_path: Path, deed: str, strays: list) -> None:
+    built, store = build(tmp_path / "a", Script({"client-1": deed}))
+    loop.run(built, store)
+    honest, store = build(tmp_path / "b", Script())
+    loop.run(honest, store)
+    a, b = (Adapter.load(tmp_path / side / "run" / "adapter").layers["x"] for side in "ab")
+    assert torch.equal(a.B, b.B)
+    found = [row for row in rows(tmp_path / "a", "clients.jsonl") if row["round"] == 1 and row["status"] == "stray"]
+    assert [(row["client"], row["reason"]) for row in found] == strays
+    assert all(row["rank"] is None and row["num_examples"] is None for row in found)
+    assert rows(tmp_path / "a", "metrics.jsonl")[0]["rejected"] == len(strays)
+    assert rows(tmp_path / "a", "metrics.jsonl")[0]["clients"] == 4
+    page = report.build([tmp_path / "a" / "run"], tmp_path / "page.html").read_text()
+    assert strays[0][1] in page
+
+
+def test_a_download_is_made_when_it_is_sent_and_let_go_when_it_is_judged(tmp_path: Path) -> None:
+    """Clients that train one after another: never more than one download is held."""
+    built, _ = build(tmp_path, Script())
+    held, most = [], []
+
+    def counted(method, state, client):
+        held.append(client.name)
+        return method.dispatch(state, client)
+
+    jobs = [Job(Client(f"client-{i}", 1), n, partial(counted, built.method, loop.start(built), Client(f"client-{i}", 1)))
+            for i, n in enumerate((3, 1, 2, 4))]  # fmt: skip
+    assert held == []
+
+    def watched(replies):
+        for reply in replies:
+            most.append(sum(job._made is not None for job in jobs))
+            yield reply
+
+    collected = intake.collect(watched(built.engine.train(jobs, None)), jobs, [], 1)
+    assert most == [1, 1, 1, 1]
+    assert sorted(held) == [f"client-{i}" for i in range(4)]
+    assert all(job._made is None for job in jobs)
+    assert len(collected.updates) == 4
 
 
 def test_the_bad_client_leaves_no_trace_in_the_result(tmp_path: Path) -> None:

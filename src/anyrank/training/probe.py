@@ -65,7 +65,7 @@ def stacks(model: LoraModel) -> bool:
     jobs = [Job(Client(f"probe-{k}", _RANK), len(own), lambda k=k: sent[k]) for k, own in enumerate(shards)]
     try:
         together = {reply.client: reply for reply in stacked.train(model, jobs, shards, plan)}
-    except (RuntimeError, IndexError, ValueError, TypeError):
+    except Exception:  # a module may break in any way on a batch that is not its own
         model.leave_stack()
         return False
     for job, own in zip(jobs, shards, strict=True):
