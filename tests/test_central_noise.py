@@ -20,7 +20,7 @@ from anyrank import simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.cli.verbs import app
-from anyrank.config.sections import Config, PrivacyConfig
+from anyrank.config.sections import Config, PrivacyConfig, RobustConfig
 from anyrank.errors import ConfigError, RunFailed
 from anyrank.federation import intake, loop
 from anyrank.federation.federation import Federation
@@ -63,7 +63,7 @@ class Fixed:
 
 def aggregated(method, state: ServerState, jobs: list[Job], updates: list[ClientUpdate], mechanism) -> ServerState:
     """The state after a round, as the loop makes it: what the rule lets pass, merged under its noise."""
-    rule = rule_of(mechanism)
+    rule = rule_of(RobustConfig(), mechanism)
     return rule.aggregate(method, state, rule.screen(state, jobs, updates).updates)
 
 

@@ -10,6 +10,7 @@ from anyrank.config.sections import (
     ModelConfig,
     PartitionConfig,
     PrivacyConfig,
+    RobustConfig,
     RunConfig,
     TrainConfig,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "PartitionConfig",
     "PrivacyConfig",
+    "RobustConfig",
     "RunConfig",
     "TrainConfig",
     "from_table",

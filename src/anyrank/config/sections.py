@@ -27,6 +27,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 SCALINGS = ("constant", "standard", "rslora")
 STACKINGS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+RULES = ("none", "norm-bound", "geometric-median", "krum", "multi-krum")
 PRIVACY_LEVELS = ("none", "example", "client")
 NOISE_AT = ("client", "server")
 ACCOUNTANTS = ("pld", "prv", "rdp")
@@ -526,6 +527,33 @@ class PrivacyConfig:
         _expect(self.max_rounds >= 0, "privacy.max_rounds", NATURAL, self.max_rounds)
 
 
+@dataclass(frozen=True)
+class RobustConfig:
+    """`[robust]`: a defence between the uploads of a round and the method's aggregate, beside any method."""
+
+    rule: str = key(
+        "none",
+        "The defence: steps much longer than the others are shortened (norm-bound), the geometric median of the steps takes "
+        "the place of their mean (geometric-median), or only the uploads nearest to the others count (krum, multi-krum).",
+        RULES,
+        metadata=LATER,
+    )
+    factor: float = key(
+        3.0,
+        "For norm-bound: the longest step, in multiples of the median of the round, taken among clients of one rank.",
+        "a number of at least 1",
+        metadata=LATER,
+    )
+    hostile: int = key(1, "For krum and multi-krum: how many clients of a round may be hostile.", NATURAL, metadata=LATER)
+    keep: int = key(0, "For multi-krum: how many uploads count. 0: all but the hostile ones.", NATURAL, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        _one_of(self.rule, RULES, "robust.rule")
+        _expect(1 <= self.factor < math.inf, "robust.factor", "a number of at least 1", self.factor)
+        _expect(self.hostile >= 0, "robust.hostile", NATURAL, self.hostile)
+        _expect(self.keep >= 0, "robust.keep", NATURAL, self.keep)
+
+
 _LM, _PICTURES, _TEXT = "causal-lm", "image-classification", "text-classification"
 # Keys that only some tasks read, and what those are: in a configuration of another task they are refused, never ignored.
 READ_BY = {
@@ -551,6 +579,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    robust: RobustConfig = field(default_factory=RobustConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

@@ -103,8 +103,14 @@ def _drop_defaults(section: Any, table: dict[str, Any]) -> None:
         value = getattr(section, key.name)
         if dataclasses.is_dataclass(value):
             _drop_defaults(value, table[key.name])
-        elif key.metadata.get("later") and not value:
+        elif key.metadata.get("later") and value == _default(key):
             table.pop(key.name, None)
+    for name in [name for name, held in table.items() if held == {} and name != "options"]:
+        del table[name]  # a section that came later, and says nothing
+
+
+def _default(key: dataclasses.Field) -> Any:
+    return key.default if key.default is not dataclasses.MISSING else key.default_factory()
 
 
 def _override(table: dict[str, Any], override: str) -> None:

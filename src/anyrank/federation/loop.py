@@ -30,7 +30,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
     while state.round < config.run.rounds:
         began, round = time.perf_counter(), state.round + 1
         mechanism = ledger.mechanism()
-        rule, plan = rule_of(mechanism), federation.plan(round)
+        rule, plan = rule_of(config.robust, mechanism), federation.plan(round)
         jobs, skipped = charge(ledger, *dispatch(federation, state, round), round)
         replies = federation.engine.train(jobs, plan, mechanism)
         collected = collect(replies, jobs, skipped, round, federation.upload_bound)

@@ -119,6 +119,8 @@ class Method(ABC):
     weights: ClassVar[Callable[[Sequence[Part], int], Tensor] | None] = None
     # True for the reference line that gathers all examples in one place: the federation then has one client.
     pools_data: ClassVar[bool] = False
+    # Whether clients weigh by their numbers of examples, so that other numbers are other weights.
+    by_examples: ClassVar[bool] = True
     # Whether a layer's new factors need no other layer. A method with an `aggregate` of its own has to say so itself.
     by_layer: ClassVar[bool] = True
     # True for the lines that methods are measured against, which no federation would run.

@@ -35,6 +35,7 @@ class HetLoRA(Method):
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.NEVER, stationary=Holds.EQUAL)
     rescale = "both"
 
+    by_examples = False  # weights are the norms of products
     by_layer = True  # what it keeps beside the layers are ranks
 
     prune: bool = True

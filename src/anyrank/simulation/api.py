@@ -29,7 +29,7 @@ from anyrank.tasks.inputs import rows_of
 
 Rows = Sequence[int] | np.ndarray | torch.Tensor
 Split = Callable[[np.ndarray, int, np.random.Generator, Mapping[str, np.ndarray]], np.ndarray]
-_SECTIONS = ("run", "model", "data", "clients", "lora", "train", "privacy", "eval")
+_SECTIONS = ("run", "model", "data", "clients", "lora", "train", "privacy", "robust", "eval")
 
 
 class Federation:

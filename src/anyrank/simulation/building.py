@@ -22,7 +22,7 @@ from anyrank.federation.standing import MOST_CLIENTS, Labels
 from anyrank.methods import Method
 from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.progress import Progress
-from anyrank.robust import central_noise
+from anyrank.robust import central_noise, rules
 from anyrank.runs.folder import RunDir
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.load import load_task
@@ -86,6 +86,7 @@ def build(
         step_factor, shards = population.cohort_size, partition.pooled(shards)
         population = population.pooled(len(shards[0]))
     privacy = plan_privacy(config, population.sizes)
+    rules.check(config.robust, method, privacy is not None and privacy.central)
     if privacy:
         check_private(privacy, method)
         if privacy.central:

@@ -1,0 +1,50 @@
+"""The updates that are nearest to the others.
+
+Blanchard, El Mhamdi, Guerraoui and Stainer, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS
+2017, section 4 (Krum) and section 5 (Multi-Krum). Distances are between steps, on the slices that all clients have: clients of
+larger ranks would else seem far away from all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from anyrank.errors import RunFailed
+from anyrank.messages.records import ClientUpdate, Job, ServerState
+from anyrank.robust.base import Rule, Screened
+from anyrank.robust.steps import distances, gram, steps
+
+
+@dataclass(frozen=True)
+class Krum(Rule):
+    """Keeps the `keep` updates of the least score, the sum of squared distances to the `K - hostile - 2` nearest others.
+
+    `hostile`: how many clients of a round may be hostile; `keep` 0: all but the hostile ones (Multi-Krum), 1: Krum. Raises
+    `RunFailed` for a round of fewer than `2 hostile + 3` updates, for which the rule promises nothing.
+    """
+
+    hostile: int = 1
+    keep: int = 0
+
+    def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
+        least = 2 * self.hostile + 3
+        if len(updates) < least:
+            raise RunFailed(
+                f"robust.rule: krum with robust.hostile = {self.hostile} needs {least} updates a round, got {len(updates)}; "
+                "raise clients.participation, or lower robust.hostile"
+            )
+        found = scores(gram(steps(jobs, updates, common=True)), len(updates) - self.hostile - 2)
+        order = sorted(range(len(updates)), key=lambda k: (float(found[k]), updates[k].client))
+        kept = set(order[: self.keep or len(updates) - self.hostile])
+        reason = "krum: farther from the other updates than those that were kept"
+        refused = {update.client: reason for k, update in enumerate(updates) if k not in kept}
+        return Screened([update for k, update in enumerate(updates) if k in kept], refused)
+
+
+def scores(gram: Tensor, nearest: int) -> Tensor:
+    """`[K]`: the sum of squared distances of each step to its `nearest` others."""
+    away = distances(gram).fill_diagonal_(float("inf"))
+    return away.sort(dim=1).values[:, :nearest].sum(dim=1)
