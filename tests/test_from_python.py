@@ -559,3 +559,319 @@ def test_who_takes_part(tmp_path: Path) -> None:
     assert [row["clients"] for row in half.metrics] == [1, 1]
     by_config = federation(config=anyrank.Config()).run(tmp_path / "config")
     assert [row["clients"] for row in by_config.metrics] == [2, 2]
+
+
+# --- what an adversary found: silent wrongs, by kind -----------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A trained weight that two modules share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.h, self.o = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
+        self.g = nn.Linear(6, 6, bias=False)
+        self.g.weight = self.h.weight
+
+    def forward(self, x):
+        return self.o(torch.tanh(self.h(torch.tanh(self.a(x)))) + self.g(x))
+
+
+class Cosine(nn.Linear):
+    """A head that normalises before it multiplies."""
+
+    def forward(self, input):
+        return nn.functional.linear(nn.functional.normalize(input), nn.functional.normalize(self.weight), self.bias)
+
+
+class WithCosine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.h = nn.Linear(6, 3), Cosine(6, 3)
+
+    def forward(self, x):
+        return self.a(x) + self.h(x)
+
+
+class Read(nn.Module):
+    """A trained weight that the forward pass reads beside calling its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.h = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.a(x) + nn.functional.linear(x, self.h.weight) + self.h(x)
+
+
+TRICKY = {
+    "tied": (Tied, ("h.weight",)),
+    "a head of one's own": (WithCosine, ("h.weight", "h.bias")),
+    "a weight that is read": (Read, ("h.weight", "h.bias")),
+}
+
+
+@pytest.mark.parametrize("kind", TRICKY)
+def test_trained_parameters_are_trained_as_alone_whatever_uses_them(kind: str, tmp_path: Path) -> None:
+    made, trained = TRICKY[kind]
+    found = {}
+    for stacking in ("auto", "never"):
+        torch.manual_seed(0)
+        one = federation(task(made(), ("a",), trained=trained), ranks={"north": 2, "south": 1}, run={"stacking": stacking})
+        found[stacking] = one.run(tmp_path / stacking).summary["loss"]
+    assert found["auto"] == pytest.approx(found["never"], rel=1e-5)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose kernel is standardised in its forward pass."""
+
+    def forward(self, input):
+        kernel = (self.weight - self.weight.mean()) / self.weight.std()
+        return self._conv_forward(input, kernel, self.bias)
+
+
+def test_a_convolution_with_a_forward_of_its_own_keeps_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(Standardised(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    pictures, y = torch.randn(COUNT + HELD_OUT, 1, 8, 8), rows()[1]
+    with torch.no_grad():
+        loss = float(nn.functional.cross_entropy(module(pictures[COUNT:]), y[COUNT:]))
+    made = task(module, ("0",), train=(pictures[:COUNT], y[:COUNT]), test=(pictures[COUNT:], y[COUNT:]))
+    result = federation(made, ranks={"north": 1, "south": 1}).run(tmp_path / "run")
+    assert result.summary["start_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_parts_that_two_modules_share_are_in_use_too(tmp_path: Path) -> None:
+    shared = nn.Linear(6, 16)
+    one, other = (nn.Sequential(shared, act, nn.Linear(16, 3)) for act in (nn.ReLU(), nn.Tanh()))
+    says = []
+
+    def inner(row) -> None:
+        with pytest.raises(AnyRankError, match="a part of it"):
+            federation(task(other)).run(tmp_path / "inner")
+        says.append(row)
+
+    federation(task(one)).run(tmp_path / "outer", on_round=inner)
+    assert says
+    federation(task(other)).run(tmp_path / "inner")
+
+
+def test_a_copy_made_while_a_module_is_open_works_afterwards(tmp_path: Path) -> None:
+    import copy
+
+    module, copies = net(), []
+    federation(task(module)).run(tmp_path / "a", on_round=lambda row: copies.append(copy.deepcopy(module)))
+    federation(task(copies[0])).run(tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_buffers_and_gradients_are_given_back(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.words = nn.Linear(6, 3), nn.Embedding(4, 6, max_norm=0.1)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.fc(x + self.words(torch.zeros(len(x), dtype=torch.long)))
+
+    module = Counting()
+    module.fc.weight.grad = torch.ones(3, 6)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    federation(task(module, ("fc",)), ranks={"north": 2, "south": 1}).run(tmp_path / "run")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(module.fc.weight.grad, torch.ones(3, 6))
+
+
+def test_a_module_that_draws_gives_the_same_bytes_and_so_does_a_resumed_run(tmp_path: Path) -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.fc(nn.functional.dropout(x, 0.5, training=torch.is_grad_enabled()))
+
+    made = lambda: federation(task(Drawing(), ("fc",)), rounds=4)  # noqa: E731
+    made().run(tmp_path / "a")
+
+    def stop(row) -> None:
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made().run(tmp_path / "b", on_round=stop)
+    torch.manual_seed(77)
+    made().run(tmp_path / "b", resume=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_labels_of_one_column_are_labels(tmp_path: Path) -> None:
+    x, y = rows()
+    for name, labels in {"column": y[:, None], "row": y}.items():
+        made = task(train=Examples(x[:COUNT], labels[:COUNT]), test=Examples(x[COUNT:], labels[COUNT:]))
+        federation(made).run(tmp_path / name)
+    assert weights(tmp_path / "column") == weights(tmp_path / "row")
+
+
+def test_the_order_of_names_does_not_matter(tmp_path: Path) -> None:
+    backwards = {"ranks": dict(reversed(RANKS.items())), "shards": dict(reversed(SHARDS.items()))}
+    federation(**backwards).run(tmp_path / "a")
+    federation().run(tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    federation().run(tmp_path / "a", resume=True)
+
+
+def test_a_request_that_fails_before_round_1_can_be_mended_and_made_again(tmp_path: Path) -> None:
+    def wrong(labels, predictions):
+        raise ValueError("not yet")
+
+    with pytest.raises(AnyRankError, match="not yet"):
+        federation(task(metrics={"mine": wrong})).run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    federation(task(metrics={"mine": lambda labels, predictions: 0.5})).run(tmp_path / "run")
+
+
+DIGESTS = """
+import functools, torch
+from torch import nn
+from anyrank.tasks import digest
+from anyrank.tasks.base import Examples, Task
+
+class Data:
+    def __len__(self): return 6
+    def __getitem__(self, i): return torch.full((3,), float(i)), i % 2
+
+def scaled(by):
+    return lambda outputs, labels: by * nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+def loss(outputs, labels, by=1.0):
+    return by * nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+class Odd(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.fc, self.act, self.seen = nn.Linear(3, 2), act, {"a": 1}
+    def extra_repr(self): return f"at {id(self)} {object()!r}"
+    def forward(self, x): return self.act(self.fc(x))
+
+torch.manual_seed(0)
+plain = lambda: {"module": Odd(torch.tanh), "targets": ("fc",), "train": Examples(Data()), "test": Examples(Data())}
+make = lambda **more: Task(**(plain() | more))
+torch.manual_seed(0)
+entropy = nn.CrossEntropyLoss
+kinds = {
+    "plain": {},
+    "closure 1": {"loss": scaled(1.0)},
+    "closure 2": {"loss": scaled(2.0)},
+    "partial 1": {"loss": functools.partial(loss, by=1.0)},
+    "partial 2": {"loss": functools.partial(loss, by=2.0)},
+    "module": {"loss": entropy(reduction="none")},
+    "weighted": {"loss": entropy(torch.tensor([1.0, 9.0]), reduction="none")},
+    "smooth": {"loss": entropy(reduction="none", label_smoothing=0.3)},
+    "relu": {"module": Odd(torch.relu)},
+    "metric 1": {"metrics": {"m": lambda a, b: 1.0}},
+    "metric 2": {"metrics": {"m": lambda a, b: 2.0}},
+    "names": {"label_names": ("no", "yes")},
+    "names turned": {"label_names": ("yes", "no")},
+}
+for name, more in kinds.items():
+    torch.manual_seed(0)
+    print(name, "|", *digest.digest(make(**more)))
+"""
+
+
+def test_digests_are_the_same_in_another_process_and_differ_where_the_task_does() -> None:
+    import subprocess
+    import sys
+
+    def run(seed: str) -> dict[str, str]:
+        environment = __import__("os").environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", DIGESTS], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return dict(line.split(" | ") for line in done.stdout.splitlines())
+
+    first, second = run("1"), run("2")
+    assert first == second
+    assert len(set(first.values())) == len(first), [name for name in first if list(first.values()).count(first[name]) > 1]
+
+
+MORE_WRONG = {
+    "a label past the outputs": (lambda: federation(task(train=Examples(x[:COUNT], torch.full((COUNT,), 5)))), "got 5"),
+    "a short column": (lambda: task(columns={"s": ["a", "b"]}), "columns: s: expected 90 values"),
+    "a mask of another length": (lambda: federation(shards={"north": np.ones(10, bool), "south": [20]}), "a mask of 90"),
+    "a key that a task overrules": (lambda: federation(model={"name": "digits-mlp"}), "a task is handed in"),
+    "targets beside a task": (lambda: federation(lora={"target_modules": ["2"]}), "a task is handed in"),
+    "rounds twice": (lambda: federation(run={"rounds": 5}), "rounds: is given"),
+    "a count beside ranks": (lambda: federation(clients={"count": 7}), "ranks: is given"),
+    "a partition beside shards": (lambda: federation(data={"partition": {"kind": "iid"}}), "shards: is given"),
+    "a part of a head": (lambda: federation(task(targets=("0",), trained=("2.weight",))), "name all of a module's parameters"),
+    "a target's own bias": (lambda: federation(task(targets=("0",), trained=("0.bias", "0.weight"))), "gets LoRA"),
+    "float classes": (
+        lambda: federation(task(train=Examples(x[:COUNT], y[:COUNT].float()), test=Examples(x[COUNT:], y[COUNT:].float()))),
+        "as many outputs",
+    ),
+    "a module that gives a tuple": (lambda: federation(task(Twice(), ("fc",)), ranks={"north": 1, "south": 1}), "got tuple"),
+    "a loss that raises": (lambda: federation(task(loss=lambda o, t: o.nothing)), "raised AttributeError"),
+    "a loss by name": (lambda: task(loss="mse"), "loss: expected a function"),
+    "held-out rows of another width": (
+        lambda: federation(task(test=Examples(x[COUNT:, :4], y[COUNT:]))),
+        "held-out examples raised",
+    ),
+    "a data set that raises": (lambda: Examples(Broken()), "item 3 of 9 raised KeyError"),
+    "sections that are none": (lambda: federation(train=5), "expected keys of the section"),
+    "a configuration that is none": (lambda: federation(config="x.toml"), "expected an anyrank.Config"),
+    "shards of nothing": (lambda: federation(shards=3), "shards: expected rows by client"),
+    "a rank past all bounds": (lambda: federation(ranks={"north": 10**20, "south": 1}), "whole number of at least 1"),
+    "a module that cannot be frozen": (lambda: federation(task(torch.jit.script(net()))), "cannot be frozen"),
+}
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(x), x
+
+
+class Broken:
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, i: int):
+        if i == 3:
+            raise KeyError("gone")
+        return torch.zeros(2), 0
+
+
+@pytest.mark.parametrize("what", MORE_WRONG)
+def test_more_wrong_requests_are_one_line_each(what: str, tmp_path: Path) -> None:
+    make, says = MORE_WRONG[what]
+
+    def ask() -> None:
+        made = make()
+        if isinstance(made, Federation):
+            made.run(tmp_path / "run")
+
+    with pytest.raises(AnyRankError) as error:
+        ask()
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@dataclass(frozen=True)
+class Breaks(EqualVoices):
+    name = "breaks"
+
+    def merge_layer(self, state, name, parts):
+        return {}["nothing"]
+
+
+def test_a_method_of_ones_own_that_breaks_is_named_with_its_layer(tmp_path: Path) -> None:
+    with pytest.raises(AnyRankError, match="breaks: its rule for layer 0 raised KeyError"):
+        federation(method=Breaks()).run(tmp_path / "run")

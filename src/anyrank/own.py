@@ -28,11 +28,15 @@ def load(path: str | Path, asked: str, kind: type[AnyRankError]) -> ModuleType:
         raise kind(f"{asked}: {path}: expected a Python file, whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look a class's module up there
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # for what lies beside it, as when it is run
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the file does
         sys.modules.pop(name, None)
         raise kind(f"{asked}: {path}{_where(error, path)}: {in_a_line(error)}; mend the file") from None
+    finally:
+        sys.path.remove(folder)
     return module
 
 
@@ -57,7 +61,8 @@ def registered(path: str | Path, asked: str, kind: type[AnyRankError], table: di
         load(path, asked, kind)
         made = dict(table)
     finally:
-        table.update({**before, **table})
+        table.clear()
+        table.update(before)
     if not made:
         raise kind(f"{asked}: {path} registers no {what}")
     return made

@@ -64,7 +64,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _expect(self.rounds >= 1, "run.rounds", COUNT, self.rounds)
-        _expect(self.threads >= 1, "run.threads", COUNT, self.threads)
+        _expect(1 <= self.threads <= 1024, "run.threads", "a whole number from 1 to 1024", self.threads)
         _one_of(self.stacking, STACKINGS, "run.stacking")
         _expect(self.seed >= 0, "run.seed", NATURAL, self.seed)
         _expect(bool(self.name) and "/" not in self.name, "run.name", "a name without '/'", self.name)

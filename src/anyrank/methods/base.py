@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter, iter_names
 from anyrank.adapter.layer import LoraLayer
-from anyrank.errors import MethodError
+from anyrank.errors import AnyRankError, MethodError, in_a_line
 from anyrank.messages.records import BOTH, Client, ClientUpdate, Download, Scaling, ServerState
 from anyrank.methods.averages import EmptySlice, average_layer, average_slices, mean_a, mean_b
 from anyrank.methods.parts import Part, client_weights, mean_tensors, ownership, padded_weights, slice_weights
@@ -164,7 +164,7 @@ class Method(ABC):
             self._refuse_mixed_ranks(updates)
         self._refuse_ranks_above(state, updates)
         parts = {name: [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates] for name in names}
-        merged = settled([self.merge_layer(state, name, parts[name]) for name in names])
+        merged = settled([self._merged(state, name, parts[name]) for name in names])
         layers, into_base = {}, {}
         for name, layer in zip(names, merged, strict=True):
             layers[name] = pad(layer, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
@@ -175,6 +175,18 @@ class Method(ABC):
         adapter = replace(state.adapter, layers=layers, tensors=tensors)
         merged = Adapter(into_base, {}, state.adapter.config) if into_base else state.merged
         return replace(state, round=state.round + 1, adapter=adapter, merged=merged)
+
+    def _merged(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer | Unsettled:
+        """What `merge_layer` gives, if it is a layer. A rule of somebody's own that breaks is named, with the layer."""
+        try:
+            layer = self.merge_layer(state, name, parts)
+        except AnyRankError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise MethodError(f"{self.name}: its rule for layer {name} raised {in_a_line(error)}") from error
+        if not isinstance(layer, (LoraLayer, Unsettled)):
+            raise MethodError(f"{self.name}: its rule for layer {name} gave no LoraLayer but {type(layer).__name__}")
+        return layer
 
     def merge_base(self, state: ServerState, name: str, parts: Sequence[Part], layer: LoraLayer) -> LoraLayer | None:
         """The low-rank sum that has gone into the base weight, this round's part included; `None` if the method has none.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 
 from anyrank.adapter.adapter import Adapter
@@ -49,7 +50,7 @@ class Federation:
         *,
         ranks: Mapping[str, int] | Sequence[int] | int | None = None,
         shards: Mapping[str, Rows] | Sequence[Rows] | Split | None = None,
-        method: str | Method | type[Method] | None = None,
+        method: str | Mapping[str, Any] | Method | type[Method] | None = None,
         rounds: int | None = None,
         seed: int | None = None,
         config: Config | None = None,
@@ -72,12 +73,14 @@ class Federation:
             raise ConfigError("Federation: expected a task, or config=...; anyrank.load('config.toml') reads a file")
         self.task = task
         self._shards: Any = None
+        shards = list(shards) if isinstance(shards, (ValuesView, Iterator)) else shards
+        _check_given(task, config, ranks, shards, rounds, seed, sections)
         chosen = _configured(config, sections)
         participation = chosen.clients.participation
         stated = "participation" in sections.get("clients", {}) or participation != Config().clients.participation
         chosen, names = _with_clients(chosen, ranks, shards, stated)
         self._method, chosen = _with_method(chosen, method)
-        run = {key: value for key, value in (("rounds", rounds), ("seed", seed)) if value is not None}
+        run = {key: _whole(value) for key, value in (("rounds", rounds), ("seed", seed)) if value is not None}
         chosen = _replaced(chosen, {"run": run})
         if task is not None:
             chosen = _handed_in(chosen, task)
@@ -112,9 +115,12 @@ class Federation:
         another configuration is refused. `on_round` gets each round's metrics, `progress(done, total)` what is prepared.
         The folder is that of any run: `anyrank report OUT` makes its page. The module is as it was when this returns.
         """
-        folder = Path(out) if out is not None else Path("runs") / self.config.run.name
+        if on_round is not None and not callable(on_round):
+            raise ConfigError(f"on_round: expected a function of a round's metrics, got {on_round!r}")
+        folder = _folder(Path("runs") / self.config.run.name if out is None else out)
+        config = self.config if self.task is None else _handed_in(self.config, self.task)  # as the task is by now
         instead = {"task": self.task, "shards": self._shards, "method": self._method}
-        summary = building.execute(self.config, folder, resume, on_round, progress, **instead)
+        summary = building.execute(config, folder, resume, on_round, progress, **instead)
         return Result.of(folder, summary, self._method or make(self.config.method.name, self.config.method.options))
 
 
@@ -147,9 +153,20 @@ class Result:
 
     def share(self, rank: int) -> Adapter:
         """What a client of `rank` would get: the part of the global update that fits it."""
+        rank = _whole(rank)
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise MethodError(f"share: expected a rank of at least 1, got {rank!r}")
         return self.method.share(self.state, Client(f"rank-{rank}", rank))
+
+
+def _folder(out: Any) -> Path:
+    try:
+        path = Path(os.fspath(out))
+    except TypeError:
+        raise ConfigError(f"out: expected a folder, got {out!r}") from None
+    if "\0" in str(path):
+        raise ConfigError(f"out: expected a folder, got {str(path)!r}")
+    return path
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Federation:
@@ -181,7 +198,7 @@ def _replaced(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Conf
     for name, keys in plain.items():
         if not isinstance(keys, Mapping):
             raise ConfigError(f"{name}: expected keys of the section [{name}], got {keys!r}")
-        table[name] = table[name] | dict(keys)
+        table[name] = table[name] | {key: _plain(value) for key, value in keys.items()}
     changed = from_table(table) if plain else config
     return changed.replace(**{name: keys for name, keys in sections.items() if name not in plain})
 
@@ -195,7 +212,7 @@ def _with_clients(config: Config, ranks: Any, shards: Any, stated: bool) -> tupl
         config = _replaced(config, {"clients": keys}) if keys else config
         return config, config.clients.names
     if by_name is not None:
-        names = tuple(by_name)
+        names = tuple(sorted(by_name, key=str))  # by name, in whatever order they were given
         for name in names:
             if not isinstance(name, str) or not name:
                 raise ConfigError(f"ranks: expected names of clients, got {name!r}")
@@ -207,7 +224,7 @@ def _with_clients(config: Config, ranks: Any, shards: Any, stated: bool) -> tupl
         raise ConfigError("ranks: expected at least one client, got none")
     keys: dict[str, Any] = {"count": count, "names": list(names)}
     if isinstance(ranks, Mapping):
-        keys |= {"ranks": [_rank(rank, name) for name, rank in ranks.items()], "rank_order": "cycled"}
+        keys |= {"ranks": [_rank(rank, name) for name, rank in sorted(ranks.items())], "rank_order": "cycled"}
     elif _is_list(ranks):
         if len(ranks) != count:
             raise ConfigError(f"ranks: expected one a client, {count}, got {len(ranks)}")
@@ -217,6 +234,35 @@ def _with_clients(config: Config, ranks: Any, shards: Any, stated: bool) -> tupl
     if not stated:  # how many take part: who names clients means all of them
         keys |= {"participation": 1.0}
     return _replaced(config, {"clients": keys}), names
+
+
+def _check_given(
+    task: Task | None, config: Any, ranks: Any, shards: Any, rounds: Any, seed: Any, sections: Mapping[str, Any]
+) -> None:
+    """Raise `ConfigError` for what is no configuration, and for keys that something else that is given would overrule."""
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"config: expected an anyrank.Config, got {type(config).__name__}; anyrank.load reads a file")
+    for name, keys in sections.items():
+        if name in _SECTIONS and not (isinstance(keys, Mapping) and all(isinstance(key, str) for key in keys)):
+            raise ConfigError(f"{name}: expected keys of the section [{name}], as in {name}={{'key': value}}, got {keys!r}")
+    given = lambda section, *names: sorted(set(sections.get(section, {})) & set(names))  # noqa: E731
+    twice = {
+        "rounds": given("run", "rounds") if rounds is not None else [],
+        "seed": given("run", "seed") if seed is not None else [],
+        "ranks": given("clients", "count", "ranks", "rank_order", "names") if ranks is not None else [],
+        "shards": given("data", "partition") if shards is not None else [],
+    }
+    for keyword, keys in twice.items():
+        if keys:
+            raise ConfigError(f"{keyword}: is given, and {keys[0]!r} of a section, too; leave one of them out")
+    if task is not None:
+        unread = [
+            *given("lora", "target_modules"),
+            *sections.get("model", {}),
+            *(set(sections.get("data", {})) - {"partition"}),
+        ]
+        if unread:
+            raise ConfigError(f"{unread[0]}: says what a task is, and a task is handed in; leave it out, or say it in the Task")
 
 
 def _is_list(given: Any) -> bool:
@@ -233,8 +279,16 @@ def _same_names(ranks: Any, shards: Any) -> None:
         raise ConfigError("ranks and shards: expected both by name, or both in a list")
 
 
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, np.integer) else value
+
+
 def _rank(rank: Any, client: str) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or not 1 <= rank < 1 << 31:
         raise ConfigError(f"ranks: {client}: expected a whole number of at least 1, got {rank!r}")
     return int(rank)
 
@@ -243,6 +297,9 @@ def _with_method(config: Config, method: Any) -> tuple[Method | None, Config]:
     """A method that is handed in, or `None` where the configuration can make it, and the configuration that says which."""
     if method is None:
         return None, config
+    if isinstance(method, Mapping):
+        options = {key: value for key, value in method.items() if key != "name"}
+        return None, config.replace(method={"name": method.get("name", config.method.name), "options": options})
     if isinstance(method, str):
         options = config.method.options if method == config.method.name else {}
         return None, config.replace(method={"name": method, "options": options})
@@ -253,8 +310,12 @@ def _with_method(config: Config, method: Any) -> tuple[Method | None, Config]:
     if not isinstance(made, Method):
         raise MethodError(f"method: expected a name or an anyrank.methods.Method, got {type(method).__name__}")
     options = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    try:
+        tomli_w.dumps(options)
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"method: {made.name}: config.toml cannot hold one of its options ({error})") from None
     known = REGISTRY.get(made.name) is type(made) and type(made).__module__.startswith("anyrank.methods.")
-    found = "" if known else digest.of_text(digest.source(type(made)))
+    found = "" if known else digest.of_text(digest.source(made))
     return made, config.replace(method={"name": made.name, "options": options, "file": "", "handed_in": found})
 
 
@@ -275,13 +336,15 @@ def _shards(shards: Any, names: tuple[str, ...], task: Task, config: Config) -> 
         least = config.data.partition.min_examples
         name = getattr(shards, "__name__", "shards")
         return partition.split_by(shards, name, labels, config.clients.count, config.run.seed, task.columns, least)
+    if not isinstance(shards, Mapping) and (not _is_list(shards) or isinstance(shards, torch.Tensor)):
+        raise DataError(f"shards: expected rows by client, a list of rows, or a function, got {type(shards).__name__}")
     given = shards if isinstance(shards, Mapping) else dict(enumerate(shards))
     if isinstance(shards, Mapping) and names:
         given = {name: shards[name] for name in names}
     rows = {}
     for name, own in given.items():
         try:
-            rows[str(name)] = rows_of(own)
+            rows[str(name)] = rows_of(own, size)
         except DataError as error:
             raise DataError(f"shards: client {name}: {error}") from None
     return partition.by_hand(rows, size)

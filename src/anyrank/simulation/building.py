@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from anyrank import devices, methods
 from anyrank.config.sections import HANDED_IN, Config
 from anyrank.data import partition
 from anyrank.data.partition import ByName
 from anyrank.engines.inprocess import InProcess
+from anyrank.errors import AnyRankError, ConfigError, RunFailed
 from anyrank.federation import cohort, loop
 from anyrank.federation.checks import check_private, check_ranks
 from anyrank.federation.engine import Engine
@@ -24,6 +27,7 @@ from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.progress import Progress
 from anyrank.robust import central_noise, rules
 from anyrank.runs.folder import RunDir
+from anyrank.runs.names import METRICS
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.load import load_task
 from anyrank.tasks.place import where_it_is
@@ -51,7 +55,7 @@ def in_process(setting: Setting) -> InProcess:
         model.check_rank(setting.largest_rank)
         if config.model.task == HANDED_IN or config.model.file:
             probe.check(model)
-            stacking = "never" if stacking == "auto" and not probe.stacks(model) else stacking
+            stacking = "never" if stacking == "auto" and not probe.stacks(model, config.train.batch_size) else stacking
         if setting.privacy and setting.privacy.level == "example":
             private_examples.check(model)
     except BaseException:
@@ -77,6 +81,8 @@ def build(
     method = method or _method(config)
     check_ranks(config, method)
     task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
+    if shards is None and config.data.partition.kind == HANDED_IN:
+        raise ConfigError("data.partition.kind = 'handed-in': its shards were handed in by a Python program; run that")
     if shards is None:
         examples, clients = task.train.labels.cpu(), config.clients.count
         shards = partition.partition(config.data.partition, examples, clients, config.run.seed, task.columns)
@@ -127,10 +133,17 @@ def execute(
     `instead`: `task`, `shards` and `method` as `build` takes them.
     """
     RunDir.check(out, config, resume)
-    with devices.threads(config.run.threads):
+    new = not out.exists()
+    with devices.threads(config.run.threads), torch.enable_grad():
         built = build(config, progress, **instead)
         try:
             with RunDir.open(out, config, resume) as store:
                 return loop.run(built, store, on_round)
+        except RunFailed:
+            raise
+        except AnyRankError:
+            if new and not (out / METRICS).exists():  # wrong before round 1: the request is to be mended, not resumed
+                shutil.rmtree(out, ignore_errors=True)
+            raise
         finally:
             built.close()

@@ -134,7 +134,7 @@ def read(objective: Objective, module: nn.Module, examples: Examples, batch_size
     for index in torch.arange(len(examples)).split(batch_size):
         outputs, labels = _tensor_of(module(**examples.inputs.batch(index))), examples.labels[index]
         losses.append(objective.losses(outputs, labels).double().cpu())
-        classes = labels.ndim == 1 and not labels.is_floating_point() and outputs.ndim == 2 and outputs.shape[1] > 1
+        classes = _are_classes(labels) and outputs.ndim == 2 and outputs.shape[1] > 1
         if classes:
             predictions.append(outputs.argmax(dim=1).cpu())
             scores += [outputs.float().softmax(dim=1).cpu()] if "scores" in of else []
@@ -149,7 +149,13 @@ def read(objective: Objective, module: nn.Module, examples: Examples, batch_size
 
 def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
     """The squared error of each example, `[b]`, the mean over its outputs: the loss where labels are no whole numbers."""
-    return ((outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)) ** 2).mean(dim=1)
+    outputs, labels = outputs.reshape(len(labels), -1), labels.reshape(len(labels), -1)
+    if outputs.shape != labels.shape:
+        raise ModelError(
+            f"loss: expected as many outputs an example as labels, got {outputs.shape[1]} and {labels.shape[1]}; give "
+            "labels of classes as whole numbers [n], or a loss of your own"
+        )
+    return ((outputs - labels) ** 2).mean(dim=1)
 
 
 def _tensor_of(outputs: Any) -> Any:
@@ -194,9 +200,14 @@ class Task:
             raise ModelError(f"module: expected a torch.nn.Module, got {type(self.module).__name__}")
         put = functools.partial(object.__setattr__, self)
         put("targets", find_targets(self.module, (self.targets,) if isinstance(self.targets, str) else self.targets))
-        put("trained", _parameters(self.module, self.trained))
+        put("trained", _parameters(self.module, (self.trained,) if isinstance(self.trained, str) else self.trained))
+        if self.loss is not None and not callable(self.loss):
+            raise ModelError(f"loss: expected a function loss(outputs, labels), got {self.loss!r}")
+        put("label_names", tuple(self.label_names))
+        put("metrics", dict(self.metrics))
         for part in ("train", "test"):
             put(part, _examples(getattr(self, part), self.module, part))
+        put("columns", _columns(self.columns, len(self.train)))
         if self.objective is None:
             put("objective", _objective(self.loss, self.train.labels))
         if not self.label_names and _are_classes(self.train.labels):
@@ -252,6 +263,15 @@ def _examples(given: Any, module: nn.Module, part: str) -> Examples:
         raise DataError(f"{part}: {error}") from None
     inputs = fitted(given.inputs, module)
     return given if inputs is given.inputs else Examples(inputs, given.labels)
+
+
+def _columns(given: Any, size: int) -> dict[str, np.ndarray]:
+    if not isinstance(given, Mapping):
+        raise DataError(f"columns: expected a mapping of name to values [n], got {type(given).__name__}")
+    for name, values in given.items():
+        if len(values) != size:
+            raise DataError(f"columns: {name}: expected {size} values, one a training example, got {len(values)}")
+    return {name: np.asarray(values) for name, values in given.items()}
 
 
 def _objective(loss: Callable[[Any, Tensor], Tensor] | None, labels: Tensor) -> Objective:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable
+import re
+import types
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,19 +27,52 @@ def digest(task: Task) -> tuple[str, ...]:
     Tensors are read whole. Of a data set whose items are made one by one, all labels are, and 256 items spread evenly.
     """
     module = task.module
-    weights = [(name, value) for name, value in sorted(module.state_dict().items()) if isinstance(value, Tensor)]
+    weights = sorted([*module.named_parameters(), *module.named_buffers()])  # buffers that are not saved, too
+    figures = [f"{name}={source(value)}" for name, value in sorted(task.metrics.items())]
+    columns = [f"{name}={list(values)}" for name, values in sorted(task.columns.items())]
     return (
-        f"module {_of([repr(type(module)), str(module)], weights)}",
+        f"module {_of([*_structure(module), *sorted(_code(module))], weights)}",
         f"targets {_of([*task.targets, '/', *task.trained], ())}",
-        f"train {_of_examples(task.train)}",
-        f"test {_of_examples(task.test)}",
+        f"train {_of_examples(task.train, [*task.label_names, *columns])}",
+        f"test {_of_examples(task.test, [])}",
         f"loss {_of([_of_loss(task)], ())}",
+        f"metrics {_of(figures, ())}",
     )
+
+
+def _structure(module: nn.Module) -> list[str]:
+    return [_steady(str(module)), str(type(module).__qualname__)]
+
+
+def _code(module: nn.Module) -> set[str]:
+    """What each kind of part that is not torch's own is written as, and what its plain attributes are."""
+    own = [(name, part) for name, part in module.named_modules() if not type(part).__module__.startswith("torch.")]
+    return {source(type(part)) for _, part in own} | {f"{name}:{_attributes(part)}" for name, part in own}
+
+
+def _attributes(thing: Any) -> str:
+    """The attributes of an object that are plain values or functions, in the order of their names."""
+    hidden = ("_parameters", "_buffers", "_modules", "training", "_anyrank", "forward")
+    held = {key: value for key, value in sorted(vars(thing).items()) if key not in hidden and "hook" not in key}
+    return "; ".join(f"{key}={_value(value)}" for key, value in held.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _of([], [("value", value)])
+    if isinstance(value, (list, tuple, set, frozenset, dict, str, bytes, int, float, complex, bool, type(None))):
+        return _steady(repr(value))
+    return source(value) if callable(value) else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _steady(text: str) -> str:
+    """A text without the addresses of objects, which are other ones in each process."""
+    return re.sub(r"0x[0-9a-fA-F]{4,}|\b\d{12,}\b", "", text)
 
 
 def _of_loss(task: Task) -> str:
     objective = task.objective
-    return source(objective.function) if isinstance(objective, OwnLoss) else repr(objective)
+    return source(objective.function) if isinstance(objective, OwnLoss) else _steady(repr(objective))
 
 
 def of_shards(shards: Iterable[tuple[str, np.ndarray]]) -> str:
@@ -44,16 +80,46 @@ def of_shards(shards: Iterable[tuple[str, np.ndarray]]) -> str:
     return _of([], [(name, torch.from_numpy(np.array(rows))) for name, rows in shards])
 
 
-def source(thing: Callable[..., Any] | type) -> str:
-    """What a function or class says: its own text where that can be found, or its name and what it is compiled to."""
+def source(thing: Any) -> str:
+    """What a function, a class or a callable object is: its code with its constants, what it holds, and its own state."""
+    if isinstance(thing, functools.partial):
+        held = "; ".join(f"{key}={_value(value)}" for key, value in sorted(thing.keywords.items()))
+        return f"partial({source(thing.func)}; {[_value(value) for value in thing.args]}; {held})"
     if isinstance(thing, nn.Module):
-        return repr(thing)
+        tensors = sorted([*thing.named_parameters(), *thing.named_buffers()])
+        return f"{_steady(repr(thing))}; {_attributes(thing)}; {_of([], tensors)}"
+    if isinstance(thing, type):
+        return _text_of(thing)
+    function = getattr(thing, "__func__", thing)
+    if (code := getattr(function, "__code__", None)) is not None:
+        cells = [_value(cell.cell_contents) for cell in function.__closure__ or () if _filled(cell)]
+        owner = f"; {_attributes(thing.__self__)}" if hasattr(getattr(thing, "__self__", None), "__dict__") else ""
+        return f"{_text_of_code(code)}; {cells}; {[_value(value) for value in function.__defaults__ or ()]}{owner}"
+    if hasattr(thing, "__dict__") and not callable(getattr(thing, "__wrapped__", None)):
+        return f"{source(type(thing))}; {_attributes(thing)}"
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def _filled(cell: Any) -> bool:
     try:
-        return inspect.getsource(thing)
+        return bool(cell) and cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _text_of_code(code: types.CodeType) -> str:
+    """What a function is compiled to, with its constants and names, and those of the functions inside it."""
+    constants = [_text_of_code(each) if isinstance(each, types.CodeType) else _steady(repr(each)) for each in code.co_consts]
+    return f"{code.co_code.hex()} {constants} {code.co_names}"
+
+
+def _text_of(kind: type) -> str:
+    """What a class says, or, where its text is not to be found, what its functions are compiled to."""
+    try:
+        return inspect.getsource(kind)
     except (OSError, TypeError):
-        code = getattr(thing, "__code__", None)
-        name = getattr(thing, "__qualname__", type(thing).__qualname__)
-        return f"{name} {code.co_code.hex() if code else ''}"
+        functions = {name: value.__code__ for name, value in sorted(vars(kind).items()) if hasattr(value, "__code__")}
+        return f"{kind.__qualname__} " + "; ".join(f"{name}: {_text_of_code(code)}" for name, code in functions.items())
 
 
 def of_text(text: str) -> str:
@@ -61,8 +127,8 @@ def of_text(text: str) -> str:
     return _of([text], ())
 
 
-def _of_examples(examples: Examples) -> str:
-    return _of([type(examples.inputs).__name__], [*pieces(examples.inputs, _ITEMS), ("labels", examples.labels)])
+def _of_examples(examples: Examples, texts: Sequence[str]) -> str:
+    return _of([type(examples.inputs).__name__, *texts], [*pieces(examples.inputs, _ITEMS), ("labels", examples.labels)])
 
 
 def _of(texts: Iterable[str], tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -109,7 +109,7 @@ class ItemInputs:
         return {name: _narrowed(value, self.dtype) for name, value in batch.items()}
 
     def _given(self, i: int) -> Any:
-        item = self.items[i]
+        item = _item(self.items, i)
         if self.label:
             return {key: value for key, value in item.items() if key != self.label}
         return item[0] if self.paired else item
@@ -117,6 +117,7 @@ class ItemInputs:
 
 # --- from what people have -------------------------------------------------------------------------------------------
 
+_MOST_LABELS = 1_000_000
 _LABELS = ("labels", "label")  # keys of an item under which its label is looked for
 
 
@@ -127,6 +128,10 @@ def inputs_of(given: Any) -> Inputs:
     """
     if hasattr(given, "batch") and not hasattr(given, "__getitem__"):  # a data set may have a method `batch`, too
         return given
+    if hasattr(given, "to_numpy") and hasattr(given, "columns"):  # a table of numbers, as pandas has it
+        given = given.to_numpy()
+    if isinstance(given, (list, tuple)) and not (len(given) and isinstance(given[0], (Tensor, Mapping))):
+        given = np.asarray(given) if _rectangular(given) else given
     if isinstance(given, (Tensor, np.ndarray)):
         return TensorInputs(_tensor(given, "inputs"), UNNAMED)
     if isinstance(given, Mapping):
@@ -149,12 +154,21 @@ def labels_of(given: Any) -> Tensor:
         labels = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError) as error:
         raise DataError(f"labels: expected numbers [n], got what makes no tensor ({in_a_line(error)})") from None
-    if not len(labels.shape):
+    labels = labels.detach()
+    if not labels.ndim:
         raise DataError("labels: expected one an example [n], got a single number")
+    if labels.layout != torch.strided:
+        raise DataError("labels: expected a dense tensor; call to_dense()")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.is_floating_point():
         if not torch.isfinite(labels).all():
             raise DataError("labels: hold NaN or infinite values; remove those examples")
         return labels.float() if labels.dtype == torch.float64 else labels
+    if labels.ndim == 1 and len(labels) and int(labels.max()) > _MOST_LABELS:
+        raise DataError(
+            f"labels: expected whole numbers from 0 to {_MOST_LABELS:,}, got {int(labels.max()):,}; number them from 0"
+        )
     return labels.long()
 
 
@@ -164,14 +178,16 @@ def split_items(items: Any) -> tuple[ItemInputs, Tensor]:
         raise DataError(f"Examples: expected inputs and labels, or a data set of pairs, got {type(items).__name__} alone")
     if not len(items):
         raise DataError("Examples: expected at least one example, got an empty data set")
-    first = items[0]
+    if isinstance(items, Mapping):
+        raise DataError("Examples: expected labels beside a mapping of inputs, as in Examples({'input': x}, y)")
+    first = _item(items, 0)
     if isinstance(first, Mapping):
         label = next((key for key in _LABELS if key in first), None)
         if label is None:
             raise DataError(f"Examples: expected items with one of {', '.join(_LABELS)}, got {', '.join(map(str, first))}")
-        return ItemInputs(items, label=label), labels_of([_number(items[i][label]) for i in range(len(items))])
+        return ItemInputs(items, label=label), labels_of([_number(_item(items, i)[label]) for i in range(len(items))])
     if isinstance(first, (tuple, list)) and len(first) == 2:
-        return ItemInputs(items, paired=True), labels_of([_number(items[i][1]) for i in range(len(items))])
+        return ItemInputs(items, paired=True), labels_of([_number(_item(items, i)[1]) for i in range(len(items))])
     raise DataError(f"Examples: expected items (input, label) or mappings with a label, got {type(first).__name__}")
 
 
@@ -229,8 +245,16 @@ def pieces(inputs: Inputs, most: int) -> Iterator[tuple[str, Tensor]]:
     else:
         chosen = np.unique(np.linspace(0, len(inputs) - 1, min(most, len(inputs))).astype(int))
         for i in chosen.tolist():
-            batch = inputs.batch(torch.tensor([i]))
-            yield from ((f"{i}/{name}", value) for name, value in sorted(batch.items()) if isinstance(value, Tensor))
+            for name, value in sorted(inputs.batch(torch.tensor([i])).items()):
+                yield (
+                    f"{i}/{name}",
+                    value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()), dtype=torch.uint8),
+                )
+
+
+def _letters(value: Any) -> Tensor:
+    """What is no tensor, as the bytes of its text."""
+    return torch.tensor(list(repr(value).encode()) or [0], dtype=torch.uint8)
 
 
 def _tensor(values: Any, name: str) -> Tensor:
@@ -238,6 +262,8 @@ def _tensor(values: Any, name: str) -> Tensor:
         tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: expected numbers [n, ...], got what makes no tensor ({in_a_line(error)})") from None
+    if tensor.layout != torch.strided:
+        raise DataError(f"{name}: expected a dense tensor; call to_dense()")
     if not tensor.ndim:
         raise DataError(f"{name}: expected one entry an example [n, ...], got a single number")
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -246,16 +272,39 @@ def _tensor(values: Any, name: str) -> Tensor:
 
 
 def _number(label: Any) -> Any:
-    return label.item() if isinstance(label, (Tensor, np.ndarray)) and label.size in (1, torch.Size([])) else label
+    if isinstance(label, Tensor):
+        label = label.detach().cpu().numpy()
+    return label.item() if isinstance(label, (np.ndarray, np.generic)) and label.size == 1 else label
 
 
-def rows_of(given: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
-    """Indices of examples as int64 `[n]`, sorted; a mask `[all]` of booleans is read as the examples it marks.
+def _item(items: Any, i: int) -> Any:
+    try:
+        return items[i]
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(f"Examples: item {i} of {len(items)} raised {in_a_line(error)}") from error
+
+
+def _rectangular(rows: Any) -> bool:
+    try:
+        return np.asarray(rows).dtype.kind in "biuf"
+    except ValueError:
+        return False
+
+
+def rows_of(given: Sequence[int] | np.ndarray | Tensor, total: int) -> np.ndarray:
+    """Indices of examples as int64 `[n]`, sorted; a mask `[total]` of booleans is read as the examples it marks.
 
     Raises `DataError` for anything but whole numbers.
     """
-    rows = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    try:
+        rows = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    except ValueError as error:
+        raise DataError(f"expected whole numbers [n] or a mask of booleans ({in_a_line(error)})") from None
     if rows.dtype == bool and rows.ndim == 1:
+        if len(rows) != total:
+            raise DataError(f"expected a mask of {total} booleans, one a training example, got {len(rows)}")
         return np.flatnonzero(rows)
     if rows.size == 0:
         return np.zeros(0, dtype=np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from anyrank.config.sections import HANDED_IN, Config, DataConfig, LoraConfig, ModelConfig
@@ -36,18 +37,24 @@ def load_task(config: Config, progress: Progress | None = None) -> Task:
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, changed: int = 0) -> list:
+def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig) -> list:
     return []
 
 
 def _load_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
-    changed = Path(model.file).stat().st_mtime_ns if model.file and Path(model.file).is_file() else 0
-    slot = _cached_task(model, data, lora, changed)  # a list, so that `progress` is no part of the key
-    if slot and getattr(slot[0].module, "_anyrank_in_use", False):  # another federation of this process trains on it
+    if model.file:  # which may read what it likes: nobody knows when it is another task
+        return _make(model, data, lora, progress)
+    slot = _cached_task(model, data, lora)  # a list, so that `progress` is no part of the key
+    if slot and _is_open(slot[0]):  # another federation of this process trains on it
         return _make(model, data, lora, progress)
     if not slot:
         slot.append(_make(model, data, lora, progress))
     return slot[0]
+
+
+def _is_open(task: Task) -> bool:
+    """Whether LoRA is in the place of some of its forward passes."""
+    return any("forward" in vars(part) for name, part in task.module.named_modules() if name in task.targets)
 
 
 def _make(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
@@ -62,4 +69,6 @@ def _make(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Prog
         raise ModelError(f"model.file: {model.file}: task '{model.task}' raised {in_a_line(error)}") from error
     if not isinstance(task, Task):
         raise ModelError(f"model.file: {model.file}: expected an anyrank.Task, got {type(task).__name__}")
+    if model.file and task.name == Task.name:  # one of its own it has not: that by which it is registered
+        task = replace(task, name=model.task)
     return place(task, model)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # A and B, and what their product is multiplied by: one number, or one for each client, `[clients, 1, 1]`.
+ADAPTED = "anyrank_adapted"  # marks a forward that `adapted` made
 Term = tuple[Tensor, Tensor, "float | Tensor"]
 
 
@@ -36,16 +37,18 @@ def adapted(module: nn.Module, kind: str, terms: Sequence[Term], own: Mapping[st
     `own`: what stands in the place of a linear module's `weight` `[out, in]` and `bias` `[out]`, or one for each client,
     `[clients, out, in]` and `[clients, out]`.
     """
-    plain, add, at_once = module.forward, _ADD[kind], _AT_ONCE.get(kind)
+    plain, add = module.forward, _ADD[kind]
+    at_once = _AT_ONCE.get(kind) if type(module).forward is nn.Conv2d.forward and "forward" not in vars(module) else None
 
-    def forward(x: Tensor) -> Tensor:
-        if at_once and (output := at_once(module, x, terms)) is not None:
+    def forward(input: Tensor) -> Tensor:
+        if at_once and (output := at_once(module, input, terms)) is not None:
             return output
-        output = _map(x, *_parameters(module, own)) if own else plain(x)
+        output = _map(input, *_parameters(module, own)) if own else plain(input)
         for A, B, scaling in terms:
-            output = add(output, module, x, A, B * scaling)
+            output = add(output, module, input, A, B * scaling)
         return output
 
+    setattr(forward, ADAPTED, True)
     return forward
 
 

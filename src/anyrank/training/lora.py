@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from anyrank import keys
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.errors import ModelError
+from anyrank.errors import ModelError, in_a_line
 from anyrank.messages.records import Download, Scaling
 from anyrank.tasks.base import Task
 from anyrank.training import forward, memory
@@ -34,43 +37,72 @@ class Target:
     kernel: tuple[int, int] = (1, 1)
 
 
-_IN_USE = "_anyrank_in_use"  # an attribute of a module that a `LoraModel` has open
+_used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every module that some `LoraModel` has open, with all its parts
+_guard = threading.Lock()
+_fast: list[bool] = []  # torch's switch as it was before the first of them was opened
 
 
 def in_use(module: nn.Module) -> bool:
-    """Whether a `LoraModel` has the module open."""
-    return _IN_USE in vars(module)
+    """Whether a `LoraModel` has the module, or a part of it, open."""
+    return any(part in _used for part in module.modules())
 
 
 @contextlib.contextmanager
 def _taken(module: nn.Module) -> Iterator[None]:
-    """The module for one user alone, frozen and in evaluation mode; afterwards it is as it was.
+    """The module for one user alone, frozen and in evaluation mode; afterwards it is as it was, buffers and gradients too.
 
-    transformer layers of torch have a fast path that reads their weights and never calls the modules that LoRA is on; it is
-    closed for as long.
+    torch's transformer layers have a fast path that reads their weights and never calls the modules that LoRA is on. It is
+    switched off while any module is open.
     """
-    if in_use(module):
-        raise ModelError(
-            f"{type(module).__name__}: another federation in this process is using this module; give each its own, such as "
-            "copy.deepcopy(module)"
-        )
-    modes = [(part, part.training) for part in module.modules()]
-    moving = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    setattr(module, _IN_USE, True)
-    module.requires_grad_(False).eval()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _guard:
+        if in_use(module):
+            raise ModelError(
+                f"{type(module).__name__}: another federation in this process is using this module, or a part of it; give each "
+                "its own: copy.deepcopy(module) before either runs"
+            )
+        if not _fast:
+            _fast.append(torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+        _used.update(module.modules())
+    kept = _Kept(module)
     try:
+        try:
+            module.requires_grad_(False).eval()
+        except RuntimeError as error:
+            raise ModelError(
+                f"{type(module).__name__}: cannot be frozen ({in_a_line(error)}); hand in a plain module"
+            ) from None
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        delattr(module, _IN_USE)
-        for part, training in modes:
+        kept.put_back()
+        with _guard:
+            for part in module.modules():
+                _used.discard(part)
+            if not _used and _fast:
+                torch.backends.mha.set_fastpath_enabled(_fast.pop())
+
+
+class _Kept:
+    """What of a module a federation changes: modes, what needs gradients, gradients, and numbers that forward passes write."""
+
+    def __init__(self, module: nn.Module) -> None:
+        for part in module.modules():
+            if getattr(vars(part).get("forward"), forward.ADAPTED, False):  # a copy of a module that was open
+                del part.forward
+        self.modes = [(part, part.training) for part in module.modules()]
+        self.parameters = [(each, each.requires_grad, each.grad) for each in module.parameters()]
+        renormed = [part.weight for part in module.modules() if getattr(part, "max_norm", None) is not None]
+        self.numbers = [(each, each.detach().clone()) for each in (*module.buffers(), *renormed)]
+
+    def put_back(self) -> None:
+        for part, training in self.modes:
             part.training = training
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
-        for parameter in moving:
-            parameter.requires_grad_(True)
+        for parameter, moving, gradient in self.parameters:
+            parameter.requires_grad_(moving)
+            parameter.grad = gradient
+        with torch.no_grad():
+            for each, value in self.numbers:
+                each.copy_(value)
 
 
 class LoraModel:
@@ -82,7 +114,7 @@ class LoraModel:
 
     def __init__(self, task: Task, checkpointing: bool = False) -> None:
         self.task, self.module = task, task.module
-        self._open = contextlib.ExitStack()
+        self._open, self._closed = contextlib.ExitStack(), False
         self._open.enter_context(_taken(self.module))
         self.device = next(self.module.parameters()).device
         try:
@@ -103,6 +135,12 @@ class LoraModel:
         self._active: dict[str, list[forward.Term]] = {name: [] for name in self.targets}
         owners = {name.rpartition(".")[0] for name in self.trained}
         adapted = self.targets.keys() | {name for name in owners if isinstance(modules[name], nn.Linear)}
+        # What is stacked takes the place of a head's numbers where its own module multiplies by them, and nowhere else.
+        uses = Counter(id(each) for each in self._all_parameters())
+        self._plain_heads = all(
+            forward.is_linear(modules[name.rpartition(".")[0]]) and uses[id(parameter)] == 1
+            for name, parameter in self.trained.items()
+        )
         self._own: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(adapted)}
         self._linear = {name for name in adapted if forward.is_linear(modules[name])}
         for name, own in self._own.items():
@@ -112,10 +150,11 @@ class LoraModel:
 
     def close(self) -> None:
         """Put the module's own forward passes and plain parameters back: the module is as it was."""
-        if in_use(self.module):
-            self._open.close()
+        if not self._closed:
+            self._closed = True
             for name, start in self._start.items():
                 self.trained[name].data.copy_(start)
+            self._open.close()
 
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
         """The adapter that a run starts from: PEFT's init (A uniform, B zero; Embedding: A zero, B normal), head as loaded."""
@@ -167,7 +206,11 @@ class LoraModel:
         """Whether a cohort can train side by side: LoRA on linear maps and convolutions, other parameters in linear heads."""
         kinds = all(target.kind in ("linear", "conv2d") for target in self.targets.values())
         heads = {name.rpartition(".")[0] for name in self.trained}
-        return kinds and heads <= self._own.keys() - self.targets.keys()
+        return kinds and self._plain_heads and heads <= self._own.keys() - self.targets.keys()
+
+    def _all_parameters(self) -> list[nn.Parameter]:
+        """Every parameter as often as a module holds it."""
+        return [parameter for _, parameter in self.module.named_parameters(remove_duplicate=False)]
 
     def set_stack(self, name: str, terms: Sequence[forward.Term], in_base: Sequence[forward.Term] = ()) -> None:
         """Put a cohort's factors on a target: terms `(A, B, scaling)`, A `[clients, rank, in]`, B `[clients, out, rank]`, or

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from anyrank import keys
 from anyrank.errors import RunFailed, in_a_line
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job
@@ -35,6 +36,7 @@ def train(
     A private client reports no figures, and of a failure only that it happened.
     """
     began, client = time.perf_counter(), job.client.name
+    torch.manual_seed(keys.key(plan.seed, "forward", plan.round, client))  # for a module that draws in its forward pass
     try:
         if mechanism:
             way = _PRIVATELY[mechanism.plan.level]
