@@ -402,7 +402,7 @@ def test_what_is_scored_must_be_there(folders, data):
         scored(task, score="generate", extract="number")
     with pytest.raises(ConfigError, match="the longest prompt has 35 tokens and the model takes 1200 in all"):
         scored(task, score="generate", max_new_tokens=1166)
-    with pytest.raises(ConfigError, match="eval.max_new_tokens: expected it left out: it is for causal-lm"):
+    with pytest.raises(ConfigError, match="eval.max_new_tokens: expected no value, because this key is only for causal-lm"):
         Config(eval=EvalConfig(max_new_tokens=5))
 
 

@@ -130,7 +130,10 @@ def test_a_method_of_ones_own_takes_part(anyrank, tmp_path: Path) -> None:
         (("run", "digits.toml", "--set", "clients.ranks=[2, 65]"), "rank 65: expected at most 64"),
         (("run", "digits.toml", "--set", "clients.count=5000"), "more clients than the"),
         (("run", "digits.toml", "--set", "method.name=fedavg"), "needs clients of one rank"),
-        (("run", "digits.toml", "--set", "privacy.epsilon=3"), "expected level = 'example' or 'client' beside it"),
+        (
+            ("run", "digits.toml", "--set", "privacy.epsilon=3"),
+            "expected its default without privacy; set level = 'example' or 'client' to use it",
+        ),
         (("run", "digits.toml", "--set", "method.file=absent.py"), "no such file"),
         (("compare", "digits.toml", "--methods", "raflora,raflora"), "expected different methods"),
         (("compare", "digits.toml", "--methods", "raflora@two"), "expected METHOD[:KEY=VALUE][@RANK]"),

@@ -113,7 +113,7 @@ REFUSED = [
     ((*MERGE, "raflora", "--ranks", "4,x", "adapter"), "--ranks 4,x: expected ranks of at least 1"),
     ((*MERGE, "raflora", "--option", "split", "adapter"), "--option split: expected KEY=VALUE"),
     ((*MERGE, "raflora", "--option", "splt=balanced", "adapter"), "unknown option 'splt'; did you mean 'split'?"),
-    ((*MERGE, "raflora", "adapter=none"), "expected a whole number of at least 1 as its examples, got 'none'"),
+    ((*MERGE, "raflora", "adapter=none"), "expected a whole number of at least 1 as its number of examples, got 'none'"),
     (("report", "empty"), "empty: expected a run folder or a folder of runs"),
     (("report", "absent"), "absent: expected a run folder or a folder of runs"),
     (("explain", "lora.alhpa"), "did you mean 'lora.alpha'?"),
