@@ -185,7 +185,7 @@ def reconfigure(**changes: object):
 SPOILED = {
     "missing folder": (lambda f: f.rename(f.with_name("gone")), "site-b: no such folder"),
     "missing weights": (lambda f: (f / WEIGHTS).unlink(), "site-b: no adapter_model.safetensors"),
-    "NaN": (put_nan, "site-b, v: holds NaN"),
+    "NaN": (put_nan, "site-b, v: contains NaN"),
     "pickle": (pickle_weights, "never read"),
     "lacking layer": (drop_layer, "layer v: site-a has it, site-b does not"),
     "other base": (reconfigure(base_model_name_or_path="other"), "base model: "),

@@ -139,7 +139,7 @@ def test_a_method_of_ones_own_takes_part(anyrank, tmp_path: Path) -> None:
         (("compare", "digits.toml", "--methods", "raflora@two"), "expected METHOD[:KEY=VALUE][@RANK]"),
         (("compare", "digits.toml", "--methods", "rbla", "--seeds", "0"), "expected at least 1, got 0"),
         (("report", "."), "expected a run folder"),
-        (("demo", "--out", "."), "will not delete anything else"),
+        (("demo", "--out", "."), "which is not deleted"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_nothing(
@@ -164,7 +164,7 @@ def test_what_the_demo_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
         remove_run(tmp_path / out)
         assert not (tmp_path / out).exists()
     for out in ("mine", "."):
-        with pytest.raises(RunError, match="will not delete anything else"):
+        with pytest.raises(RunError, match="which is not deleted"):
             remove_run(tmp_path / out)
     assert (tmp_path / "mine" / "rbla" / "notes.txt").exists()
 

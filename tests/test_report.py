@@ -273,7 +273,7 @@ def test_files_that_are_missing_are_no_error(tmp_path):
     run = write_run(tmp_path / "run", finished=False)
     (run / "metrics.jsonl").unlink()
     (run / "clients.jsonl").unlink()
-    assert "No record of single clients" in build(tmp_path, run).text
+    assert "no records of single clients" in build(tmp_path, run).text
 
 
 def test_a_line_that_was_being_written_is_passed_over(tmp_path):
@@ -357,7 +357,7 @@ def test_rejections_are_grouped_by_reason_whoever_and_whenever(tmp_path):
     rows = [client(number, f"c{number}", 2, "rejected", f"round {number}: client c{number}: NaN in A") for number in (1, 2)]
     rows += [client(3, "c1", 2, "skipped", "has no examples"), client(3, "c9", 2)]
     page = build(tmp_path, write_run(tmp_path / "run", clients=rows))
-    table = next(table for table in page.tables if table[0][0] == "what")
+    table = next(table for table in page.tables if table[0][0] == "status")
     assert table[1:] == [
         ["rejected", "2", "round …: client …: NaN in A", "raflora 2", "c1, c2", "1–2"],
         ["skipped", "1", "has no examples", "raflora 1", "c1", "3"],

@@ -35,7 +35,7 @@ class RunError(AnyRankError):
 
 
 class RunFailed(AnyRankError):
-    """A run, or one client's training, cannot go on. The last checkpoint stands."""
+    """A run, or one client's training, cannot continue. The last checkpoint remains."""
 
 
 def in_a_line(error: BaseException) -> str:

@@ -145,7 +145,7 @@ def aggregate_folders(
     """
     out = Path(out)
     if out.exists():
-        raise RunError(f"{out}: exists already; name a new folder, or remove this one")
+        raise RunError(f"{out}: exists already; give a new folder, or remove this one")
     wrong = next((rank for rank in ranks if not isinstance(rank, int) or rank < 1), None)
     if wrong is not None:
         raise AdapterError(f"ranks: expected ranks of at least 1, got {wrong!r}")
@@ -156,7 +156,7 @@ def aggregate_folders(
             folders.fill(progress, work.batch_bytes)
         os.replace(unfinished, out)
     except OSError as error:
-        raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from None
+        raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); no files were left there") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return {

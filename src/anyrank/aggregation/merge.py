@@ -218,21 +218,21 @@ def _update(update: Any, position: int) -> ClientUpdate:
 def _distinct(names: list[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise AdapterError(f"aggregate: client {twice} is named twice; give each update its own client name")
+        raise AdapterError(f"aggregate: client {twice} occurs twice; give each update its own client name")
 
 
 def _mergeable(method: Method, stored: bool) -> None:
     if method.private:
         kept = ", ".join(sorted(method.private))
         raise MethodError(
-            f"{method.name}: its clients keep {kept} for themselves, so there is no one adapter to merge into; "
+            f"{method.name}: its clients keep {kept} for themselves, so there is no common adapter; "
             "use a method that merges, such as raflora or rbla"
         )
     if method.pools_data:
-        raise MethodError(f"{method.name}: it trains on all data in one place, so there is nothing to merge; use fedavg")
+        raise MethodError(f"{method.name}: it trains on all data in one place, so there are no adapters to merge; use fedavg")
     if stored and not method.by_layer:
         raise MethodError(
-            f"{method.name}: it has an `aggregate` of its own, which may need all layers at once; "
+            f"{method.name}: it has its own `aggregate`, which may need all layers at once; "
             "load the adapters (ClientUpdate(Adapter.load(folder), ...)), or write its rule for one layer"
         )
 
@@ -281,7 +281,7 @@ def _same_base(clients: Mapping[str, Adapter]) -> None:
         if base != named[0][1]:
             raise AdapterError(
                 f"base model: {named[0][0]} was trained on {named[0][1]}, {client} on {base}; merge adapters of one model, or, "
-                "if these are two names of one, say so (--allow-different-base, allow_different_base=True)"
+                "if these are two names of one model, allow it (--allow-different-base, allow_different_base=True)"
             )
 
 

@@ -23,7 +23,7 @@ def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
     if plan.level == "client" and not plan.central and len(method.train) != 1:
         both = ", ".join(sorted(name for name, kind in REGISTRY.items() if len(kind.train) == 1 and not kind.reference))
         raise ConfigError(
-            f"method.name: {method.name} trains A and B together, whose noise would multiply in the product; privacy.level = "
+            f"method.name: {method.name} trains A and B together, so that noise would be multiplied; privacy.level = "
             f"'client' is for methods that train one factor a round: {both}"
         )
     if method.pools_data:

@@ -30,7 +30,7 @@ def admit(update: ClientUpdate, download: Download, client: str, num_examples: i
     if update.client != client:
         raise Rejected(f"expected an update of {client}, got one of {update.client or 'nobody'}")
     if update.num_examples != num_examples:
-        raise Rejected(f"claims {update.num_examples} examples, {num_examples} are registered")
+        raise Rejected(f"reports {update.num_examples} examples, but {num_examples} are registered")
     sent, got = download.adapter, update.adapter
     _same_names("layers", sent.layers, got.layers)
     _same_names("tensors", sent.tensors, got.tensors)
@@ -41,7 +41,7 @@ def admit(update: ClientUpdate, download: Download, client: str, num_examples: i
     tensors = {name: _tensor(name, sent.tensors[name], got.tensors[name]) for name in sorted(sent.tensors)}
     believed = Adapter(layers, tensors, sent.config)
     if bound < math.inf and change.norm(download, believed) > bound:
-        raise Rejected(f"its change since the download is larger than the clip norm, {bound:g}")  # by how much is not told
+        raise Rejected(f"its change since the download is larger than the clip norm, {bound:g}")  # the excess is not reported
     return replace(update, adapter=believed)
 
 
@@ -67,5 +67,5 @@ def _tensor(where: str, sent: Tensor, got: Tensor) -> Tensor:
         raise Rejected(f"{where}: expected {expected[1]} of shape {expected[0]}, got {came[1]} of shape {came[0]}")
     # A sum with NaN or infinity in it is not finite, and takes a tenth of the time; that of large numbers may not be, either.
     if not math.isfinite(got.sum()) and not torch.isfinite(got).all():
-        raise Rejected(f"{where}: holds NaN or infinite values")
+        raise Rejected(f"{where}: contains NaN or infinite values")
     return got

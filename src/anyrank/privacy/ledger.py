@@ -125,7 +125,7 @@ def open_ledger(plan: PrivacyPlan | None, config: Mapping[str, Any], books: Book
     for row in books.clients():
         if row["status"] in _TRAINED and not ledger._has(row["client"], row["round"]):
             raise RunError(
-                f"privacy ledger: {row['client']} took part in round {row['round']} and is not charged for it, so what was "
-                "spent is not known; start the run anew in another --out"
+                f"privacy ledger: {row['client']} took part in round {row['round']} and has no charge for it, so what was "
+                "spent is not known; start a new run with another --out"
             )
     return ledger

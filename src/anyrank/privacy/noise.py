@@ -125,17 +125,17 @@ def find_key(name: str) -> bytes:
     path = key_folder() / name
     if not path.is_file():
         raise RunError(
-            f"{path}: the noise key of this run is not here, so that an interrupted round cannot be run again with the same "
-            "noise; bring the key from where the run began, or start the run anew in another --out"
+            f"{path}: the noise key of this run is missing, so an interrupted round cannot be repeated with the same "
+            "noise; copy the key from the machine where the run started, or start a new run with another --out"
         )
     if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise RunError(f"{path}: others can read this noise key; expected mode 600, and a run that is started anew")
+        raise RunError(f"{path}: other users can read this noise key, expected mode 600; start a new run with another --out")
     try:
         key = bytes.fromhex(path.read_text(encoding="utf-8"))
     except ValueError:
         key = b""
     if name_of(key) != name:
-        raise RunError(f"{path}: is not the noise key that this run began with; start the run anew in another --out")
+        raise RunError(f"{path}: is not the key that this run started with; start a new run with another --out")
     return key
 
 

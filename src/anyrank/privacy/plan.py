@@ -159,5 +159,5 @@ def _check_counts(config: Config, counts: list[int], clients: int) -> None:
     if asked.delta >= 1 / largest:
         raise ConfigError(
             f"privacy.delta: expected less than 1 over the {largest} examples that the largest client declares, got "
-            f"{asked.delta}: a delta of that size allows to publish an example whole"
+            f"{asked.delta}: with such a delta, a whole example could be published"
         )

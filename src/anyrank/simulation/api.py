@@ -81,7 +81,7 @@ class Federation:
             chosen = _handed_in(chosen, task)
         if shards is not None:
             if task is None:
-                raise ConfigError("shards: are indices of a task's training examples; hand in the task too")
+                raise ConfigError("shards: are indices of a task's training examples; pass the task too")
             self._shards = _shards(shards, names, task, chosen)
             found = digest.of_shards((name, self._shards[i]) for i, name in enumerate(names))
             chosen = _replaced(chosen, {"data": {"partition": dataclasses.replace(
@@ -208,7 +208,7 @@ def _with_clients(config: Config, ranks: Any, shards: Any, configured: bool) -> 
         keys |= {"ranks": [_rank(rank, name) for name, rank in ranks.items()], "rank_order": "cycled"}
     elif _is_list(ranks):
         if len(ranks) != count:
-            raise ConfigError(f"ranks: expected one a client, {count}, got {len(ranks)}")
+            raise ConfigError(f"ranks: expected one per client, {count}, got {len(ranks)}")
         keys |= {"ranks": [_rank(rank, f"client {i}") for i, rank in enumerate(ranks)], "rank_order": "cycled"}
     elif ranks is not None:
         keys |= {"ranks": [_rank(ranks, "every client")]}

@@ -95,19 +95,19 @@ def _check(config: Config) -> None:
     """Raise `ConfigError` for a run of which there is nothing to audit."""
     if config.privacy.level != "example":
         raise ConfigError(
-            "[privacy]: expected level = 'example', whose promise is about single examples; nothing to audit else"
+            "[privacy]: expected level = 'example', which protects single examples; otherwise there is nothing to audit"
         )
     train = config.train
     if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
         raise ConfigError(
-            "train: an audit reads uploads as sums of gradients; expected optimizer = 'sgd' and nothing beside it"
+            "train: an audit reads uploads as sums of gradients; expected plain optimizer = 'sgd', without other terms"
         )
 
 
 def _canaries(setting: Setting, number: int) -> Canaries:
     task, shards = setting.task, setting.shards.shards
     if not isinstance(task.objective, Classification):
-        raise ConfigError(f"model.task: an audit makes canaries of wrong labels, which {task.name} has none of")
+        raise ConfigError(f"model.task: an audit gives canaries wrong labels, but {task.name} has no labels")
     held = np.concatenate([shards[client] for client in range(len(shards))])
     if not 1 <= number <= len(held) // 2:
         raise ConfigError(

@@ -73,7 +73,7 @@ def variant(config: Config, label: str) -> Config:
 def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None:
     """Build the first run of each method, so that whatever is wrong with the request stops before anything is trained."""
     if out.exists() and any(out.iterdir()) and not (resume and (out / COMPARISON).exists()):
-        raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
+        raise RunError(f"{out}: is not empty; continue the comparison in it with --resume, or choose another --out")
     for cell in {cell.label: cell for cell in reversed(cells)}.values():
         simulation.build(cell.config, progress).close()
 

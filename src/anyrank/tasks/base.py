@@ -110,7 +110,7 @@ class OwnLoss:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         if shape != (len(labels),):
             raise ModelError(
-                f"loss: expected one value an example, [{len(labels)}], got {shape if shape != () else 'a single number'}; a "
+                f"loss: expected one value per example, [{len(labels)}], got {shape if shape != () else 'a single number'}; a "
                 "loss of torch.nn gives that with reduction='none', one of more numbers an example is to be averaged over them"
             )
         return losses

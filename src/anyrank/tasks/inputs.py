@@ -120,7 +120,7 @@ _LABELS = ("labels", "label")  # keys of an item under which its label is looked
 
 
 def inputs_of(given: Any) -> Inputs:
-    """`given` as inputs: a tensor or array `[n, ...]`, a mapping of the module's arguments to such, or anything indexable.
+    """`given` as inputs: a tensor or array `[n, ...]`, a mapping of the module's arguments to these, or anything indexable.
 
     Raises `DataError` for what is none of these, for parts of different lengths, and for numbers that are not finite.
     """
@@ -137,7 +137,7 @@ def inputs_of(given: Any) -> Inputs:
     if hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, (str, bytes)):
         return ItemInputs(given)
     raise DataError(
-        f"inputs: expected a tensor or array [n, ...], a mapping of the module's arguments to such, or a data set with len() "
+        f"inputs: expected a tensor or array [n, ...], a mapping of the module's arguments to these, or a data set with len() "
         f"and [i], got {type(given).__name__}"
     )
 
@@ -147,12 +147,14 @@ def labels_of(given: Any) -> Tensor:
     try:
         labels = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError) as error:
-        raise DataError(f"labels: expected numbers [n], got what makes no tensor ({in_a_line(error)})") from None
+        raise DataError(
+            f"labels: expected numbers [n], got something that cannot become a tensor ({in_a_line(error)})"
+        ) from None
     if not len(labels.shape):
-        raise DataError("labels: expected one an example [n], got a single number")
+        raise DataError("labels: expected one per example [n], got a single number")
     if labels.is_floating_point():
         if not torch.isfinite(labels).all():
-            raise DataError("labels: hold NaN or infinite values; remove those examples")
+            raise DataError("labels: contain NaN or infinite values; remove those examples")
         return labels.float() if labels.dtype == torch.float64 else labels
     return labels.long()
 
@@ -220,12 +222,14 @@ def _tensor(values: Any, name: str) -> Tensor:
     try:
         tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: expected numbers [n, ...], got what makes no tensor ({in_a_line(error)})") from None
+        raise DataError(
+            f"{name}: expected numbers [n, ...], got something that cannot become a tensor ({in_a_line(error)})"
+        ) from None
     if not tensor.ndim:
-        raise DataError(f"{name}: expected one entry an example [n, ...], got a single number")
+        raise DataError(f"{name}: expected one entry per example [n, ...], got a single number")
     tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise DataError(f"{name}: hold NaN or infinite values; fill or remove those examples")
+        raise DataError(f"{name}: contain NaN or infinite values; fill or remove those examples")
     return tensor.detach()
 
 

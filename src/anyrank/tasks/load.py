@@ -28,7 +28,7 @@ def load_task(config: Config, progress: Progress | None = None) -> Task:
     """
     if config.model.task == HANDED_IN:
         raise ConfigError(
-            "model.task = 'handed-in': this run's module and data were handed in by a Python program; go on with it by that "
+            "model.task = 'handed-in': this run's module and data were passed from a Python program; go on with it by that "
             "program, with resume=True"
         )
     task = _load_task(config.model, config.data, config.lora, progress)

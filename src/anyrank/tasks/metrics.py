@@ -35,7 +35,7 @@ TAKEN = frozenset(
     }
 )
 _NAME = re.compile(r"\w[\w@+-]*")
-_MEND = "mend the function, or take it out of eval.metrics or the task"
+_MEND = "correct the function, or remove it from eval.metrics or from the task"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

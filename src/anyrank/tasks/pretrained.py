@@ -20,7 +20,7 @@ def snapshot(name: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client's own errors, its HTTP library's and the system's share no base
         raise ModelError(
-            f"model.name = '{name}': not a packaged model, and not to be had from the Hugging Face hub "
+            f"model.name = '{name}': not a packaged model, and cannot be loaded from the Hugging Face hub "
             f"({first_line(error)}); check the name and the network, or give model.path, a local folder"
         ) from None
 

@@ -71,7 +71,7 @@ def checkpointed(module: nn.Module, targets: Sequence[str]) -> Iterator[None]:
     if not any(target.startswith(f"{name}.") for name in layers for target in targets):
         raise ModelError(
             "train.gradient_checkpointing: there is no transformers layer (GradientCheckpointingLayer, transformers 4.53 or "
-            f"newer) around {', '.join(targets[:3])}, so nothing could be run again; leave it out"
+            f"newer) around {', '.join(targets[:3])}, so it would have no effect; remove the key"
         )
     for layer in layers.values():
         layer.forward = _again(layer.forward)

@@ -41,14 +41,14 @@ def check(model: LoraModel) -> None:
         )
     losses = task.objective.losses(outputs, task.train.labels[index])
     if not torch.isfinite(losses).all():
-        raise ModelError(f"loss: expected finite numbers of the module as it is, got {losses.detach().tolist()}")
+        raise ModelError(f"loss: expected finite numbers from the untrained module, got {losses.detach().tolist()}")
     if not losses.requires_grad:
         raise ModelError(
-            "loss: does not depend on what is trained; expected it to be computed from the module's outputs by torch"
+            "loss: does not depend on the trained parameters; expected it to be computed from the module's outputs by torch"
         )
     gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
     if all(gradient is None or not gradient.any() for gradient in gradients):
-        raise ModelError("loss: nothing that is trained moves it; choose other targets, or another loss")
+        raise ModelError("loss: training changes nothing in it; choose other targets, or another loss")
 
 
 def stacks(model: LoraModel) -> bool:

@@ -74,7 +74,7 @@ def _stacks(model: LoraModel, jobs: Sequence[Job], plan: Plan, stacking: str) ->
 
 
 def _private_failure(client: str) -> Failure:
-    return Failure(client, Code.PRIVATE, "private training failed; why stays with the client")
+    return Failure(client, Code.PRIVATE, "private training failed; the reason stays with the client")
 
 
 def _failure(client: str, error: Exception) -> Failure:

@@ -264,4 +264,4 @@ def _loss(model: nn.Module, sequences: Sequences, index: Tensor, prompt_weight: 
 def check_source(source: str) -> None:
     """Raise `ModelError` where the embedded decoder is asked to read anything but its own words."""
     if source != SOURCE:
-        raise ModelError(f"model.name = '{NAME}': it knows no words but those of data.source = '{SOURCE}', got {source!r}")
+        raise ModelError(f"model.name = '{NAME}': its vocabulary covers only data.source = '{SOURCE}', got {source!r}")

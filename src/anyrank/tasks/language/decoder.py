@@ -40,7 +40,7 @@ class Pretrained:
     def end(self) -> int:
         """The token that completions end in."""
         if self.tokenizer.eos_token_id is None:
-            raise ModelError(f"{self.name}: its tokenizer has no end-of-sequence token (eos_token); name it there")
+            raise ModelError(f"{self.name}: its tokenizer has no end-of-sequence token (eos_token); set it there")
         return self.tokenizer.eos_token_id
 
     @property
@@ -81,7 +81,9 @@ def load(config: ModelConfig) -> Pretrained:
         raise ModelError(f"{folder}: transformers cannot load a causal language model ({first_line(error)})") from None
     missing = sorted(report["missing_keys"])  # transformers fills them at random
     if missing:
-        raise ModelError(f"{folder}: the weights lack {missing[0]} ({len(missing)} in all); the files are not of one model")
+        raise ModelError(
+            f"{folder}: the weights lack {missing[0]} ({len(missing)} in all); the files belong to different models"
+        )
     for parameter in model.parameters():  # as `hardware.place` has them, without a float32 copy of a narrow model on the way
         narrow = config.train_dtype == "bfloat16" and parameter.ndim >= 2
         parameter.data = parameter.data.to(torch.bfloat16 if narrow else torch.float32)

@@ -175,12 +175,14 @@ def _likelihood(questions: Questions, config: EvalConfig) -> Judge:
 def _generate(questions: Questions, config: EvalConfig) -> Judge:
     if not questions.generates:
         raise ConfigError(
-            "eval.score = 'generate': the model keeps nothing of earlier tokens (past_key_values); choose another"
+            "eval.score = 'generate': the model has no cache of earlier tokens (past_key_values); choose another model"
         )
     name = questions.extract if config.extract == "auto" else config.extract
     empty = next((item for item in questions.items if EXTRACTS[name](item.reference, item.options) is None), None)
     if empty is not None:
-        raise ConfigError(f"eval.extract = '{name}': there is none in the answer {empty.reference[-60:]!r}; choose another")
+        raise ConfigError(
+            f"eval.extract = '{name}': nothing to extract in the answer {empty.reference[-60:]!r}; choose another"
+        )
     longest = int(questions.sequences.prompts.max())
     if questions.longest and longest + config.max_new_tokens > questions.longest:
         raise ConfigError(

@@ -107,7 +107,7 @@ def _told(encoded: Sequence[Sequence[Encoded]], max_length: int, packs: bool) ->
 
 def _check_head(model: ModelConfig) -> None:
     if model.head != "frozen":
-        raise ConfigError(f"model.head: a causal language model has its own, which stays frozen; got {model.head!r}")
+        raise ConfigError(f"model.head: a causal language model has its own head, which stays frozen; got {model.head!r}")
 
 
 def _check_partition(data: DataConfig, train: Instructions) -> None:
@@ -131,9 +131,7 @@ class Writer:
 
     def __post_init__(self) -> None:
         if self.chat and not getattr(self.base.tokenizer, "chat_template", None):
-            raise ModelError(
-                f"{self.base.name}: its tokenizer has no chat template; leave data.chat out, or give data.template"
-            )
+            raise ModelError(f"{self.base.name}: its tokenizer has no chat template; remove data.chat, or give data.template")
 
     @property
     def pad(self) -> int:
@@ -190,7 +188,9 @@ class Writer:
         shorter = min(len(given), len(whole))
         prompt = next((i for i in range(shorter) if given[i] != whole[i]), shorter)
         if not prompt:
-            raise DataError(f"the prompt {texts[0][:60]!r} makes no token of {self.base.name}; give it a text, or a template")
+            raise DataError(
+                f"the prompt {texts[0][:60]!r} gives no token of {self.base.name}; give a prompt with text, or a template"
+            )
         end = self.base.end
         learned = whole[prompt:]
         learned = learned[: learned.index(end) + 1] if end in learned else [*learned, end]
@@ -203,7 +203,7 @@ class Writer:
             prompt = apply(list(item.turns), add_generation_prompt=True, tokenize=False)
             return prompt, apply([*item.turns, answer], tokenize=False)
         except Exception as error:  # whatever a template raises
-            raise DataError(f"{self.base.name}: its chat template refuses a chat ({first_line(error)})") from None
+            raise DataError(f"{self.base.name}: its chat template rejects a conversation ({first_line(error)})") from None
 
 
 def _written(item: Instruction, completion: str) -> tuple[str, str]:
@@ -219,9 +219,11 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     try:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
     except ImportError:
-        raise ModelError("lora.target_modules: PEFT knows the usual ones; pip install 'anyrank[peft]', or name them") from None
+        raise ModelError(
+            "lora.target_modules: PEFT is needed for the default; pip install 'anyrank[peft]', or name them"
+        ) from None
     if kind not in known:
-        raise ModelError(f"lora.target_modules: PEFT has no usual ones for '{kind}'; name them, e.g. {_leaves(model)[:3]}")
+        raise ModelError(f"lora.target_modules: PEFT has no default for '{kind}'; name them, e.g. {_leaves(model)[:3]}")
     return tuple(known[kind])
 
 

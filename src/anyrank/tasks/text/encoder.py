@@ -120,7 +120,7 @@ def tokenize(name: str, tokenizer: Any, config: Any, texts: Sequence[Text], long
         found = tokenizer(*columns, truncation=True, max_length=longest, padding=False)
     empty = next((text for text, each in zip(texts, found["input_ids"], strict=True) if not each), None)
     if empty is not None:
-        raise DataError(f"text {empty!r}: the tokenizer of {name} makes no token of it; remove the row")
+        raise DataError(f"text {empty!r}: the tokenizer of {name} makes no token from it; remove the row")
     told = pairs and getattr(config, "type_vocab_size", 0) > 1
     return Tokens(found["input_ids"], found.get("token_type_ids") if told else None)
 
@@ -282,7 +282,7 @@ def _pretrained(source: Source) -> tuple[Any, nn.Module]:
     missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] != POOLER)
     if missing:
         raise ModelError(
-            f"{source.folder}: the weights lack {missing[0]} ({len(missing)} in all); the files are not of one model"
+            f"{source.folder}: the weights lack {missing[0]} ({len(missing)} in all); the files belong to different models"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{source.folder}: expected an encoder, got the encoder-decoder '{model.config.model_type}'")

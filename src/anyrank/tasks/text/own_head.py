@@ -164,7 +164,7 @@ def _pad(source: Source, tokenizer: Any, model: nn.Module) -> int:
     known = (settings.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((token for token in known if token is not None), None)
     if pad is None and hasattr(model, "score"):
-        raise ModelError(f"{source.folder}: neither the model nor its tokenizer names a padding token (pad_token); name one")
+        raise ModelError(f"{source.folder}: neither the model nor its tokenizer names a padding token (pad_token); set one")
     settings.pad_token_id = 0 if pad is None else pad
     return settings.pad_token_id
 
@@ -201,7 +201,9 @@ def _lacking(source: Source, model: nn.Module, report: Mapping[str, Any]) -> set
     lacking = set(report["missing_keys"]) | mismatched
     below = sorted(name for name in lacking - _head_parameters(model) if POOLER not in name.split("."))
     if below:  # transformers fills them at random
-        raise ModelError(f"{source.folder}: the weights lack {below[0]} ({len(below)} in all); the files are not of one model")
+        raise ModelError(
+            f"{source.folder}: the weights lack {below[0]} ({len(below)} in all); the files belong to different models"
+        )
     return lacking
 
 

@@ -254,7 +254,7 @@ def as_words(label_names: Sequence[str]) -> tuple[str, ...]:
             )
         if words in spoken:
             raise ModelError(
-                f"model.head = 'label-names': labels {spoken[words]!r} and {name!r} both read as {words!r}; rename one, "
+                f"model.head = 'label-names': labels {spoken[words]!r} and {name!r} both become {words!r}; rename one, "
                 "or use head = 'trained'"
             )
         spoken[words] = name
@@ -267,7 +267,9 @@ def as_words(label_names: Sequence[str]) -> tuple[str, ...]:
 def _targets(encoder: nn.Module, endings: Sequence[str]) -> tuple[str, ...]:
     """Full names of the encoder's modules that `endings` mean, but for the pooler, which nothing here uses."""
     if MAP in endings:
-        raise ModelError(f"lora.target_modules: '{MAP}' lies above the encoder and stands alone; leave out the others, or it")
+        raise ModelError(
+            f"lora.target_modules: '{MAP}' is above the encoder and excludes other modules; remove the others, or it"
+        )
     return named_targets(encoder, endings, (POOLER,), "pooling is the mean: a pooler is not used")
 
 

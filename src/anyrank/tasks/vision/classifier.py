@@ -89,12 +89,14 @@ def load(config: ModelConfig, label_names: tuple[str, ...], degrees: int) -> Cla
     heads = _heads(model, settings.num_labels)
     lost = sorted(key for key in lacking if key.rpartition(".")[0] not in heads)
     if lost:
-        raise ModelError(f"{folder}: the weights lack {lost[0]} ({len(lost)} in all); the files are not of one classifier")
+        raise ModelError(
+            f"{folder}: the weights lack {lost[0]} ({len(lost)} in all); the files belong to different classifiers"
+        )
     remade = order is None or bool(lacking)
     if not heads and (remade or config.head == "trained"):
         raise ModelError(
             f"{folder}: no linear layer of {settings.num_labels} outputs above the {settings.model_type} model: its head can "
-            "be neither trained nor made anew; choose another model"
+            "be neither trained nor replaced; choose another model"
         )
     for head in heads if remade else ():
         _remake(model.get_submodule(head), head, config.head)
@@ -169,7 +171,7 @@ def _scale(folder: Path, resize: Any, channels: int) -> Scale:
     whole, bare = _processed(resize, picture), _processed(resize, picture, do_rescale=False, do_normalize=False)
     if bare.dtype != np.uint8 or not np.allclose(scale(torch.from_numpy(bare)), whole, atol=1e-4):
         raise ModelError(
-            f"{folder}: {type(resize).__name__} does more than to resize, rescale and normalise; choose another model"
+            f"{folder}: {type(resize).__name__} does more than resizing, rescaling and normalising; choose another model"
         )
     return scale
 

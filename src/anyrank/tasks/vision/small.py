@@ -68,7 +68,9 @@ class FashionViT(nn.Module):
     def __init__(self, shape: Shape, classes: int, width: int = 64) -> None:
         super().__init__()
         if shape[1] % 4 or shape[2] % 4:
-            raise ModelError(f"model.name = 'fashion-vit': expected images of sides that 4 divides, got {shape[1]}x{shape[2]}")
+            raise ModelError(
+                f"model.name = 'fashion-vit': expected images with sides divisible by 4, got {shape[1]}x{shape[2]}"
+            )
         self.patch = nn.Linear(shape[0] * shape[1] * shape[2] // 16, width)
         self.position = nn.Parameter(torch.zeros(16, width))
         self.blocks = nn.ModuleList(Block(width, heads=4) for _ in range(4))
@@ -157,7 +159,7 @@ def _alike(values: np.ndarray, train: np.ndarray, data: DataConfig) -> np.ndarra
     if values.shape[1:] != train.shape[1:]:
         got, expected = (images.spoken((*each.shape[2:], 3)[: 2 + (each.shape[1] > 1)]) for each in (values, train))
         raise DataError(
-            f"{data.test_source or data.source}: expected held-out images as the training ones are, {expected}, got {got}"
+            f"{data.test_source or data.source}: expected held-out images like the training images, {expected}, got {got}"
         )
     return values
 

@@ -50,7 +50,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
     if model.head == "label-names":
         raise ConfigError("model.head: label-names is for text; images take frozen or trained")
     if not model.pretrained:
-        raise ConfigError(f"model.pretrained = false: is for {', '.join(small.MODELS)}; leave it out")
+        raise ConfigError(f"model.pretrained = false: is only for {', '.join(small.MODELS)}; remove it")
     train, test = images.load_split(data)
     found = pretrained.load(model, train.label_names, data.rotate)
     parts = {"train": images.limited(train, data).relabelled(found.label_names), "test": test.relabelled(found.label_names)}
@@ -94,7 +94,7 @@ def _on_map(frozen: _Frozen, parts: Mapping[str, Images], endings: Sequence[str]
         )
     features = frozen.inputs_of(found.heads[0], parts)
     if features["train"].ndim != 2:
-        raise ModelError(f"lora.target_modules = ['map']: the head of {found.name} takes more than one vector an image")
+        raise ModelError(f"lora.target_modules = ['map']: the head of {found.name} takes more than one vector per image")
     inputs = {part: HiddenInputs(values, frozen.on_disk) for part, values in features.items()}
     module = MapClassifier(found.model.get_submodule(found.heads[0]))
     trained = tuple(f"head.{name}" for name, _ in module.head.named_parameters())
@@ -105,7 +105,9 @@ def _inside(frozen: _Frozen, parts: Mapping[str, Images], endings: Sequence[str]
     """LoRA on modules of the model; what lies below the first adapted layer runs once for each image."""
     found = frozen.classifier
     if MAP in endings:
-        raise ModelError(f"lora.target_modules: '{MAP}' lies above the model and stands alone; leave out the others, or it")
+        raise ModelError(
+            f"lora.target_modules: '{MAP}' is above the model and excludes other modules; remove the others, or it"
+        )
     targets = pretrained.targets(found, endings)
     inner = [target for target in targets if target not in found.heads]
     cut = prefix.find(found.model, inner, frozen.sample(parts["test"]))
