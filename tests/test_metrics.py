@@ -207,7 +207,7 @@ def test_a_value_that_is_no_number_is_one_line(value: object, told: str) -> None
     with pytest.raises(ConfigError) as error:
         one(Metric("mine", lambda labels, predictions: value))
     assert f"metric 'mine': {told}" in str(error.value)
-    assert re.search("; (mend|return) ", str(error.value))
+    assert re.search("; (correct|return) ", str(error.value))
     assert "\n" not in str(error.value)
 
 

@@ -537,7 +537,7 @@ class PrivacyConfig:
                 _expect(
                     value == each.default,
                     f"privacy.{each.name}",
-                    "its default without privacy; set level = 'example' or 'client' to use it",
+                    "level = 'example' or 'client' to be set too",
                     value,
                 )
             return

@@ -100,7 +100,8 @@ def _check(config: Config) -> None:
     train = config.train
     if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
         raise ConfigError(
-            "train: an audit reads uploads as sums of gradients; expected plain optimizer = 'sgd', without other terms"
+            "train: an audit reads uploads as sums of gradients; expected optimizer = 'sgd' without momentum, "
+            "weight_decay and proximal_mu"
         )
 
 
