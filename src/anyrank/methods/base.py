@@ -115,8 +115,8 @@ class Method(ABC):
     # The factor that takes the change of scaling from the server's s(R) to a client's s(r): B alone, or both by its root.
     rescale: ClassVar[Literal["B", "both"]] = "B"
     # `weights(parts, rank)`: the weight of client k on slice j, `[K, rank]`, if the new factors are sums of the clients'
-    # factors with these weights (apart from scalings, see `rescale`) and depend on nothing else that was trained. Noise at the server
-    # needs them.
+    # factors with these weights (apart from scalings, see `rescale`) and depend on nothing else that was trained. Noise at the
+    # server needs them.
     weights: ClassVar[Callable[[Sequence[Part], int], Tensor] | None] = None
     # True for the reference line that gathers all examples in one place: the federation then has one client.
     pools_data: ClassVar[bool] = False

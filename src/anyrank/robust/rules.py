@@ -1,4 +1,4 @@
-"""Which rule a run goes by."""
+"""The choice of a run's rule."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from anyrank.robust.central_noise import CentralNoise
 
 
 def rule_of(mechanism: Mechanism | None) -> Rule:
-    """The rule of a run under `mechanism`, the privacy plan with its key, or `None`."""
+    """The rule of a run with `mechanism`: the privacy plan with its key, or `None`."""
     return CentralNoise(mechanism) if mechanism and mechanism.plan.central else Rule()
