@@ -1,4 +1,4 @@
-"""What has to hold of a module that somebody hands in, tried on a few of its own examples before anyone trains."""
+"""Checks of a user's module on a few of its own examples before anyone trains."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from anyrank.training import local, stacked
 from anyrank.training.lora import LoraModel
 
 _EXAMPLES, _RANK = 3, 2
-_TOLERANCE = 1e-3  # of the size of a step: rounding in float32 stays below it
+_TOLERANCE = 1e-3  # share of a step's size: float32's rounding stays below it
 
 
 def check(model: LoraModel) -> None:
-    """Raise `ModelError`, in one line, for a task that LoRA could not train or whose scores would not be of what was trained.
+    """Raise `ModelError`, in one line, for a task that LoRA cannot train or whose scores would not show the training.
 
-    Every target is reached by the forward pass, in training as in scoring; the loss is one finite number an example, and what
-    is trained moves it.
+    The forward pass must use every target, in training and in scoring; the loss must be one finite number per example, and must
+    change with the trained parameters.
     """
     task = model.task
     index = torch.arange(min(_EXAMPLES, len(task.train)))
@@ -52,9 +52,9 @@ def check(model: LoraModel) -> None:
 
 
 def stacks(model: LoraModel) -> bool:
-    """Whether clients can train side by side in one batch and get what they get alone.
+    """Whether clients can be stacked in one batch with the same results as alone.
 
-    Not so where examples of a batch meet in the module, or where its batch is not the first dimension all the way through.
+    They cannot if the module mixes the examples of a batch, or if the batch is not the first dimension everywhere.
     """
     if not (stacked.worthwhile(model) and model.can_stack()):
         return False
@@ -76,7 +76,7 @@ def stacks(model: LoraModel) -> bool:
 
 
 def _reached(model: LoraModel, index: Tensor) -> tuple[set[str], object]:
-    """The targets that a forward pass over examples calls, and what it gives."""
+    """The targets that a forward pass over examples calls, and its output."""
     called: set[str] = set()
     hooks = [target.module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
              for name, target in model.targets.items()]  # fmt: skip
