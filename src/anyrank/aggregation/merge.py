@@ -62,11 +62,14 @@ class Merge:
         yield batch
 
     def layers(self, names: Sequence[str]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
-        """The new layers, and the parts for the base model, from these layers of each client.""" if not self._adds_up: return
-        self._layers({name: self._sent(name) for name in names}) found = self._layers({name: {u.client: unchecked(u.adapter,
-        name) for u in self.updates} for name in names}) for name, (merged, base) in found.items(): if not (_finite(merged) and
-        (base is None or _finite(base))): self._sent(name)  # names the client with NaN or infinity; otherwise the numbers were
-        finite but too large to add return found
+        """The new layers, and the parts for the base model, from these layers of each client."""
+        if not self._adds_up:
+            return self._layers({name: self._sent(name) for name in names})
+        found = self._layers({name: {u.client: unchecked(u.adapter, name) for u in self.updates} for name in names})
+        for name, (merged, base) in found.items():
+            if not (_finite(merged) and (base is None or _finite(base))):
+                self._sent(name)  # raises with the client's name, unless finite numbers were too large to add
+        return found
 
     @property
     def _adds_up(self) -> bool:
