@@ -1,4 +1,4 @@
-"""What a task that was handed in is, in a few letters: a run goes on with the task that it began with, or not at all."""
+"""Digests of a task that was passed from Python: a run may be resumed only with the task with which it started."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from anyrank.tasks.base import Examples, OwnLoss, Task
 from anyrank.tasks.inputs import pieces
 
 _LETTERS = 16
-_ITEMS = 256  # examples that are read of a data set whose items are made when they are asked for
+_ITEMS = 256  # number of examples to read from a data set that makes items on request
 
 
 def digest(task: Task) -> tuple[str, ...]:
-    """`part digest`, for each part: the module's weights and structure, what is trained of it, the examples, the loss.
+    """`part digest`, for each part: the module's weights and structure, its trained parts, the examples, the loss.
 
-    Tensors are read whole. Of a data set whose items are made one by one, all labels are, and 256 items spread evenly.
+    Tensors are read completely. From a data set that makes items on request, all labels and 256 evenly spaced items are read.
     """
     module = task.module
     weights = [(name, value) for name, value in sorted(module.state_dict().items()) if isinstance(value, Tensor)]
@@ -40,12 +40,12 @@ def _of_loss(task: Task) -> str:
 
 
 def of_shards(shards: Iterable[tuple[str, np.ndarray]]) -> str:
-    """A digest of who has which examples."""
+    """A digest of the assignment of examples to clients."""
     return _of([], [(name, torch.from_numpy(np.array(rows))) for name, rows in shards])
 
 
 def source(thing: Callable[..., Any] | type) -> str:
-    """What a function or class says: its own text where that can be found, or its name and what it is compiled to."""
+    """The source of a function or class; if it cannot be found, its name and bytecode."""
     if isinstance(thing, nn.Module):
         return repr(thing)
     try:

@@ -1,4 +1,4 @@
-"""What a module is fed: examples that are handed out batch by batch, whatever holds them."""
+"""The inputs of a module: examples in any container, given batch by batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from anyrank.errors import DataError, ModelError, in_a_line
 
-UNNAMED = ""  # the name of an argument that stands first in the module's forward, whatever it is called
+UNNAMED = ""  # stands for the first argument of the module's forward, whatever its name
 
 
 @runtime_checkable
 class Inputs(Protocol):
-    """Examples that can be handed to a module batch by batch."""
+    """Examples that can be given to a module batch by batch."""
 
     def __len__(self) -> int: ...
 
@@ -29,13 +29,13 @@ class Inputs(Protocol):
 
     @property
     def on_disk(self) -> bool:
-        """Whether the examples are in a file, of which the system keeps in memory what fits."""
+        """Whether the examples are in a file, of which the operating system caches what fits in memory."""
         ...
 
     def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
         """Keyword arguments of the module's `forward` for the examples `index` `[b]`.
 
-        `equal_lengths`: each example takes the same room in the batch, so that it can be told where one ends.
+        `equal_lengths`: each example takes the same space in the batch, so that the batch can be split by example.
         """
         ...
 
@@ -79,11 +79,11 @@ class FieldInputs:
 
 @dataclass(frozen=True, eq=False)
 class ItemInputs:
-    """An indexable data set, such as a `torch.utils.data.Dataset`, whose items are made when they are asked for.
+    """An indexable data set, such as a `torch.utils.data.Dataset`, which makes its items on request.
 
-    `items[i]` is what the module takes (a tensor, an array, a number, or a mapping of its arguments) or, with `paired`, a pair
-    of that and the label, or a mapping that has the label under `label`. Items of a batch are put together as
-    `torch.utils.data.default_collate` does.
+    `items[i]` is the module's input (a tensor, an array, a number, or a mapping of its arguments) or, with `paired`, a pair of
+    input and label, or a mapping with the label under `label`. Items of a batch are combined by
+    `torch.utils.data.default_collate`.
     """
 
     items: Any
@@ -97,7 +97,7 @@ class ItemInputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the first item, times their number: what all take if they are of one size."""
+        """Bytes of the first item times the number of items: exact if all have one size."""
         first = self.batch(torch.tensor([0]))
         return len(self) * sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
 
@@ -114,7 +114,7 @@ class ItemInputs:
         return item[0] if self.paired else item
 
 
-# --- from what people have -------------------------------------------------------------------------------------------
+# --- from users' data ------------------------------------------------------------------------------------------------
 
 _LABELS = ("labels", "label")  # keys of an item under which its label is looked for
 
@@ -122,7 +122,7 @@ _LABELS = ("labels", "label")  # keys of an item under which its label is looked
 def inputs_of(given: Any) -> Inputs:
     """`given` as inputs: a tensor or array `[n, ...]`, a mapping of the module's arguments to these, or anything indexable.
 
-    Raises `DataError` for what is none of these, for parts of different lengths, and for numbers that are not finite.
+    Raises `DataError` for other types, for parts of different lengths, and for numbers that are not finite.
     """
     if isinstance(given, Inputs):
         return given
@@ -143,7 +143,7 @@ def inputs_of(given: Any) -> Inputs:
 
 
 def labels_of(given: Any) -> Tensor:
-    """`given` as labels `[n]`: whole numbers as int64, others as they are. Raises `DataError` for names and for no numbers."""
+    """`given` as labels `[n]`: whole numbers as int64, others unchanged. Raises `DataError` if they are names or otherwise not numbers."""
     try:
         labels = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError) as error:
@@ -160,7 +160,7 @@ def labels_of(given: Any) -> Tensor:
 
 
 def split_items(items: Any) -> tuple[ItemInputs, Tensor]:
-    """The inputs and the labels of a data set whose items hold both: pairs, or mappings with `labels` or `label`."""
+    """The inputs and the labels of a data set whose items have both: pairs, or mappings with `labels` or `label`."""
     if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
         raise DataError(f"Examples: expected inputs and labels, or a data set of pairs, got {type(items).__name__} alone")
     if not len(items):
@@ -177,7 +177,7 @@ def split_items(items: Any) -> tuple[ItemInputs, Tensor]:
 
 
 def named(inputs: Inputs, module: nn.Module) -> Inputs:
-    """`inputs` under the name that the module's forward gives its first argument, where they have none of their own.
+    """`inputs` under the name of the first argument of the module's forward, if they have no name.
 
     Raises `ModelError` for arguments that the forward does not take.
     """
@@ -204,8 +204,8 @@ def named(inputs: Inputs, module: nn.Module) -> Inputs:
 
 
 def pieces(inputs: Inputs, most: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `inputs`, by name, to be digested: all of those that are held, of others at most `most` examples, spread
-    evenly.
+    """The tensors of `inputs`, by name, for a digest: all tensors in memory, and of other inputs at most `most` evenly spaced
+    examples.
     """
     if isinstance(inputs, TensorInputs):
         yield inputs.name, inputs.values

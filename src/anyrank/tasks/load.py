@@ -1,4 +1,4 @@
-"""From a configuration to its task."""
+"""Load the task of a configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anyrank.tasks.place import place
 
 
 def cache_dir() -> Path:
-    """Where frozen features and pretrained demo models are kept between runs: `$ANYRANK_CACHE`, or the user's cache."""
+    """The folder that keeps frozen features and pretrained demo models between runs: `$ANYRANK_CACHE`, or the user's cache."""
     chosen = os.environ.get("ANYRANK_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else base / "anyrank"
@@ -24,7 +24,7 @@ def cache_dir() -> Path:
 def load_task(config: Config, progress: Progress | None = None) -> Task:
     """The task that a configuration describes; the last one is kept, so that a grid of runs loads it once.
 
-    Raises `ConfigError` for the task of a run whose program handed it in: only that program has it.
+    Raises `ConfigError` for a run whose task was passed from Python: only that program has the task.
     """
     if config.model.task == HANDED_IN:
         raise ConfigError(
@@ -42,7 +42,7 @@ def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, changed
 
 def _load_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
     changed = Path(model.file).stat().st_mtime_ns if model.file and Path(model.file).is_file() else 0
-    slot = _cached_task(model, data, lora, changed)  # a list, so that `progress` is no part of the key
+    slot = _cached_task(model, data, lora, changed)  # a list, so that `progress` is not part of the key
     if slot and getattr(slot[0].module, "_anyrank_in_use", False):  # another federation of this process trains on it
         return _make(model, data, lora, progress)
     if not slot:
