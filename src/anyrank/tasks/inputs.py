@@ -143,7 +143,7 @@ def inputs_of(given: Any) -> Inputs:
 
 
 def labels_of(given: Any) -> Tensor:
-    """`given` as labels `[n]`: whole numbers as int64, others unchanged. Raises `DataError` if they are names or otherwise not numbers."""
+    """`given` as labels `[n]`: whole numbers as int64, others unchanged. Raises `DataError` if they are not numbers."""
     try:
         labels = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError) as error:

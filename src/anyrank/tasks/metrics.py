@@ -165,9 +165,7 @@ def _figure(metric: Metric, labels: np.ndarray, scores: Scores, names: Sequence[
         has = [what for what in OF if getattr(scores, what) is not None]
         raise ConfigError(f"metric '{metric.name}': {_lacking(metric, has)}")
     try:
-        value = metric.function(
-            labels.copy(), second.copy()
-        )  # copies, so that a metric that changes its arguments does not affect others
+        value = metric.function(labels.copy(), second.copy())  # copies, because a metric may change its arguments
     except Exception as error:  # whatever a user's metric raises
         what = f"labels {labels.shape} and {metric.of} {second.shape}"
         raise ConfigError(f"metric '{metric.name}': failed on {what}: {in_a_line(error)}; {_MEND}") from None

@@ -1,4 +1,4 @@
-"""Pictures as a module takes them: kept as bytes, a quarter of what floats take, and scaled batch by batch."""
+"""Pictures as inputs of a module: stored as bytes, a quarter of the size of floats, and scaled batch by batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scale:
-    """What pixels mean to a model: `(value · factor - mean) / std`, with one mean and std for each channel, or for all."""
+    """The scaling of pixels for a model: `(value · factor - mean) / std`, with one mean and std per channel, or for all."""
 
     factor: float = 1 / 255
     mean: tuple[float, ...] = (0.5,)
@@ -44,7 +44,7 @@ class PixelInputs:
 
 @dataclass(frozen=True, eq=False)
 class HiddenInputs:
-    """What a frozen part gave for each example, `values` `[n, …]` float32 or bfloat16; a batch is `inputs` `[b, …]` float32."""
+    """Outputs of a frozen part by example, `values` `[n, …]` float32 or bfloat16; a batch is `inputs` `[b, …]` float32."""
 
     values: Tensor
     on_disk: bool = False
@@ -61,5 +61,5 @@ class HiddenInputs:
 
 
 def turned(values: np.ndarray, degrees: int) -> np.ndarray:
-    """Pictures `[..., h, w]` turned by `degrees`, a multiple of 90, against the clock."""
+    """Pictures `[..., h, w]` rotated counterclockwise by `degrees`, a multiple of 90."""
     return np.ascontiguousarray(np.rot90(values, degrees // 90, axes=(-2, -1)))
