@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = measure(Path(folder), starts)
     medians = {name: statistics.median(wall for wall, _ in times) for name, times in seconds.items()}
-    print("| command | seconds | least to most | CPU seconds | times Python | share of importing torch |")
+    print("| command | seconds | minimum to maximum | CPU seconds | times Python | share of importing torch |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, median in medians.items():
         walls, cpu = [wall for wall, _ in seconds[name]], statistics.median(cpu for _, cpu in seconds[name])

@@ -144,7 +144,7 @@ def write(lines: Sequence[str], wall_s: float) -> None:
     claim = f"*Epsilon {GRID_EPSILON}: accuracy in % of the last five rounds by learning rate, on held-out training examples.*"
     day = datetime.date.today().isoformat()
     told = f"`python experiments/private_rates.py` · seed {SEEDS[0]} · {results.circumstances(wall_s, day)}"
-    results.put(NAME, "Learning rates that private training bears", [claim, told, "\n".join(table)])
+    results.put(NAME, "Learning rates that private training tolerates", [claim, told, "\n".join(table)])
 
 
 if __name__ == "__main__":

@@ -324,8 +324,8 @@ def put(key: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
 
 A0, A1, B1 = "layers.0.q.lora_A.weight", "layers.1.q.lora_A.weight", "layers.1.q.lora_B.weight"
 BAD_WEIGHTS = {
-    "nan": (put(A1, torch.full((2, 6), torch.nan)), r"layers\.1\.q: holds NaN .* diverged"),
-    "infinity": (put(B1, torch.full((6, 2), torch.inf)), r"layers\.1\.q: holds NaN or infinite"),
+    "nan": (put(A1, torch.full((2, 6), torch.nan)), r"layers\.1\.q: contains NaN .* diverged"),
+    "infinity": (put(B1, torch.full((6, 2), torch.inf)), r"layers\.1\.q: contains NaN or infinite"),
     "rank": (put(A1, torch.ones(3, 6)), r"layer layers\.1\.q: adapter_config\.json says rank 2, A has 3 rows"),
     "partner": (lambda t: t.pop(PREFIX + B1), r"layer layers\.1\.q: factor B is missing; save the adapter again"),
     "other partner": (lambda t: t.pop(PREFIX + A0), r"layer layers\.0\.q: factor A is missing"),
@@ -337,8 +337,8 @@ BAD_WEIGHTS = {
     "three dimensions": (put(B1, torch.ones(6, 2, 1)), r"layer layers\.1\.q: B: expected a two-dimensional"),
     "integers": (put(A1, torch.ones(2, 6, dtype=torch.int32)), r"layer layers\.1\.q: A: expected .* floating .* torch\.int32"),
     "ranks differ": (put(B1, torch.ones(6, 1)), r"layer layers\.1\.q: A \[rank, in\] and B \[out, rank\] must share rank"),
-    "empty": (lambda t: t.clear(), r"holds no LoRA factors"),
-    "no lora": (lambda t: (t.clear(), t.update({"score.weight": torch.ones(2)})), r"holds no LoRA factors"),
+    "empty": (lambda t: t.clear(), r"contains no LoRA factors"),
+    "no lora": (lambda t: (t.clear(), t.update({"score.weight": torch.ones(2)})), r"contains no LoRA factors"),
 }
 
 

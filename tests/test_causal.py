@@ -394,17 +394,17 @@ def test_what_is_scored_must_be_there(folders, data):
     task = load(folders["llama"], data)
     without = task.objective
     without = replace(without, questions=replace(without.questions, generates=False))
-    with pytest.raises(ConfigError, match="the model keeps nothing of earlier tokens"):
+    with pytest.raises(ConfigError, match="the model has no cache of earlier tokens"):
         without.under(EvalConfig(score="generate"))
     with pytest.raises(ConfigError, match="no options to choose from"):
         scored(task, score="likelihood")
     with pytest.raises(ConfigError, match="metric 'macro_f1': is of predictions, and this task has losses"):
         base.judged(task, EvalConfig(score="exact", metrics=("macro_f1",)))
-    with pytest.raises(ConfigError, match="eval.extract = 'number': there is none in the answer ' on'"):
+    with pytest.raises(ConfigError, match="eval.extract = 'number': nothing to extract in the answer ' on'"):
         scored(task, score="generate", extract="number")
     with pytest.raises(ConfigError, match="the longest prompt has 35 tokens and the model takes 1200 in all"):
         scored(task, score="generate", max_new_tokens=1166)
-    with pytest.raises(ConfigError, match="eval.max_new_tokens: expected it left out: it is for causal-lm"):
+    with pytest.raises(ConfigError, match="eval.max_new_tokens: expected no value, because this key is only for causal-lm"):
         Config(eval=EvalConfig(max_new_tokens=5))
 
 
@@ -551,16 +551,20 @@ def test_labels_are_a_column_or_the_options_or_none(folders, tmp_path, data):
         ([{"prompt": "a", "completion": "b"}], {"template": "{prompt}"}, "expected the field {completion} once"),
         ([{"prompt": "a", "completion": "b"}], {"template": "{prmpt}{completion}"}, "no column 'prmpt'"),
         ([{"prompt": "a", "completion": "b"}], {"template": "{prompt!r}{completion}"}, "expected plain fields"),
-        ([{"prompt": "a", "completion": "b"}], {"template": "{prompt{completion}"}, "write braces that are no field twice"),
+        ([{"prompt": "a", "completion": "b"}], {"template": "{prompt{completion}"}, "write braces that are not a field twice"),
         ([{"prompt": "a", "completion": "b"}], {"options": ("yes", "no")}, "expected one of data.options, yes, no, got 'b'"),
         ([{"prompt": "a", "completion": "b"}], {"train_examples": 2}, "data.train_examples = 2: the source has only 1"),
         ([{"messages": "hi"}], {"format": "messages"}, "line 1: expected messages as a list"),
-        ([{"messages": [{"role": "user", "content": "hi"}]}], {"format": "messages"}, "that end in one of the assistant"),
+        (
+            [{"messages": [{"role": "user", "content": "hi"}]}],
+            {"format": "messages"},
+            "that end with a message of the assistant",
+        ),
         ([{"question": "a"}], {"format": "gsm8k"}, "no value in column 'answer' (data.format = 'gsm8k')"),
         (
             [{"instruction": "a", "output": "b", "answer": "b"}],
             {"format": "commonsense"},
-            "expected an instruction that ends in its options",
+            "expected an instruction that ends with its options",
         ),
         (
             [{"instruction": "Answer format: yes/no", "output": "b", "answer": "no"}],
@@ -601,11 +605,11 @@ def test_models_that_cannot_be_used_are_refused(folders, data, tmp_path):
         load(tmp_path / "none", data)
     with pytest.raises(ModelError, match="takes at most 1200 tokens"):
         load(folders["llama"], data, max_length=1201)
-    with pytest.raises(ConfigError, match="has its own, which stays frozen"):
+    with pytest.raises(ConfigError, match="has its own head, which stays frozen"):
         load(folders["llama"], data, head="trained")
     with pytest.raises(ModelError, match="its tokenizer has no chat template"):
         load(make_model(tmp_path / "plain", chat=False), replace(data, chat=True))
-    with pytest.raises(ModelError, match="it knows no words but those of data.source = 'arithmetic'"):
+    with pytest.raises(ModelError, match="its vocabulary covers only data.source = 'arithmetic'"):
         causal.load(ModelConfig(name="arithmetic-decoder", task="causal-lm"), data, LoraConfig(), tmp_path)
     with pytest.raises(ModelError, match="give model.name .* or model.path"):
         causal.load(ModelConfig(task="causal-lm"), data, LoraConfig(), tmp_path)

@@ -130,13 +130,16 @@ def test_a_method_of_ones_own_takes_part(anyrank, tmp_path: Path) -> None:
         (("run", "digits.toml", "--set", "clients.ranks=[2, 65]"), "rank 65: expected at most 64"),
         (("run", "digits.toml", "--set", "clients.count=5000"), "more clients than the"),
         (("run", "digits.toml", "--set", "method.name=fedavg"), "needs clients of one rank"),
-        (("run", "digits.toml", "--set", "privacy.epsilon=3"), "expected level = 'example' or 'client' beside it"),
+        (
+            ("run", "digits.toml", "--set", "privacy.epsilon=3"),
+            "expected level = 'example' or 'client' to be set too",
+        ),
         (("run", "digits.toml", "--set", "method.file=absent.py"), "no such file"),
         (("compare", "digits.toml", "--methods", "raflora,raflora"), "expected different methods"),
         (("compare", "digits.toml", "--methods", "raflora@two"), "expected METHOD[:KEY=VALUE][@RANK]"),
         (("compare", "digits.toml", "--methods", "rbla", "--seeds", "0"), "expected at least 1, got 0"),
         (("report", "."), "expected a run folder"),
-        (("demo", "--out", "."), "will not delete anything else"),
+        (("demo", "--out", "."), "which is not deleted"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_nothing(
@@ -161,7 +164,7 @@ def test_what_the_demo_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
         remove_run(tmp_path / out)
         assert not (tmp_path / out).exists()
     for out in ("mine", "."):
-        with pytest.raises(RunError, match="will not delete anything else"):
+        with pytest.raises(RunError, match="which is not deleted"):
             remove_run(tmp_path / out)
     assert (tmp_path / "mine" / "rbla" / "notes.txt").exists()
 

@@ -117,7 +117,7 @@ def test_a_bad_csv_stops_with_the_place_and_the_mend(tmp_path, content, options,
         ('{"text": "a", "label": 1}\n{"text": "b"}\n', ["line 2", "expected a label", "got none"]),
         ('{"text": "a", "label": 1}\n{"text": 5, "label": 1}\n', ["line 2", "expected a text", "got 5"]),
         ('{"text": "a", "label": 1.5}\n', ["line 1", "expected a label", "1.5"]),
-        ('{"text": "a", "label": 1}\n\n{"text": \n', ["line 3", "one JSON object a line"]),
+        ('{"text": "a", "label": 1}\n\n{"text": \n', ["line 3", "one JSON object per line"]),
         ('{"text": "a", "label": 1}\n[1]\n', ["line 2", "got list"]),
         ('[{"text": "a", "label": 1}, 7]', ["item 2", "got int"]),
         ('[{"text": "a", "label": 1}, {"text": "", "label": 1}]', ["item 2", "an empty one"]),
@@ -173,7 +173,7 @@ def test_a_split_with_nothing_to_hold_out_is_refused(tmp_path):
 
 def test_one_label_is_nothing_to_learn(tmp_path):
     config = DataConfig(source=write(tmp_path / "a.csv", rows({"only": 5})))
-    assert "at least two labels" in refusal(config, texts.load_split)
+    assert "at least two different labels" in refusal(config, texts.load_split)
 
 
 def test_a_test_file_has_the_training_files_labels(tmp_path):

@@ -31,7 +31,9 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def test_the_methods_table_is_the_registry() -> None:
-    table = re.findall(r"^\| `([a-z_-]+)` \| (.*) \|$", README.split("## Methods")[1].split("## On a folder")[0], flags=re.M)
+    table = re.findall(
+        r"^\| `([a-z_-]+)` \| (.*) \|$", README.split("## Methods")[1].split("## Merge adapter folders")[0], flags=re.M
+    )
     told = {name: [cell.strip() for cell in cells.split(" | ")] for name, cells in table}
     entries = catalog()
     assert told.keys() == {entry["name"] for entry in entries}

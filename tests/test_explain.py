@@ -74,7 +74,7 @@ def test_a_key_is_found_by_what_somebody_calls_it(word: str, paths: list[str]) -
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("alhpa", "alhpa: no key and no section; did you mean 'alpha'?"),
+        ("alhpa", "alhpa: no key or section has this name; did you mean 'alpha'?"),
         ("lora_alhpa", "did you mean 'lora_alpha'?"),
         ("train.lr", "did you mean train.learning_rate?"),
         ("run.alpha", "did you mean data.partition.alpha or lora.alpha?"),

@@ -83,7 +83,7 @@ def rows(tmp_path: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("deed", "status", "reason"),
     [
-        ("nan", "rejected", "layer x, B: holds NaN"),
+        ("nan", "rejected", "layer x, B: contains NaN"),
         ("shape", "rejected", "layer x, A: expected"),
         ("boasts", "rejected", "claims 1000 examples, 1 are registered"),
         ("crashes", "failed", "out of memory"),
@@ -168,7 +168,7 @@ def test_a_round_in_which_all_fail_ends_the_run_and_the_checkpoint_stands(tmp_pa
     def then_break(metrics: dict) -> None:
         engine.mischief = dict.fromkeys(("client-0", "client-1", "client-2", "client-3"), "nan")
 
-    with pytest.raises(RunFailed, match=r"round 2: no client sent a usable update; client-0: layer x, B: holds NaN"):
+    with pytest.raises(RunFailed, match=r"round 2: no client sent a usable update; client-0: layer x, B: contains NaN"):
         loop.run(built, store, then_break)
     assert store.restore().round == 1
     assert [row["round"] for row in rows(tmp_path, "metrics.jsonl")] == [1]

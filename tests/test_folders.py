@@ -187,7 +187,7 @@ def test_a_value_that_is_no_number_stops_the_merge_and_leaves_nothing(
     spoiled = Adapter.load(sites[2])
     getattr(spoiled.layers["a.table"], factor)[0, 0] = value  # the last layer: others are written by then
     spoiled.save(sites[2])
-    refused(tmp_path, AdapterError, "site-2, a.table: holds NaN", sites, method)
+    refused(tmp_path, AdapterError, "site-2, a.table: contains NaN", sites, method)
 
 
 def test_heads_of_two_shapes_are_named(tmp_path: Path, sites: list[Path]) -> None:

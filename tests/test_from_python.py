@@ -137,7 +137,7 @@ def test_resume_with_something_else_is_refused_by_name(what: str, tmp_path: Path
 
 def test_the_command_says_that_the_task_was_handed_in(tmp_path: Path) -> None:
     federation().run(tmp_path / "run")
-    with pytest.raises(AnyRankError, match="handed in by a Python program"):
+    with pytest.raises(AnyRankError, match="passed from a Python program"):
         anyrank.load(tmp_path / "run" / "config.toml").run(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -373,8 +373,11 @@ WRONG = {
     "inputs of another width": (lambda: federation(task(train=Examples(x[:COUNT, :4], y[:COUNT]))), "raised RuntimeError"),
     "a number as data": (lambda: Examples(3, y), "inputs: expected a tensor"),
     "a loss of one number": (lambda: federation(task(loss=nn.CrossEntropyLoss())), "reduction='none'"),
-    "a loss of none": (lambda: federation(task(loss=lambda outputs, labels: None)), "one value an example"),
-    "a loss without a gradient": (lambda: federation(task(loss=lambda o, t: t.float())), "does not depend on what is trained"),
+    "a loss of none": (lambda: federation(task(loss=lambda outputs, labels: None)), "one value per example"),
+    "a loss without a gradient": (
+        lambda: federation(task(loss=lambda o, t: t.float())),
+        "does not depend on the trained parameters",
+    ),
     "a loss of NaN": (lambda: federation(task(loss=lambda o, t: o.sum(1) * float("nan"))), "finite numbers"),
     "an empty shard": (lambda: federation(shards={"north": np.arange(5), "south": []}), "south has no examples"),
     "shards that overlap": (lambda: federation(shards={"north": [1, 2, 3], "south": [3, 4]}), "example 3 is given to north"),

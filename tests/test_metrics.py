@@ -207,7 +207,7 @@ def test_a_value_that_is_no_number_is_one_line(value: object, told: str) -> None
     with pytest.raises(ConfigError) as error:
         one(Metric("mine", lambda labels, predictions: value))
     assert f"metric 'mine': {told}" in str(error.value)
-    assert re.search("; (mend|return) ", str(error.value))
+    assert re.search("; (correct|return) ", str(error.value))
     assert "\n" not in str(error.value)
 
 
@@ -288,7 +288,7 @@ def perplexity(labels, losses):
     ("text", "told"),
     [
         ("x = 1\n", "mine.py registers no metric; put @register"),
-        ("x = 1\nx.y\n", "mine.py, line 2: AttributeError: 'int' object has no attribute 'y'; mend the file"),
+        ("x = 1\nx.y\n", "mine.py, line 2: AttributeError: 'int' object has no attribute 'y'; correct the file"),
         ("x = (\n", "mine.py, line 1: SyntaxError"),
         ("import absent_package\n", "mine.py, line 1: ModuleNotFoundError: No module named 'absent_package'"),
         ("raise SystemExit\n", "mine.py, line 1: SystemExit"),
@@ -386,7 +386,9 @@ def test_regression_has_a_loss_and_metrics_of_its_outputs_and_no_accuracy() -> N
     assert found.figures["error"] == pytest.approx(1 - ((outputs - labels) ** 2).sum() / ((labels - labels.mean()) ** 2).sum())
     with pytest.raises(ConfigError, match="metric 'auc': is of scores, and this task has predictions, losses"):
         base.score(base.judged(task, EvalConfig(metrics=("auc",))), 2)
-    with pytest.raises(ConfigError, match="metric 'macro_f1': failed on .*; mend the function, or take it out of eval.metrics"):
+    with pytest.raises(
+        ConfigError, match="metric 'macro_f1': failed on .*; correct the function, or remove it from eval.metrics"
+    ):
         base.score(base.judged(task, EvalConfig(metrics=("macro_f1",))), 2)
 
 

@@ -260,7 +260,7 @@ def test_the_command_tells_of_a_configuration_what_a_run_would_spend(tmp_path: P
     assert "epsilon" in result.output
     table = CliRunner().invoke(app, ["privacy", str(tmp_path / "private.toml")]).output
     assert "noise multiplier" in table
-    assert "10 of 10 rounds a client" in table
+    assert "10 of 10 rounds per client" in table
 
 
 @pytest.mark.parametrize(

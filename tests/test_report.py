@@ -241,7 +241,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_went(tmp_path):
     assert row["final accuracy, %"] == "50.00"  # the last round that was scored
     assert row["last 5, %"] == "40.00"
     assert row["up, MB"] == "3.0"
-    assert "raflora, seed 0 is unfinished (round 3 of 2): shown as far as it went." in page.text
+    assert "raflora, seed 0 is unfinished (round 3 of 2): shown up to this round." in page.text
 
 
 def test_an_unfinished_run_of_a_grid_goes_by_the_label_it_was_asked_for(tmp_path):
@@ -258,7 +258,7 @@ def test_an_unfinished_seed_is_left_out_beside_finished_ones(tmp_path):
     runs = [write_run(tmp_path / "0", (0.1, 0.6)), write_run(tmp_path / "1", (0.1, 0.9), seed=1, finished=False)]
     page = build(tmp_path, *runs)
     assert page.row("raflora")["final accuracy, %"] == "60.00"
-    assert "raflora, seed 1 is unfinished (round 2 of 2): left out of every figure." in page.text
+    assert "raflora, seed 1 is unfinished (round 2 of 2): left out of all figures." in page.text
 
 
 def test_a_run_that_has_not_begun_makes_a_page_and_a_figure(tmp_path):
@@ -273,7 +273,7 @@ def test_files_that_are_missing_are_no_error(tmp_path):
     run = write_run(tmp_path / "run", finished=False)
     (run / "metrics.jsonl").unlink()
     (run / "clients.jsonl").unlink()
-    assert "No record of single clients" in build(tmp_path, run).text
+    assert "no records of single clients" in build(tmp_path, run).text
 
 
 def test_a_line_that_was_being_written_is_passed_over(tmp_path):
@@ -350,14 +350,14 @@ def test_clients_by_rank_and_their_updates(tmp_path):
     page = build(tmp_path, write_run(tmp_path / "run", clients=rows))
     table = next(table for table in page.tables if table[0][0] == "rank")
     assert table[1:] == [["2", "3", "2", "20"], ["4", "1", "1", "40"]]  # rank, clients, updates used, examples
-    assert "Examples a client (seed 0): 5 at least, 10.5 in the median, 40 at most." in page.text
+    assert "Examples per client (seed 0): minimum 5, median 10.5, maximum 40." in page.text
 
 
 def test_rejections_are_grouped_by_reason_whoever_and_whenever(tmp_path):
     rows = [client(number, f"c{number}", 2, "rejected", f"round {number}: client c{number}: NaN in A") for number in (1, 2)]
     rows += [client(3, "c1", 2, "skipped", "has no examples"), client(3, "c9", 2)]
     page = build(tmp_path, write_run(tmp_path / "run", clients=rows))
-    table = next(table for table in page.tables if table[0][0] == "what")
+    table = next(table for table in page.tables if table[0][0] == "status")
     assert table[1:] == [
         ["rejected", "2", "round …: client …: NaN in A", "raflora 2", "c1, c2", "1–2"],
         ["skipped", "1", "has no examples", "raflora 1", "c1", "3"],
@@ -368,8 +368,8 @@ def test_privacy_is_shown_just_where_it_was_spent(tmp_path):
     private = write_run(tmp_path / "a", metrics=[metric(1, 0.5, epsilon=0.5), metric(2, 0.5, epsilon=0.75)], epsilon=0.75)
     plain = write_run(tmp_path / "b", label="rbla")
     page = build(tmp_path, private, plain)
-    assert next(table for table in page.tables if table[0][1] == "ε in the end")[1:] == [["raflora", "0.750"]]
-    assert "rbla had none" in page.text
+    assert next(table for table in page.tables if table[0][1] == "final ε")[1:] == [["raflora", "0.750"]]
+    assert "rbla had no such guarantee" in page.text
     assert "Privacy spent" not in build(tmp_path, plain).text
 
 

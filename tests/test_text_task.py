@@ -294,7 +294,7 @@ def test_label_names_are_read_as_words(name, words):
 
 
 def test_label_names_that_cannot_be_told_apart_or_read_are_refused():
-    with pytest.raises(ModelError, match="'top-up' and 'top_up' both read as 'top up'"):
+    with pytest.raises(ModelError, match="'top-up' and 'top_up' both become 'top up'"):
         text.as_words(["top-up", "top_up"])
     with pytest.raises(ModelError, match="label '0' has no word to embed; use head = 'trained'"):
         text.as_words(["0", "1"])
@@ -398,7 +398,7 @@ def refusal(folder, data, cache, *arguments, error=ModelError, **options):
         (("attention",), "encoder.layer.0.attention is no linear or embedding layer"),
         (("LayerNorm",), "is no linear or embedding layer"),
         (("pooler.dense",), "a pooler is not used"),
-        (("map", "query"), "'map' lies above the encoder and stands alone"),
+        (("map", "query"), "'map' is above the encoder and excludes other modules"),
     ],
 )
 def test_targets_that_cannot_be_are_refused(folders, data, tmp_path, targets, says):
@@ -482,7 +482,7 @@ def test_a_hub_model_is_its_local_snapshot(folders, data, tmp_path, monkeypatch)
 def test_one_label_is_refused(folders, tmp_path):
     (tmp_path / "one.csv").write_text("text,label\npay,a\nhelp,a\n")
     said = refusal(folders["bert"], DataConfig(source=str(tmp_path / "one.csv")), tmp_path / "cache", error=DataError)
-    assert "at least two labels" in said
+    assert "at least two different labels" in said
 
 
 # --- the packaged encoder --------------------------------------------------------------------------------------------

@@ -234,12 +234,15 @@ WRONG = {
     "wrong magic": (lambda f: spoil(f, IMAGES, b"\x00\x00\x0d\x03" + bytes(12)), "begins 00 00 08 03, got 00 00 0d 03"),
     "labels for images": (lambda f: spoil(f, IMAGES, idx(LABELS)), "begins 00 00 08 03, got 00 00 08 01"),
     "empty idx": (lambda f: spoil(f, IMAGES, b""), "got nothing"),
-    "idx cut short": (lambda f: spoil(f, IMAGES, idx(GREY)[:-9]), "says 24x12x8 bytes, after it come 2295;"),
+    "idx cut short": (lambda f: spoil(f, IMAGES, idx(GREY)[:-9]), "declares 24x12x8 bytes, but 2295 follow;"),
     "idx head cut short": (lambda f: spoil(f, IMAGES, idx(GREY)[:6]), "the file is damaged"),
     "gzip cut short": (lambda f: cut_gzip(f), "not readable as gzip"),
-    "fewer labels": (lambda f: spoil(f, IDX_LABELS, idx(LABELS[:-1])), "expected 24 labels, one for each image of .*, got 23"),
-    "no labels": (lambda f: write_idx(f, "train").joinpath(IDX_LABELS).unlink() or f, "no file of its labels beside it"),
-    "two sets": (two_idx_sets, "are of two datasets"),
+    "fewer labels": (lambda f: spoil(f, IDX_LABELS, idx(LABELS[:-1])), "expected 24 labels, one per image of .*, got 23"),
+    "no labels": (
+        lambda f: write_idx(f, "train").joinpath(IDX_LABELS).unlink() or f,
+        "there is no file of its labels in the same folder",
+    ),
+    "two sets": (two_idx_sets, "belong to two datasets"),
     "not a zip": (lambda f: write_bytes(f / "set.npz", b"nothing"), "not readable as an .npz of plain arrays"),
     "objects": (lambda f: broken_npz(f, image=np.array([{}, []], dtype=object), label=LABELS[:2]), "npz of plain arrays"),
     "no such array": (lambda f: broken_npz(f, images=GREY, label=LABELS), "no array 'image' .*did you mean 'images'"),
@@ -247,12 +250,12 @@ WRONG = {
     "channels first": (lambda f: broken_npz(f, image=COLOUR.swapaxes(1, 3), label=LABELS), r"got uint8 \[24, 3, 8, 12\]"),
     "one-hot labels": (lambda f: broken_npz(f, image=GREY, label=np.eye(24)), r"expected whole numbers or names \[n\]"),
     "fewer npz labels": (lambda f: broken_npz(f, image=GREY, label=LABELS[:5]), "expected 24 labels"),
-    "one label": (lambda f: broken_npz(f, image=GREY, label=LABELS * 0), "at least two labels to tell apart, got only '0'"),
+    "one label": (lambda f: broken_npz(f, image=GREY, label=LABELS * 0), "at least two different labels, got only '0'"),
     "not a picture": (lambda f: broken_picture(f, b"no picture"), "cat/00.png: not readable as an image"),
     "picture cut short": (lambda f: broken_picture(f, png(COLOUR[0])[:60]), "cat/00.png: not readable as an image"),
     "16 bits": (
         lambda f: broken_picture(f, png(GREY[0].astype(np.uint16))),
-        "expected 8 bits a channel, got mode I",
+        "expected 8 bits per channel, got mode I",
     ),
     "ragged": (lambda f: broken_picture(f, png(COLOUR[0, :5])), "expected .*x8 colour, as .* is, got .*x8 colour"),
     "grey among colour": (lambda f: broken_picture(f, png(GREY[0])), "expected 12x8 .*, as .* is, got 12x8 "),
@@ -414,7 +417,7 @@ RANDOM_VIT = ModelConfig(name="fashion-vit", pretrained=False)
 
 def test_a_small_models_wishes_are_checked(tmp_path):
     np.savez(tmp_path / "odd.npz", image=GREY[:, :10, :7], label=LABELS)
-    with pytest.raises(ModelError, match="sides that 4 divides, got 10x7"):
+    with pytest.raises(ModelError, match="sides divisible by 4, got 10x7"):
         vision.load(RANDOM_VIT, DataConfig(source=str(tmp_path / "odd.npz")), LoraConfig(), tmp_path)
     np.savez(tmp_path / "few.npz", image=GREY[:6], label=LABELS[:6])
     with pytest.raises(DataError, match="too few to pretrain fashion-mlp"):
@@ -425,9 +428,9 @@ def test_a_small_models_wishes_are_checked(tmp_path):
         vision.load(ModelConfig(name="fashion-mlp", head="label-names"), bands(tmp_path), LoraConfig(), tmp_path)
     np.savez(tmp_path / "small.npz", image=GREY[:, :4, :4], label=LABELS)
     data = bands(tmp_path, test_source=str(tmp_path / "small.npz"))
-    with pytest.raises(DataError, match="expected held-out images as the training ones are, 8x8 grey, got 4x4 grey"):
+    with pytest.raises(DataError, match="expected held-out images like the training images, 8x8 grey, got 4x4 grey"):
         vision.load(ModelConfig(name="fashion-mlp"), data, LoraConfig(), tmp_path)
-    with pytest.raises(ConfigError, match="data.rotate: expected it left out"):
+    with pytest.raises(ConfigError, match="data.rotate: expected no value"):
         from_table({"data": {"rotate": 90}})
     with pytest.raises(ConfigError, match="model.pretrained: expected it left out"):
         from_table({"model": {"pretrained": False}})
@@ -721,11 +724,11 @@ def test_a_wrong_model_is_one_line_that_says_how_to_mend_it(models, zoo, tmp_pat
         load(models["resnet"], zoo, tmp_path)
     with says("'q_prj' matches no module of ViTForImageClassification; did you mean 'q_proj'"):
         load(models["vit"], zoo, tmp_path, ("q_prj",))
-    with says("'map' lies above the model and stands alone"):
+    with says("'map' is above the model and excludes other modules"):
         load(models["vit"], zoo, tmp_path, ("map", "q_proj"))
     with says("label-names is for text", ConfigError):
         load(models["vit"], zoo, tmp_path, head="label-names")
-    with says("model.pretrained = false: is for fashion-mlp", ConfigError):
+    with says("model.pretrained = false: is only for fashion-mlp", ConfigError):
         load(models["vit"], zoo, tmp_path, pretrained=False)
 
 

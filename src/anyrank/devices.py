@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def cores() -> int:
-    """CPU cores that this process may use, at least 1: as the system says it, or, on macOS and Windows, all there are."""
+    """The number of CPU cores that this process may use, at least 1; on macOS and Windows, the number of all cores."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def find(name: str, asked: str = "model.device") -> torch.device:
-    """The device that is `asked` for: `auto` is a GPU where torch sees one. Raises `ModelError` for one it does not."""
+    """The device for the value of the key `asked`: `auto` is a GPU if torch finds one. Raises `ModelError` if it is missing."""
     import torch
 
     seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -38,7 +38,7 @@ def find(name: str, asked: str = "model.device") -> torch.device:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """So many CPU threads for torch, for as long as it lasts: the order in which sums are added up depends on it."""
+    """Set the number of torch's CPU threads within a `with` block, because the order of additions depends on it."""
     import torch
 
     before = torch.get_num_threads()
@@ -50,7 +50,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def all_cores() -> contextlib.AbstractContextManager[None]:
-    """Every core that this process may use, for as long as it encodes."""
+    """Use every core that this process may use within a `with` block, for encoding."""
     return threads(cores())
 
 

@@ -1,4 +1,4 @@
-"""The errors of the library: one line that says what was expected, what came, where, and how to mend it."""
+"""The errors of the library: one line with what was expected, what was found, where, and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class AnyRankError(Exception):
-    """Base of every error that `anyrank` raises on purpose. Its text is one line for a person."""
+    """Base of every error that `anyrank` raises on purpose. Its text is one line for the user."""
 
 
 class AdapterError(AnyRankError):
@@ -35,11 +35,11 @@ class RunError(AnyRankError):
 
 
 class RunFailed(AnyRankError):
-    """A run, or one client's training, cannot go on. The last checkpoint stands."""
+    """A run, or one client's training, cannot continue. The last checkpoint remains."""
 
 
 def in_a_line(error: BaseException) -> str:
-    """Somebody else's error in one line: its kind and the first line that it says; one of ours in its own words.
+    """An error in one line: the type and the first line of its text; for an `AnyRankError`, only the text.
 
     >>> in_a_line(ValueError("out of range"))
     'ValueError: out of range'
@@ -51,7 +51,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A clause that names the known word nearest to `word`, or all of them when none is near."""
+    """A clause that names the known word nearest to `word`, or all known words if none is near."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

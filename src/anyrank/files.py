@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then put it in place in one step.
+    """Let `write` fill a temporary file next to `path`, flush it to disk, then move it to `path` in one step.
 
-    Windows puts no file in the place of one that is open or mapped: whoever reads a file that is written again copies it.
+    Windows cannot replace a file that is open or mapped, so a reader of a file that will be rewritten must copy it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,5 +23,5 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_whole_text(path: Path, text: str) -> None:
-    """`write_whole` of a text, in the same bytes on every system: UTF-8, lines that end with a line feed alone."""
+    """Like `write_whole`, for a text; the bytes are the same on every system: UTF-8 with line feeds."""
     write_whole(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))

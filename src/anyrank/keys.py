@@ -1,7 +1,7 @@
-"""Randomness by name: every draw of a run comes from a key that is a pure function of the run seed and of what is drawn.
+"""Keyed random numbers: every draw of a run has a key that is a pure function of the run seed and of the draw's name.
 
-Two draws with different names are independent, the order in which they are made does not matter, and nothing but the
-seed has to be stored for a run to go on where it stopped.
+Two draws with different names are independent, and the order of draws does not matter. Only the seed has to be stored to
+resume a run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Python files of the user's own: methods, tasks, partitions and metrics that a configuration names by a file."""
+"""Load users' Python files: methods, tasks, partitions and metrics that a configuration names by a file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PREFIX = "anyrank_own_"
 
 
 def load(path: str | Path, asked: str, kind: type[AnyRankError]) -> ModuleType:
-    """Run a Python file, as a module of its own, and return it. `asked`: the key of the configuration that names it.
+    """Execute a Python file as a separate module, and return it. `asked`: the key of the configuration that names the file.
 
-    Raises an error of `kind`, in one line, for a file that is not there, cannot be read as Python, or raises.
+    Raises an error of `kind`, in one line, if the file is missing, is not valid Python, or raises an exception.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,7 +41,7 @@ def load(path: str | Path, asked: str, kind: type[AnyRankError]) -> ModuleType:
 
 
 def name_of(path: Path) -> str:
-    """A module name that no other file has, whatever folders they lie in."""
+    """A module name that is different for every file, in whatever folder."""
     return _PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
 
 
@@ -51,9 +51,9 @@ def is_own(module: str) -> bool:
 
 
 def registered(path: str | Path, asked: str, kind: type[AnyRankError], table: dict[str, Any], what: str) -> dict[str, Any]:
-    """What a file enters into `table` by name when it is run; what was in the table before stays.
+    """The entries that a file adds to `table` when it is executed; earlier entries of the table stay.
 
-    `what`: what it should have entered, in words. Raises an error of `kind` as `load` does, and for a file that enters nothing.
+    `what`: the kind of entry, in words. Raises an error of `kind` like `load`, and also if the file adds nothing.
     """
     before = dict(table)
     table.clear()

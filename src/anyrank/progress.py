@@ -1,4 +1,4 @@
-"""How long work reports that it goes on."""
+"""The callback by which long work reports its progress."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def from_peft_state(state: Mapping[str, Tensor], config: Mapping[str, Any], wher
             tensors[name] = finite(state[key], where, name)
     layers = {name: read_layer(name, pair, config, where) for name, pair in factors.items()}
     if not layers:
-        raise AdapterError(f"{where}: holds no LoRA factors (keys like '{PREFIX}NAME.lora_A.weight')")
+        raise AdapterError(f"{where}: contains no LoRA factors (keys like '{PREFIX}NAME.lora_A.weight')")
     return Adapter(layers, tensors, {k: v for k, v in config.items() if k not in OWN_KEYS})
 
 

@@ -76,5 +76,5 @@ def finite(tensor: Tensor, where: str, name: str) -> Tensor:
     # extremes decide. An outline ("meta") has no entries.
     known = tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta"
     if known and not math.isfinite(tensor.sum()) and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-        raise AdapterError(f"{where}, {name}: holds NaN or infinite values; the training that made it diverged")
+        raise AdapterError(f"{where}, {name}: contains NaN or infinite values; the training that made it diverged")
     return tensor

@@ -83,7 +83,9 @@ def read_layer(name: str, pair: dict[str, Any], config: Mapping[str, Any], where
     try:
         rank = _pattern("rank_pattern", name, config, config.get("r"))
         if A.ndim == 2 and rank is not None and A.shape[0] != rank:
-            raise AdapterError(f"{CONFIG_FILE} says rank {rank}, A has {A.shape[0]} rows; the two files are not of one adapter")
+            raise AdapterError(
+                f"{CONFIG_FILE} says rank {rank}, A has {A.shape[0]} rows; the two files belong to different adapters"
+            )
         return LoraLayer(A, B, _scaling(name, A.shape[0], config), kind, kernel)
     except (AdapterError, TypeError) as error:
         raise AdapterError(f"{where}, layer {name}: {error}") from None

@@ -1,4 +1,4 @@
-"""Merging adapters of any ranks without training, and looking into them."""
+"""Merge adapters of any ranks without training, and inspect adapters."""
 
 from anyrank.aggregation.aggregates import AggregateResult, aggregate, aggregate_folders
 from anyrank.aggregation.merge import infer_scaling

@@ -1,4 +1,4 @@
-"""Merging adapters of any ranks without training: one function, for folders of PEFT adapters or for your own loop."""
+"""Merge adapters of any ranks without training: one function, for folders of PEFT adapters or for your own loop."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _BATCH_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class AggregateResult:
-    """The merged update: as a whole, as the share of any rank, and as what goes into the base model.
+    """The merged update: the whole update, the share of any rank, and the part for the base model.
 
-    `work` says how singular values were computed: `work.paths` `{way: layers}` and `work.error`, the largest backward error.
+    `work` reports how singular values were computed: `work.paths` `{way: layers}` and `work.error`, the largest backward error.
     """
 
     method: Method
@@ -51,13 +51,13 @@ class AggregateResult:
         return self.state.merged
 
     def share(self, rank: int) -> Adapter:
-        """What a client of `rank` gets to start its next round from."""
+        """The adapter from which a client of `rank` starts its next round."""
         if not isinstance(rank, int) or rank < 1:
             raise AdapterError(f"share: expected a rank of at least 1, got {rank!r}")
         return self.method.share(self.state, Client(f"rank-{rank}", rank))
 
     def spectrum(self) -> dict[str, Tensor]:
-        """`{layer: singular values of the global update}`, falling, float64."""
+        """`{layer: singular values of the global update}`, in descending order, float64."""
         return spectra.spectra(self.state.adapter, self.state.merged)
 
 
@@ -74,13 +74,14 @@ def aggregate(
 ) -> AggregateResult:
     """Merge the clients' adapters by `method`; `options` are the method's own.
 
-    `updates`: `ClientUpdate`s, or PEFT adapter folders (then all clients weigh the same), which are read as they are merged.
-    `previous`: the global adapter that the clients started from, for methods that keep what no client of this round has.
-    `scaling`: the rule that shares use; by default the one that explains the clients' own scalings. `algebra`: how singular
-    values are computed, see `anyrank.lowrank`. `device`: and where, `cpu` (one layer of all clients in memory at a time),
-    `cuda` (as many layers as have 1 GiB of factors, those of one shape side by side) or `auto`: `cuda` where it is, else `cpu`.
-    `allow_different_base`: merge although the adapters name different base models (one model may have a name of its own on
-    each machine). The result has the widest number type among the clients'. Between devices it differs by rounding.
+    `updates`: `ClientUpdate`s, or PEFT adapter folders (then all clients have the same weight), which are read as they are
+    merged. `previous`: the global adapter that the clients started from, for methods that keep slices that no client of this
+    round has. `scaling`: the rule that shares use; by default the one that explains the clients' own scalings. `algebra`: how
+    singular values are computed, see `anyrank.algebra.lowrank`. `device`: where they are computed: `cpu` (one layer of all
+    clients in memory at a time), `cuda` (as many layers as have 1 GiB of factors; layers of one shape as one batch) or `auto`
+    (`cuda` if available, else `cpu`). `allow_different_base`: merge although the adapters name different base models (a model
+    may have different names on different machines). The result has the widest number type of the clients. Results of different
+    devices differ by rounding.
 
     >>> import torch
     >>> from anyrank import LoraLayer
@@ -98,7 +99,7 @@ def aggregate(
 
 
 def _place(device: str) -> tuple[torch.device, int]:
-    """Where SVDs are made, and of how many bytes of the clients' factors at a time; 0 is one layer."""
+    """The device that computes SVDs, and the bytes of the clients' factors at a time; 0 means one layer."""
     known = ("auto", "cpu", "cuda")
     if device not in known:  # Apple's has no float64
         raise MethodError(f"device '{device}': expected one that merges can use; {nearest(device, known)}")
@@ -107,7 +108,7 @@ def _place(device: str) -> tuple[torch.device, int]:
 
 
 def _layer_by_layer(merge: Merge, batch_bytes: int) -> ServerState:
-    # In memory of their own: what a rule hands through (a frozen A, a head that nobody sent) may still be a page of a file.
+    # Copies: unchanged tensors (a frozen A, a head that no client sent) may still be pages of a mapped file.
     layers, into_base = {}, {}
     for names in merge.batches(batch_bytes):
         for name, (layer, base) in merge.layers(names).items():
@@ -136,16 +137,16 @@ def aggregate_folders(
     progress: Progress = lambda done, total: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """As `aggregate`, written to `out` layer by layer as it is computed, so that memory holds one layer of all clients, or,
-    with a `device` that is not the CPU, one batch of layers.
+    """Like `aggregate`, but write the result to `out` layer by layer, so that memory holds one layer of all clients, or one
+    batch of layers if `device` is not the CPU.
 
-    `out/global` is the whole update, `out/rank-R` what a client of each rank in `ranks` gets, `out/base-update` what goes into
-    the base model (for the methods that have such a part): the same numbers, byte for byte, as `aggregate` gives. `out` must
-    not exist, and appears whole or not at all. `progress(done, total)` counts layers. Returns what was done, as a dict.
+    `out/global` is the whole update, `out/rank-R` the adapter for a client of each rank in `ranks`, and `out/base-update` the
+    part for the base model (for methods that have one). The numbers are the same, byte for byte, as those of `aggregate`. `out`
+    must not exist, and is written completely or not at all. `progress(done, total)` counts layers. Returns a dict of figures.
     """
     out = Path(out)
     if out.exists():
-        raise RunError(f"{out}: exists already; name a new folder, or remove this one")
+        raise RunError(f"{out}: exists already; give a new folder, or remove this one")
     wrong = next((rank for rank in ranks if not isinstance(rank, int) or rank < 1), None)
     if wrong is not None:
         raise AdapterError(f"ranks: expected ranks of at least 1, got {wrong!r}")
@@ -156,7 +157,7 @@ def aggregate_folders(
             folders.fill(progress, work.batch_bytes)
         os.replace(unfinished, out)
     except OSError as error:
-        raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from None
+        raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); no files were left there") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return {
@@ -171,7 +172,7 @@ def aggregate_folders(
 
 
 class _Folders:
-    """The folders of one merge while they are written, each layer into all of them."""
+    """Write the folders of one merge, each layer into all of them."""
 
     def __init__(self, root: Path, merge: Merge, ranks: Sequence[int]) -> None:
         self._root, self._merge, self._ranks = root, merge, sorted(set(ranks))

@@ -1,4 +1,4 @@
-"""What is in an adapter: ranks, scaling, norms, spectra, effective rank, energy past each rank. One layer at a time."""
+"""Inspect adapters: ranks, scaling, norms, spectra, effective rank, energy past each rank. One layer at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN = 8
 def inspect_folders(
     folders: Sequence[str | os.PathLike[str]], progress: Progress = lambda done, total: None
 ) -> list[dict[str, Any]]:
-    """One report a PEFT folder: a dict of plain numbers, with `layers` (one entry each) and `total`.
+    """One report per PEFT folder: a dict of plain numbers, with `layers` (one entry each) and `total`.
 
     Energy past a rank is the share of `sum of sigma^2` beyond it, at the same ranks for all folders: the powers of two below
     the largest rank. `values` are the largest singular values of `scaling * B @ A`.

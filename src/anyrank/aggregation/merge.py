@@ -1,4 +1,4 @@
-"""One merge, checked before a number is read: who takes part, what the server held, and the method's rule layer by layer."""
+"""One merge, checked before any number is read: the clients, the server's state, and the method's rule layer by layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from anyrank.methods.registry import taking_mixed_ranks
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged. `outline` and `tensors` tell shapes of layers and plain tensors; `dtype` is that of the result.
+    """One merge. `outline` and `tensors` have the shapes of layers and plain tensors; `dtype` is that of the result.
 
     `updates` are in the order of the clients' names; their adapters may be stored ones, which are read layer by layer.
     """
@@ -45,13 +45,13 @@ class Merge:
         return sorted(self.outline)
 
     def state(self) -> ServerState:
-        """The server before the round, all layers of it, for a method that does not go layer by layer."""
+        """The server's state before the round with all layers, for a method that does not work layer by layer."""
         layers = {name: self._held(name, self._sent(name)) for name in self.names}
         tensors = dict(self.previous.tensors) if self.previous else {}
         return ServerState(0, self.seed, Adapter(layers, tensors, self.config), self.scaling)
 
     def batches(self, batch_bytes: int) -> Iterator[list[str]]:
-        """The names in their order, as many at a time as the clients hold `batch_bytes` of; one by one if that is 0."""
+        """The names in order, in batches of at most `batch_bytes` of the clients' factors; one by one if that is 0."""
         batch, held = [], 0
         for name in self.names:
             size = sum(_nbytes(outline(update.adapter).layers[name]) for update in self.updates)
@@ -62,18 +62,18 @@ class Merge:
         yield batch
 
     def layers(self, names: Sequence[str]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
-        """The new layers, and what goes into the base model, from these layers of each client."""
+        """The new layers, and the parts for the base model, from these layers of each client."""
         if not self._adds_up:
             return self._layers({name: self._sent(name) for name in names})
         found = self._layers({name: {u.client: unchecked(u.adapter, name) for u in self.updates} for name in names})
         for name, (merged, base) in found.items():
             if not (_finite(merged) and (base is None or _finite(base))):
-                self._sent(name)  # says whose numbers are none; finite ones may be too large to add: not theirs to mend
+                self._sent(name)  # raises with the client's name, unless finite numbers were too large to add
         return found
 
     @property
     def _adds_up(self) -> bool:
-        """Whether all that the clients send goes into sums: a sum is NaN or infinite where a term is, so none needs a look."""
+        """Whether all uploaded numbers go into sums: a sum is not finite if a term is not, so terms need no separate check."""
         return self.method.traits.linear is not Holds.NEVER and self.method.send >= BOTH
 
     def _layers(self, sent: Mapping[str, Mapping[str, LoraLayer]]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
@@ -96,7 +96,7 @@ class Merge:
         return self.method.aggregate(state, sent).adapter.tensors[name]
 
     def share(self, name: str, layer: LoraLayer, rank: int) -> LoraLayer:
-        """What a client of `rank` gets of the new `layer`."""
+        """The share of the new `layer` for a client of `rank`."""
         state = ServerState(1, self.seed, Adapter({name: layer}, {}, self.config), self.scaling)
         return self.method.share(state, Client(f"rank-{rank}", rank)).layers[name]
 
@@ -108,7 +108,7 @@ class Merge:
         return {update.client: update.adapter.layers[name] for update in self.updates}
 
     def _held(self, name: str, sent: Mapping[str, LoraLayer]) -> LoraLayer:
-        """The layer that the server held before: that of `previous`, or nothing learned yet, at the clients' largest rank."""
+        """The server's layer before the merge: that of `previous`, or an untrained one, at the clients' largest rank."""
         largest = max(sent.values(), key=lambda layer: layer.rank)
         if self.method.train != BOTH:
             _common_a(self.method, name, sent, largest)
@@ -136,8 +136,8 @@ def plan(
 ) -> Merge:
     """The merge of `updates` (see `aggregate`), after every check that needs no numbers: names, shapes, ranks, base model.
 
-    Raises `AdapterError` with both sides where two adapters do not fit together, `MethodError` for a method that merges
-    nothing, or that cannot take these clients.
+    Raises `AdapterError`, with both sides, if two adapters do not fit together, and `MethodError` for a method that does not
+    merge or does not accept these clients.
     """
     method = (methods.make(method, options) if isinstance(method, str) else method).outside_runs()
     updates = [_update(update, position) for position, update in enumerate(updates, 1)]
@@ -177,8 +177,8 @@ def plan(
 def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
     """The rule that explains all clients' scalings, layer by layer: alpha / r, alpha / sqrt(r), or one constant.
 
-    Where none does (say, alpha differs between clients of one rank), shares use the mean of the clients' scalings: a
-    share's product is right under any scaling, and the adapter's own config carries the one that was used.
+    If no rule does (for example, alpha differs between clients of one rank), shares use the mean of the clients' scalings: a
+    share's product is correct under any scaling, and the adapter's own config records the one that was used.
     """
     names = list(iter_names(clients))
     observed = {name: [(a.layers[name].rank, a.layers[name].scaling) for a in clients.values()] for name in names}
@@ -218,21 +218,21 @@ def _update(update: Any, position: int) -> ClientUpdate:
 def _distinct(names: list[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise AdapterError(f"aggregate: client {twice} is named twice; give each update its own client name")
+        raise AdapterError(f"aggregate: client {twice} occurs twice; give each update its own client name")
 
 
 def _mergeable(method: Method, stored: bool) -> None:
     if method.private:
         kept = ", ".join(sorted(method.private))
         raise MethodError(
-            f"{method.name}: its clients keep {kept} for themselves, so there is no one adapter to merge into; "
+            f"{method.name}: its clients keep {kept} for themselves, so there is no common adapter; "
             "use a method that merges, such as raflora or rbla"
         )
     if method.pools_data:
-        raise MethodError(f"{method.name}: it trains on all data in one place, so there is nothing to merge; use fedavg")
+        raise MethodError(f"{method.name}: it trains on all data in one place, so there are no adapters to merge; use fedavg")
     if stored and not method.by_layer:
         raise MethodError(
-            f"{method.name}: it has an `aggregate` of its own, which may need all layers at once; "
+            f"{method.name}: it has its own `aggregate`, which may need all layers at once; "
             "load the adapters (ClientUpdate(Adapter.load(folder), ...)), or write its rule for one layer"
         )
 
@@ -281,7 +281,7 @@ def _same_base(clients: Mapping[str, Adapter]) -> None:
         if base != named[0][1]:
             raise AdapterError(
                 f"base model: {named[0][0]} was trained on {named[0][1]}, {client} on {base}; merge adapters of one model, or, "
-                "if these are two names of one, say so (--allow-different-base, allow_different_base=True)"
+                "if these are two names of one model, allow it (--allow-different-base, allow_different_base=True)"
             )
 
 

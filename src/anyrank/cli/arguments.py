@@ -1,6 +1,6 @@
-"""What is typed, read and checked: configurations, methods, folders with their examples, ranks, options, budgets.
+"""Read and check the arguments of commands: configurations, methods, folders, ranks, options, budgets.
 
-What can be refused without torch is refused here, before a verb imports what computes.
+Errors that can be found without torch are found here, before a command imports torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def configuration(path: Path, overrides: Sequence[str], own_method: bool = True) -> Config:
-    """The configuration in a file, with its method's name and options checked as far as that needs no torch.
+    """The configuration in a file, with its method's name and options checked as far as possible without torch.
 
-    `own_method = False`: where its methods are named apart (`methods`). A method from a file is known when that has run.
+    `own_method = False`: the command names its methods itself (`methods`). A method from a file is known only when the file
+    has been executed.
     """
     chosen = configs.load(path, overrides)
     if chosen.method.file:
@@ -34,7 +35,7 @@ def configuration(path: Path, overrides: Sequence[str], own_method: bool = True)
 
 
 def methods(text: str, file: str = "") -> list[str]:
-    """`METHOD[:KEY=VALUE][@RANK],...`: each label, its method known unless it may come from `file`."""
+    """The labels in `METHOD[:KEY=VALUE][@RANK],...`; each method must be known, unless it may come from `file`."""
     labels = [label.strip() for label in text.split(",")]
     for label in labels:
         name = label.partition("@")[0].partition(":")[0]
@@ -44,18 +45,22 @@ def methods(text: str, file: str = "") -> list[str]:
 
 
 def updates(words: Sequence[str]) -> list[tuple[str, int]]:
-    """`CLIENT_DIR[=EXAMPLES]` each: folders with the examples that weigh them; all weigh the same if none says.
+    """Folders with their numbers of examples, each from `CLIENT_DIR[=EXAMPLES]`; without numbers, all weigh the same.
 
-    Raises `AdapterError` where examples are no whole number of at least 1, or are given for some folders only.
+    Raises `AdapterError` if a number is no whole number of at least 1, or if only some folders have a number.
     """
     pairs = [_folder_and_examples(word) for word in words]
     lacking = [folder for folder, examples in pairs if not examples]
     if 0 < len(lacking) < len(pairs):
-        raise AdapterError(f"{lacking[0]}: no examples given, while others have them; give all folders =EXAMPLES, or none")
+        raise AdapterError(
+            f"{lacking[0]}: no examples given, but other folders have them; give =EXAMPLES for all folders, or for none"
+        )
     found = []
     for folder, text in pairs:
         if text and not (text.isascii() and text.isdigit() and int(text) > 0):
-            raise AdapterError(f"{folder}={text}: expected a whole number of at least 1 as its examples, got {text!r}")
+            raise AdapterError(
+                f"{folder}={text}: expected a whole number of at least 1 as its number of examples, got {text!r}"
+            )
         found.append((folder, int(text or 1)))
     return found
 
@@ -70,7 +75,7 @@ def opened(updates: Sequence[tuple[str, int]]) -> list[ClientUpdate]:
 
 def _folder_and_examples(word: str) -> tuple[str, str]:
     folder, equals, examples = word.rpartition("=")
-    if not equals or Path(word).is_dir():  # a folder may have the sign in its own name
+    if not equals or Path(word).is_dir():  # the name of a folder may contain '='
         return word, ""
     if not examples:
         raise AdapterError(f"{word}: expected a whole number of at least 1 after '=', got nothing")
@@ -78,7 +83,7 @@ def _folder_and_examples(word: str) -> tuple[str, str]:
 
 
 def ranks(text: str) -> list[int]:
-    """`4,8,...`, each a whole number of at least 1."""
+    """The ranks in `4,8,...`, each a whole number of at least 1."""
     words = [word.strip() for word in text.split(",")] if text else []
     for word in words:
         if not (word.isascii() and word.isdigit() and int(word) > 0):
@@ -87,7 +92,7 @@ def ranks(text: str) -> list[int]:
 
 
 def options(words: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` each, the value as TOML reads it, or as text."""
+    """The options in `KEY=VALUE` words; each value is read as TOML, or else as text."""
     found = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -103,7 +108,7 @@ def options(words: Sequence[str]) -> dict[str, Any]:
 def budget(
     examples: int, batch_size: int, steps: int, epsilon: float, noise_multiplier: float, delta: float, accountant: str
 ) -> dict[str, Any]:
-    """The figures of steps that are asked for without a configuration; `ConfigError` for what cannot be."""
+    """The privacy figures for options given without a configuration; `ConfigError` if they are not possible."""
     if not (examples and batch_size and steps):
         raise ConfigError("anyrank privacy: expected a configuration, or all of --examples, --batch-size and --steps")
     asked = PrivacyConfig("example", epsilon, delta, noise_multiplier=noise_multiplier, accountant=accountant)

@@ -1,4 +1,4 @@
-"""Progress while something runs: on stderr, so that stdout holds results alone."""
+"""Show progress on stderr, so that stdout has only results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ err = Console(stderr=True, highlight=False)
 
 
 class Rounds:
-    """Progress over all rounds of one or many runs: a live line on a terminal, now and then a plain line elsewhere."""
+    """Progress over all rounds of one or many runs: a live line on a terminal; otherwise a plain line every few seconds."""
 
     def __init__(self, total_rounds: int, title: str, quiet: bool = False) -> None:
         self._quiet, self._total, self._done, self._bytes, self._spoke = quiet, total_rounds, 0, 0, time.monotonic()
@@ -41,7 +41,7 @@ class Rounds:
         note = f"{who} round {metrics['round']}"
         shown = next(
             (name for name in ("accuracy", "loss") if metrics[name] is not None), None
-        )  # a loss where nothing is right
+        )  # the loss if there is no accuracy
         note += f" · {shown} {metrics[shown]:.3f}" if shown else ""
         note += f" · energy past min rank {metrics['collapse']:.3f}" if metrics["collapse"] is not None else ""
         note += f" · {megabytes(self._bytes)} MB moved"
@@ -52,7 +52,7 @@ class Rounds:
 
 
 class Preparing:
-    """Progress of one long piece of work, `callback(done, total)`: a live line on a terminal, now and then a plain one."""
+    """Progress of one long task, `callback(done, total)`: a live line on a terminal; otherwise a plain line at times."""
 
     def __init__(self, title: str, quiet: bool = False) -> None:
         self._progress = Progress(

@@ -1,4 +1,4 @@
-"""What the commands show: live progress while something runs, and tables at the end, on stdout, progress on stderr."""
+"""The tables that the commands print on stdout when they are done."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from anyrank.config.explain import Key
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
 
 Cell = Callable[[Mapping[str, Any]], str]  # a row's text in one column
-_WIDE = 110  # columns of a terminal that has room for more than the essentials
+_WIDE = 110  # terminal width in characters from which tables show all columns
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table | Group:
-    """The closing table of a comparison: means over seeds, the best accuracy in bold, else the lowest loss; and one of the
-    task's metrics below it, where there are any."""
+    """The final table of a comparison: means over seeds, with the best accuracy (or else the lowest loss) in bold.
+
+    If there are metrics, a second table below has them.
+    """
     names = dict.fromkeys(name for row in rows for name, value in row["metrics"].items() if "mean" in value)
     whole = _method_table(rows, title, _comparison_columns(rows))
     if not names:
@@ -40,13 +42,13 @@ def _method_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Mappin
 
 
 def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
-    """`{heading: a row's text}`; only the essentials on a narrow terminal."""
+    """`{heading: a row's text}`; on a narrow terminal, only the most important columns."""
     told = any(row["accuracy"] is not None for row in rows)
     first, pick = ("accuracy", max) if told else ("loss", min)
     best = pick((row[first] for row in rows if row[first] is not None), default=None)
     wide = out.width >= _WIDE
     several = max(row["seeds"] for row in rows) > 1 and wide
-    paired = {"against the best,\nby seed (ahead)": lambda row: _paired(row, first)} if several else {}
+    paired = {"difference to best\n(seeds ahead)": lambda row: _paired(row, first)} if several else {}
     late = {"last 5\nrounds": lambda row: _known(row["last_accuracy"])} if told else {}
     worst = {"worst\nclient": lambda row: _known(row["worst_client_accuracy"])} if told and wide else {}
     return {
@@ -62,7 +64,7 @@ def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
 
 
 def _metric_of(name: str) -> Cell:
-    """A metric's mean, with its spread over several seeds; one with a number for each label stands in the report."""
+    """A metric's mean, with its spread over several seeds; a metric with a number for each label is in the report."""
 
     def cell(row: Mapping[str, Any]) -> str:
         told = row["metrics"].get(name)
@@ -92,7 +94,7 @@ def _known(value: float | None) -> str:
 
 
 def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, Any]], Any]) -> list[Table]:
-    """The closing tables of a study, one a setting; `cells_of` puts its results into words."""
+    """The final tables of a study, one per setting; `cells_of` formats its results as text."""
     tables = []
     for title, headings, rows in cells_of(results):
         table = Table(title=title, title_justify="left", header_style="bold")
@@ -105,20 +107,20 @@ def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, An
 
 
 def audit_table(verdict: Mapping[str, Any]) -> Table:
-    """What an audit found. Its own words on what that is worth stand with it."""
+    """The result of an audit, with a remark on what it proves."""
     table = Table(title="membership-inference audit", title_justify="left", show_header=False)
     table.add_column(style="dim")
     table.add_column()
     table.add_row("ε claimed", f"{verdict['claimed']:.3f} at δ = {verdict['delta']:g}")
     table.add_row("ε at least", f"{verdict['lower_bound']:.3f}, with confidence {verdict['confidence']:.0%}")
-    table.add_row("guessed right", f"{verdict['right']} of {verdict['guessed']}, among {verdict['canaries']} canaries")
+    table.add_row("correct guesses", f"{verdict['right']} of {verdict['guessed']}, among {verdict['canaries']} canaries")
     told = "refuted: the training leaks more than it promises" if verdict["refuted"] else "not refuted (which proves nothing)"
     table.add_row("the claim is", told)
     return table
 
 
 def run_table(summary: Mapping[str, Any]) -> Table:
-    """The closing table of one run."""
+    """The final table of one run."""
     title = f"{summary['name']}: {summary['method']}, {summary['rounds']} rounds"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="dim")
@@ -135,7 +137,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         **_metric_rows(summary["metrics"], summary["start_metrics"]),
         f"energy past rank {smallest}": "–" if beyond is None else f"{beyond:.4f}",
         "effective rank": "–" if beyond is None else f"{summary['effective_rank']:.2f}",
-        "clients": f"{summary['clients']} registered, {summary['cohort']} a round, ranks {', '.join(summary['ranks'])}",
+        "clients": f"{summary['clients']} registered, {summary['cohort']} per round, ranks {', '.join(summary['ranks'])}",
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
         **private,
         "rejected": str(summary["rejected"]),
@@ -148,7 +150,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-_MOST_LABELS = 3  # of a metric with a number for each label, so many of the lowest are told
+_MOST_LABELS = 3  # for a metric with a number for each label, this many of the lowest are shown
 
 
 def _has_accuracy(summary: Mapping[str, Any]) -> bool:
@@ -162,7 +164,7 @@ def _accuracy(summary: Mapping[str, Any]) -> str:
 
 
 def _metric_rows(end: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, str]:
-    """A row for each metric: its value, or the lowest of its values by label; names are escaped, they are anybody's."""
+    """A row for each metric: its value, or the lowest of its values by label. Names come from users, so they are escaped."""
     rows = {}
     for name, value in end.items():
         if isinstance(value, Mapping):
@@ -175,7 +177,7 @@ def _metric_rows(end: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, 
 
 
 def merge_table(done: Mapping[str, Any]) -> Table:
-    """What a merge took in, and what it left."""
+    """The inputs and outputs of a merge."""
     ranks = sorted({rank for client in done["clients"] for rank in client["ranks"]})
     ways = ", ".join(f"{count} by {way}" for way, count in sorted(done["algebra"].items()))
     table = Table(title=f"{done['method']}: {len(done['clients'])} adapters", title_justify="left", show_header=False)
@@ -184,14 +186,14 @@ def merge_table(done: Mapping[str, Any]) -> Table:
     table.add_row("layers", str(done["layers"]))
     table.add_row("ranks", ", ".join(map(str, ranks)))
     table.add_row("examples", str(sum(client["num_examples"] for client in done["clients"])))
-    table.add_row("singular values", f"{ways}; backward error {done['error']:.1e}" if ways else "none needed")
+    table.add_row("singular values", f"{ways}; backward error {done['error']:.1e}" if ways else "not needed")
     table.add_row("time", f"{done['seconds']:.1f} s")
     table.add_row("written", "\n".join(f"{done['out']}/{name}" for name in done["folders"]))
     return table
 
 
 def inspection_tables(reports: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """One row an adapter, side by side, then one table an adapter with a row for each layer."""
+    """One table with a row per adapter, then one table per adapter with a row per layer."""
     levels = list(reports[0]["total"]["energy_past"])
     totals = _inspection_table("adapters", ["adapter", "layers", "ranks"], levels)
     for report in reports:
@@ -221,9 +223,9 @@ def _figures(entry: Mapping[str, Any], levels: Sequence[str]) -> list[str]:
 
 
 def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
-    """What a run would take: one table of its ranks, one of the whole."""
+    """The expected cost of a run: one table by rank, one for the whole run."""
     ranks = Table(title=f"{figures['name']}: {figures['method']}", title_justify="left", header_style="bold")
-    for heading in ("rank", "clients", "a round", "trained", "MB up", "MB down", "ms / step"):
+    for heading in ("rank", "clients", "per round", "parameters", "MB up", "MB down", "ms / step"):
         ranks.add_column(heading, justify="right", no_wrap=True)
     for level in figures["levels"]:
         step = "–" if level["step_s"] is None else f"{1e3 * level['step_s']:.1f}"
@@ -233,10 +235,10 @@ def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
     memory = {name.replace("_", " "): size for name, size in figures["memory_bytes"].items() if size}
     rows = {
         "task": figures["task"],
-        "clients": f"{figures['clients']:,} registered, {figures['cohort']:,} a round",
+        "clients": f"{figures['clients']:,} registered, {figures['cohort']:,} per round",
         "rounds": f"{figures['rounds']:,}, of {figures['local_steps']:.4g} local steps",
-        "traffic a round": f"{_both_ways(figures, '_a_round')}, expected",
-        "traffic in all": f"{_both_ways(figures, '')}, expected",
+        "traffic per round": f"{_both_ways(figures, '_a_round')}, expected",
+        "traffic in total": f"{_both_ways(figures, '')}, expected",
         "memory": f"{megabytes(sum(memory.values()))} MB: " + ", ".join(f"{k} {megabytes(v)}" for k, v in memory.items()),
         **({"privacy": _promise(figures["privacy"])} if figures["privacy"] else {}),
         "training": "not measured" if figures["training_s"] is None else _guess(figures),
@@ -254,7 +256,7 @@ def _promise(budget: Mapping[str, Any]) -> str:
     noise = f"{noises[0]:.4g}" if len(set(noises)) == 1 else f"{noises[0]:.4g} to {noises[-1]:.4g}"
     return (
         f"epsilon {budget['epsilon']:.4g} at delta {budget['delta']:g} for one {budget['level']}, noise multiplier {noise}"
-        f"{_where(budget)}, for {budget['max_rounds']} rounds a client"
+        f"{_where(budget)}, for {budget['max_rounds']} rounds per client"
     )
 
 
@@ -263,13 +265,13 @@ def _where(budget: Mapping[str, Any]) -> str:
 
 
 def privacy_table(figures: Mapping[str, Any]) -> Table:
-    """What privacy costs: a row for each number of examples that clients declare."""
+    """The noise and epsilon of a run: a row for each number of examples that clients declare."""
     title = f"epsilon {figures['epsilon']:.4g} at delta {figures['delta']:g} for one {figures['level']}"
     title += f" ({figures['accountant']})" + (f", noise{_where(figures)}" if _where(figures) else "")
     if "drawn" in figures:
         least, most = figures["drawn"]["least"], figures["drawn"]["most"]
-        title = f"{figures['name']}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds a client; "
-        title += f"the seed draws each in {least} to {most}"
+        title = f"{figures['name']}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds per client; "
+        title += f"the seed draws each client in {least} to {most} rounds"
     table = Table(title=title, title_justify="left", header_style="bold")
     for heading in ("examples", "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -286,28 +288,28 @@ def _both_ways(figures: Mapping[str, Any], over: str) -> str:
 def _guess(figures: Mapping[str, Any]) -> str:
     whole = figures["training_s"]
     text = f"{whole:.0f} s" if whole < 600 else f"{whole / 3600:.1f} h"
-    return f"{text}, {figures['round_s']:.2g} s a round: a guess from one step of each rank, scoring and merging not counted"
+    return f"{text}, {figures['round_s']:.2g} s per round: estimated from one step of each rank, without scoring and merging"
 
 
 def section_table(sections: Mapping[str, str]) -> Table:
     """The sections of a configuration."""
     table = Table(header_style="bold")
     table.add_column("section", no_wrap=True)
-    table.add_column("is")
+    table.add_column("meaning")
     for name, doc in sections.items():
         table.add_row(Text(f"[{name}]"), Text(doc))  # as it is: brackets are no markup here
     return table
 
 
 def key_tables(keys: Sequence[Key]) -> list[Table]:
-    """What each key is, one small table a key."""
+    """The description of each key, one small table per key."""
     tables = []
     for key in keys:
         table = Table(title=Text(key.path, style="bold"), title_justify="left", show_header=False)
         table.add_column(style="dim", no_wrap=True)
         table.add_column()
-        rows = {"is": f"{key.doc} {key.limits}".strip(), "type": key.type, "values": key.takes, "default": key.usual}
-        for name, value in (rows | {"elsewhere": key.elsewhere}).items():
+        rows = {"meaning": f"{key.doc} {key.limits}".strip(), "type": key.type, "values": key.takes, "default": key.usual}
+        for name, value in (rows | {"other names": key.elsewhere}).items():
             if value:
                 table.add_row(name, Text(value))
         tables.append(table)

@@ -1,6 +1,6 @@
-"""The command line. Verbs import what they need when they run, so that `--help` answers at once.
+"""The command line. Commands import what they need when they run, so that `--help` answers at once.
 
-Each verb first reads and checks what it was given, and only then imports what computes: a wrong request is refused at once.
+Each command first reads and checks its arguments and only then imports torch, so that a wrong request is refused at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Override a key of the configuration; repeatable.")]
-Jobs = Annotated[int, typer.Option("--jobs", help="Runs at a time; default: one a core.")]
+Jobs = Annotated[int, typer.Option("--jobs", help="Number of runs at the same time; default: one per core.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration of the federation.")]
 
 DEMO_METHODS = "zeropad,flexlora,rbla,raflora,stayput"
@@ -67,7 +67,7 @@ def demo(
     jobs: Jobs = 0,
     as_json: Json = False,
 ) -> None:
-    """The main job on data that comes along: 20 clients of ranks 2 to 32 fine-tune a small transformer on turned digits.
+    """Compare methods on included data: 20 clients of ranks 2 to 32 fine-tune a small transformer on rotated digits.
 
     Example: [cyan]anyrank demo[/cyan]
     """
@@ -90,10 +90,12 @@ def run(
     config: ConfigFile,
     overrides: Set = [],  # noqa: B006 - Typer's way
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped (or start it).")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the folder where it stopped (or start it).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """One federated run.
+    """Run one federation.
 
     Example: [cyan]anyrank run banking77.toml --set method.name=rbla --out runs/rbla[/cyan]
     """
@@ -121,11 +123,11 @@ def plan(
     config: ConfigFile,
     overrides: Set = [],  # noqa: B006
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Time one step of each rank, to guess the time.")
+        bool, typer.Option("--measure/--no-measure", help="Time one step of each rank, to estimate the time of the run.")
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """What a run would take: clients, parameters, bytes, memory, a guess of the time. Trains nothing and makes no run folder.
+    """Estimate the cost of a run: clients, parameters, bytes, memory, time. Trains nothing and makes no run folder.
 
     Example: [cyan]anyrank plan banking77.toml --set clients.participation=0.5[/cyan]
     """
@@ -147,14 +149,16 @@ def plan(
 def compare(
     config: ConfigFile,
     methods: Annotated[str, typer.Option("--methods", help="Comma-separated METHOD[:KEY=VALUE][@RANK].")],
-    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each method, seeds counting up from run.seed.")] = 1,
+    seeds: Annotated[
+        int, typer.Option("--seeds", help="Number of runs of each method, with seeds run.seed, run.seed + 1, ...")
+    ] = 1,
     overrides: Set = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; default: runs/NAME-compare.")] = None,
     jobs: Jobs = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a grid that stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a comparison that stopped.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The same federation under several methods and seeds: mean and spread, one report.
+    """Run the same federation with several methods and seeds: mean and spread, one report.
 
     fedavg@2 gives every client rank 2; raflora:split=balanced sets an option, raflora:train.learning_rate=0.01 any other key.
 
@@ -176,7 +180,7 @@ def study(
     jobs: Jobs = 0,
     as_json: Json = False,
 ) -> None:
-    """One claim put to the test: several settings by methods and seeds, one table, one figure. Goes on where it stopped.
+    """Test one claim: several settings with several methods and seeds, one table, one figure. Continues where it stopped.
 
     Example: [cyan]anyrank study configs/papers/1-rank-collapse.toml[/cyan]
     """
@@ -213,20 +217,23 @@ def aggregate(
     clients: Annotated[list[str], typer.Argument(metavar="CLIENT_DIR[=EXAMPLES] ...", help="PEFT adapter folders.")],
     method: Annotated[str, typer.Option("--method", help="See `anyrank methods`.")],
     out: Annotated[Path, typer.Option("--out", help="New folder for the merged adapters.")],
-    ranks: Annotated[str, typer.Option("--ranks", metavar="4,8,...", help="Also write what a client of each rank gets.")] = "",
+    ranks: Annotated[
+        str, typer.Option("--ranks", metavar="4,8,...", help="Also write the adapter for a client of each rank.")
+    ] = "",
     previous: Annotated[
         Path | None, typer.Option("--previous", help="The global adapter that the clients started from.")
     ] = None,
     options: Annotated[list[str], typer.Option("--option", metavar="KEY=VALUE", help="An option of the method.")] = [],  # noqa: B006
-    seed: Annotated[int, typer.Option("--seed", help="For the fresh rows of A in slices that are left empty.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random rows of A in empty slices.")] = 0,
     algebra: Annotated[str, typer.Option("--algebra", help="auto, qr, gram or randomized.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="Where SVDs are made: cpu, cuda or auto.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="Device that computes SVDs: cpu, cuda or auto.")] = "cpu",
     allow_different_base: Annotated[
-        bool, typer.Option("--allow-different-base", help="The adapters' different base models are one under two names.")
+        bool,
+        typer.Option("--allow-different-base", help="Accept different base model names, if they are names of the same model."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge PEFT adapter folders of any ranks, without training: OUT/global, and OUT/rank-R for each rank asked for.
+    """Merge PEFT adapter folders of any ranks, without training: OUT/global, and OUT/rank-R for each rank in --ranks.
 
     Example: [cyan]anyrank aggregate --method raflora --ranks 4,8 --out merged site-a=1200 site-b=300[/cyan]
     """
@@ -256,7 +263,7 @@ def inspect(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER_DIR ...", help="PEFT adapter folders.")],
     as_json: Json = False,
 ) -> None:
-    """Ranks, scaling, norms, spectrum, effective rank and energy past each rank, layer by layer, of one or more adapters.
+    """Show ranks, scaling, norms, spectrum, effective rank and energy past each rank of adapters, layer by layer.
 
     Example: [cyan]anyrank inspect merged/global merged/rank-4[/cyan]
     """
@@ -274,7 +281,7 @@ def inspect(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """The methods: what each one does, what is trained, which ranks it takes, and where it comes from.
+    """List the methods: what each one does, what it trains, which ranks it takes, and its paper.
 
     Example: [cyan]anyrank methods --json[/cyan]
     """
@@ -302,9 +309,9 @@ def explain(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """What a key of the configuration is: its type, values and default, and what other libraries call it.
+    """Explain a key of the configuration: its meaning, type, values and default, and its names in other libraries.
 
-    A key by its path, its name alone, its section, or the name that PEFT, transformers or Flower have for it.
+    KEY is a path, a name without its section, a section, or the name in PEFT, transformers or Flower.
 
     Example: [cyan]anyrank explain lora.alpha[/cyan]
     """
@@ -322,18 +329,20 @@ def explain(
 
 @app.command()
 def privacy(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="A private run; or the options below.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="A private run; or use the options below.")
+    ] = None,
     overrides: Set = [],  # noqa: B006
-    examples: Annotated[int, typer.Option("--examples", help="Examples of one client.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples that a step draws, on average.")] = 0,
-    steps: Annotated[int, typer.Option("--steps", help="Steps that the client takes in the whole run.")] = 0,
-    epsilon: Annotated[float, typer.Option("--epsilon", help="Answers the noise for it.")] = 0.0,
-    noise_multiplier: Annotated[float, typer.Option("--noise-multiplier", help="Answers the epsilon of it.")] = 0.0,
-    delta: Annotated[float, typer.Option("--delta", help="Below 1 over the number of examples.")] = 1e-5,
+    examples: Annotated[int, typer.Option("--examples", help="Number of examples of one client.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Average number of examples that a step draws.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", help="Number of steps of the client in the whole run.")] = 0,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Privacy budget; prints the noise for it.")] = 0.0,
+    noise_multiplier: Annotated[float, typer.Option("--noise-multiplier", help="Noise; prints the epsilon for it.")] = 0.0,
+    delta: Annotated[float, typer.Option("--delta", help="Delta of the budget; below 1 over the number of examples.")] = 1e-5,
     accountant: Annotated[str, typer.Option("--accountant", help="pld, prv or rdp.")] = "pld",
     as_json: Json = False,
 ) -> None:
-    """The noise for a privacy budget, or the budget for a noise: of a configured run, or of so many steps. Trains nothing.
+    """Compute the noise for a privacy budget, or the budget for a noise, before a run. Trains nothing.
 
     Example: [cyan]anyrank privacy --examples 1000 --batch-size 50 --steps 400 --epsilon 6[/cyan]
     """
@@ -353,14 +362,20 @@ def privacy(
 @app.command()
 def audit(
     config: ConfigFile,
-    canaries: Annotated[int, typer.Option("--canaries", help="Training examples that get a wrong label and a coin.")] = 500,
+    canaries: Annotated[
+        int,
+        typer.Option("--canaries", help="Number of training examples with a wrong label, each included or not by a coin toss."),
+    ] = 500,
     noise_factor: Annotated[
-        float, typer.Option("--noise-factor", help="Multiply the noise behind the plan's back: does the audit notice?")
+        float,
+        typer.Option(
+            "--noise-factor", help="Multiply the actual noise, but not the planned noise, to test whether the audit notices."
+        ),
     ] = 1.0,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Train privately with canaries among the examples, and see whether their presence can be guessed more often than ε allows.
+    """Train privately with canaries among the examples, and test whether their presence can be guessed too often for ε.
 
     Example: [cyan]anyrank audit private.toml --canaries 1000[/cyan]
     """
@@ -383,7 +398,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="The page; default: report.html in the first folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The report again, from the files of one or more runs.
+    """Write the report again, from the files of one or more runs.
 
     Example: [cyan]anyrank report runs/demo[/cyan]
     """
@@ -431,17 +446,17 @@ def _show_comparison(results: Results, out: Path, as_json: bool, title: str) -> 
 
 
 def _raise_failures(failures: list[dict[str, Any]], runs: int) -> None:
-    """`RunFailed` where runs of a grid failed: what is left of it has been told, and is all kept."""
+    """Raise `RunFailed` if runs of a grid failed; the results of the other runs have been shown and are kept."""
     from anyrank.errors import RunFailed
     from anyrank.studies import grid
 
     if failures:
         reasons = "; ".join(grid.told(failure) for failure in failures)
-        raise RunFailed(f"{len(failures)} of {runs} runs failed, and the table is without them: {reasons}")
+        raise RunFailed(f"{len(failures)} of {runs} runs failed and are not in the table: {reasons}")
 
 
 def _started(cells: Sequence[Cell]) -> list[Path]:
-    """The run folders that there are: a run that failed before its first round has none."""
+    """The existing run folders; a run that failed before its first round has none."""
     return [cell.out for cell in cells if cell.out.is_dir()]
 
 

@@ -1,4 +1,4 @@
-"""How a key of the configuration is declared: its default with what it means, the values it takes, its names elsewhere."""
+"""Declare a key of the configuration: its default, its meaning, the values it takes, its names in other libraries."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field
 from typing import Any
 
-# Value ranges that several keys share; errors say them in the same words.
+# Value ranges that several keys share; errors use the same words.
 COUNT = "a whole number of at least 1"
 NATURAL = "a whole number of at least 0"
 POSITIVE = "a number above 0"
 NOT_NEGATIVE = "at least 0"
 
-# Marks keys that came after the first form of configurations: at their default, they are no part of what names a run's noise
-# (`tables.identity`), so that the same configuration has the same noise in later versions.
+# Marks keys that were added after the first version of configurations. At their default, they are not part of the name of a
+# run's noise (`tables.identity`), so that the same configuration has the same noise in later versions.
 LATER = {"later": True}
 
 
@@ -24,10 +24,11 @@ def key(
     also: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A field of a section: `doc` says in a sentence or two what it is.
+    """Declare a field of a section: `doc` describes it in a sentence or two.
 
-    `values`: the tuple of values that it takes, or its range in words. `also`: what other libraries call it, comma-separated,
-    `{"PEFT": "lora_alpha"}`. A class for `default` is called for each configuration. `metadata`: further marks, as `LATER`.
+    `values`: the tuple of values that it takes, or its range in words. `also`: its names in other libraries, comma-separated,
+    `{"PEFT": "lora_alpha"}`. If `default` is a class, it is called for each configuration. `metadata`: further marks, such as
+    `LATER`.
     """
     marks = {"doc": doc, "values": values, "also": dict(also or {}), **(metadata or {})}
     factory: Callable[[], Any] | Any = default if isinstance(default, type) else MISSING

@@ -1,4 +1,4 @@
-"""What the keys of a configuration are, read from their declarations: for `anyrank explain`, the documents, and errors."""
+"""Describe the keys of a configuration, from their declarations: for `anyrank explain`, the documents, and errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ TYPES = {str: "string", int: "whole number", float: "number", bool: "true or fal
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted `path`, what it is, the `type` that TOML gives it, its `values` (those it takes, or their range in
-    words), its `default`, `also`, `{library: names}`: what others call it, and the `tasks` that it is for (empty: all).
+    """One key of the configuration.
+
+    `path`: its dotted name. `doc`: its description. `type`: its TOML type. `values`: the values that it takes, or their range
+    in words. `default`: its default. `also`: its names in other libraries, `{library: names}`. `tasks`: the tasks that it is
+    for (empty: all).
     """
 
     path: str
@@ -41,7 +44,7 @@ class Key:
 
     @property
     def takes(self) -> str:
-        """The values in words; empty where any of the type will do."""
+        """The values in words; empty if any value of the type is allowed."""
         return self.values if isinstance(self.values, str) else ", ".join(map(_toml, self.values))
 
     @property
@@ -51,15 +54,15 @@ class Key:
 
     @property
     def elsewhere(self) -> str:
-        """The names that other libraries have for it."""
+        """Its names in other libraries, in words."""
         return "; ".join(f"{library}: {', '.join(names)}" for library, names in self.also.items())
 
     @property
     def limits(self) -> str:
-        """Which tasks it is for, in words; empty where for all."""
+        """Which tasks it is for, in words; empty if for all."""
         if set(self.tasks) == set(TASKS):
             return "Not for the embedded digits."
-        named = [task.replace("image-classification", "images of a source of yours") for task in self.tasks]
+        named = [task.replace("image-classification", "images of your own source") for task in self.tasks]
         return f"For {' and '.join(named)} only." if named else ""
 
     def table(self) -> dict[str, Any]:
@@ -69,7 +72,7 @@ class Key:
 
 @functools.cache
 def sections() -> dict[str, str]:
-    """What each section is, by its dotted name."""
+    """The description of each section, by its dotted name."""
     return dict(_sections(Config, ""))
 
 
@@ -123,7 +126,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-# --- finding a key by what somebody calls it ----------------------------------------------------------------------------
+# --- finding a key by a name --------------------------------------------------------------------------------------------
 
 
 def elsewhere(word: str, pool: Sequence[Key]) -> list[Key]:
@@ -139,20 +142,20 @@ def named(word: str, pool: Sequence[Key]) -> list[Key]:
 
 
 def find(word: str, options: Sequence[Key] = ()) -> list[Key]:
-    """The keys of a section, or those that are `word`; `ConfigError` that names the nearest where there are none.
+    """The keys of the section `word`, or the keys named `word`; if there are none, `ConfigError` with the nearest name.
 
-    `options`: the keys that methods have in [method] beside its own.
+    `options`: the keys of the methods' options in [method].
     """
     pool = [*keys(), *options]
     found = [key for key in pool if word in (key.section, key.section.rpartition(".")[2])] or named(word, pool)
     if not found:
         meant = hint(word.rpartition(".")[2])  # `train.lr`, `run.alpha`: the right name in a wrong section
-        raise ConfigError(f"{word}: no key and no section; {meant or _near(word, pool)}")
+        raise ConfigError(f"{word}: no key or section has this name; {meant or _near(word, pool)}")
     return found
 
 
 def _near(word: str, pool: Sequence[Key]) -> str:
-    """The nearest of all names, or else the sections, of which there are few."""
+    """The nearest of all names; if none is near, the list of sections."""
     known = {name for key in pool for name in (key.path, key.name)} | set(sections())
     others = {name for key in pool for names in key.also.values() for name in names}
     close = nearest(word, known | others)
@@ -160,7 +163,7 @@ def _near(word: str, pool: Sequence[Key]) -> str:
 
 
 def hint(word: str) -> str:
-    """Where a key stands that has this name in another section, or in another library; empty where none has."""
+    """A hint at the keys that have this name in another section or library; empty if there are none."""
     found = named(word, keys())
     return f"did you mean {' or '.join(key.path for key in found)}?" if found else ""
 

@@ -1,8 +1,8 @@
 """A run's configuration: frozen dataclasses, to and from TOML. Unknown keys are errors that name the nearest known one.
 
-Each key says what it is (`describe.key`): `anyrank explain` and docs/configuration.md show that. Each section checks itself at
-birth, so that a wrong value stops before anything is loaded. Names follow PEFT, transformers and flwr-datasets where they
-have one.
+Each key has its own description (`describe.key`), which `anyrank explain` and docs/configuration.md show. Each section checks
+its values when it is created, so that a wrong value is an error before anything is loaded. Names follow PEFT, transformers
+and flwr-datasets where these have one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RANK_ORDERS = ("shuffled", "cycled", "rising")
 OWN_HEADS = ("model", "model-trained")
 HEADS = ("trained", "frozen", "label-names", *OWN_HEADS)
 TASKS = ("image-classification", "text-classification", "causal-lm")
-HANDED_IN = "handed-in"  # the task, or the partition, of a federation that a Python program made
+HANDED_IN = "handed-in"  # the task, or the partition, of a federation that was made in a Python program
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 SCALINGS = ("constant", "standard", "rslora")
@@ -47,18 +47,18 @@ class RunConfig:
     name: str = key(
         "run", "Name of the run, and of its folder below runs/.", "a name without '/'", {"transformers": "run_name"}
     )
-    label: str = key("", "What tables and charts call the run. Empty: the name of its method.")
-    seed: int = key(0, "Seed of every random draw of the run; each draw is keyed by it and by what is drawn.", NATURAL)
+    label: str = key("", "Name of the run in tables and charts. Empty: the name of its method.")
+    seed: int = key(0, "Seed of all random draws of the run; each draw is keyed by the seed and by what is drawn.", NATURAL)
     rounds: int = key(
         40,
-        "Rounds of training: in each, clients train and the server merges.",
+        "Number of rounds; in each round, clients train and the server merges.",
         COUNT,
         {"Flower": "num_rounds, num-server-rounds"},
     )
-    threads: int = key(1, "CPU threads that local training computes with.", COUNT, {"torch": "set_num_threads"})
+    threads: int = key(1, "CPU threads for local training.", COUNT, {"torch": "set_num_threads"})
     stacking: str = key(
         "auto",
-        "Whether clients train side by side in one stacked model. With auto they do where the model is small enough to gain.",
+        "Whether the clients of a round train together in one stacked model. auto: if the model is small enough to be faster.",
         STACKINGS,
     )
 
@@ -72,7 +72,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`[model]`: the frozen base model, its task, its head, and where and how it is computed."""
+    """`[model]`: the frozen base model, its task, its head, its device and its number types."""
 
     name: str = key(
         "",
@@ -83,52 +83,54 @@ class ModelConfig:
     )
     path: str = key(
         "",
-        "A local transformers folder to take the base model from, in place of a name. A relative path is taken from the "
-        "folder of the configuration, or from $ANYRANK_DATA where only that has it.",
+        "A local transformers folder with the base model, instead of a name. A relative path starts at the folder of the "
+        "configuration; if it is not there, at $ANYRANK_DATA.",
         "a folder, or empty; either name or path",
         {"transformers": "model_name_or_path, pretrained_model_name_or_path"},
     )
     task: str = key(
         "image-classification",
-        "What is trained. Beside these, the name of a task that model.file registers.",
+        "What is trained: one of these, or the name of a task that model.file registers.",
         TASKS,
         {"PEFT": "task_type"},
     )
     head: str = key(
         "frozen",
-        "Who classifies: a head that is trained or stays frozen, one made of the label names, or a text model's own head, "
-        "frozen (model) or trained (model-trained).",
+        "The classification head: a new one that is trained or frozen, a frozen one made of the label names (label-names), or "
+        "a text model's own head, frozen (model) or trained (model-trained).",
         HEADS,
         {"PEFT": "modules_to_save"},
     )
-    pretrained: bool = key(True, "Whether a fashion model starts pretrained. With false it starts as it is drawn at random.")
-    max_length: int = key(64, "The most tokens that the model reads of one text.", COUNT, {"TRL": "max_seq_length"})
+    pretrained: bool = key(
+        True, "Whether a fashion model starts with pretrained weights. false: it starts with random weights."
+    )
+    max_length: int = key(64, "Maximum number of tokens that the model reads of one text.", COUNT, {"TRL": "max_seq_length"})
     dtype: str = key(
         "auto",
-        "Number type that frozen features are computed in. With auto it is bfloat16 where the device has instructions for it.",
+        "Number type in which frozen features are computed. auto: bfloat16 if the device has instructions for it.",
         DTYPES,
     )
     features: str = key(
         "memory",
-        "Where frozen features are held while a run uses them: in memory, or in their file on disk, of which the system keeps "
-        "in memory what fits.",
+        "Where frozen features are during a run: in memory, or in their file on disk, of which the operating system caches in "
+        "memory what fits.",
         FEATURES,
     )
     device: str = key(
         "cpu",
-        "Device that computes all of the model. With auto it is a GPU where torch sees one.",
+        "Device that runs the whole model. auto: a GPU if torch finds one.",
         DEVICES,
         {"transformers": "device_map"},
     )
     train_dtype: str = key(
         "float32",
-        "Number type that the base model is held and run in while adapters train. The adapters themselves are float32.",
+        "Number type in which the base model is stored and run while adapters train. The adapters themselves are float32.",
         TRAIN_DTYPES,
         {"transformers": "torch_dtype"},
     )
-    file: str = key("", "A Python file that registers a task of yours, whose name is model.task.", metadata=LATER)
+    file: str = key("", "A Python file that registers your own task under the name in model.task.", metadata=LATER)
     handed_in: tuple[str, ...] = key(
-        (), "Digests of a task that a Python program handed in. Written by the program, never by hand.", metadata=LATER
+        (), "Digests of a task that was passed from Python. Written automatically; do not set it by hand.", metadata=LATER
     )
 
     def __post_init__(self) -> None:
@@ -146,36 +148,43 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """`[data.partition]`: how training examples fall to clients."""
+    """`[data.partition]`: how training examples are divided among clients."""
 
     kind: str = key(
         "dirichlet",
-        "How examples are dealt out: evenly (iid), with skewed labels (dirichlet), by a few labels a client (pathological), "
-        "the more labels the later the client (staircase), in skewed amounts (quantity) or by a column (column). With sampled "
-        "nothing is split: each client draws examples_per_client of all examples, with label skew alpha, when it first takes "
-        "part. Beside these, the name of a partition that data.partition.file registers.",
+        "How examples are divided: evenly (iid), with skewed labels (dirichlet), with a few labels per client (pathological), "
+        "with more labels for later clients (staircase), in skewed amounts (quantity) or by a column (column). sampled: no "
+        "split; each client draws examples_per_client of all examples, with label skew alpha, when it first takes part. Or "
+        "the name of a partition that data.partition.file registers.",
         PARTITIONS,
         {"flwr-datasets": "IidPartitioner, DirichletPartitioner, PathologicalPartitioner, NaturalIdPartitioner"},
     )
-    alpha: float = key(0.5, "How even dirichlet, quantity and sampled are: the smaller, the more clients differ.", POSITIVE)
+    alpha: float = key(
+        0.5, "Evenness of dirichlet, quantity and sampled: the smaller the value, the more the clients differ.", POSITIVE
+    )
     labels_per_client: int = key(
-        2, "Labels of one client, for pathological.", COUNT, {"flwr-datasets": "num_classes_per_partition"}
+        2, "Number of labels per client, for pathological.", COUNT, {"flwr-datasets": "num_classes_per_partition"}
     )
     column: str = key(
         "",
         "The column whose values are the clients, for column.",
-        "the name of a column; set just with kind = 'column'",
+        "the name of a column; only with kind = 'column'",
         {"flwr-datasets": "partition_by"},
     )
     examples_per_client: int = key(
-        0, "Examples that each client draws, for sampled.", f"{COUNT}, just with kind = 'sampled'; else 0"
+        0, "Number of examples that each client draws, for sampled.", f"{COUNT}, only with kind = 'sampled'; else 0"
     )
     min_examples: int = key(
-        1, "A split that leaves a client fewer examples is an error.", NATURAL, {"flwr-datasets": "min_partition_size"}
+        1,
+        "Minimum number of examples per client; a split that gives a client fewer is an error.",
+        NATURAL,
+        {"flwr-datasets": "min_partition_size"},
     )
-    file: str = key("", "A Python file that registers a partition of yours, whose name is data.partition.kind.", metadata=LATER)
+    file: str = key(
+        "", "A Python file that registers your own partition under the name in data.partition.kind.", metadata=LATER
+    )
     handed_in: str = key(
-        "", "Digest of shards that a Python program handed in. Written by the program, never by hand.", metadata=LATER
+        "", "Digest of shards that were passed from Python. Written automatically; do not set it by hand.", metadata=LATER
     )
 
     def __post_init__(self) -> None:
@@ -185,69 +194,71 @@ class PartitionConfig:
         _expect(self.alpha > 0, "data.partition.alpha", POSITIVE, self.alpha)
         _expect(self.labels_per_client >= 1, "data.partition.labels_per_client", "at least 1", self.labels_per_client)
         _expect(self.min_examples >= 0, "data.partition.min_examples", NOT_NEGATIVE, self.min_examples)
-        wanted = "set (at least 1) just with kind = 'sampled'"
+        wanted = "at least 1 with kind = 'sampled', and 0 with any other kind"
         sampled = self.kind == "sampled"
         right = self.examples_per_client >= 1 if sampled else self.examples_per_client == 0
         _expect(right, "data.partition.examples_per_client", wanted, self.examples_per_client)
         fits = bool(self.column) == (self.kind == "column") or bool(self.file)
-        _expect(fits, "data.partition.column", "set just with kind = 'column'", self.column)
+        _expect(fits, "data.partition.column", "a column with kind = 'column', and no column with any other kind", self.column)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`[data]`: the examples, which of their columns are read, and which of them are held out."""
+    """`[data]`: the examples, the columns that are read, and the examples that are held out."""
 
     source: str = key(
         "digits",
         "The training examples: digits; texts and rows as CSV, TSV, JSON, Parquet, or a dataset on disk or on the hub; images "
-        "as IDX, .npz, folders or datasets. A relative path is taken from the folder of the configuration, or from "
-        "$ANYRANK_DATA where only that has it.",
+        "as IDX, .npz, folders or datasets. A relative path starts at the folder of the configuration; if it is not there, at "
+        "$ANYRANK_DATA.",
         also={"datasets": "data_files"},
     )
-    test_source: str = key("", "The held-out examples, where they lie apart; read as the source is.")
+    test_source: str = key("", "The held-out examples, if they have a source of their own; read in the same way as source.")
     test_fraction: float = key(
         0.2,
-        "Share of the source that is held out, where neither test_source nor test_split says what is.",
+        "Share of the source that is held out, if neither test_source nor test_split is set.",
         "a number between 0 and 1",
         {"datasets": "test_size"},
     )
-    split: str = key("", "The split of the source to train on, where it has splits.")
-    test_split: str = key("", "The split of the source that is held out, where it has splits.")
+    split: str = key("", "The split of the source to train on, if it has splits.")
+    test_split: str = key("", "The split of the source that is held out, if it has splits.")
     text: str | int | tuple[str | int, ...] = key(
         "text",
-        "The column of texts, or a list of two for pairs of texts. A name, or a number from 0 where data.header is false.",
+        "The column of texts, or a list of two columns for pairs of texts: names, or numbers from 0 if data.header is false.",
         "a column, or a list of two",
         {"transformers": "sentence1_key, sentence2_key"},
     )
     image: str = key("image", "The array or column of images.")
     label: str | int = key(
         "label",
-        "The column, or array, of labels. A name, or a number from 0 where data.header is false.",
+        "The column or array of labels: a name, or a number from 0 if data.header is false.",
         also={"flwr-datasets": "partition_by"},
     )
     label_names: tuple[str, ...] = key((), "Other names for the labels of texts, in the order of the labels.")
-    header: bool = key(True, "Whether the first row of a table names its columns. With false, columns are numbers from 0.")
+    header: bool = key(
+        True, "Whether the first row of a table has the names of its columns. false: columns are numbered from 0."
+    )
     format: str = key(
         "columns",
-        "What rows of a causal-lm source hold: a prompt and a completion in columns, chat messages, or a data set's own "
-        "columns.",
+        "What the rows of a causal-lm source contain: a prompt and a completion in columns, chat messages, or the columns of "
+        "a known data set.",
         INSTRUCTIONS,
     )
     prompt: str = key("prompt", "The column of prompts, for format = 'columns'.")
-    completion: str = key("completion", "The column of completions, for format = 'columns'; the loss is on these alone.")
-    template: str = key("", "The text that is learned, its fields in braces. Empty: the format's own.")
+    completion: str = key("completion", "The column of completions, for format = 'columns'; only these have a loss.")
+    template: str = key("", "The training text, with fields in braces. Empty: the format's own template.")
     chat: bool = key(
         False,
-        "Whether the tokenizer's chat template writes the text that is learned.",
+        "Whether the tokenizer's chat template makes the training text.",
         also={"transformers": "apply_chat_template"},
     )
-    options: tuple[str, ...] = key((), "The completions that there are to choose from.")
-    rotate: int = key(0, "Degrees that images are turned by, against the clock.", "0, 90, 180 or 270")
+    options: tuple[str, ...] = key((), "The completions to choose from.")
+    rotate: int = key(0, "Degrees by which images are rotated counterclockwise.", "0, 90, 180 or 270")
     train_examples: int = key(
-        0, "Train on so many examples, drawn at random. 0: on all.", NATURAL, {"transformers": "max_train_samples"}
+        0, "Number of examples to train on, drawn at random. 0: all.", NATURAL, {"transformers": "max_train_samples"}
     )
     test_examples: int = key(
-        0, "Score on so many held-out examples, drawn at random. 0: on all.", NATURAL, {"transformers": "max_eval_samples"}
+        0, "Number of held-out examples to score on, drawn at random. 0: all.", NATURAL, {"transformers": "max_eval_samples"}
     )
     partition: PartitionConfig = field(default_factory=PartitionConfig)
 
@@ -263,30 +274,30 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ClientsConfig:
-    """`[clients]`: who takes part, how many at a time, and at which ranks."""
+    """`[clients]`: how many clients there are, how many take part in a round, and at which ranks."""
 
     count: int = key(
-        20, "Clients that are registered.", COUNT, {"Flower": "num_supernodes, num_clients", "flwr-datasets": "num_partitions"}
+        20, "Number of registered clients.", COUNT, {"Flower": "num_supernodes, num_clients", "flwr-datasets": "num_partitions"}
     )
     participation: float = key(
         0.25,
-        "Share of the clients that is drawn each round.",
+        "Share of the clients that are drawn each round.",
         "a share above 0, at most 1",
         {"Flower": "fraction_fit, fraction_train"},
     )
     ranks: tuple[int, ...] = key(
         (2, 4, 8, 16, 32),
-        "Ranks of the clients' adapters: the list is repeated over the clients, in the order that clients.rank_order says.",
+        "Ranks of the clients' adapters: the list is repeated over the clients, in the order of clients.rank_order.",
         "ranks of at least 1",
         {"PEFT": "r"},
     )
     rank_order: str = key(
         "shuffled",
-        "How the repeated ranks fall to clients: shuffled by the seed, left in order (cycled) or sorted (rising).",
+        "How the repeated ranks are assigned to clients: shuffled by the seed, in order (cycled) or sorted (rising).",
         RANK_ORDERS,
     )
     names: tuple[str, ...] = key(
-        (), "What the clients are called. Empty: client-0 and so on.", "different names, one a client", metadata=LATER
+        (), "Names of the clients. Empty: client-0 and so on.", "different names, one per client", metadata=LATER
     )
 
     def __post_init__(self) -> None:
@@ -298,25 +309,28 @@ class ClientsConfig:
         _one_of(self.rank_order, RANK_ORDERS, "clients.rank_order")
         if self.names:
             different = len(set(self.names)) == len(self.names) == self.count and all(self.names)
-            _expect(different, "clients.names", f"{self.count} different names, one a client", list(self.names))
+            _expect(different, "clients.names", f"{self.count} different names, one per client", list(self.names))
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`[lora]`: the adapters, `s(r) * B * A` beside the weights of the targeted modules."""
+    """`[lora]`: the adapters, which add `s(r) * B * A` to the weights of the target modules."""
 
     alpha: float = key(
-        2.0, "Size of the adapters' scaling s(r), which lora.scaling makes of it.", POSITIVE, {"PEFT": "lora_alpha"}
+        2.0,
+        "Strength of the adapters; lora.scaling says how their scaling s(r) follows from it.",
+        POSITIVE,
+        {"PEFT": "lora_alpha"},
     )
     scaling: str = key(
         "constant",
-        "How s(r) follows from alpha and the rank r: alpha itself (constant), alpha / r (standard) or alpha / sqrt(r) "
+        "The rule for s(r), from alpha and the rank r: alpha itself (constant), alpha / r (standard) or alpha / sqrt(r) "
         "(rslora).",
         SCALINGS,
         {"PEFT": "use_rslora"},
     )
     target_modules: tuple[str, ...] = key(
-        (), "The modules that have adapters: name endings, as in PEFT. Empty: the model's default."
+        (), "The modules that get adapters: name endings, as in PEFT. Empty: the model's default."
     )
 
     def __post_init__(self) -> None:
@@ -326,16 +340,16 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`[train]`: what a client does in one round."""
+    """`[train]`: the local training of a client in one round."""
 
     optimizer: str = key("adamw", "Optimizer of local training.", OPTIMIZERS, {"transformers": "optim"})
     learning_rate: float = key(2e-3, "Step size of local training in the first round.", POSITIVE, {"torch": "lr"})
     final_learning_rate: float = key(
-        0.0, "What the schedule brings learning_rate down to in the last round.", NOT_NEGATIVE, {"torch": "eta_min"}
+        0.0, "The learning rate in the last round, at the end of the schedule.", NOT_NEGATIVE, {"torch": "eta_min"}
     )
     schedule: str = key(
         "constant",
-        "How learning_rate moves over the rounds, down to final_learning_rate.",
+        "How the learning rate changes over the rounds, from learning_rate to final_learning_rate.",
         SCHEDULES,
         {"transformers": "lr_scheduler_type"},
     )
@@ -344,30 +358,32 @@ class TrainConfig:
     batch_size: int = key(16, "Examples of one local step.", COUNT, {"transformers": "per_device_train_batch_size"})
     accumulation_steps: int = key(
         1,
-        "A batch goes through the model in so many parts: less memory for more time, the same update. Examples of a step stay "
-        "batch_size, while transformers multiplies them.",
+        "Number of parts in which a batch goes through the model: less memory, more time, the same update. A step still has "
+        "batch_size examples, whereas transformers multiplies them.",
         "a whole number from 1 to train.batch_size",
         {"transformers": "gradient_accumulation_steps"},
     )
     gradient_checkpointing: bool = key(
         False,
-        "Whether layers keep their inputs alone, and are run again for the gradient: less memory for more time, the same "
-        "update.",
+        "Whether layers store only their inputs and run again for the gradient: less memory, more time, the same update.",
     )
     local_steps: int = key(
         0,
-        "Steps of a client in one round. 10 where neither these nor local_epochs are given.",
+        "Steps of a client in one round. If neither local_steps nor local_epochs is given: 10.",
         f"{NATURAL}; local_steps or local_epochs, not both",
         {"transformers": "max_steps"},
     )
     local_epochs: int = key(
         0,
-        "Passes of a client over its examples in one round, in place of local_steps.",
+        "Passes of a client over its examples in one round, instead of local_steps.",
         f"{NATURAL}; local_steps or local_epochs, not both",
         {"transformers": "num_train_epochs", "Flower": "local-epochs", "Keras": "epochs"},
     )
     proximal_mu: float = key(
-        0.0, "Weight of FedProx's term, which holds a client near what it was sent. 0: none.", NOT_NEGATIVE, {"FedProx": "mu"}
+        0.0,
+        "Weight of FedProx's proximal term, which keeps a client close to its download. 0: none.",
+        NOT_NEGATIVE,
+        {"FedProx": "mu"},
     )
 
     def __post_init__(self) -> None:
@@ -387,24 +403,24 @@ class TrainConfig:
         if not self.local_steps and not self.local_epochs:
             object.__setattr__(self, "local_steps", 10)
         if self.momentum and self.optimizer != "sgd":
-            raise ConfigError("train.momentum: is for optimizer = 'sgd'; AdamW has its own")
+            raise ConfigError("train.momentum: is for optimizer = 'sgd'; remove it, AdamW has its own momentum")
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """`[method]`: how the clients' adapters become one. The method's own options stand beside its name."""
+    """`[method]`: how the clients' adapters are merged. The method's own options are further keys of this section."""
 
     name: str = key(
         "stayput",
-        "The aggregation method; `anyrank methods` lists them. Beside these, the name of a method that method.file registers.",
+        "The aggregation method: one that `anyrank methods` lists, or one that method.file registers.",
         also={"Flower": "strategy"},
     )
-    file: str = key("", "A Python file that registers a method of yours, whose name is method.name.")
+    file: str = key("", "A Python file that registers your own method under the name in method.name.")
     options: Mapping[str, Any] = key(
-        dict, "The method's own options, each a key of this section by its own name: split = 'balanced'."
+        dict, "The method's own options. Each is written as a key of this section, for example split = 'balanced'."
     )
     handed_in: str = key(
-        "", "Digest of a method that a Python program handed in. Written by the program, never by hand.", metadata=LATER
+        "", "Digest of a method that was passed from Python. Written automatically; do not set it by hand.", metadata=LATER
     )
 
 
@@ -413,36 +429,43 @@ class EvalConfig:
     """`[eval]`: when and how the global model is scored on held-out examples."""
 
     every: int = key(
-        1, "Rounds from one score to the next. The last round is always scored.", COUNT, {"transformers": "eval_steps"}
+        1,
+        "Number of rounds from one scoring to the next. The last round is always scored.",
+        COUNT,
+        {"transformers": "eval_steps"},
     )
-    batch_size: int = key(1024, "Examples that are scored at a time.", COUNT, {"transformers": "per_device_eval_batch_size"})
+    batch_size: int = key(
+        1024, "Number of examples that are scored at a time.", COUNT, {"transformers": "per_device_eval_batch_size"}
+    )
     score: str = key(
         "auto",
-        "What is right: the completion is the likeliest one word for word (exact), it is what is extracted "
-        "from the text that the model writes (generate), or it is the likeliest of its options (likelihood). With auto it is "
-        "as the data's format has it.",
+        "When an answer is correct: if every token of the completion is the most likely one (exact), if the answer extracted "
+        "from the text that the model writes is right (generate), or if the completion is the most likely of the options "
+        "(likelihood). auto: the default of the data's format.",
         SCORES,
     )
     extract: str = key(
         "auto",
-        "What an answer comes down to: its whole text, its final number, or the first option in it. With auto "
-        "it is as the data's format has it.",
+        "What is extracted from an answer: its whole text, its final number, or the first option in it. auto: the default "
+        "of the data's format.",
         EXTRACTS,
     )
-    max_new_tokens: int = key(256, "The most tokens that the model writes for one answer, for score = 'generate'.", COUNT)
+    max_new_tokens: int = key(
+        256, "Maximum number of tokens that the model writes for one answer, for score = 'generate'.", COUNT
+    )
     length_normalized: bool = key(
         False,
-        "Whether options are compared by their likelihood a token, for score = 'likelihood'.",
+        "Whether options are compared by their likelihood per token, for score = 'likelihood'.",
         also={"lm-eval": "acc_norm"},
     )
     metrics: tuple[str, ...] = key(
         (),
-        "Figures beside accuracy and loss, by name.",
+        "Names of metrics to compute in addition to accuracy and loss.",
         "different names",
         {"transformers": "compute_metrics"},
         metadata=LATER,
     )
-    file: str = key("", "A Python file that registers metrics of yours, whose names are in eval.metrics.", metadata=LATER)
+    file: str = key("", "A Python file that registers your own metrics under names in eval.metrics.", metadata=LATER)
 
     def __post_init__(self) -> None:
         _expect(self.every >= 1, "eval.every", COUNT, self.every)
@@ -459,19 +482,19 @@ class PrivacyConfig:
 
     level: str = key(
         "none",
-        "Whom the promise protects: one example, or all examples of one client. With none there is no privacy, and no other "
-        "key of this section may be set.",
+        "What is protected: one example, or all examples of one client. none: no privacy, and no other key of this section "
+        "may be set.",
         PRIVACY_LEVELS,
     )
     epsilon: float = key(
         0.0,
-        "What the run may cost, at delta; the noise is worked out from it.",
-        f"{POSITIVE}, or 0 where noise_multiplier is given",
+        "Privacy budget of the whole run, at delta; the noise is computed from it.",
+        f"{POSITIVE}, or 0 if noise_multiplier is given",
         {"Opacus": "target_epsilon"},
     )
     delta: float = key(
         0.0,
-        "The probability with which the promise of epsilon may fail.",
+        "The probability with which the guarantee of epsilon may fail.",
         "a number above 0, below 1 over the number of examples",
         {"Opacus": "target_delta"},
     )
@@ -483,22 +506,24 @@ class PrivacyConfig:
     )
     noise_multiplier: float = key(
         0.0,
-        "The noise over clip, given in place of epsilon, which then follows from it.",
-        f"{POSITIVE}, or 0 where epsilon is given",
+        "Standard deviation of the noise divided by clip, instead of epsilon; epsilon is then computed from it.",
+        f"{POSITIVE}, or 0 if epsilon is given",
     )
-    max_rounds: int = key(0, "Rounds that any one client may take part in. 0: all of them.", NATURAL)
-    accountant: str = key("pld", "Who counts what is spent.", ACCOUNTANTS)
-    counts: str = key("rounded", "Whether numbers of examples are rounded where they are used or sent, or exact.", COUNTS)
+    max_rounds: int = key(0, "Maximum number of rounds that each client may take part in. 0: all rounds.", NATURAL)
+    accountant: str = key("pld", "The accountant that computes what is spent.", ACCOUNTANTS)
+    counts: str = key(
+        "rounded", "Whether a client's number of examples is rounded (rounded) or exact when it is used or sent.", COUNTS
+    )
     secure: bool = key(
         False,
-        "Whether noise comes from the system's own cryptographic source in place of a key. Nothing can draw it again, so a "
-        "run is then no function of its configuration.",
+        "Whether noise comes from the system's cryptographic source instead of a key. The noise cannot be drawn again, so the "
+        "run can then not be reproduced from its configuration.",
         also={"Opacus": "secure_mode"},
     )
     noise_at: str = key(
         "client",
-        "Who adds the noise of level client: each client to its upload, or the server, trusted with uploads, once to their "
-        "mean.",
+        "Who adds the noise of level client: each client to its upload, or the server once to the mean of the uploads. The "
+        "server must then be trusted with the uploads.",
         NOISE_AT,
     )
 
@@ -510,7 +535,12 @@ class PrivacyConfig:
         if self.level == "none":
             for each in dataclasses.fields(self):
                 value = getattr(self, each.name)
-                _expect(value == each.default, f"privacy.{each.name}", "level = 'example' or 'client' beside it", value)
+                _expect(
+                    value == each.default,
+                    f"privacy.{each.name}",
+                    "level = 'example' or 'client' to be set too",
+                    value,
+                )
             return
         given = "privacy.noise_multiplier" if self.noise_multiplier else "privacy.epsilon"
         if self.epsilon and self.noise_multiplier:
@@ -521,8 +551,8 @@ class PrivacyConfig:
         _expect(0 < self.clip < math.inf, "privacy.clip", POSITIVE, self.clip)
         if self.noise_at == "server" and self.level != "client":
             raise ConfigError(
-                f"privacy.noise_at: expected 'client' with level = {self.level!r}, whose noise goes into training itself, got "
-                "'server', which is for level = 'client'"
+                f"privacy.noise_at: expected 'client' with level = {self.level!r}, whose noise is added during training, got "
+                "'server'; use level = 'client' for noise at the server"
             )
         _expect(self.max_rounds >= 0, "privacy.max_rounds", NATURAL, self.max_rounds)
 
@@ -555,13 +585,13 @@ class RobustConfig:
 
 
 _LM, _PICTURES, _TEXT = "causal-lm", "image-classification", "text-classification"
-# Keys that only some tasks read, and what those are: in a configuration of another task they are refused, never ignored.
+# Keys that only some tasks read, and a name for these tasks. With another task, such a key is an error, never ignored.
 READ_BY = {
-    **{("data", name): ((_LM, _PICTURES, _TEXT), "a source of yours") for name in ("split", "test_split")},
+    **{("data", name): ((_LM, _PICTURES, _TEXT), "a source of your own") for name in ("split", "test_split")},
     ("data", "label_names"): ((_TEXT,), "texts"),
-    ("data", "rotate"): ((_PICTURES,), "images of a source of yours"),
-    ("model", "pretrained"): ((_PICTURES,), "images of a source of yours"),
-    **{("data", name): ((_LM, _PICTURES), "images of a source of yours") for name in ("train_examples", "test_examples")},
+    ("data", "rotate"): ((_PICTURES,), "images of your own source"),
+    ("model", "pretrained"): ((_PICTURES,), "images of your own source"),
+    **{("data", name): ((_LM, _PICTURES), "images of your own source") for name in ("train_examples", "test_examples")},
     **{("data", name): ((_LM,), _LM) for name in ("format", "prompt", "completion", "template", "chat", "options")},
     **{("eval", name): ((_LM,), _LM) for name in ("score", "extract", "max_new_tokens", "length_normalized")},
 }
@@ -569,7 +599,7 @@ READ_BY = {
 
 @dataclass(frozen=True)
 class Config:
-    """One federated run, whole."""
+    """The configuration of one federated run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -589,10 +619,10 @@ class Config:
             table = getattr(self, section)
             value = getattr(table, name)
             usual = value == getattr(type(table)(), name)
-            own = bool(self.model.file) or task == HANDED_IN  # such a task reads what it likes
-            _expect(usual or own or task in tasks, f"{section}.{name}", f"it left out: it is for {what}", value)
+            own = bool(self.model.file) or task == HANDED_IN  # such a task may read any key
+            _expect(usual or own or task in tasks, f"{section}.{name}", f"no value, because this key is only for {what}", value)
         if self.model.head in OWN_HEADS and task != _TEXT and not self.model.file:
-            raise ConfigError(f"model.head: '{self.model.head}' is for {_TEXT}; choose trained or frozen")
+            raise ConfigError(f"model.head: '{self.model.head}' is only for {_TEXT}; use trained or frozen")
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys of some sections changed: `config.replace(run={"seed": 1})`."""

@@ -15,7 +15,7 @@ from anyrank.config import explain
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, nearest
 
-# Sections that the project's contract names and that this version cannot honour yet: refused, never ignored.
+# Sections that are planned but not supported by this version: an error, never ignored.
 _NOT_YET = {"track": "tracking to TensorBoard or MLflow"}
 _PATHS = (
     *(("model", "path"), ("model", "file"), ("data", "source"), ("data", "test_source"), ("data", "partition", "file")),
@@ -36,7 +36,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a TOML file, with `section.key=value` overrides.
 
-    Relative paths are taken from the file's folder, or from the folder `$ANYRANK_DATA` where only that has them.
+    Relative paths start at the file's folder; if a path is not there, at the folder `$ANYRANK_DATA`.
     """
     path = Path(path)
     table = read_toml(path, "configuration")
@@ -52,7 +52,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _found(value: str, folder: Path) -> str:
-    """A path as it is found from `folder`, or from `$ANYRANK_DATA`; as it was where there is nothing."""
+    """The path `value` below `folder`, or else below `$ANYRANK_DATA`; unchanged if it exists in neither."""
     for base in (folder, *(Path(base) for base in [os.environ.get("ANYRANK_DATA")] if base)):
         if not Path(value).is_absolute() and (base / value).exists():
             return str((base / value).resolve())
@@ -71,7 +71,9 @@ def from_table(table: Mapping[str, Any]) -> Config:
     """The configuration in a parsed TOML table."""
     for section, what in _NOT_YET.items():
         if section in table:
-            raise ConfigError(f"[{section}]: {what} is not in this version of anyrank; remove the section to run without it")
+            raise ConfigError(
+                f"[{section}]: {what} is not supported by this version of anyrank; remove the section to run without it"
+            )
     table = dict(table)
     method = table.get("method")
     if isinstance(method, Mapping) and "options" not in method:
@@ -87,12 +89,12 @@ def to_table(config: Config) -> dict[str, Any]:
     table["method"] |= table["method"].pop("options")
     for section in (table["model"], table["data"]["partition"], table["method"]):
         if not section["handed_in"]:
-            del section["handed_in"]  # what nobody writes by hand
+            del section["handed_in"]  # never written by hand
     return _plain(table)
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What a configuration says, as it is named for ever: keys that came later are left out while they are at their default."""
+    """The table that identifies a configuration in all versions: newer keys are left out if they have their default."""
     table = to_table(config)
     _drop_defaults(config, table)
     return table
@@ -136,7 +138,7 @@ def _build(kind: type, table: Any, where: str) -> Any:
     unknown = sorted(table.keys() - hints.keys())
     if unknown:
         what = f"{where}.{unknown[0]}" if where else f"[{unknown[0]}]"
-        meant = explain.hint(unknown[0]) or nearest(unknown[0], hints)  # a name of another section or library, or a slip
+        meant = explain.hint(unknown[0]) or nearest(unknown[0], hints)  # a name of another section or library, or a misspelling
         raise ConfigError(f"{what}: unknown {'key' if where else 'section'}; {meant}")
     values = {}
     for name, value in table.items():

@@ -1,6 +1,6 @@
-"""Computed tensors kept on disk between runs: one safetensors file for each key, which holds the key and a checksum.
+"""Computed tensors kept on disk between runs: one safetensors file per key, with the key and a checksum in it.
 
-A file that is missing, cut short, damaged or made for another key is no error: it is as if it were not there.
+A file that is missing, truncated, damaged or made for another key is no error: it counts as missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _STAMP = "anyrank"
 
 
 def digest(parts: Iterable[str]) -> str:
-    """The sha256 of a sequence of texts; each goes in with its length, so that no two sequences run together.
+    """The sha256 of a sequence of texts; each text is hashed with its length, so that different sequences have different
+    digests.
 
     >>> digest(["ab", "c"]) == digest(["a", "bc"])
     False
@@ -35,9 +36,10 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def load(folder: Path, kind: str, key: Mapping[str, str], mapped: bool = False) -> dict[str, Tensor] | None:
-    """The tensors stored for `key`, or `None` where there is no whole and undamaged file for it.
+    """The tensors stored for `key`, or `None` if there is no complete and undamaged file for it.
 
-    `mapped`: they stay in the file, and the system reads of it what is used, and keeps what fits; else they are in memory.
+    `mapped`: the tensors stay in the file, and the operating system reads and caches what is used; otherwise they are in
+    memory.
     """
     path, text = _place(folder, kind, key)
     if not path.is_file() or not path.stat().st_size:
@@ -47,7 +49,7 @@ def load(folder: Path, kind: str, key: Mapping[str, str], mapped: bool = False) 
         if stamp != _stamp(text, tensors):
             return None
         if mapped:
-            return _open(path)[0]  # anew: the check has read every page of the first mapping
+            return _open(path)[0]  # a new mapping, because the check has read every page of the first one
     except (SafetensorError, OSError):
         return None
     return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -60,7 +62,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def store(folder: Path, kind: str, key: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Path:
-    """Write the tensors of `key`, whole or not at all; `kind` begins the file's name. Raises `RunError` where it cannot."""
+    """Write the tensors of `key` completely or not at all; `kind` begins the file's name. Raises `RunError` on failure."""
     path, text = _place(folder, kind, key)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {_STAMP: _stamp(text, tensors)}
@@ -68,7 +70,7 @@ def store(folder: Path, kind: str, key: Mapping[str, str], tensors: Mapping[str,
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
     except (OSError, SafetensorError) as error:
-        if load(folder, kind, key, mapped=True) is not None:  # Windows replaces no file that another process has mapped
+        if load(folder, kind, key, mapped=True) is not None:  # Windows cannot replace a file that another process has mapped
             return path
         raise RunError(f"{path}: cannot write to the cache: {error}; free space, or choose another cache folder") from None
     return path

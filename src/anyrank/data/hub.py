@@ -1,7 +1,7 @@
-"""Datasets as Hugging Face's `datasets` keeps them: saved to disk, in Parquet, in a folder of data files, or on the hub.
+"""Datasets of Hugging Face's `datasets`: saved to disk, in Parquet, in a folder of data files, or on the hub.
 
-`datasets` is imported when such a source is opened. No code of a dataset is run. A hub id is looked for in the local cache
-and downloaded where it is not there yet, with a progress bar; HF_HUB_OFFLINE=1 forbids that.
+`datasets` is imported when such a source is opened. No code of a dataset is run. A hub id is looked up in the local cache and
+downloaded if it is missing, with a progress bar; HF_HUB_OFFLINE=1 forbids the download.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_id(source: str) -> bool:
 def splits(source: str) -> Mapping[str, Dataset]:
     """`{split: dataset}` of a folder, a `.parquet` file or a hub id; the one split of a source without splits is called ''.
 
-    A folder is what `save_to_disk` wrote, or data files as the hub has them. Raises `DataError` where it cannot be opened.
+    A folder is one that `save_to_disk` wrote, or one of data files as on the hub. Raises `DataError` if it cannot be opened.
     """
     try:
         import datasets
@@ -43,7 +43,7 @@ def splits(source: str) -> Mapping[str, Dataset]:
     try:
         with _quiet(datasets):
             found = _open(datasets, source)
-    except Exception as error:  # datasets, the hub client, pyarrow and the system share no base
+    except Exception as error:  # errors of datasets, the hub client, pyarrow and the system have no common base
         what = "check the name and the network" if not Path(source).exists() else "check what is in it"
         raise DataError(f"{source}: datasets cannot open it ({_first_line(error)}); {what}") from None
     return found if isinstance(found, Mapping) else {_NO_SPLITS: found}
@@ -64,7 +64,7 @@ def _open(datasets: Any, source: str) -> Any:
 
 
 def columns(dataset: Dataset) -> dict[str, list[Any]]:
-    """The columns of plain values, `{name: [n]}`; class labels by their names, `None` where a row has none."""
+    """The columns of plain values, `{name: [n]}`; class labels by their names, `None` if a row has none."""
     from datasets import ClassLabel, Value
 
     plain = {name: feature for name, feature in dataset.features.items() if isinstance(feature, (Value, ClassLabel))}
@@ -77,7 +77,7 @@ def columns(dataset: Dataset) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """No log lines of `datasets` and the hub client, and a progress bar only where something is downloaded."""
+    """No log lines of `datasets` and the hub client, and a progress bar only for downloads."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -140,7 +140,7 @@ def load_split(config: DataConfig) -> tuple[Images, Images]:
     chosen = _split(splits, config.split, ("train", ""), config.source, "data.split")
     train = _labelled(splits[chosen](), config.source)
     if len(train.label_names) < 2:
-        raise DataError(f"{config.source}: expected at least two labels to tell apart, got only {train.label_names[0]!r}")
+        raise DataError(f"{config.source}: expected at least two different labels, got only {train.label_names[0]!r}")
     rows = _held_out_rows(config, {name: read for name, read in splits.items() if name != chosen})
     if rows is not None:
         test = _labelled(rows, config.test_source or config.source, train.label_names, config.source)
@@ -296,13 +296,15 @@ def _idx_folder(path: Path, config: DataConfig) -> _Splits:
             place = ("train" if match["part"] == "train" else "test", match["what"])
             if place in found and found[place].name.removesuffix(".gz") != file.name.removesuffix(".gz"):
                 raise DataError(
-                    f"{path}: {found[place].name} and {file.name} are of two datasets; give each a folder of its own"
+                    f"{path}: {found[place].name} and {file.name} belong to two datasets; put each dataset in its own folder"
                 )
             found[place] = file
     for part, what in found:
         lacking = (part, "labels" if what == "images" else "images")
         if lacking not in found:
-            raise DataError(f"{found[part, what]}: no file of its {lacking[1]} beside it, with or without .gz")
+            raise DataError(
+                f"{found[part, what]}: there is no file of its {lacking[1]} in the same folder, with or without .gz"
+            )
     return {part: partial(_idx_split, found[part, "images"], found[part, "labels"]) for part, what in found if what == "images"}
 
 
@@ -318,7 +320,7 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     try:
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: not readable as gzip ({error}); the file is damaged or cut short") from None
+        raise DataError(f"{path}: not readable as gzip ({error}); the file is damaged or truncated") from None
     magic, expected = data[:4], bytes((0, 0, 8, dimensions))
     if magic != expected:
         raise DataError(f"{path}: expected an IDX file that begins {expected.hex(' ')}, got {magic.hex(' ') or 'nothing'}")
@@ -326,13 +328,13 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), dtype=">u4").tolist()
     if len(data) < start or len(data) - start != np.prod(shape):
         says, has = "x".join(map(str, shape)), max(len(data) - start, 0)
-        raise DataError(f"{path}: its head says {says} bytes, after it come {has}; the file is damaged or cut short")
+        raise DataError(f"{path}: its header declares {says} bytes, but {has} follow; the file is damaged or truncated")
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def _same_number(images: int, images_in: object, labels: int, labels_in: object) -> None:
     if images != labels:
-        raise DataError(f"{labels_in}: expected {images} labels, one for each image of {images_in}, got {labels}")
+        raise DataError(f"{labels_in}: expected {images} labels, one per image of {images_in}, got {labels}")
 
 
 # --- npz -------------------------------------------------------------------------------------------------------------
@@ -402,15 +404,15 @@ def _decode(data: bytes, where: str) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError:
-        raise DataError("pictures need Pillow to be read; pip install pillow") from None
+        raise DataError("reading pictures needs the package Pillow; pip install pillow") from None
     try:
         with Image.open(io.BytesIO(data)) as picture:
             deep = picture.mode.startswith(("I", "F"))
             pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: not readable as an image: {_first_line(error)}; remove or mend it") from None
+        raise DataError(f"{where}: not readable as an image: {_first_line(error)}; repair or remove it") from None
     if deep:
-        raise DataError(f"{where}: expected 8 bits a channel, got mode {picture.mode}; save it with 8 bits")
+        raise DataError(f"{where}: expected 8 bits per channel, got mode {picture.mode}; save it with 8 bits")
     return pixels
 
 

@@ -90,13 +90,13 @@ class Template:
         try:
             parts = [(literal, name, spec or conversion) for literal, name, spec, conversion in string.Formatter().parse(text)]
         except ValueError as error:
-            raise DataError(f"data.template: {error}; write braces that are no field twice: {{{{ and }}}}") from None
+            raise DataError(f"data.template: {error}; write braces that are not a field twice: {{{{ and }}}}") from None
         if any(extra for _, _, extra in parts):
             raise DataError("data.template: expected plain fields, {column}, without ':' or '!'")
         names = [name for _, name, _ in parts]
         if names.count(completion) != 1:
             raise DataError(
-                f"data.template: expected the field {{{completion}}} once, where the completion begins, "
+                f"data.template: expected the field {{{completion}}} exactly once, at the beginning of the completion, "
                 f"got it {names.count(completion)} times"
             )
         at = names.index(completion)
@@ -201,7 +201,7 @@ def _commonsense(config: DataConfig) -> Format:
     def variants(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
         options, (head, answer, tail) = answer_format(fields["instruction"]), fields["output"].rpartition(fields["answer"])
         if not options:
-            raise DataError("expected an instruction that ends in its options, 'Answer format: one/other'")
+            raise DataError("expected an instruction that ends with its options, 'Answer format: one/other'")
         if fields["answer"] not in options or not answer:
             raise DataError(f"expected an answer among {', '.join(options)} and in the output, got {fields['answer']!r}")
         return options, tuple(f"{head}{option}{tail}" for option in options)
@@ -293,9 +293,9 @@ def _instruction(row: tuple[str, Row], form: Format, template: Template, config:
         prompt, completion = template.filled(fields)
         options, values = form.variants(fields)
     except KeyError as error:
-        raise DataError(f"{where}: no value in column {error} of data.template; mend or remove the row") from None
+        raise DataError(f"{where}: no value in column {error} of data.template; correct or remove the row") from None
     except DataError as error:
-        raise DataError(f"{where}: {error}; mend or remove the row") from None
+        raise DataError(f"{where}: {error}; correct or remove the row") from None
     if not fields[form.completion].strip():
         raise DataError(f"{where}: expected a completion in column {form.completion!r}, got an empty one; remove the row")
     choices = tuple(template.filled({**fields, form.completion: value})[1] for value in values)
@@ -312,10 +312,12 @@ def _read_messages(rows: Sequence[tuple[str, Row]], config: DataConfig) -> _Read
 def _chat(where: str, messages: Any) -> Instruction:
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise DataError(
-            f"{where}: expected messages as a list of objects with a 'role' ({', '.join(ROLES)}) and a 'content' that is text"
+            f"{where}: expected messages as a list of objects with a 'role' ({', '.join(ROLES)}) and a text 'content'"
         )
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError(f"{where}: expected messages that end in one of the assistant, which is learned; remove the row")
+        raise DataError(
+            f"{where}: expected messages that end with a message of the assistant, which is the training target; remove the row"
+        )
     turns = tuple({"role": message["role"], "content": message["content"]} for message in messages)
     return Instruction("", turns[-1]["content"], turns[-1]["content"], turns=turns[:-1])
 

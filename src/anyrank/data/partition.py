@@ -1,4 +1,4 @@
-"""How training examples fall to clients. Every example goes to exactly one client, as a pure function of config and seed."""
+"""Divide training examples among clients. Every example goes to exactly one client, as a pure function of config and seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyrank.config.sections import PartitionConfig
 from anyrank.data.split import ordered
 from anyrank.errors import DataError, in_a_line, nearest
 
-_ATTEMPTS = 20  # draws of random sizes, from one stream, until no client falls short; flwr-datasets makes 10
+_ATTEMPTS = 20  # draws of random sizes, from one stream, until every client has enough; flwr-datasets makes 10
 _EMPTY: Mapping[str, np.ndarray] = MappingProxyType({})
 _BY_LABEL = ("dirichlet", "pathological", "staircase", "sampled")
 
@@ -62,7 +62,7 @@ class Shards:
 
 @dataclass(frozen=True, eq=False)
 class SampledShards:
-    """Clients that draw from all examples, each by a key of its own and only when asked: a million clients cost what one does.
+    """Clients that draw from all examples, each by its own key and only when needed: a million clients cost as much as one.
 
     Client `c` holds `size` different examples; its label proportions are drawn from Dirichlet(`alpha`). Clients may share
     examples. `by_label`: the indices of each label's examples.
@@ -85,7 +85,7 @@ class SampledShards:
         wanted = rng.multinomial(self.size, rng.dirichlet(np.full(len(self.by_label), self.alpha)))
         drawn = [rng.permutation(group)[:count] for group, count in zip(self.by_label, wanted, strict=True)]
         chosen = np.concatenate(drawn)
-        if len(chosen) < self.size:  # a label has fewer examples than were drawn of it: the rest come from anywhere
+        if len(chosen) < self.size:  # if a label has fewer examples than were drawn of it, the rest have any label
             others = np.setdiff1d(np.concatenate(self.by_label), chosen)
             chosen = np.concatenate([chosen, rng.choice(others, self.size - len(chosen), replace=False)])
         return np.sort(chosen).astype(np.int64)
@@ -121,7 +121,7 @@ def pooled(shards: Shards | SampledShards | Whole) -> Whole:
 
 @dataclass(frozen=True, eq=False)
 class ByName:
-    """Shards by the name of their client; `place` says where a name's shard stands."""
+    """Shards by the name of their client; `place` gives the position of a name's shard."""
 
     shards: Any
     place: Callable[[str], int]
@@ -135,19 +135,21 @@ def partition(
 ) -> Shards | SampledShards:
     """Split examples over clients as `config.kind` says; `labels` `[n]` (array or tensor) are whole numbers from 0.
 
-    * `iid`: shuffled and dealt out evenly.
+    * `iid`: shuffled and divided evenly.
     * `dirichlet`: each label's examples in proportions over the clients drawn from Dirichlet(`alpha`), as in flwr-datasets and
-      Yurochkin et al. 2019 (without flwr-datasets' self-balancing). The remainders of rounding fall at random.
-    * `pathological`: each client is given `labels_per_client` labels, the least given out first; holders share a label equally.
-    * `staircase`: client i of K holds the labels 0 … ceil((i+1)·L/K)-1, as RBLA's clients do; holders share a label equally.
-    * `quantity`: sizes in proportions from Dirichlet(`alpha`), labels as they come.
+      Yurochkin et al. 2019 (without flwr-datasets' self-balancing). The remainders of rounding are assigned at random. *
+      `pathological`: each client is given `labels_per_client` labels, those with the fewest clients first; the clients of a
+      label share it equally.
+    * `staircase`: client i of K holds the labels 0 … ceil((i+1)·L/K)-1, as RBLA's clients do; the clients of a label share it
+    equally.
+    * `quantity`: sizes in proportions from Dirichlet(`alpha`), labels at random.
     * `sampled`: no split, see `SampledShards`: for federations of more clients than there are examples.
-    * `column`: one client a distinct value of `config.column`; with more values than clients the values, in order, are dealt
-      round to the clients.
+    * `column`: one client per distinct value of `config.column`; with more values than clients, the values are assigned to the
+      clients in turn.
 
-    A split that leaves a client fewer than `config.min_examples` is drawn again, 20 draws in all, where sizes are random
-    (`dirichlet`, `quantity`); a `DataError` names the client where that does not help. `min_examples = 0` permits empty
-    clients, though never more clients than examples.
+    If sizes are random (`dirichlet`, `quantity`), a split that gives a client fewer than `config.min_examples` is drawn again,
+    up to 20 draws in all; if that does not help, a `DataError` names the client. `min_examples = 0` permits empty clients, but
+    never more clients than examples.
     """
     if config.file:
         return _of_file(config, labels, num_clients, seed, columns)
@@ -180,9 +182,9 @@ def partition(
 
 
 def by_hand(shards: Mapping[str, np.ndarray], num_examples: int) -> Shards:
-    """Shards that somebody gives, `{client: indices [n]}`, in this order of clients. Not every example has to be in one.
+    """Shards from a mapping `{client: indices [n]}`, in this order of clients. Not every example has to be in a shard.
 
-    Raises `DataError` for a client without examples, one that is none of the `num_examples`, and one that is given twice.
+    Raises `DataError` for a client without examples, for an index out of range, and for an example that is given twice.
     """
     owner = np.full(num_examples, -1, dtype=np.int64)
     names = list(shards)
@@ -208,16 +210,16 @@ def by_hand(shards: Mapping[str, np.ndarray], num_examples: int) -> Shards:
     return Shards(np.concatenate(list(shards.values())).astype(np.int64), offsets)
 
 
-# --- partitions of one's own ------------------------------------------------------------------------------------------
+# --- users' partitions ------------------------------------------------------------------------------------------------
 
 OWN: dict[str, Callable[..., Any]] = {}
 
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: makes `function(labels, clients, rng, columns)` known as `data.partition.kind = name`.
+    """Decorator: register `function(labels, clients, rng, columns)` as `data.partition.kind = name`.
 
-    It gives the client of each example, whole numbers `[n]` from 0 to `clients - 1`; `labels` `[n]`, `columns` `{name: values
-    [n]}` of the training data, and a NumPy generator that is keyed by the run's seed.
+    The function returns the client of each example, whole numbers `[n]` from 0 to `clients - 1`; `labels` `[n]`, `columns`
+    `{name: values [n]}` of the training data, and a NumPy generator that is keyed by the run's seed.
     """
     if name in _KINDS or name == "sampled":
         raise DataError(f"partition.register: '{name}' is a built-in partition; choose another name")
@@ -247,7 +249,7 @@ def split_by(
     columns: Mapping[str, np.ndarray] = _EMPTY,
     min_examples: int = 1,
 ) -> Shards:
-    """The shards of a partition of one's own, see `register`. Raises `DataError` for what are no owners, and empty clients."""
+    """The shards of a user's partition, see `register`. Raises `DataError` for invalid owners and for empty clients."""
     labels = np.asarray(labels)
     try:
         owners = np.asarray(split(labels, num_clients, keys.rng(seed, "partition"), columns))
@@ -306,7 +308,7 @@ def _pathological(
     holders: list[list[int]] = [[] for _ in groups]
     given = np.zeros(len(groups), dtype=np.int64)
     for client in rng.permutation(clients):
-        chosen = np.lexsort((rng.random(len(groups)), given))[:k]  # the labels given out least so far, ties at random
+        chosen = np.lexsort((rng.random(len(groups)), given))[:k]  # the labels with the fewest clients so far, ties at random
         given[chosen] += 1
         for label in chosen:
             holders[label].append(client)
@@ -380,12 +382,12 @@ def _by_label(labels: np.ndarray) -> list[np.ndarray]:
 
 
 def _deal(holders: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """`number` examples dealt evenly to `holders`, at random: the holder of each, counts within one of each other."""
+    """`number` examples divided evenly among `holders`, at random: the holder of each; counts differ by at most one."""
     return rng.permutation(rng.permutation(holders)[np.arange(number) % len(holders)])
 
 
 def _share(groups: list[np.ndarray], holders: list[np.ndarray], number: int, rng: np.random.Generator) -> np.ndarray:
-    """Owners `[number]` where each label's examples are shared equally by its holders."""
+    """Owners `[number]`, with each label's examples shared equally by its holders."""
     owners = np.empty(number, dtype=np.int64)
     for examples, each in zip(groups, holders, strict=True):
         owners[examples] = _deal(each, len(examples), rng)

@@ -76,7 +76,7 @@ def load_split(config: DataConfig) -> tuple[Table, Table]:
     """
     table = _training(config)
     if len(table.label_names) < 2:
-        raise DataError(f"{config.source}: expected at least two labels to tell apart, got only {table.label_names[0]!r}")
+        raise DataError(f"{config.source}: expected at least two different labels, got only {table.label_names[0]!r}")
     if config.test_source or config.test_split:
         train, test = table, _held_out_rows(config, table.label_names)
     else:
@@ -271,7 +271,7 @@ def _delimited(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[str, 
                         line, row = reader.line_num + 1, []
                 if row and len(row) != len(names):
                     raise DataError(
-                        f"{path}, line {line}: expected {len(names)} columns, got {len(row)}; mend or quote the row"
+                        f"{path}, line {line}: expected {len(names)} columns, got {len(row)}; correct or quote the row"
                     )
                 if row:
                     yield line, dict(zip(names, row, strict=True))
@@ -337,7 +337,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line.lstrip("\ufeff"))
     except ValueError as error:
-        raise DataError(f"{path}, line {number}: expected one JSON object a line, or a list of objects: {error}") from None
+        raise DataError(f"{path}, line {number}: expected one JSON object per line, or a list of objects: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
     return row
@@ -381,7 +381,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         got = "none" if value is None else "an empty one" if isinstance(value, str) else repr(value)
-        raise DataError(f"{where}: expected a text in column {name!r}, got {got}; remove or mend the row")
+        raise DataError(f"{where}: expected a text in column {name!r}, got {got}; correct or remove the row")
     return value
 
 

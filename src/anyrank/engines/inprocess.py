@@ -1,4 +1,4 @@
-"""All clients in this process, on one shared frozen model: one after another, or side by side where that is faster."""
+"""Run all clients in this process on one shared frozen model: one after another, or stacked if that is faster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from anyrank.training.trainer import ExamplesOf
 class InProcess:
     """The default engine: `shards[name]` are the training examples of a client; scores in batches of `eval_batch_size`.
 
-    `stacking`: as `trainer.train_cohort` has it.
+    `stacking`: see `trainer.train_cohort`.
     """
 
     model: LoraModel
@@ -40,7 +40,7 @@ class InProcess:
         return score(self.model.task, self.eval_batch_size)
 
     def profile(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Profile:
-        """One step to warm up, in which memory is watched, and one that is timed."""
+        """Take one warm-up step, in which memory is measured, and one step that is timed."""
         kept = memory.Kept(self.model.module)
         with kept.watch():
             list(self.train(jobs, plan, mechanism))
@@ -48,7 +48,7 @@ class InProcess:
         for reply in self.train(jobs, plan, mechanism):
             if isinstance(reply, Failure):
                 raise RunFailed(f"one local step of {reply.client}: {reply}")
-            # Private clients report no time: it is that until their reply came.
+            # Private clients report no time, so this is the time until their reply.
             step_s[reply.client] = reply.metrics.get("seconds", time.perf_counter() - began)
             began = time.perf_counter()
         return Profile(step_s, kept.peak)

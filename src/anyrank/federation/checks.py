@@ -1,4 +1,4 @@
-"""What a federation is checked for before anything is trained."""
+"""Checks of a federation before anything is trained."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def check_ranks(config: Config, method: methods.Method) -> None:
 
 
 def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
-    """Raise `ConfigError` for a method whose clients' training the plan does not cover."""
+    """Raise `ConfigError` for a method whose local training the privacy plan does not cover."""
     if plan.level == "client" and not plan.central and len(method.train) != 1:
         both = ", ".join(sorted(name for name, kind in REGISTRY.items() if len(kind.train) == 1 and not kind.reference))
         raise ConfigError(
-            f"method.name: {method.name} trains A and B together, whose noise would multiply in the product; privacy.level = "
-            f"'client' is for methods that train one factor a round: {both}"
+            f"method.name: {method.name} trains A and B together, so that noise would be multiplied; privacy.level = "
+            f"'client' is for methods that train one factor per round: {both}"
         )
     if method.pools_data:
         raise ConfigError(
-            f"method.name: {method.name} gathers all examples in one place, where no client could promise anything for its "
-            "own; choose a method that federates"
+            f"method.name: {method.name} gathers all examples in one place, so there is no client to protect; choose a method "
+            "that federates"
         )
     if method.private:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Who is registered, and who takes part in a round: drawn by key, so that every method of a comparison sees the same."""
+"""The registered clients, and the cohort of each round: drawn by key, so that all methods of a comparison have the same."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _UNNAMED = "client-"
 
 @dataclass(frozen=True, eq=False)
 class Population:
-    """All registered clients as arrays; a `Client` is made when one is drawn, so that 10,000 cost what 20 do.
+    """All registered clients as arrays; a `Client` is created when it is drawn, so that 10,000 clients cost as much as 20.
 
-    `ranks` `[count]`; `sizes` `[count]`: examples of each; `cohort_size`: clients drawn each round; `names`: what they are
-    called (empty: client-0 and so on). Which examples a client has, its engine knows.
+    `ranks` `[count]`; `sizes` `[count]`: numbers of examples; `cohort_size`: clients drawn each round; `names`: their names
+    (empty: client-0 and so on). The engine knows which examples a client has.
     """
 
     ranks: np.ndarray
@@ -60,16 +60,16 @@ class Population:
         return sorted(int(index) for index in chosen)
 
     def levels(self) -> list[int]:
-        """The distinct ranks of the federation, rising."""
+        """The distinct ranks of the federation, in ascending order."""
         return np.unique(self.ranks).tolist()
 
     def pooled(self, size: int) -> Population:
-        """One client of the largest rank that has everybody's examples, `size` in all."""
+        """One client of the largest rank that has all `size` examples."""
         return Population(np.array([self.ranks.max()]), np.array([size]), 1, self.seed, (POOLED,))
 
 
 def populate(config: ClientsConfig, sizes: np.ndarray, seed: int) -> Population:
-    """The population that a configuration describes: ranks repeated over the clients, in the order it asks for.
+    """The population that a configuration describes: ranks repeated over the clients, in the configured order.
 
     `sizes` `[count]`: examples of each client.
     """
@@ -86,6 +86,6 @@ def assign_ranks(config: ClientsConfig, seed: int) -> np.ndarray:
 
 
 def count_ranks(ranks: Sequence[int] | np.ndarray) -> dict[str, int]:
-    """`{rank: how many clients hold it}`, rising, with text keys as JSON wants them."""
+    """`{rank: number of clients}` in ascending order, with text keys for JSON."""
     levels, counts = np.unique(np.asarray(ranks), return_counts=True)
     return {str(level): int(count) for level, count in zip(levels, counts, strict=True)}

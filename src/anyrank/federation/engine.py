@@ -1,4 +1,4 @@
-"""What the round loop asks of an engine, whatever it runs on."""
+"""The interface between the round loop and an engine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from anyrank.privacy.noise import Mechanism
 
 
 class Engine(Protocol):
-    """Runs clients and scores models, wherever they are. It knows data and hardware, and nothing of methods.
+    """Runs clients and scores models, wherever they are. It knows data and hardware, but no methods.
 
-    Its laws, by which the loop stands:
+    The loop relies on these rules:
 
-    * at most one reply a job, in any order; a reply names the job's client;
-    * nothing that a client does raises: whatever goes wrong with one is its `Failure`;
+    * there is at most one reply per job, in any order; a reply names the job's client;
+    * nothing that a client does raises an exception: any problem of a client becomes its `Failure`;
     * the same jobs, plan and mechanism give the same replies, bit for bit;
-    * a job's download is asked for when it is sent, and not before;
-    * after `close` nothing of the run is held, and the model is as it was. Closing twice is closing once.
+    * a job's download is built when it is sent, not earlier;
+    * after `close`, nothing of the run is kept, and the model is as it was before. `close` may be called twice.
     """
 
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
@@ -28,15 +28,15 @@ class Engine(Protocol):
         ...
 
     def train(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Iterator[ClientUpdate | Failure]:
-        """The replies to `jobs`. `mechanism`: the privacy plan with its key, from whoever keeps the ledger; `None` without."""
+        """The replies to `jobs`. `mechanism`: the privacy plan with its key, or `None`."""
         ...
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
-        """How base model, merged sum and adapter do on the held-out examples."""
+        """The scores of base model, merged sum and adapter on the held-out examples."""
         ...
 
     def profile(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Profile:
-        """What one local step of each job takes. Raises `RunFailed` where one cannot be made."""
+        """The cost of one local step of each job. Raises `RunFailed` if a step is not possible."""
         ...
 
     def close(self) -> None: ...

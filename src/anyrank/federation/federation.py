@@ -1,4 +1,4 @@
-"""Everything that a run consists of."""
+"""The parts of a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from anyrank.privacy.plan import PrivacyPlan
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """Everything that a run consists of. `facts`: what is known of its task; `step_factor` multiplies the local steps of the
-    round plan (1 but for `centralized`); `labels`: what kinds of examples each client has, where clients are told apart;
-    `privacy`: what is promised of what they send.
+    """The parts of a run. `facts`: facts about its task; `step_factor` multiplies the local steps of the round plan (1, except
+    for `centralized`); `labels`: the label shares of each client, if clients are reported separately; `privacy`: the privacy
+    plan of their uploads.
     """
 
     config: Config
@@ -41,14 +41,14 @@ class Federation:
         return round % self.config.eval.every == 0 or round == self.config.run.rounds
 
     def close(self) -> None:
-        """Let go of what the engine holds: the model is as it was."""
+        """Release what the engine holds; the model is then as it was before."""
         self.engine.close()
 
     def counted(self, num_examples: int) -> int:
-        """The examples that a client counts as: its own number, or what a privacy plan declares in its stead."""
+        """The client's number of examples as its weight: its own number, or the count that a privacy plan declares."""
         return self.privacy.declared(num_examples) if self.privacy else num_examples
 
     @property
     def upload_bound(self) -> float:
-        """The norm that an upload's change may have."""
+        """The largest norm that an upload's change may have."""
         return self.privacy.upload_bound if self.privacy else math.inf

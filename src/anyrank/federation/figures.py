@@ -1,4 +1,4 @@
-"""What is measured after each round, and what a finished run leaves."""
+"""The figures of each round, and the adapters of a finished run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from anyrank.messages.records import Client, ServerState
 
 
 def measure(federation: Federation, state: ServerState, collected: Collected, standing: Standing | None) -> dict[str, Any]:
-    """The round's figures. Accuracy and loss are `None` in rounds that are not scored, which have none of the task's metrics;
-    spectra where there is no one model."""
+    """The round's figures. In rounds that are not scored, accuracy and loss are `None` and the task's metrics are missing;
+    without a global model, spectra are `None`."""
     served = federation.method.served(state)
     figures = standing.figures() if standing else UNSCORED
     values = spectra(served["global"], state.merged) if "global" in served else None
@@ -34,7 +34,7 @@ def measure(federation: Federation, state: ServerState, collected: Collected, st
 
 
 def score(federation: Federation, state: ServerState) -> Standing:
-    """How good what the federation's users run is: the global model, or the personal ones."""
+    """The standing of the models that users of the federation run: the global model, or the personal ones."""
     served = federation.method.served(state)
     scores = {name: federation.engine.evaluate(adapter, state.merged) for name, adapter in sorted(served.items())}
     if len(scores) == 1 and not scores.keys() & set(federation.labels.names if federation.labels else ()):
@@ -43,7 +43,7 @@ def score(federation: Federation, state: ServerState) -> Standing:
 
 
 def shares(federation: Federation, state: ServerState) -> dict[str, Any]:
-    """The adapters that a finished run leaves: the global one, what a client of each rank gets, what is in the base model."""
+    """The adapters of a finished run: the global one, the one for a client of each rank, and the update of the base model."""
     ranks = {f"adapter-rank-{rank}": rank for rank in federation.population.levels()}
     by_rank = {folder: federation.method.share(state, Client(folder, rank)) for folder, rank in ranks.items()}
     into_base = {"base-update": state.merged} if state.merged else {}

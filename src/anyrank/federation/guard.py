@@ -1,4 +1,4 @@
-"""What may enter a round: every check on an upload, in one place. One bad client costs one client."""
+"""All checks on an upload before it enters a round. A bad upload is rejected without harm to other clients."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from anyrank.messages.records import ClientUpdate, Download
 
 
 class Rejected(AnyRankError):
-    """An upload that does not enter the round; its text is the reason."""
+    """An upload is rejected; the text of the error is the reason."""
 
 
 def admit(update: ClientUpdate, download: Download, client: str, num_examples: int, bound: float = math.inf) -> ClientUpdate:
-    """The part of `update` that the server believes: the trained factors, under the server's own name, rank and weight.
+    """The part of `update` that the server accepts: the trained factors, with the client's name, rank and weight as registered.
 
-    Whatever the download did not ask to train is taken from the download itself. Where the download allows pruning, a layer
-    may come back at exactly the rank that pruning leaves. Raises `Rejected` for an upload from somebody else, other layers or
-    tensors than were sent, other shapes or dtypes, values or metrics that are not finite, or a change of a norm above `bound`
-    (`anyrank.bounded`).
+    Everything that the download did not train is taken from the download itself. If the download allows pruning, a layer may
+    come back at exactly the rank that pruning leaves. Raises `Rejected` for an upload of another client, with other layers or
+    tensors than were sent, with other shapes or dtypes, with values or metrics that are not finite, or with a change whose norm
+    is above `bound` (`anyrank.messages.change`).
     """
     if update.client != client:
         raise Rejected(f"expected an update of {client}, got one of {update.client or 'nobody'}")
     if update.num_examples != num_examples:
-        raise Rejected(f"claims {update.num_examples} examples, {num_examples} are registered")
+        raise Rejected(f"reports {update.num_examples} examples, but {num_examples} are registered")
     sent, got = download.adapter, update.adapter
     _same_names("layers", sent.layers, got.layers)
     _same_names("tensors", sent.tensors, got.tensors)
@@ -41,7 +41,7 @@ def admit(update: ClientUpdate, download: Download, client: str, num_examples: i
     tensors = {name: _tensor(name, sent.tensors[name], got.tensors[name]) for name in sorted(sent.tensors)}
     believed = Adapter(layers, tensors, sent.config)
     if bound < math.inf and change.norm(download, believed) > bound:
-        raise Rejected(f"its change since the download is larger than the clip norm, {bound:g}")  # by how much is not told
+        raise Rejected(f"its change since the download is larger than the clip norm, {bound:g}")  # the excess is not reported
     return replace(update, adapter=believed)
 
 
@@ -65,7 +65,7 @@ def _tensor(where: str, sent: Tensor, got: Tensor) -> Tensor:
     if got.shape != sent.shape or got.dtype != sent.dtype:
         expected, came = (tuple(sent.shape), sent.dtype), (tuple(got.shape), got.dtype)
         raise Rejected(f"{where}: expected {expected[1]} of shape {expected[0]}, got {came[1]} of shape {came[0]}")
-    # A sum with NaN or infinity in it is not finite, and takes a tenth of the time; that of large numbers may not be, either.
+    # A sum with NaN or infinity is not finite, and takes a tenth of the time. A sum of large finite numbers may overflow too.
     if not math.isfinite(got.sum()) and not torch.isfinite(got).all():
-        raise Rejected(f"{where}: holds NaN or infinite values")
+        raise Rejected(f"{where}: contains NaN or infinite values")
     return got

@@ -1,4 +1,4 @@
-"""What comes back in a round: each reply is judged, and each client gets a row. Whatever a reply is, it is a row."""
+"""Collect the replies of a round: each reply is checked, and each reply and each client gets a row in the log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from anyrank.federation import guard
 from anyrank.messages.records import Client, ClientUpdate, Failure, Job
 from anyrank.privacy.ledger import SPENT, Ledger, Unlimited
 
-_LONGEST = 100  # letters of a name that nobody here gave
+_LONGEST = 100  # longest logged name of an unknown sender
 
 
 class Skipped(NamedTuple):
-    """A client of a cohort that has nothing to do in the round, and why."""
+    """A client of a cohort that does not train in the round, and the reason."""
 
     client: Client
     num_examples: int
@@ -25,8 +25,8 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Collected:
-    """What came back in one round: the updates that entered it, a log row for each client of the cohort and for each reply of
-    somebody else, and the bytes that went both ways.
+    """The result of collecting one round: the accepted updates, a log row for each client of the cohort and for each stray
+    reply, and the bytes in both directions.
     """
 
     round: int
@@ -39,7 +39,7 @@ class Collected:
         return sum(row["status"] in statuses for row in self.rows)
 
     def judge(self, reply: ClientUpdate | Failure, job: Job, bound: float) -> None:
-        """Let the guard see the first reply to `job`, count its bytes, and write its row."""
+        """Let the guard check the first reply to `job`, count its bytes, and write its row."""
         row = self._judged(reply, job, bound)
         self.download_bytes += job.download.download_bytes()
         job.settle()
@@ -53,7 +53,7 @@ class Collected:
             self.upload_bytes += job.download.upload_bytes(update.adapter)
         except guard.Rejected as reason:
             return self._row(job.client, job.num_examples, "rejected", str(reason))
-        except Exception as error:  # a reply may be anything, and break in ways of its own
+        except Exception as error:  # a reply may be anything, and may fail in any way
             reason = f"expected a client's update, got what cannot be read as one ({type(error).__name__})"
             return self._row(job.client, job.num_examples, "rejected", reason)
         self.updates.append(update)
@@ -67,15 +67,15 @@ class Collected:
         self.rows.append(self._row(job.client, job.num_examples, "failed", "sent nothing"))
 
     def skipped(self, skipped: Skipped) -> None:
-        """The row of a client that was asked for nothing."""
+        """The row of a client that was skipped."""
         self.rows.append(self._row(skipped.client, skipped.num_examples, "skipped", skipped.reason))
 
     def stray(self, name: str, reason: str) -> None:
-        """The row of a reply that nobody waits for."""
+        """The row of an unexpected reply."""
         self.rows.append(self._row(Client(name, 0), None, "stray", reason) | {"rank": None})
 
     def refuse(self, refused: Mapping[str, str]) -> None:
-        """Note whose updates a rule did not let pass, `{client: reason}`."""
+        """Record the clients whose updates a rule did not let pass, `{client: reason}`."""
         for row in self.rows:
             if row["status"] == "ok" and row["client"] in refused:
                 row |= {"status": "rejected", "reason": refused[row["client"]]}
@@ -88,7 +88,7 @@ class Collected:
 def charge(
     ledger: Ledger | Unlimited, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int
 ) -> tuple[list[Job], list[Skipped]]:
-    """The jobs that privacy budgets leave, each charged for; the others join the skipped."""
+    """The jobs that privacy budgets allow, each charged; the other clients are skipped."""
     left, spent = [], []
     for job in jobs:
         if ledger.has_left(job.client.name, round):
@@ -102,10 +102,10 @@ def charge(
 def collect(
     replies: Iterable[Any], jobs: Sequence[Job], skipped: Sequence[Skipped], round: int, bound: float = math.inf
 ) -> Collected:
-    """Pass each reply through the guard. The first reply of a client counts, whatever it is worth.
+    """Pass each reply through the guard. Only the first reply of a client counts, even if it is rejected.
 
-    A second one, a stranger's, one that comes too late and one without a readable name are rows of status `stray`. Raises
-    `RunFailed` when there were jobs and no usable update came.
+    A second reply, a reply of an unknown sender, a late reply and a reply without a readable name are rows of status `stray`.
+    Raises `RunFailed` if there were jobs and no usable update arrived.
     """
     collected, awaited = Collected(round), {job.client.name: job for job in jobs}
     asked = set(awaited)
@@ -116,7 +116,7 @@ def collect(
         elif name in asked:
             collected.stray(name, "a second reply in this round: the first one counts")
         else:
-            collected.stray(name[:_LONGEST], "nobody waits for it: its sender has no job in this round")
+            collected.stray(name[:_LONGEST], "unexpected: its sender has no job in this round")
     for job in awaited.values():
         collected.silent(job)
     for each in skipped:

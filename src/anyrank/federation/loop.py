@@ -19,9 +19,9 @@ from anyrank.runs.folder import RunDir
 
 
 def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Run, or go on with, the federation in `store`; returns the summary. `on_round` gets each round's metrics.
+    """Run or resume the federation in `store`; returns the summary. `on_round` gets each round's metrics.
 
-    Raises `RunFailed` when every client of a round fails; the last checkpoint stands.
+    Raises `RunFailed` if every client of a round fails; the last checkpoint remains.
     """
     config, method = federation.config, federation.method
     first = start(federation)
@@ -43,7 +43,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         store.commit(state, metrics, collected.rows)
         if on_round:
             on_round(metrics)
-    end = end or score(federation, state)  # of a run that had stopped between its last round and its end
+    end = end or score(federation, state)  # for a run that was interrupted between its last round and its end
     summary = summarize(federation, before, end, store.metrics()) | ledger.summary(state.round)
     store.finish(shares(federation, state), summary)
     ledger.close()
@@ -59,7 +59,7 @@ def start(federation: Federation) -> ServerState:
 
 
 def dispatch(federation: Federation, state: ServerState, round: int) -> tuple[list[Job], list[Skipped]]:
-    """The jobs of the round's cohort, and its clients that have no examples to train on."""
+    """The jobs of the round's cohort, and the clients that have no examples to train on."""
     jobs, idle, population = [], [], federation.population
     for index in population.draw(round):
         client, count = population.client(index), federation.counted(int(population.sizes[index]))

@@ -1,4 +1,4 @@
-"""How good the federation's models are for its users: over all held-out examples, and for each client by its own labels."""
+"""The quality of the federation's models: over all held-out examples, and for each client by its own label shares."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from anyrank.messages.records import Scores
 
-# Clients that are told apart. Beyond it, what their examples are would have to be drawn for every one of them.
+# Largest number of clients that are reported separately. For more, the label shares of all of them would have to be drawn.
 MOST_CLIENTS = 1_000
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """What kinds of examples clients train on: `shares` `[clients, labels]`, each row summing to 1, of clients `names`."""
+    """The label shares of clients: `shares` `[clients, labels]`, each row summing to 1, of clients `names`."""
 
     names: tuple[str, ...]
     shares: np.ndarray
@@ -31,8 +31,8 @@ class Labels:
 
 @dataclass(frozen=True)
 class Standing:
-    """Accuracy (`None` where nothing is right or wrong), loss and the task's metrics over all held-out examples, and each
-    client's accuracy on examples like its own (empty: not told)."""
+    """Accuracy (`None` if no answer is right or wrong), loss and the task's metrics over all held-out examples, and each
+    client's accuracy on examples like its own (empty: not reported)."""
 
     accuracy: float | None
     loss: float
@@ -40,14 +40,14 @@ class Standing:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
-        """What a round's metrics say; `None` for what is not told."""
+        """The entries of a round's metrics; `None` for values that are not reported."""
         own = np.array(list(self.clients.values()))
         spread = {"worst_client_accuracy": float(own.min()), "client_accuracy_std": float(own.std())} if len(own) else NOT_TOLD
         return {"accuracy": self.accuracy, "loss": self.loss, **spread, **self.metrics}
 
 
 NOT_TOLD = {"worst_client_accuracy": None, "client_accuracy_std": None}
-UNSCORED = {"accuracy": None, "loss": None, **NOT_TOLD}  # a round between two evaluations
+UNSCORED = {"accuracy": None, "loss": None, **NOT_TOLD}  # a round that is not scored
 
 
 def of_global(scores: Scores, labels: Labels | None) -> Standing:
@@ -56,7 +56,7 @@ def of_global(scores: Scores, labels: Labels | None) -> Standing:
 
 
 def of_personal(scores: Mapping[str, Scores], labels: Labels | None) -> Standing:
-    """The standing of personal models, `scores` by client: means over them, and each client's own model on its own kind."""
+    """The standing of personal models, `scores` by client: means over the models, and each client's model on its own labels."""
     accuracies = [own.accuracy for own in scores.values()]
     accuracy = None if None in accuracies else float(np.mean(accuracies))
     loss = float(np.mean([own.loss for own in scores.values()]))
@@ -67,7 +67,7 @@ def of_personal(scores: Mapping[str, Scores], labels: Labels | None) -> Standing
 
 
 def _mean(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of each figure over the models that have it, of a mapping number by number."""
+    """The mean of each figure over the models that have it; of a mapping, entry by entry."""
     means = {}
     for name in dict.fromkeys(name for each in figures for name in each):
         values = [each[name] for each in figures if name in each]
@@ -76,9 +76,9 @@ def _mean(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _by_client(scores: Scores, labels: Labels, names: Sequence[str]) -> dict[str, float]:
-    """`sum_c share_kc accuracy_c / sum_c share_kc` over the labels c that have held-out examples: what client k would measure
-    on endless held-out examples of its own label proportions, from all examples there are and not from the few of its own.
-    Empty where nothing is right or wrong.
+    """`sum_c share_kc accuracy_c / sum_c share_kc` over the labels c that have held-out examples: client k's expected accuracy
+    on held-out examples with its own label proportions, computed from all held-out examples instead of a few. Empty if no
+    answer is right or wrong.
     """
     if scores.correct is None:
         return {}

@@ -1,4 +1,4 @@
-"""The closing figures of a run, from its metrics."""
+"""The final figures of a run, from its metrics."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from anyrank.federation.standing import Standing
 
 
-LAST = 5  # evaluated rounds whose mean stands beside the final and the best figure
+LAST = 5  # number of scored rounds in the mean that is reported next to the final and the best figure
 
 
 def summarize(federation: Federation, start: Standing, end: Standing, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on.
 
-    `start`: how good the model was before round 1; `end`: after the last. Accuracies are `None` where nothing is right or
-    wrong. Of `metrics` the final values stand here and those before round 1; no best round is told of them, since what is
-    better of a metric is not known.
+    `start`: the standing before round 1; `end`: after the last round. Accuracies are `None` if no answer is right or wrong.
+    `metrics` has the final values and those before round 1, but no best round, because it is not known whether a high or a low
+    value is better.
     """
     config, method, population = federation.config, federation.method, federation.population
     scored = [row for row in metrics if row["loss"] is not None]
@@ -66,12 +66,12 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
 
 
 def label(method: str, ranks: Sequence[int], population: Any) -> str:
-    """What a table calls the run: the method, with `@rank` where every client has that one rank."""
+    """The name of the run in tables: the method, with `@rank` if every client has that rank."""
     return f"{method}@{ranks[0]}" if len(set(ranks)) == 1 and len(population) > 1 else method
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the packages that the figures depend on."""
     found = {"python": platform.python_version()}
     for package in ("anyrank", "torch", "numpy", "transformers"):
         try:

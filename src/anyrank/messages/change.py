@@ -1,9 +1,9 @@
-"""How far an upload is from its download, and uploads that are brought within a given norm of it.
+"""The norm of an upload's change since its download, and scaling an upload down to a given norm.
 
-The norm is taken in the coordinates in which a mean of factors is a weighted sum: those of an update of scaling 1, with the
-scaling in the factors as the method puts it there when it changes ranks (`Download.rescale`): `sqrt(s) A` and `sqrt(s) B`, or
-`A` and `s B`. There a client's change enters the server's factors times its weight, whatever the ranks and scalings of both.
-Plain tensors are taken as they are. All layers count together.
+The norm is taken in coordinates in which a mean of factors is a weighted sum: those of an update of scaling 1. The scaling is
+put into the factors as the method does when it changes ranks (`Download.rescale`): `sqrt(s) A` and `sqrt(s) B`, or `A` and
+`s B`. In these coordinates, a client's change enters the server's factors multiplied by its weight, for any ranks and
+scalings. Plain tensors are unchanged. All layers count together.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.records import Download
 
-_ROOM = 1e-9  # left below the bound, for sums that another machine adds up in another order
-_SHORTER = 0.99  # what is left of a change whose rounding went past the bound
+_ROOM = 1e-9  # margin below the bound, because another machine may add in another order
+_SHORTER = 0.99  # factor for a change that exceeds the bound by rounding
 
-# What A and B are multiplied by under a scaling, by which of them takes it up.
+# The factors by which A and B are multiplied for a scaling, by the factor that takes the scaling.
 _UNITS = {"B": lambda scaling: {"A": 1.0, "B": scaling}, "both": lambda scaling: dict.fromkeys("AB", math.sqrt(scaling))}
 
 
@@ -31,7 +31,7 @@ def units(layer: LoraLayer, rescale: str) -> dict[str, float]:
 
 
 def norm(download: Download, adapter: Adapter) -> float:
-    """The norm of the change from `download` to `adapter` in what was to be trained."""
+    """The norm of the change from `download` to `adapter` in the trained parts."""
     before = download.adapter
     changes = [units(layer, download.rescale)[factor] * _size(getattr(adapter.layers[name], factor), getattr(layer, factor))
                for name, layer in before.layers.items() for factor in download.train]  # fmt: skip
@@ -39,7 +39,7 @@ def norm(download: Download, adapter: Adapter) -> float:
 
 
 def clipped(download: Download, trained: Adapter, bound: float) -> Adapter:
-    """`trained`, its change scaled down to a norm of at most `bound`, as it is stored; no change where it is not finite."""
+    """`trained` with its change scaled down to a stored norm of at most `bound`; no change if the norm is not finite."""
     size = norm(download, trained)
     if not math.isfinite(size):
         return download.adapter
@@ -54,7 +54,7 @@ def _size(now: Tensor, before: Tensor) -> float:
 
 
 def _part(download: Download, trained: Adapter, share: float) -> Adapter:
-    """`share` of the way from the download to `trained`, in the download's own dtypes."""
+    """The point at `share` of the way from the download to `trained`, in the download's dtypes."""
     before, layers = download.adapter, {}
     for name, layer in before.layers.items():
         to = trained.layers[name]

@@ -1,4 +1,4 @@
-"""How clients train in one round. A plan is public and travels; what makes training private is handed beside it."""
+"""The plan of local training in one round. A plan is public and is sent; the privacy mechanism is passed separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes between server and clients in a round, and what the server remembers between two rounds."""
+"""The records that server and clients exchange in a round, and the server's state between two rounds."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Client:
-    """A registered client: its name and the rank that its hardware affords (`layer_ranks`: other ranks for some layers)."""
+    """A registered client: its name and the rank that its hardware allows (`layer_ranks`: other ranks for some layers)."""
 
     name: str
     rank: int
@@ -58,8 +58,8 @@ class Client:
 
 @dataclass(frozen=True)
 class Pruning:
-    """How a client may lower its own rank (HetLoRA): it presses on the slices past `kept(rank)`, the tail, and drops them
-    if that worked.
+    """How a client may lower its own rank (HetLoRA): it penalises the slices past `kept(rank)`, the tail, and drops them
+    if they have become smaller.
 
     The local loss of each layer grows by `penalty * |B[:, tail]| * |A[tail]|` (Frobenius norms); a layer whose product of
     norms is smaller after the training than it was before loses its tail.
@@ -79,13 +79,13 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Download:
-    """What a client gets to start its round from.
+    """The download of a client, from which it starts its round.
 
     `adapter` in the client's ranks; `slices` `{layer: which of the server's slices these are}`; `train`: the factors that
-    the client trains and sends back; `send`: the factors that travel to it (FFA-LoRA's A comes from the seed instead);
-    `private`: what of `A`, `B` and `tensors` stays with the client, so that it travels neither way; `merged`: a low-rank sum
-    that the client adds to its pristine base model for this round; `pruning`: how it may lower its rank, if at all; `rescale`:
-    which factor took up the change from the server's scaling to the client's, B or both by its root.
+    the client trains and uploads; `send`: the factors that are sent to it (FFA-LoRA's A comes from the seed instead);
+    `private`: which of `A`, `B` and `tensors` stay with the client and are not sent in either direction; `merged`: a low-rank
+    sum that the client adds to its original base model for this round; `pruning`: how the client may lower its rank, if at
+    all; `rescale`: the factor that takes the change from the server's scaling to the client's, B or both by its root.
     """
 
     adapter: Adapter
@@ -102,7 +102,7 @@ class Download:
         return self._travelling(self.adapter, self.send) + merged
 
     def upload_bytes(self, adapter: Adapter | None = None) -> int:
-        """Bytes of what comes back: `adapter`, or by default one of the download's own ranks."""
+        """Bytes of the upload: of `adapter`, or by default of an adapter with the download's ranks."""
         return self._travelling(adapter or self.adapter, self.train)
 
     def _travelling(self, adapter: Adapter, factors: frozenset[str]) -> int:
@@ -112,7 +112,7 @@ class Download:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client sends back: its trained adapter, with the example count that weighs it and figures about its training."""
+    """The upload of a client: its trained adapter, its number of examples (its weight), and figures about its training."""
 
     adapter: Adapter
     num_examples: int
@@ -127,7 +127,7 @@ class ClientUpdate:
 
 
 class Code(enum.Enum):
-    """Why a client sent nothing usable, in a word that may leave its site."""
+    """Why a client sent nothing usable, as a code that may leave its site."""
 
     DIVERGED = "diverged"
     OUT_OF_MEMORY = "out of memory"
@@ -139,7 +139,7 @@ class Code(enum.Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that sent nothing usable in this round: a `code`, and the `reason` where that may be known."""
+    """A client that sent nothing usable in this round: a `code`, and the `reason` if it may be known."""
 
     client: str
     code: Code
@@ -151,10 +151,10 @@ class Failure:
 
 @dataclass(eq=False)
 class Job:
-    """One client's work in one round: who, on how many examples (by the server's own record), and what it starts from.
+    """One client's work in one round: the client, its number of examples (by the server's own record), and its download.
 
-    `make` builds the download and is a pure function. It is called when the download is first asked for, which is when it is
-    sent, and what it gave is held until `settle`: downloads of a cohort may be a hundred times the server's state.
+    `make` builds the download and is a pure function. It is called when the download is first needed, that is when it is sent.
+    The download is kept until `settle`, since the downloads of a cohort may be a hundred times as large as the server's state.
     """
 
     client: Client
@@ -164,22 +164,22 @@ class Job:
 
     @property
     def download(self) -> Download:
-        """What the client starts from."""
+        """The client's download."""
         if self._made is None:
             self._made = self.make()
         return self._made
 
     def settle(self) -> None:
-        """Let the download go: the reply has been judged."""
+        """Release the download, after the reply has been checked."""
         self._made = None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a task without having it: for reports, forecasts, and a server that holds neither data nor model.
+    """Facts about a task: for reports, forecasts, and a server that has neither data nor model.
 
-    `inputs_bytes`: of all examples; `inputs_on_disk`: they are in a file, of which the system keeps in memory what fits;
-    `model_bytes`: of the base model.
+    `inputs_bytes`: bytes of all examples; `inputs_on_disk`: the examples are in a file that the operating system caches;
+    `model_bytes`: bytes of the base model.
     """
 
     task: str
@@ -207,7 +207,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one local step takes: `step_s`, seconds by client, and `activations`, the bytes that it keeps for its gradients."""
+    """The cost of one local step: `step_s`, seconds by client, and `activations`, the bytes that it keeps for its gradients."""
 
     step_s: Mapping[str, float]
     activations: int
@@ -215,10 +215,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that the server remembers between rounds, one type for all methods.
+    """The server's state between rounds, one type for all methods.
 
     `round`: rounds done; `adapter`: the global update at the federation's largest rank; `scaling`: the rule that clients
-    use; `merged`: what has gone into the base model; `extra`: whatever else a method keeps, as adapters by name.
+    use; `merged`: the sum in the base model; `extra`: everything else that a method keeps, as adapters by name.
     """
 
     round: int
@@ -246,12 +246,12 @@ def tensor_bytes(adapter: Adapter) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How a model did on held-out examples: its `losses` `[n]` float64, their `labels` `[n]`, and which of them are `correct`
-    `[n]` bool, `None` where nothing is right or wrong (regression).
+    """A model's results on held-out examples: `losses` `[n]` float64, `labels` `[n]`, and which answers are `correct` `[n]`
+    bool (`None` if no answer is right or wrong, as in regression).
 
     For metrics: `predictions` `[n]`, whole numbers like the labels, or the outputs of a task without classes; `scores`
-    `[n, classes]` float32, probabilities, only where a metric asks for them; `targets` `[n]` and their `names`, where
-    predictions are held against others than the labels. `figures`: the metrics by name, a number each, or one for each label.
+    `[n, classes]` float32, probabilities, only if a metric needs them; `targets` `[n]` and their `names`, if predictions are
+    compared with something other than the labels. `figures`: the metrics by name, each a number or one number per label.
     """
 
     correct: np.ndarray | None

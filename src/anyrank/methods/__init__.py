@@ -1,4 +1,4 @@
-"""The aggregation methods, one file a method. Names are found on first use, so that looking a method up needs no torch."""
+"""The aggregation methods, one file per method. Names are imported on first use, so that looking one up needs no torch."""
 
 from __future__ import annotations
 

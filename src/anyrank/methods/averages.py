@@ -1,4 +1,4 @@
-"""Factors averaged slice by slice."""
+"""Average factors slice by slice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLOCK = 1 << 16
 def average_slices(parts: Sequence[Part], weights: Tensor, empty: LoraLayer | None = None) -> tuple[Tensor, Tensor]:
     """`sum_k w_kj sqrt(s_k) A_k[j]` and the same of B: factors `[R, in]`, `[out, R]` (float64) of an update of scaling 1.
 
-    The root of each client's scaling goes to each factor, so that clients of unequal alpha/r average what they apply.
+    The root of each client's scaling goes to each factor, so that clients with different alpha/r average what they apply.
     Slices that no client has are zero, or those of `empty`.
     """
     return _averages(parts, weights, empty, 1.0, torch.float64)
@@ -60,7 +60,7 @@ def _averages(
 
 
 def _sum_into(total: Tensor, factors: Sequence[Tensor], shares: Sequence[Tensor]) -> None:
-    """`total[i, j] = sum_k shares[k][i, j] factors[k][i, j]` over those factors that reach (i, j); the rest is zero."""
+    """`total[i, j] = sum_k shares[k][i, j] factors[k][i, j]` over the factors that have an entry (i, j); the rest is zero."""
     step = max(1, _BLOCK // total.shape[1])
     room = total.new_empty(min(step, len(total)), total.shape[1], dtype=torch.float64)
     for start in range(0, len(total), step):
@@ -68,15 +68,15 @@ def _sum_into(total: Tensor, factors: Sequence[Tensor], shares: Sequence[Tensor]
         block = room[: rows.stop - start].zero_()
         for factor, share in zip(factors, shares, strict=True):
             part = factor[rows]
-            block[: len(part), : part.shape[1]].addcmul_(share[rows], part)  # each number made float64 on its way
+            block[: len(part), : part.shape[1]].addcmul_(share[rows], part)  # each number is converted to float64 here
         total[rows] = block
 
 
-# --- one factor averaged slice by slice, the other common to all ------------------------------------------------------
+# --- one factor averaged slice by slice, the other one shared ---------------------------------------------------------
 
 
 def mean_a(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
-    """`sum over owners of q_kj A_k[j]`, `[R, in]` (float64); a slice that no client of the round has stays as it was."""
+    """`sum over owners of q_kj A_k[j]`, `[R, in]` (float64); a slice that no client of the round has stays unchanged."""
     layer = state.adapter.layers[name]
     weights = slice_weights(parts, layer.rank).to(layer.A.device)
     A = layer.A.double() * (weights.sum(dim=0) == 0)[:, None]
@@ -86,7 +86,7 @@ def mean_a(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
 
 
 def mean_b(state: ServerState, name: str, parts: Sequence[Part]) -> Tensor:
-    """`sum over owners of q_kj s_k / s(R) B_k[:, j]`, `[out, R]` (float64); a slice that no client has stays as it was."""
+    """`sum over owners of q_kj s_k / s(R) B_k[:, j]`, `[out, R]` (float64); a slice that no client has stays unchanged."""
     layer = state.adapter.layers[name]
     weights = slice_weights(parts, layer.rank).to(layer.B.device)
     B = layer.B.double() * (weights.sum(dim=0) == 0)

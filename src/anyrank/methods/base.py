@@ -1,7 +1,7 @@
-"""What a method is, and the pieces that methods share: weights, slice shares, SVD shares, the mean of plain tensors.
+"""The base class of methods, and the parts that they share: weights, slice shares, SVD shares, the mean of plain tensors.
 
 A method is a small frozen dataclass of pure functions over a `ServerState`. Its fields are its options and nothing else.
-Most methods are one rule for one layer (`merge_layer`); the rest stands here, once.
+Most methods are one rule for one layer (`merge_layer`); everything else is here, once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ __all__ = [
 
 
 class Holds(Enum):
-    """For which clients a trait holds."""
+    """The clients for which a trait holds."""
 
     NEVER = "no"
     EQUAL = "equal ranks"
@@ -84,11 +84,11 @@ class Holds(Enum):
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method claims. The conformance suite checks each claim, and that what is not claimed has a counterexample.
+    """What a method claims. The conformance suite checks each claim, and that each trait not claimed has a counterexample.
 
-    `mixed_ranks`: takes clients of unequal rank · `exact`: the new effective weight is `sum_k p_k` x the clients' ·
+    `mixed_ranks`: accepts clients of unequal rank · `exact`: the new effective weight is `sum_k p_k` x the clients' ·
     `linear`: the new factors are affine in the trained ones · `gauge_free`: unchanged under `(B G, G^-1 A)` of a client ·
-    `stationary`: a round in which nobody trains changes nothing · `keeps_product`: a download has the product of the
+    `stationary`: a round in which no client trains changes nothing · `keeps_product`: a download has the same product as the
     server's slices that it names.
     """
 
@@ -110,12 +110,13 @@ class Method(ABC):
     traits: ClassVar[Traits]
     train: ClassVar[frozenset[str]] = BOTH
     send: ClassVar[frozenset[str]] = BOTH
-    # What of "A", "B" and "tensors" stays with each client, which the server keeps for it where all run in one process.
+    # Which of "A", "B" and "tensors" stay with each client. In a simulation, the server stores them for the client.
     private: ClassVar[frozenset[str]] = frozenset()
-    # Which factor takes up the change of scaling from the server's s(R) to a client's s(r): B alone, or both by its root.
+    # The factor that takes the change of scaling from the server's s(R) to a client's s(r): B alone, or both by its root.
     rescale: ClassVar[Literal["B", "both"]] = "B"
-    # `weights(parts, rank)`: the weight of client k on slice j, `[K, rank]`, where the new factors are sums of the clients' by
-    # these weights, scalings aside (`rescale`), and nothing else depends on what was trained. Noise at the server needs them.
+    # `weights(parts, rank)`: the weight of client k on slice j, `[K, rank]`, if the new factors are sums of the clients'
+    # factors with these weights (apart from scalings, see `rescale`) and depend on nothing else that was trained. Noise at the
+    # server needs them.
     weights: ClassVar[Callable[[Sequence[Part], int], Tensor] | None] = None
     # True for the reference line that gathers all examples in one place: the federation then has one client.
     pools_data: ClassVar[bool] = False
@@ -123,7 +124,7 @@ class Method(ABC):
     by_examples: ClassVar[bool] = True
     # Whether a layer's new factors need no other layer. A method with an `aggregate` of its own has to say so itself.
     by_layer: ClassVar[bool] = True
-    # True for the lines that methods are measured against, which no federation would run.
+    # True for the reference lines that methods are compared with; no real federation would run them.
     reference: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -140,18 +141,18 @@ class Method(ABC):
         return ServerState(round=0, seed=seed, adapter=adapter, scaling=scaling)
 
     def dispatch(self, state: ServerState, client: Client) -> Download:
-        """What `client` starts from: the first r slices of each layer, so scaled that they keep their product under s(r)."""
+        """The download of `client`: the first r slices of each layer, rescaled so that their product is the same under s(r)."""
         layers = {name: self.share_layer(state, name, client.rank_of(name)) for name in state.adapter.layers}
         slices = {name: tuple(range(layer.rank)) for name, layer in layers.items()}
         adapter = replace(state.adapter, layers=layers)
         return Download(adapter, slices, self.train, self.send, self.private, state.merged, rescale=self.rescale)
 
     def share(self, state: ServerState, client: Client) -> Adapter:
-        """What somebody of `client`'s rank would run, or start from, who takes no part in rounds."""
+        """The adapter for a client of this rank outside of rounds, to run or to start from."""
         return self.dispatch(state, client).adapter
 
     def outside_runs(self) -> Method:
-        """The same rule for a merge of adapters, whose clients had no downloads: at most shares of an earlier merge."""
+        """The same rule for a merge outside of a run, where clients had no downloads, at most shares of an earlier merge."""
         return self
 
     def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
@@ -189,7 +190,7 @@ class Method(ABC):
         return layer
 
     def merge_base(self, state: ServerState, name: str, parts: Sequence[Part], layer: LoraLayer) -> LoraLayer | None:
-        """The low-rank sum that has gone into the base weight, this round's part included; `None` if the method has none.
+        """The low-rank sum in the base weight, including this round's part; `None` if the method has none.
 
         `layer` is the server's new layer of the round.
         """
@@ -199,7 +200,7 @@ class Method(ABC):
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer | Unsettled:
         """The server's new factors of layer `name`, at most as many slices as `state` holds, in `state`'s dtype.
 
-        It needs no other layer. `parts` come in the order of the clients' names.
+        It needs no other layer. `parts` are in the order of the clients' names.
         """
 
     def share_layer(self, state: ServerState, name: str, rank: int) -> LoraLayer:
@@ -212,7 +213,7 @@ class Method(ABC):
         return pad(first, rank, state.seed, "fresh", state.round, name)
 
     def served(self, state: ServerState) -> Mapping[str, Adapter]:
-        """The adapters that the federation's users would run, by name; all have the same weight when they are scored."""
+        """The adapters that users of the federation would run, by name; scores give them equal weights."""
         return {"global": state.adapter}
 
     def _refuse_mixed_ranks(self, updates: Sequence[ClientUpdate]) -> None:

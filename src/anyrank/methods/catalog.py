@@ -1,7 +1,7 @@
-"""The methods as rows: for `anyrank methods`, for the documents, and for what is refused before torch is loaded.
+"""The methods as table rows: for `anyrank methods`, for the documents, and for checks before torch is loaded.
 
-`catalog.json` beside this file holds the rows of the library's own methods. `python -m anyrank.methods.catalog` writes it
-anew from the classes, and a test compares the two.
+`catalog.json` in this folder has the rows of the library's own methods. `python -m anyrank.methods.catalog` regenerates it
+from the classes, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = Path(__file__).with_name("catalog.json")
 
 
 def catalog() -> list[dict[str, Any]]:
-    """One entry a registered method, by name: rule, trained factors, traits, options with their values, paper."""
+    """One entry per registered method, by name: rule, trained factors, traits, options with their values, paper."""
     from anyrank.methods.base import Holds
 
     entries = []
@@ -47,7 +47,7 @@ def stored() -> list[dict[str, Any]]:
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
-    """Raise what `make` raises for a name or an option that the library's own methods do not have. Loads no torch."""
+    """Raise the error of `make` for a name or an option that the library's own methods do not have. Loads no torch."""
     entries = {entry["name"]: entry for entry in stored()}
     if name not in entries:
         raise registry.unknown(name, entries)
@@ -60,7 +60,7 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 
 
 def option_keys() -> list[Key]:
-    """The options as keys of [method], as `anyrank explain` shows them: one where methods have the same. Loads no torch."""
+    """The options as keys of [method], as `anyrank explain` shows them; equal options give one key. Loads no torch."""
     by_name: dict[str, Key] = {}
     users: dict[str, list[str]] = {}
     for entry in stored():
@@ -76,7 +76,7 @@ def option_keys() -> list[Key]:
 
 
 def main() -> None:
-    """Write the file anew."""
+    """Rewrite `catalog.json`."""
     write_whole_text(FILE, json.dumps(catalog(), indent=1) + "\n")
 
 

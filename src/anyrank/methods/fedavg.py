@@ -1,4 +1,4 @@
-"""FedAvg on the factors: what FedIT does (Zhang et al. 2023, arXiv 2305.05644)."""
+"""FedAvg on the factors, as in FedIT (Zhang et al. 2023, arXiv 2305.05644)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FedAvg(Method):
     """`A = sum p_k A_k`, `B = sum p_k B_k`, for clients of one rank.
 
     Inexact: the mean of products is not the product of means. Deviation: factors are averaged as `sqrt(s_k) A_k`,
-    `sqrt(s_k) B_k`, which is the plain mean where all scalings are equal and right where they are not.
+    `sqrt(s_k) B_k`, which is the plain mean if all scalings are equal, and correct if they differ.
     """
 
     name = "fedavg"

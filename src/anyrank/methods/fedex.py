@@ -1,4 +1,4 @@
-"""FedEx-LoRA: what averaging the factors misses goes into the base model (Singhal et al. 2024, arXiv 2410.09432)."""
+"""FedEx-LoRA: the error of averaging the factors is added to the base model (Singhal et al. 2024, arXiv 2410.09432)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from anyrank.methods.registry import register
 class FedEx(FedAvg):
     """FedAvg's factors, and the residual `sum p_k s_k B_k A_k - s B A` of their product added to the base weight: exact.
 
-    The residual is kept as factors and taken against the factors as they are stored, rounding included. Weighted by examples
-    where the authors' code weighs all clients alike.
+    The residual is kept as factors. It is computed against the stored factors, including their rounding. Deviation: weights are
+    by examples; the authors' code gives all clients the same weight.
     """
 
     name = "fedex"
-    summary = "mean of A, mean of B; what their product misses into the base weight"
+    summary = "mean of A, mean of B; the residual of their product is added to the base weight"
     paper = "FedEx-LoRA, arXiv 2410.09432"
     traits = Traits(mixed_ranks=False, exact=Holds.EQUAL, linear=Holds.NEVER, gauge_free=Holds.EQUAL, stationary=Holds.EQUAL)
     weights = None  # the residual depends on the uploads too

@@ -17,9 +17,9 @@ from anyrank.methods.registry import register
 class FedSA(Method):
     """`A[j] = sum over owners of q_kj A_k[j]`; B and the head are trained too, but each client keeps its own. Personalised.
 
-    `state.extra` holds each client's B and head from its first round on: the server in this process plays the clients' own
-    stores, and nothing of it counts as traffic. A client that never took part runs the common A with B at its start, which
-    changes nothing; scores are the mean over those who have trained. Mixed ranks are our extension.
+    `state.extra` holds each client's B and head from its first round on: in a simulation, the server replaces the clients' own
+    stores, and none of it counts as traffic. A client that never took part has the common A with its initial B, which changes
+    nothing; scores are the mean over the clients that have trained. Mixed ranks are our extension.
     """
 
     name = "fedsa"

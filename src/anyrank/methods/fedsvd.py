@@ -22,13 +22,13 @@ from anyrank.methods.registry import register
 class FedSVD(Method):
     """FFA-LoRA's `B A` with the mean B, then `U S V^T` of it: the next round trains `B = U S / s` over the frozen `A = V^T`.
 
-    A is orthonormal from the start on (rows that the SVD leaves empty are drawn at right angles to the others), and it
-    changes, so it travels to the clients; only B comes back. Mixed ranks are our extension: client k trains the first r_k
-    columns, and each column is averaged over those who have it.
+    A is orthonormal from the start (rows that the SVD leaves empty are drawn orthogonal to the others). It changes, so it is
+    sent to the clients; they upload only B. Mixed ranks are our extension: client k trains the first r_k columns, and each
+    column is averaged over the clients that have it.
     """
 
     name = "fedsvd"
-    summary = "A frozen and common; mean of B, slice by slice over owners; A and B anew by SVD"
+    summary = "A frozen and common; mean of B, slice by slice over owners; then new A and B by SVD"
     paper = "FedSVD, arXiv 2505.12805"
     traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.NEVER, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
     train = frozenset({"B"})
@@ -44,9 +44,9 @@ class FedSVD(Method):
 
 
 def _complete(like: LoraLayer, A: Tensor, B: Tensor, seed: int, name: str, round: int) -> LoraLayer:
-    """A layer of `like`'s rank from orthonormal rows of A: the missing ones at right angles to them, B zero there.
+    """A layer of `like`'s rank from orthonormal rows of A; missing rows are drawn orthogonal to them, with B zero.
 
-    Past the layer's width there is no right angle left: the last rows are then as PEFT draws them.
+    Past the layer's width, no orthogonal direction is left: the last rows are then drawn as in PEFT.
     """
     (rank, width), known = like.A.shape, A.shape[0]
     draw = keys.generator(seed, "fedsvd", round, name)

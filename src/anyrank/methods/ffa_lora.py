@@ -22,8 +22,8 @@ from anyrank.methods.registry import register
 class FFALoRA(Method):
     """`B = sum p_k B_k` over a common, frozen `A_0`: `mean(B_k) A_0 = mean(B_k A_0)`, so with equal ranks nothing is lost.
 
-    Half the trained numbers and half the upload; A_0 comes from the run seed and never travels. Mixed ranks (our extension):
-    client k trains the first r_k columns, and each column is averaged over those who have it, weighted `s_k q_kj`.
+    Half the trained numbers and half the upload; A_0 comes from the run seed and is never sent. Mixed ranks (our extension):
+    client k trains the first r_k columns, and each column is averaged over the clients that have it, weighted `s_k q_kj`.
     """
 
     name = "ffa_lora"

@@ -1,4 +1,4 @@
-"""FlexLoRA: products averaged, handed out by SVD (Bai et al., NeurIPS 2024, arXiv 2402.11505)."""
+"""FlexLoRA: products are averaged and dispatched by SVD (Bai et al., NeurIPS 2024, arXiv 2402.11505)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FlexLoRA(Method):
     """`W = sum p_k s_k B_k A_k`; a client of rank r gets `B = U_r S_r / s(r)`, `A = V_r^T`.
 
     A client that lacks slice j counts as zero in it, so the part beyond the smallest rank shrinks by its coverage each
-    round: rank collapse. `split = "balanced"` gives each factor the root of S.
+    round: rank collapse. `split = "balanced"` gives each factor the square root of S.
     """
 
     name = "flexlora"

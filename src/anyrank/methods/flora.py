@@ -1,4 +1,4 @@
-"""FLoRA: stacked adapters go into the base model, and all start anew (Wang et al., NeurIPS 2024, arXiv 2409.05976)."""
+"""FLoRA: stacked adapters are added to the base model, and clients restart (Wang et al., NeurIPS 2024, arXiv 2409.05976)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from anyrank.methods.registry import register
 class FLoRA(Method):
     """`[s_1 B_1 ... s_K B_K] [p_1 A_1; ...; p_K A_K] = sum p_k s_k B_k A_k`, added to the base weight: nothing is lost.
 
-    The next round starts from B = 0 and an A drawn anew by seed and round, the same for all clients, so that slice j is
-    common. Deviation: a client keeps nothing between its rounds, so it is sent the whole sum so far and adds it to the base
-    model it began with, instead of each round's stack going to every registered client.
+    The next round starts from B = 0 and a new random A, drawn by seed and round and the same for all clients, so that slice j
+    is common. Deviation: a client keeps nothing between its rounds. It therefore receives the whole sum so far and adds it to
+    its initial base model; in the paper, each round's stack is sent to every registered client.
     """
 
     name = "flora"
-    summary = "mean of products into the base weight, stacked; all start anew"
+    summary = "mean of products is added to the base weight, stacked; new random A, B zero"
     paper = "FLoRA, arXiv 2409.05976"
     traits = Traits(mixed_ranks=True, exact=Holds.ALWAYS, linear=Holds.NEVER, gauge_free=Holds.ALWAYS, stationary=Holds.ALWAYS)
 

@@ -1,4 +1,4 @@
-"""FLoRIST: products averaged, singular values kept up to an energy threshold (Ramesh & Dass 2025, arXiv 2506.09199)."""
+"""FLoRIST: products are averaged, singular values are kept up to an energy threshold (Ramesh & Dass 2025, arXiv 2506.09199)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from anyrank.methods.registry import register
 class FLoRIST(Method):
     """`W = sum p_k s_k B_k A_k`, cut to the fewest singular values with `sum_{i <= p} S_i^2 >= energy * sum S_i^2`.
 
-    Deviations: the paper gives all clients the p slices that are left; here a client of rank r gets the top r of them, and the
-    slices that p leaves empty start anew (B = 0), so that clients keep their ranks. At most the server's rank is kept.
+    Deviations: the paper gives all clients the p remaining slices; here a client of rank r gets the top r of them, and slices
+    past p start again from B = 0, so that clients keep their ranks. At most the server's rank is kept.
     """
 
     name = "florist"
@@ -57,6 +57,6 @@ class FLoRIST(Method):
 
     def _cut(self, state: ServerState, name: str, svd: lowrank.SVD) -> LoraLayer:
         U, S, Vt = svd
-        short = torch.cumsum(S**2, dim=0) < self.energy * (S**2).sum()  # true as long as the energy does not suffice yet
+        short = torch.cumsum(S**2, dim=0) < self.energy * (S**2).sum()  # true while the energy is not yet enough
         kept = min(len(S), int(short.sum()) + 1, state.adapter.layers[name].rank)
         return from_svd(state, name, lowrank.SVD(U[:, :kept], S[:kept], Vt[:kept]), self.split)

@@ -24,13 +24,13 @@ class HetLoRA(Method):
     """Pad with zeros and average, weighted by `p_k = |s_k B_k A_k|_F / sum`, layer by layer; clients lower their own rank.
 
     Pruning: the local loss grows by `penalty * |B[:, tail]| * |A[tail]|`, the tail being the slices past `floor(gamma r)`; a
-    client drops a layer's tail when that product is smaller after its training than before, down to `min_rank` at most.
-    Deviations: weights and pruning go by layer, since ranks may; factors are averaged as `sqrt(s_k) A_k`, `sqrt(s_k) B_k`;
-    where no client has learned anything, examples weigh.
+    client drops a layer's tail if that product is smaller after its training than before, but keeps at least `min_rank` slices.
+    Deviations: weights and pruning are per layer, because ranks are; factors are averaged as `sqrt(s_k) A_k`, `sqrt(s_k) B_k`;
+    if all products are zero, the weights are by examples.
     """
 
     name = "hetlora"
-    summary = "pad factors with zeros, mean weighted by the products' norms; clients prune their ranks"
+    summary = "factors padded with zeros, mean weighted by the products' norms; clients prune their ranks"
     paper = "HetLoRA, arXiv 2401.06432"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.NEVER, stationary=Holds.EQUAL)
     rescale = "both"

@@ -21,12 +21,13 @@ from anyrank.methods.registry import register
 class LoRAFair(Method):
     """`A` and `B + D`, with `D = argmin 1 - cos(W, (B + D) A) + penalty * |D|_F^2`: means of A and B, W the mean of products.
 
-    Mixed ranks are our extension: A, B and W are means slice by slice over owners, what nobody has stays. Deviations: the
-    norm is squared, so that the objective is smooth, and solved to rounding, where the paper runs SGD on the server.
+    Mixed ranks are our extension: A, B and W are means slice by slice over owners, and slices without owners stay unchanged.
+    Deviations: the norm is squared, so that the objective is smooth; the minimum is computed to rounding precision, whereas
+    the paper runs SGD on the server.
     """
 
     name = "lora_fair"
-    summary = "mean of A, mean of B turned towards the mean of products, slice by slice over owners"
+    summary = "mean of A, mean of B corrected towards the mean of products, slice by slice over owners"
     paper = "LoRA-FAIR, arXiv 2411.14961"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
     rescale = "both"
@@ -50,7 +51,7 @@ def corrected(A: Tensor, B: Tensor, ideal: lowrank.Product, penalty: float) -> T
 
     From the factors alone: with `G = A A^T`, `P = W A^T`, `n = |C A|`, the gradient vanishes at `C = (a P + 2 penalty B)
     (b G + 2 penalty I)^-1` for `a = 1 / (|W| n)`, `b = cos / n^2`. In G's eigenbasis a follows from b by a quadratic
-    equation, and bisection finds b. Where the mean is nothing, or points away from W, it stays.
+    equation, and bisection finds b. If the mean is zero, or points away from W, it stays unchanged.
     """
     g, Q = torch.linalg.eigh(A @ A.T)
     g, P, B, k = g.clamp_min(0), ideal.left @ (ideal.right @ A.T) @ Q, B @ Q, 2 * penalty
@@ -60,11 +61,13 @@ def corrected(A: Tensor, B: Tensor, ideal: lowrank.Product, penalty: float) -> T
         return B @ Q.T
 
     def at(b: float) -> tuple[float, float]:
-        """`a`, and how far `a |W| n` lies above 1: below 0 for small b, above 0 for large b."""
+        """`a`, and `a |W| n - 1`, which is below 0 for small b and above 0 for large b."""
         d = (b * g + k) ** 2
         p2, q2, t2 = (float(x.sum()) for x in (p / d, q * (b * g - k) / d, g * t / d))
         root = (q2**2 + 4 * p2 * k * b * t2) ** 0.5
-        a = (q2 + root) / (2 * p2) if q2 > 0 else 2 * k * b * t2 / (root - q2)  # the same, each free of cancellation
+        a = (
+            (q2 + root) / (2 * p2) if q2 > 0 else 2 * k * b * t2 / (root - q2)
+        )  # two forms of the same root; this choice avoids cancellation
         return a, a * size * float((g * (a * a * p + 2 * a * k * q + k * k * t) / d).sum()) ** 0.5 - 1
 
     low = high = float(q.sum()) / (size * n**3)

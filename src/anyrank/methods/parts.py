@@ -30,19 +30,19 @@ def client_weights(parts: Sequence[Part]) -> Tensor:
 
 
 def ownership(parts: Sequence[Part], rank: int) -> Tensor:
-    """1 where client k has slice j (`r_k >= j`), else 0: `[K, rank]`."""
+    """1 if client k has slice j (`r_k >= j`), else 0: `[K, rank]`."""
     ranks = torch.tensor([part.layer.rank for part in parts])
     return (torch.arange(rank) < ranks[:, None]).double()
 
 
 def slice_weights(parts: Sequence[Part], rank: int) -> Tensor:
-    """`q_kj = n_k / sum of n over the clients that have slice j`, `[K, rank]`; zeros where client k lacks it."""
+    """`q_kj = n_k / sum of n over the clients that have slice j`, `[K, rank]`; zero if client k lacks it."""
     owned = client_weights(parts)[:, None] * ownership(parts, rank)
     return owned / owned.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def padded_weights(parts: Sequence[Part], rank: int) -> Tensor:
-    """`p_k` where client k has slice j, else 0, `[K, rank]`: who lacks a slice counts as a zero there."""
+    """`p_k` if client k has slice j, else 0, `[K, rank]`: a client without the slice counts as zero in it."""
     return client_weights(parts)[:, None] * ownership(parts, rank)
 
 
@@ -50,7 +50,7 @@ def padded_weights(parts: Sequence[Part], rank: int) -> Tensor:
 
 
 def mean_tensors(previous: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
-    """Each plain tensor's mean over the clients that sent it, weighted by examples; `previous` where none did."""
+    """Each plain tensor's mean over the clients that sent it, weighted by examples; `previous` if no client did."""
     tensors = dict(previous)
     for name in sorted({name for update in updates for name in update.adapter.tensors}):
         senders = [update for update in updates if name in update.adapter.tensors]

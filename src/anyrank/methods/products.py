@@ -1,4 +1,4 @@
-"""Products of factors, their SVD, and sums that go into the base weight."""
+"""Products of factors, their SVD, and sums that are added to the base weight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def weighted_product(parts: Sequence[Part], weights: Tensor) -> lowrank.Product:
 
 
 class Unsettled(NamedTuple):
-    """A new layer whose product is still to be decomposed, so that those of many layers are decomposed side by side.
+    """A new layer whose product is not decomposed yet, so that the products of many layers can be decomposed as one batch.
 
     `finish` makes the layer of the product's top `rank` triples, or of all (`None`).
     """
@@ -36,26 +36,26 @@ class Unsettled(NamedTuple):
 
 
 def settled(layers: Sequence[LoraLayer | Unsettled]) -> list[LoraLayer]:
-    """The layers, those too that waited for their SVD."""
+    """The layers, after the SVD of those that still needed one."""
     waiting = [layer for layer in layers if isinstance(layer, Unsettled)]
     found = iter(lowrank.svd_all([layer.product for layer in waiting], [layer.rank for layer in waiting]))
     return [layer.finish(next(found)) if isinstance(layer, Unsettled) else layer for layer in layers]
 
 
 def top_of(state: ServerState, name: str, product: lowrank.Product, split: Split) -> Unsettled:
-    """The server's layer for the top of `product`'s SVD, see `from_svd`; what `merge_layer` may return in its place."""
+    """The server's layer from the top of `product`'s SVD (see `from_svd`), not decomposed yet; for `merge_layer` to return."""
     return Unsettled(product, state.adapter.layers[name].rank, lambda found: from_svd(state, name, found, split))
 
 
 def from_product(state: ServerState, name: str, product: lowrank.Product, split: Split) -> LoraLayer:
-    """As `top_of`, at once."""
+    """Like `top_of`, but decomposed at once."""
     return settled([top_of(state, name, product, split)])[0]
 
 
 def from_svd(state: ServerState, name: str, found: lowrank.SVD, split: Split) -> LoraLayer:
-    """The server's layer with the product of `found`: `B = U S / s`, `A = Vt`, or the root of S to each (balanced)."""
+    """The server's layer with the product of `found`: `B = U S / s`, `A = Vt`, or the square root of S in each (balanced)."""
     layer, (U, S, Vt) = state.adapter.layers[name], found
-    if len(S) == 0:  # nothing learned: the product is zero, with one factor as it was, alive for the next round
+    if len(S) == 0:  # The product is zero: one factor stays as it was, so that the next round can train
         keeps_a = bool(layer.A.any())  # an embedding starts with A zero and B random
         return layer.with_factors(layer.A, torch.zeros_like(layer.B)) if keeps_a else layer
     if split == "balanced":
@@ -70,17 +70,17 @@ def empty_slices(state: ServerState, name: str, weights: Tensor) -> lowrank.Prod
     return lowrank.of_layer(layer, (weights.sum(dim=0) == 0).double())
 
 
-# --- what goes into the base weight ----------------------------------------------------------------------------------
+# --- the sum in the base weight --------------------------------------------------------------------------------------
 
 # Singular values below this share of the largest are dropped from the sum in the base weight: float32's rounding.
 _ROUNDING = 1e-7
 
 
 def add_to_base(state: ServerState, name: str, product: lowrank.Product) -> LoraLayer | None:
-    """What is in the base weight so far and `product` on top, as one layer of scaling 1; `None` while that is nothing.
+    """The sum in the base weight so far plus `product`, as one layer of scaling 1; `None` while the sum is zero.
 
-    The sum is exact: factors side by side. Once they hold more numbers than the weight itself, it is written anew by its
-    SVD, at its numerical rank, so that its rank stays below `min(out, in)` however many rounds there are.
+    The sum is exact: the factors are appended. When they have more numbers than the weight itself, the sum is rewritten by
+    its SVD, at its numerical rank, so that its rank stays below `min(out, in)` after any number of rounds.
     """
     layer = state.adapter.layers[name]
     before = state.merged.layers.get(name) if state.merged else None

@@ -26,7 +26,7 @@ from anyrank.methods.registry import register
 @register
 @dataclass(frozen=True)
 class RaFLoRA(Method):
-    """`W = sum_j sum over owners of q_kj s_k B_k[:, j] A_k[j]`, then the SVD share: each slice over those who have it.
+    """`W = sum_j sum over owners of q_kj s_k B_k[:, j] A_k[j]`, then the SVD share: each slice over its owners.
 
     All slices between two neighbouring ranks have the same owners, so the sum by slice is the paper's sum by partition.
     A slice without an owner in the round stays as the server held it (`empty_slice = "keep"`: the paper's own rule is

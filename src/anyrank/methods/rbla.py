@@ -16,9 +16,9 @@ from anyrank.methods.registry import register
 class RBLA(Method):
     """`A[j] = sum over owners of q_kj A_k[j]`, the same for B: each slice averaged over the clients that have it.
 
-    What nobody has is absent, not zero: a slice without an owner in the round stays as the server held it
-    (`empty_slice = "keep"`) or is dropped (`"zero"`). With equal ranks this is FedAvg. Deviation from the paper, which has
-    one scaling: factors are averaged as `sqrt(s_k) A_k`, `sqrt(s_k) B_k` and handed out the same way.
+    A slice without an owner in the round is missing, not zero: it stays as the server held it (`empty_slice = "keep"`) or is
+    dropped (`"zero"`). With equal ranks this is FedAvg. Deviation from the paper, which has one scaling: factors are averaged
+    as `sqrt(s_k) A_k`, `sqrt(s_k) B_k` and dispatched in the same way.
     """
 
     name = "rbla"

@@ -1,4 +1,4 @@
-"""The methods by name. `register` is the one line that makes a method take part everywhere.
+"""The methods by name. One line, `register`, makes a method available everywhere.
 
 The library's own methods compute with torch. They are imported when a method is first looked up, and not before.
 """
@@ -39,7 +39,7 @@ BUILT_IN = (
     "stayput",
     "zeropad",
 )
-_OWN = "anyrank.methods."  # what the modules of the library's own methods are called
+_OWN = "anyrank.methods."  # prefix of the modules of the library's own methods
 
 _known: dict[str, type[Method]] = {}
 _of_file: dict[str, dict[str, type[Method]]] = {}  # what each user's file has registered, by the name of its module
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 
 def registered() -> dict[str, type[Method]]:
-    """All methods by name, the library's own among them."""
+    """All methods by name, including the library's own."""
     for module in BUILT_IN:
         importlib.import_module(f"{_OWN}{module}")
     return _known
@@ -62,8 +62,8 @@ def registered() -> dict[str, type[Method]]:
 def register(method: _M) -> _M:
     """Class decorator: makes a method known by its `name` to the commands, the simulation and the conformance suite.
 
-    A name of the library's own is refused. One from a user's file goes to the file that was loaded last, so that two
-    federations of one process may each have a method of that name.
+    A name that the library itself uses is refused. If two users' files register the same name, the file that was loaded last
+    has it, so that two federations of one process may each have a method of that name.
     """
     known = (_known if method.__module__.startswith(_OWN) else registered()).get(method.name)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
@@ -104,11 +104,11 @@ def taking_mixed_ranks() -> str:
     return ", ".join(sorted(name for name, kind in registered().items() if kind.traits.mixed_ranks and not kind.reference))
 
 
-# --- methods of one's own, in a file -------------------------------------------------------------------------------------
+# --- methods in users' files ---------------------------------------------------------------------------------------------
 
 
 def find_file(path: str | Path) -> Path:
-    """The file of `[method] file`; `MethodError` where there is none."""
+    """The file of `[method] file`; `MethodError` if it does not exist."""
     path = Path(path)
     if not path.is_file():
         raise MethodError(f"method.file: no such file {path}; expected a Python file that registers a method")
@@ -116,10 +116,10 @@ def find_file(path: str | Path) -> Path:
 
 
 def load_file(path: str | Path) -> None:
-    """Run a Python file that registers methods of its own (`[method] file = "..."`).
+    """Execute a Python file that registers methods (`[method] file = "..."`).
 
-    Each call runs it anew, and its methods are then the ones known by their names. Raises `MethodError` with the file and
-    the line where it stops, or where it registers nothing; then all is known as it was before.
+    Each call executes it again, and its methods then have their names. If the file fails or registers nothing, this raises
+    `MethodError` with the file and the line, and the registered methods stay as they were.
     """
     module = own.name_of(find_file(path))
     before = dict(registered())
@@ -128,7 +128,7 @@ def load_file(path: str | Path) -> None:
             del _known[name]
     try:
         own.load(path, "method.file", MethodError)
-        # What it imports from elsewhere was run once and registers nothing the second time: it is remembered.
+        # Modules that it imports are executed only once and register nothing the second time, so their methods are remembered.
         found = _of_file.get(module, {}) | {name: kind for name, kind in _known.items() if before.get(name) is not kind}
         if not found:
             raise MethodError(f"method.file: {path} registers no method; put @anyrank.methods.register above its class")

@@ -17,16 +17,16 @@ class RoLoRA(Method):
     """Odd rounds train, send and average only B over a common A, even rounds only A under a common B: half the upload.
 
     With the other factor common, the mean of one factor is the mean of the products. Mixed ranks are our extension: each
-    slice is averaged over those who have it, and one that nobody has stays. A download carries both factors, since a client
-    keeps nothing between its rounds.
+    slice is averaged over the clients that have it, and a slice without owners stays unchanged. A download carries both
+    factors, because a client keeps nothing between its rounds.
     """
 
     name = "rolora"
-    summary = "by turns: mean of B (odd rounds), mean of A (even), slice by slice over owners"
+    summary = "alternating: mean of B (odd rounds), mean of A (even), slice by slice over owners"
     paper = "RoLoRA, arXiv 2502.01755"
     traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
     weights = staticmethod(slice_weights)
-    train = frozenset({"B"})  # in round 1, and in every second one from there
+    train = frozenset({"B"})  # in round 1 and all other odd rounds
 
     def dispatch(self, state: ServerState, client: Client) -> Download:
         return replace(super().dispatch(state, client), train=frozenset({_turn(state)}))

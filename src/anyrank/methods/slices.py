@@ -1,4 +1,4 @@
-"""Slices of a layer: taken, put in another order, added."""
+"""Take, reorder and add slices of a layer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from anyrank.messages.records import Scaling, ServerState
 
 
 def slice_order(state: ServerState, name: str, client: str, rank: int, drawn: bool) -> list[int]:
-    """The server's slices of a layer, those first that `client` trains in the round after `state`.
+    """The server's slices of a layer, in an order that starts with those that `client` trains in the round after `state`.
 
-    They are the first `rank`, or, if `drawn`, as many without replacement by seed, round, client and layer: who knows the
-    state knows the draw, so nobody has to keep it or send it.
+    These are the first `rank` slices, or, if `drawn`, as many drawn without replacement by seed, round, client and layer. The
+    draw follows from the state, so it does not have to be stored or sent.
     """
     every = range(state.adapter.layers[name].rank)
     own = every[:rank]
@@ -44,7 +44,7 @@ def take(layer: LoraLayer, slices: Sequence[int]) -> LoraLayer:
 
 
 def frozen_rest(state: ServerState, ranks: Mapping[str, int]) -> Adapter | None:
-    """The slices past `ranks` that apply something, as a sum that a client adds to its base model; `None` if there are none."""
+    """The nonzero slices past `ranks`, as a sum that a client adds to its base model; `None` if there are none."""
     rest = {}
     for name, layer in state.adapter.layers.items():
         applies = (layer.A.any(dim=1) & layer.B.any(dim=0)).tolist()
@@ -54,14 +54,14 @@ def frozen_rest(state: ServerState, ranks: Mapping[str, int]) -> Adapter | None:
 
 
 def widened(adapter: Adapter, rank: int, scaling: Scaling, seed: int) -> Adapter:
-    """`adapter`, in which nothing is learned yet, at `rank` (or its own, if larger), as far as each layer can carry it."""
+    """The untrained `adapter` at `rank` (or its own, if larger), limited in each layer by the layer's shape."""
     wide = {name: pad(layer, min(rank, *layer.shape), seed, "fresh", 0, name) for name, layer in adapter.layers.items()}
     layers = {name: replace(layer, scaling=scaling.of(name, layer.rank)) for name, layer in wide.items()}
     return replace(adapter, layers=layers)
 
 
 def pad(layer: LoraLayer, rank: int, seed: int, *names: str | int) -> LoraLayer:
-    """`layer` brought to `rank` by slices that change nothing yet can learn: B zero, A fresh from the key of `names`."""
+    """`layer` extended to `rank` by slices that change nothing but can be trained: B zero, A drawn by the key of `names`."""
     missing = rank - layer.rank
     if missing <= 0:
         return layer

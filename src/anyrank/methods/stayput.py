@@ -1,4 +1,4 @@
-"""Stay put: an average of steps, in which a client's silence about a slice says "no change" (docs/methods.md)."""
+"""stayput: an average of steps, in which a slice that a client lacks counts as unchanged (docs/methods.md)."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ _BEFORE = "before"  # the key in `state.extra` of the global update one round ag
 class StayPut(Method):
     """`W = sum_j [G_j + sum over owners of w_kj (P_kj - G_j)]`, `w_kj = p_k / coverage_j^tau`, then the SVD share.
 
-    `G_j` is the server's slice, `P_kj` the client's; `tau = 1` is raFLoRA. `true_point`: slices that a client does not train
-    come along, frozen. `rotate`: it trains r random ones, others each round. `momentum`: this share of the last step is made
-    again, also in a round without training. `server_rank`: the server's, if above its clients', as far as layers carry it.
+    `G_j` is the server's slice, `P_kj` the client's; `tau = 1` is raFLoRA. `true_point`: a client also receives the slices that
+    it does not train, frozen. `rotate`: a client trains r random slices, different ones each round. `momentum`: this share of
+    the last step is added again, also in a round without training. `server_rank`: the server's rank, if above its clients'
+    ranks, limited by each layer's shape.
     """
 
     name = "stayput"
-    summary = "mean of steps of products, slice by slice, no step where none was sent; SVD share"
+    summary = "mean of steps of products, slice by slice, a missing slice is no step; SVD share"
     paper = "this project"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.EQUAL, stationary=Holds.ALWAYS)
 
-    by_layer = True  # what it keeps beside the layers is the update one round ago, layer by layer
+    by_layer = True  # apart from the layers, it keeps the update one round ago, layer by layer
 
     tau: float = 0.0
     true_point: bool = True

@@ -16,11 +16,11 @@ from anyrank.methods.registry import register
 class ZeroPad(Method):
     """Pad every factor to the largest rank with zeros, then average: slice j comes out `pi_j` times RBLA's.
 
-    A client that lacks a slice votes for zero, so what only large-rank clients learned is washed out.
+    A client that lacks a slice counts as zero in it, so what only large-rank clients learned fades away.
     """
 
     name = "zeropad"
-    summary = "pad factors with zeros, then mean"
+    summary = "factors padded with zeros, then mean"
     paper = "baseline of HetLoRA, EMNLP 2024"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.EQUAL)
     rescale = "both"

@@ -1,8 +1,8 @@
-"""How much privacy steps of the sampled Gaussian mechanism cost, and how much noise a budget needs.
+"""Compute the privacy cost of steps of the sampled Gaussian mechanism, and the noise that a budget needs.
 
-The figures come from accountants that others maintain and attack: `pld` and `rdp` from dp-accounting, `prv` from Opacus. All
-are upper bounds for adding or removing one example, with Poisson sampling. What stands here is the search for the noise.
-Both libraries are imported when they are first asked, since each takes seconds to load.
+The figures come from accountants of established libraries: `pld` and `rdp` from dp-accounting, `prv` from Opacus. All are upper
+bounds for adding or removing one example, with Poisson sampling. Only the search for the noise is implemented here. Both
+libraries are imported when they are first needed, because each takes seconds to load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from anyrank.errors import ConfigError
 
 _PLD_GRIDS = (1e-3, 1e-4)  # of the privacy loss, for an epsilon above 1 and below; rounding is upwards, about 0.1 % of epsilon
 _ORDERS = (*range(2, 64), 96, 128, 192, 256, 512, 1024)  # whole orders of RDP have a closed form that always converges
-_BEYOND = 1000.0  # an epsilon above this promises nothing: RDP's bound is told, and no finer figure is worked out
+_BEYOND = 1000.0  # an epsilon above this gives no protection: RDP's bound is reported, and no finer figure is computed
 _MOST_NOISE, _LEAST_NOISE = 1e5, 1e-2
 
 
@@ -34,7 +34,7 @@ class Spending:
 
 @functools.lru_cache(maxsize=65536)
 def epsilon(accountant: str, spending: Spending, delta: float) -> float:
-    """An upper bound of epsilon at `delta` for what was spent; 0 for no steps.
+    """An upper bound of epsilon at `delta` for the steps of a `Spending`; 0 for no steps.
 
     >>> round(epsilon("pld", Spending(0.05, 1.0, 400), 1e-5), 2)
     6.7
@@ -49,7 +49,7 @@ def epsilon(accountant: str, spending: Spending, delta: float) -> float:
 def noise_for(accountant: str, target: float, delta: float, sampling_rate: float, steps: int) -> float:
     """The least noise multiplier, in four digits, whose epsilon at `delta` after `steps` is at most `target`.
 
-    Raises `ConfigError` where no noise will do.
+    Raises `ConfigError` if no noise is enough.
 
     >>> noise_for("pld", 6.7, 1e-5, 0.05, 400)
     1.001
@@ -58,10 +58,10 @@ def noise_for(accountant: str, target: float, delta: float, sampling_rate: float
 
     def excess(log_noise: float, by: str = accountant) -> float:
         spent = epsilon(by, Spending(sampling_rate, math.exp(log_noise), steps), delta)
-        return math.log(max(spent, sys.float_info.min) / target)  # it is 0 where delta covers all
+        return math.log(max(spent, sys.float_info.min) / target)  # it is 0 if delta covers everything
 
     high = 0.0
-    while excess(high, "rdp") > 0:  # RDP is quick, and never far above
+    while excess(high, "rdp") > 0:  # RDP is quick, and not much larger
         high += math.log(2)
         if high > math.log(_MOST_NOISE):
             raise ConfigError(
@@ -116,7 +116,7 @@ def _rdp(spending: Spending, delta: float) -> float:
 
 
 def _prv(spending: Spending, delta: float) -> float:
-    """Privacy random variables (Gopi et al., NeurIPS 2021), with their error on the safe side."""
+    """Privacy random variables (Gopi et al., NeurIPS 2021), with their error added to the result."""
     import warnings
 
     _library("opacus", "opacus")

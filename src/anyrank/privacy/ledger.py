@@ -1,8 +1,8 @@
-"""What each client of a run has spent: charged before it trains, so that nothing leaves a client that is not in the books.
+"""The ledger of a private run: each client is charged before it trains, so that nothing leaves a client without an entry.
 
-A charge is one line of `privacy.jsonl`, on disk before the client begins. A round that was interrupted and is run again with
-the run's key releases the same numbers again, and is charged once. With noise from the system's source it releases others,
-and is charged again.
+A charge is one line of `privacy.jsonl`, on disk before the client begins. An interrupted round that is repeated with the run's
+key releases the same numbers again and is charged once. With noise from the system's source, it releases other numbers and is
+charged again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _TRAINED = ("ok", "rejected", "failed")
 
 
 class Books(Protocol):
-    """The part of a run folder that privacy is kept in."""
+    """The part of a run folder that stores the privacy ledger."""
 
     def keep_plan(self, table: Mapping[str, Any], key: Callable[[], str]) -> str:
-        """Write the plan with the key's name, or compare it with the one that is there; returns the key's name."""
+        """Write the plan with the key's name, or compare it with the stored plan; returns the key's name."""
         ...
 
     def charges(self) -> list[dict[str, Any]]: ...
@@ -56,16 +56,16 @@ class Unlimited:
 
 
 class Ledger:
-    """The books of a private run under way."""
+    """The ledger of a private run in progress."""
 
     def __init__(self, plan: PrivacyPlan, books: Books, key_name: str) -> None:
         self.plan, self.books, self.key_name = plan, books, key_name
-        self.rounds: dict[str, list[int]] = {}  # rounds that each client was charged for, those of interrupted rounds too
+        self.rounds: dict[str, list[int]] = {}  # rounds for which each client was charged, including interrupted rounds
         self.declared: dict[str, int] = {}
         self._note(books.charges())
 
     def mechanism(self) -> Mechanism:
-        """The plan with its key, for the rounds that are left."""
+        """The plan with its key, for the remaining rounds."""
         return Mechanism(self.plan, noise.find_key(self.key_name) if self.key_name else None)
 
     def has_left(self, client: str, round: int) -> bool:
@@ -83,11 +83,11 @@ class Ledger:
         self._note(rows)
 
     def figures(self, round: int) -> dict[str, Any]:
-        """What the metrics of a round say: the largest epsilon over clients after it."""
+        """The entry in a round's metrics: the largest epsilon over clients after it."""
         return {"epsilon": max(self.by_client(round).values(), default=0.0)}
 
     def summary(self, round: int) -> dict[str, Any]:
-        """What the summary says: the largest epsilon, the plan, and what each client has spent."""
+        """The entries of the summary: the largest epsilon, the plan, and what each client has spent."""
         return self.figures(round) | {"privacy": {"plan": self.plan.table(), "epsilon_by_client": self.by_client(round)}}
 
     def by_client(self, round: int) -> dict[str, float]:
@@ -95,7 +95,7 @@ class Ledger:
         return {name: self.plan.epsilon_after(count, self._spent(name, round)) for name, count in sorted(self.declared.items())}
 
     def close(self) -> None:
-        """The run is finished: its key is of no more use, and is deleted."""
+        """Finish the run: its key is no longer needed and is deleted."""
         if self.key_name:
             noise.forget_key(self.key_name)
 
@@ -108,15 +108,15 @@ class Ledger:
         return round in self.rounds.get(client, ())
 
     def _spent(self, client: str, round: int) -> int:
-        """Rounds that count up to `round`: each once under a key; with the system's noise every attempt, also a lost one."""
+        """The charged rounds up to `round`: each once with a key; with the system's noise, every attempt."""
         own = self.rounds.get(client, [])
         return len(own) if self.plan.secure else sum(each <= round for each in set(own))
 
 
 def open_ledger(plan: PrivacyPlan | None, config: Mapping[str, Any], books: Books) -> Ledger | Unlimited:
-    """The ledger of a new run, or of one that goes on; `config` is the run's whole configuration.
+    """The ledger of a new or resumed run; `config` is the run's whole configuration.
 
-    Raises `RunError` where the run was begun with another plan, or where a client took part that was not charged.
+    Raises `RunError` if the run was started with another plan, or if a client took part that was not charged.
     """
     if plan is None:
         return Unlimited()
@@ -125,7 +125,7 @@ def open_ledger(plan: PrivacyPlan | None, config: Mapping[str, Any], books: Book
     for row in books.clients():
         if row["status"] in _TRAINED and not ledger._has(row["client"], row["round"]):
             raise RunError(
-                f"privacy ledger: {row['client']} took part in round {row['round']} and is not charged for it, so what was "
-                "spent is not known; start the run anew in another --out"
+                f"privacy ledger: {row['client']} took part in round {row['round']} and has no charge for it, so what was "
+                "spent is not known; start a new run with another --out"
             )
     return ledger

@@ -1,9 +1,8 @@
-"""Where the randomness of private training comes from, and where the key of it is kept.
+"""The randomness of private training, and the storage of its key.
 
-Whoever can draw a run's noise and samples again can take the noise off. They are therefore drawn from a key of the run that
-is not in its folder: it lies in the user's own state folder, readable by nobody else, until the run is finished, and is then
-deleted. A run that was killed goes on with the same key: the round that is run again releases the very same numbers again,
-which tells nobody anything new.
+Anybody who can draw a run's noise and samples again can remove the noise. They are therefore drawn from a key that is not in
+the run folder. It is in the user's own state folder, readable only by the user, and is deleted when the run is finished. A run
+that was killed resumes with the same key: the repeated round releases the same numbers again, which reveals nothing new.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from anyrank.errors import RunError
 from anyrank.privacy.plan import PrivacyPlan
 
 SEED = "ANYRANK_PRIVACY_SEED"
-_LEAST_SEED = 32  # characters: the seed must not be found by trying
+_LEAST_SEED = 32  # characters, so that the seed cannot be guessed
 
 
 class Draws(Protocol):
@@ -42,10 +41,10 @@ class Draws(Protocol):
 
 @dataclass(frozen=True)
 class SystemDraws:
-    """Numbers from the system's cryptographic source, which nothing can draw again.
+    """Numbers from the system's cryptographic source, which cannot be drawn again.
 
-    A normal number is the sum of four by Box and Muller, halved, so that its rounding does not give away what it was added to
-    (Holohan and Braghin, ESORICS 2021).
+    A normal number is half the sum of four Box-Muller numbers, so that its rounding does not reveal the value to which it was
+    added (Holohan and Braghin, ESORICS 2021).
     """
 
     def random(self, size: int) -> np.ndarray:
@@ -59,15 +58,15 @@ class SystemDraws:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A plan with the source of its randomness: `key`, or the system's own source where it is `None`."""
+    """A plan with the source of its randomness: `key`, or the system's own source if it is `None`."""
 
     plan: PrivacyPlan
     key: bytes | None = field(default=None, repr=False)
 
     def draws(self, round: int, client: str) -> Draws:
-        """The random numbers of one client in one round. Without the key they cannot be told from chance or guessed.
+        """The random numbers of one client in one round. Without the key, they cannot be predicted.
 
-        Philox takes 128 bits of key; torch's own generator would keep 32 bits of its seed, which can be tried out.
+        Philox has a key of 128 bits; torch's own generator would use only 32 bits of its seed, which could be searched.
         """
         if self.key is None:
             return SystemDraws()
@@ -81,7 +80,7 @@ def key_folder() -> Path:
 
 
 def new_key(config: Mapping[str, Any]) -> bytes:
-    """A run's key: 32 fresh random bytes, or, if `$ANYRANK_PRIVACY_SEED` is set, what that secret and `config` make.
+    """A run's key: 32 fresh random bytes, or, if `$ANYRANK_PRIVACY_SEED` is set, bytes derived from that secret and `config`.
 
     With the secret, the same configuration gives the same bytes again; another configuration never gets the same noise.
     """
@@ -96,21 +95,21 @@ def new_key(config: Mapping[str, Any]) -> bytes:
 
 
 def name_of(key: bytes) -> str:
-    """A name for a key that tells nothing of it."""
+    """A name for a key, which reveals nothing about it."""
     return hashlib.sha256(b"anyrank key name" + key).hexdigest()[:32]
 
 
 def keep_key(key: bytes) -> str:
-    """Store a key for its owner alone; returns its name.
+    """Store a key so that only its owner can read it; returns its name.
 
-    By the mode of the file where there are modes. On Windows it is the user's profile that others cannot read.
+    This uses the mode of the file, if the system has modes. On Windows, other users cannot read the user's profile.
     """
     folder, name = key_folder(), name_of(key)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         if hasattr(os, "fchmod"):
-            os.fchmod(descriptor, 0o600)  # also where the file was there before
+            os.fchmod(descriptor, 0o600)  # also if the file existed before
         file.write(key.hex())
         file.flush()
         os.fsync(file.fileno())
@@ -118,24 +117,24 @@ def keep_key(key: bytes) -> str:
 
 
 def find_key(name: str) -> bytes:
-    """The key of that name; `RunError` where it is not here, is not what its name says, or others can read it.
+    """The key of that name; `RunError` if it is missing, does not match its name, or can be read by other users.
 
-    Who can read it is asked on POSIX alone: the modes that Windows shows say nothing of it.
+    The permissions are checked on POSIX only, because the modes on Windows do not show them.
     """
     path = key_folder() / name
     if not path.is_file():
         raise RunError(
-            f"{path}: the noise key of this run is not here, so that an interrupted round cannot be run again with the same "
-            "noise; bring the key from where the run began, or start the run anew in another --out"
+            f"{path}: the noise key of this run is missing, so an interrupted round cannot be repeated with the same "
+            "noise; copy the key from the machine where the run started, or start a new run with another --out"
         )
     if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise RunError(f"{path}: others can read this noise key; expected mode 600, and a run that is started anew")
+        raise RunError(f"{path}: other users can read this noise key, expected mode 600; start a new run with another --out")
     try:
         key = bytes.fromhex(path.read_text(encoding="utf-8"))
     except ValueError:
         key = b""
     if name_of(key) != name:
-        raise RunError(f"{path}: is not the noise key that this run began with; start the run anew in another --out")
+        raise RunError(f"{path}: is not the key that this run started with; start a new run with another --out")
     return key
 
 

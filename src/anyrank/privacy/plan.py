@@ -3,12 +3,13 @@
 The guarantee at `level = "example"`: for every client, all that it releases during the whole run is (epsilon, delta)
 differentially private with respect to adding or removing one of its examples. Clients hold disjoint examples, so the largest
 of their epsilons holds for the federation. Every step draws each example with probability `batch_size / count` of its client
-and adds noise; a client takes `local_steps` of them in each round that it takes part in. Nothing is claimed from the draw of
-the cohort: the server, and whoever knows the run seed, knows who was drawn.
+and adds noise; a client takes `local_steps` steps in each round that it takes part in. The random choice of the cohort is not
+used to reduce the noise, because the server, and anybody who knows the run seed, knows which clients were drawn.
 
-The guarantee at `level = "client"`: all that a client ever uploads is (epsilon, delta) differentially private with respect to
-its whole data set being there or not; each upload is one release. With `noise_at = "server"`, all that leaves the server is
-so with respect to its training having moved its uploads or not; each round that it takes part in is one release.
+The guarantee at `level = "client"`: everything that a client ever uploads is (epsilon, delta) differentially private with
+respect to the presence or absence of its whole data set; each upload is one release. With `noise_at = "server"`, the same holds
+for everything that leaves the server, with respect to whether the client's training changed its uploads; each round that the
+client takes part in is one release.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
 from anyrank.privacy.accountants import Spending, epsilon, noise_for
 
-_DIGITS = 3  # binary digits that are left of a rounded count: within 25 % of it
+_DIGITS = 3  # binary digits that a rounded count keeps: it is within 25 % of the exact one
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """What is promised, and everything that the promise depends on, fixed before round 1.
+    """The privacy guarantee and everything that it depends on, fixed before round 1.
 
-    `epsilon`: the target, 0 where the noise was given instead; `noise`: `{declared count: noise multiplier}` for every count
+    `epsilon`: the target, 0 if the noise was given instead; `noise`: `{declared count: noise multiplier}` for every count
     in the federation; `local_steps` in one round; `max_rounds` of the `rounds` that one client may take part in;
     `noise_at`: who adds the noise, each client or the server.
     """
@@ -52,16 +53,16 @@ class PrivacyPlan:
 
     @property
     def central(self) -> bool:
-        """Whether uploads come in the clear, and the server adds the noise to their mean."""
+        """Whether uploads have no noise, and the server adds noise to their mean."""
         return self.noise_at == "server"
 
     @property
     def upload_bound(self) -> float:
-        """The norm that the server holds each upload's change to."""
+        """The largest norm that the server accepts for each upload's change."""
         return self.clip_norm if self.central else math.inf
 
     def declared(self, num_examples: int) -> int:
-        """The count that stands for a client's own wherever it is used or sent; made public by the plan."""
+        """The declared count, which replaces a client's own count wherever it is used or sent; the plan makes it public."""
         return declare(num_examples, self.counts)
 
     def sampling_rate(self, declared: int) -> float:
@@ -69,7 +70,7 @@ class PrivacyPlan:
         return self.batch_size / declared if self.level == "example" else 1.0
 
     def spending(self, declared: int, rounds: int) -> Spending:
-        """What a client of that declared count has spent after so many rounds."""
+        """What a client of that declared count has spent after this many rounds."""
         steps = self.local_steps if self.level == "example" else 1
         return Spending(self.sampling_rate(declared), self.noise[declared], steps * rounds)
 
@@ -77,12 +78,12 @@ class PrivacyPlan:
         return epsilon(self.accountant, self.spending(declared, rounds), self.delta)
 
     def table(self) -> dict[str, Any]:
-        """The plan as JSON has it."""
+        """The plan as a JSON object."""
         return dataclasses.asdict(self) | {"noise": {str(count): noise for count, noise in self.noise.items()}}
 
 
 def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
-    """The plan that `config` asks for, for clients of `sizes` examples; `None` where it asks for no privacy.
+    """The plan that `config` asks for, for clients of `sizes` examples; `None` without privacy.
 
     Each declared count gets its own noise, the least that keeps its clients within the budget if they take part in
     `max_rounds` rounds. Raises `ConfigError` for a plan that could not be kept.
@@ -135,7 +136,7 @@ def _check_sampling(config: Config) -> None:
 
 
 def declare(num_examples: int, counts: str) -> int:
-    """`num_examples`, or if `counts` are rounded what its first three binary digits leave of it.
+    """`num_examples`, or, if `counts` are rounded, the number with only its first three binary digits.
 
     >>> [declare(n, "rounded") for n in (0, 5, 13, 100, 187, 1000)]
     [0, 5, 12, 96, 160, 896]
@@ -159,5 +160,5 @@ def _check_counts(config: Config, counts: list[int], clients: int) -> None:
     if asked.delta >= 1 / largest:
         raise ConfigError(
             f"privacy.delta: expected less than 1 over the {largest} examples that the largest client declares, got "
-            f"{asked.delta}: a delta of that size allows to publish an example whole"
+            f"{asked.delta}: with such a delta, a whole example could be published"
         )

@@ -1,7 +1,7 @@
-"""The report of some runs: one HTML file that loads nothing, and one PNG for a README. Reads only the run folders.
+"""Write the report of some runs: one HTML file that loads nothing, and one PNG for a README. Reads only the run folders.
 
-Runs of one label and one configuration are seeds of each other: their figures are shown as mean ± sample standard
-deviation. What cannot be read, or compared, is said on the page.
+Runs of one label and one configuration count as seeds of one method: their figures are shown as mean ± sample standard
+deviation. If something cannot be read or compared, a note on the page says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from anyrank.report.runs import read
 def build(runs: Sequence[Path], out: Path) -> Path:
     """Write the report of the run folders `runs` to `out`, whole or not at all, and return `out`.
 
-    Raises `RunError` where a folder is no run folder.
+    Raises `RunError` if a folder is no run folder.
     """
     groups, notes = _groups_of(runs)
     environment = jinja2.Environment(
@@ -45,9 +45,9 @@ def figure(runs: Sequence[Path], out: Path) -> Path:
     name = "accuracy" if tells_accuracy(groups) else "loss"
     first = [group.series(name, f"start_{name}") for group in groups]
     if figures.zoomed(first):
-        note += " Left: the axis leaves out the steep start."
+        note += " Left: the axis does not show the steep start."
     if not all(group.mixed for group in groups):
-        note += " Right: where ranks are mixed."
+        note += " Right: only methods with mixed ranks."
     collapse = [group.series("collapse") for group in groups if group.mixed]
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ _PANELS = {
 def study_figure(settings: Sequence[tuple[str, Sequence[Path]]], kind: str, out: Path) -> Path:
     """Write a PNG with a panel for each setting, `(name, run folders)`, to `out`: lines of `kind`, one of
     `accuracy` (over rounds), `collapse` (energy beyond the minimum rank over rounds) and `bytes` (accuracy over uploads).
-    Where no setting has an accuracy it is the loss.
+    If no setting has an accuracy, the loss is shown instead.
     """
     x_label, log, line_of = _PANELS[kind]
     shown, told = [], False

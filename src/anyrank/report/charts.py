@@ -1,4 +1,4 @@
-"""The page's charts with their captions, and the small tables beside them."""
+"""The page's charts with their captions, and the small tables next to them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def learning(groups: Sequence[Group]) -> list[dict[str, Any]]:
     spread, shown = _spread_note(groups), []
     if tells_accuracy(groups):
         accuracy = [group.series("accuracy", "start_accuracy") for group in groups]
-        alt = "Accuracy of the global model over the rounds, a line a method"
+        alt = "Accuracy of the global model over the rounds, one line per method"
         told = f"Higher is better: accuracy of the global model on held-out examples after each round{spread}"
         shown.append(_chart(figures.lines(accuracy, "Accuracy, %", "round", alt, percent=True), told + _zoom_note(accuracy)))
     loss = [group.series("loss", "start_loss") for group in groups]
-    alt = "Loss of the global model over the rounds, a line a method"
+    alt = "Loss of the global model over the rounds, one line per method"
     told = f"Lower is better: loss of the global model on {'the same' if shown else 'held-out'} examples{spread}"
     return [*shown, _chart(figures.lines(loss, "Loss", "round", alt), told + _zoom_note(loss))]
 
@@ -36,7 +36,7 @@ def metrics(groups: Sequence[Group]) -> dict[str, Any] | None:
     for name in metric_names(groups):
         lines = [line for group in groups if len((line := group.series(name, "start_metrics")).x)]
         if lines:
-            svg = figures.lines(lines, cut(name, 40), "round", f"{name} over the rounds, a line a method")
+            svg = figures.lines(lines, cut(name, 40), "round", f"{name} over the rounds, one line per method")
             shown.append(_chart(svg, f"{name} on held-out examples after each round{_spread_note(groups)}" + _zoom_note(lines)))
     names = dict.fromkeys(name for group in groups for run in group.runs for name in run.by_label)
     tables = [_label_table(groups, name) for name in names]
@@ -47,7 +47,7 @@ _MOST_LABELS = 24  # rows of a table by label; the rest is said to be higher
 
 
 def _label_table(groups: Sequence[Group], name: str) -> dict[str, Any]:
-    """A row a label, the lowest mean over the methods first; with one method also a bar, of its share of the largest."""
+    """One row per label, the lowest mean over the methods first; with a single method also a bar, relative to the largest."""
     having = [group for group in groups if any(name in run.by_label for run in group.runs)]
     labels = dict.fromkeys(label for group in having for run in group.runs for label in run.by_label.get(name, ()))
     stats = {label: [group.label_stat(name, label) for group in having] for label in labels}
@@ -67,14 +67,14 @@ def _label_table(groups: Sequence[Group], name: str) -> dict[str, Any]:
 
 
 def collapse(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Energy beyond the minimum rank, and effective rank, over the rounds, of those that have them."""
+    """Energy beyond the minimum rank, and effective rank, over the rounds, for the labels that have them."""
     charts = []
     series = [line for group in groups if group.mixed and len((line := group.series("collapse")).x)]
     if series:
         log = figures.wants_log(series)
-        alt = "Share of the update's energy beyond the minimum rank over the rounds, a line a method"
-        told = "A line that sinks is rank collapse: what only larger ranks hold is being lost."
-        told += " The axis is logarithmic: a straight fall is a steady decay." if log else ""
+        alt = "Share of the update's energy beyond the minimum rank over the rounds, one line per method"
+        told = "A falling line is rank collapse: what only the larger ranks hold is being lost."
+        told += " The axis is logarithmic: a straight falling line is a decay by the same factor each round." if log else ""
         svg = figures.lines(series, "Energy beyond the minimum rank, %", "round", alt, percent=True, log=log, from_zero=True)
         charts.append(
             _chart(
@@ -88,16 +88,16 @@ def collapse(groups: Sequence[Group]) -> list[dict[str, Any]]:
             series,
             "Effective rank",
             "round",
-            "Effective rank of the global update over the rounds, a line a method",
+            "Effective rank of the global update over the rounds, one line per method",
             from_zero=True,
         )
-        told = "Higher is richer: how many directions the global update really uses (the exponential of its energy's entropy)."
+        told = "Higher means that the global update uses more directions (the exponential of its energy's entropy)."
         charts.append(_chart(svg, told + _spread_note(groups, " ")))
     return charts
 
 
 def spectra(groups: Sequence[Group]) -> dict[str, Any] | None:
-    """A heatmap a label, of its first seed, on one colour scale."""
+    """One heatmap per label, of its first seed; all on one colour scale."""
     shown = [(group, run) for group in groups if (run := group.runs[0]).spectrum.size and np.nansum(run.spectrum) > 0]
     if not shown:
         return None
@@ -129,7 +129,7 @@ def _floor(spectra: Sequence[np.ndarray]) -> float:
 
 
 def partitions(groups: Sequence[Group]) -> dict[str, Any] | None:
-    """A stack a label: the mean share of the energy in each rank partition, with a legend for each set of ranks."""
+    """One stacked chart per label: the mean share of the energy in each rank partition, with a legend for each set of ranks."""
     minis, legends = [], {}
     for group in groups:
         tables = [table for run in group.runs if (table := energy_by_round(run, group.levels))]
@@ -181,7 +181,7 @@ def _beyond(values: np.ndarray | None, rank: int) -> str:
 
 
 def traffic(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Megabytes up and down, and the accuracy that uploads bought."""
+    """Megabytes up and down, and accuracy against uploaded megabytes."""
     rows = [
         (g.label, g.style, up.mean / 1e6, g.stat("download_bytes").mean / 1e6)
         for g in groups
@@ -191,25 +191,25 @@ def traffic(groups: Sequence[Group]) -> list[dict[str, Any]]:
         return []
     charts = [
         _chart(
-            figures.bars(rows, "Megabytes over the whole run", "Megabytes up and down in the whole run, two bars a method"),
-            "Solid: uploaded by all clients. Pale: downloaded by them. Shorter is cheaper.",
+            figures.bars(rows, "Megabytes over the whole run", "Megabytes up and down in the whole run, two bars per method"),
+            "Solid: uploaded by all clients. Pale: downloaded by all clients. Shorter means less traffic.",
         )
     ]
     series = [line for group in groups if len((line := against_upload(group)).x)]
     if series and tells_accuracy(groups):
-        alt = "Accuracy against megabytes uploaded so far, a line a method"
+        alt = "Accuracy against megabytes uploaded so far, one line per method"
         svg = figures.lines(series, "Accuracy, %", "megabytes uploaded so far, all clients", alt, percent=True)
         charts.append(
             _chart(
                 svg,
-                f"Further left and higher is better: the accuracy that so many uploaded megabytes bought.{_zoom_note(series)}",
+                f"Further left and higher is better: the accuracy after this many uploaded megabytes.{_zoom_note(series)}",
             )
         )
     return charts
 
 
 def against_upload(group: Group) -> Series:
-    """Accuracy, or the loss where there is none, over the megabytes that all clients have uploaded so far."""
+    """Accuracy (or else loss) over the megabytes that all clients have uploaded so far."""
     line = group.series("accuracy" if tells_accuracy([group]) else "loss")
     sums = []
     for run in group.runs:
@@ -220,12 +220,12 @@ def against_upload(group: Group) -> Series:
 
 
 def privacy(groups: Sequence[Group]) -> dict[str, Any] | None:
-    """The ε spent, where any was."""
+    """The ε spent; `None` if no run was private."""
     private = [(group, stat) for group in groups if (stat := group.stat("epsilon"))]
     if not private:
         return None
     series = [line for group, _ in private if len((line := group.series("epsilon")).x)]
-    svg = figures.lines(series, "ε spent", "round", "Privacy spent over the rounds, a line a method") if series else None
+    svg = figures.lines(series, "ε spent", "round", "Privacy spent over the rounds, one line per method") if series else None
     return {
         "rows": [(group.label, group.style, stat.text(3)) for group, stat in private],
         "chart": _chart(svg, "Lower is more private: ε spent from the first round up to this one.") if svg else None,
@@ -238,7 +238,7 @@ def _chart(svg: Any, caption: str) -> dict[str, Any]:
 
 
 def _zoom_note(series: Sequence[Series]) -> str:
-    return " The axis leaves out the steep start." if figures.zoomed(series) else ""
+    return " The axis does not show the steep start." if figures.zoomed(series) else ""
 
 
 def _spread_note(groups: Sequence[Group], lead: str = ". ") -> str:

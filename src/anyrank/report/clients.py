@@ -1,4 +1,4 @@
-"""Who took part, and whose updates were not used."""
+"""The page's tables of clients: their ranks, their participation, and the updates that were not used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_REASONS = 20
 
 
 def federations(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Who took part, a table for each set of clients: labels with the same clients of the same ranks share one."""
+    """One table of participation for each set of clients; labels with the same clients and ranks share a table."""
     together: dict[tuple, list[Group]] = defaultdict(list)
     for group in groups:
         together[tuple(group.runs[0].ranks.items())].append(group)
@@ -57,12 +57,12 @@ def _examples(runs: Sequence[Run]) -> str:
         if isinstance(sizes, Mapping) and all(finite(sizes.get(key)) is not None for key in ("min", "median", "max")):
             seed = "" if run.seed is None else f" (seed {run.seed})"
             low, middle, high = (f"{sizes[key]:g}" for key in ("min", "median", "max"))
-            return f"Examples a client{seed}: {low} at least, {middle} in the median, {high} at most."
+            return f"Examples per client{seed}: minimum {low}, median {middle}, maximum {high}."
     return ""
 
 
 def rejections(groups: Sequence[Group]) -> dict[str, Any]:
-    """Updates that were not used, by status and reason; a client's own name and the round are taken out of reasons."""
+    """Updates that were not used, by status and reason; reasons are compared without the client's name and the round."""
     found: dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
     for group in groups:
         for row in (row for run in group.runs for row in run.taking_part.unused):

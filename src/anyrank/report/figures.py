@@ -1,4 +1,4 @@
-"""The charts of a report: Matplotlib to inline SVG that follows the page's theme, and one PNG for a README.
+"""Draw the charts of a report with Matplotlib: inline SVG that follows the page's theme, and one PNG for a README.
 
 Nothing in a chart depends on the clock or on a random id: the same numbers give the same bytes.
 """
@@ -26,7 +26,7 @@ _STEPS = (1, 2, 2.5, 5, 10)
 
 @dataclass(frozen=True)
 class Series:
-    """One label's line: `x`, `mean` and `std` `[n]`; `std` is 0 where there is one seed."""
+    """One label's line: `x`, `mean` and `std` `[n]`; `std` is 0 if there is one seed."""
 
     label: str
     style: Style
@@ -36,12 +36,12 @@ class Series:
 
 
 def thin(n: int) -> np.ndarray:
-    """At most `_POINTS` indices of `range(n)`, evenly spread, first and last among them."""
+    """At most `_POINTS` evenly spaced indices of `range(n)`, including the first and the last."""
     return np.unique(np.linspace(0, n - 1, min(n, _POINTS)).round().astype(int)) if n else np.zeros(0, int)
 
 
 def wants_log(series: Sequence[Series]) -> bool:
-    """Whether the lines span more than a factor of 50, so that a linear axis would lay some of them on the floor."""
+    """Whether the lines span more than a factor of 50, so that some would be flat on a linear axis."""
     means = np.concatenate([line.mean for line in series] or [np.zeros(0)])
     means = means[means > 0]
     return bool(len(means)) and means.min() * 50 < means.max()
@@ -145,7 +145,7 @@ def stack(energy: np.ndarray, rounds: np.ndarray, alt: str) -> Markup:
 
 
 def bars(rows: Sequence[tuple[str, Style, float, float]], title: str, alt: str) -> Markup:
-    """Two bars a label: the first value solid, the second pale. `rows`: `(label, style, first, second)`."""
+    """Two bars per label: the first value solid, the second pale. `rows`: `(label, style, first, second)`."""
     with look():
         height = 0.5 + 0.36 * len(rows)
         figure = Figure(figsize=(_WIDE, height))
@@ -192,7 +192,7 @@ def headline(first: Sequence[Series], name: str, collapse: Sequence[Series], not
 def panels(
     shown: Sequence[tuple[str, Sequence[Series]]], x_label: str, log: bool, note: str, out: Path, percent: bool = True
 ) -> None:
-    """A PNG with a panel a setting, `(title, lines)`, two beside each other, on a white card. `percent`: values are shares."""
+    """A PNG with a panel a setting, `(title, lines)`, two per row, on a white card. `percent`: values are shares."""
     rows = -(-len(shown) // 2)
     tall = 3.4 * rows + 0.4
     with look():
@@ -220,7 +220,7 @@ def _draw_lines(
     log: bool,
     from_zero: bool,
 ) -> None:
-    """Lines into `box` (left, bottom, width, height in figure shares), with room at the right for the names."""
+    """Draw lines into `box` (left, bottom, width, height in figure shares), with space at the right for the names."""
     left, bottom, width, height = box
     wide, tall = figure.get_size_inches()
     names = label_width([line.label for line in series])
@@ -273,7 +273,7 @@ def _log_axis(ax: Axes, series: Sequence[Series]) -> None:
 
 
 def _name_ends(ax: Axes, series: Sequence[Series], paint: Paint, height: float) -> None:
-    """Each line's name beside its end, moved apart where names would overlap. `height` of the axes in inches."""
+    """Write each line's name next to its end, moved apart if names would overlap. `height` of the axes in inches."""
     to_share = ax.transData + ax.transAxes.inverted()
     low = ax.get_ylim()[0]
     drawn = [(line, *to_share.transform((line.x[-1], max(line.mean[-1], low)))) for line in series if len(line.x)]

@@ -1,4 +1,4 @@
-"""Runs of one label and one configuration are seeds of each other; what a reader must know about the rest is a note."""
+"""Group runs by label: runs of one label and one configuration are its seeds. Anything unusual becomes a note on the page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one label: its seeds. Finished runs only, where there are any."""
+    """The runs of one label: its seeds. If any of them is finished, only the finished ones."""
 
     label: str
     runs: Sequence[Run]
@@ -42,12 +42,12 @@ class Group:
 
     @property
     def levels(self) -> list[int]:
-        """The ranks of the federation, rising."""
+        """The ranks of the federation, in ascending order."""
         return sorted({rank for run in self.runs for rank in (*run.ranks, *run.planned_ranks)})
 
     @property
     def mixed(self) -> bool:
-        """Whether there can be energy beyond the minimum rank: with one rank for all there is none, by definition."""
+        """Whether there can be energy beyond the minimum rank: if all clients have one rank, there is none by definition."""
         return len(self.levels) != 1 or any((run.columns["collapse"] > 1e-9).any() for run in self.runs)
 
     @property
@@ -58,12 +58,14 @@ class Group:
         return _stat([value for run in self.runs if (value := run.final(name)) is not None])
 
     def label_stat(self, name: str, label: str) -> Stat | None:
-        """Of a metric with a number for each label: that of `label`, in the end."""
+        """The final number of `label`, for a metric with a number for each label."""
         return _stat([run.by_label[name][label] for run in self.runs if label in run.by_label.get(name, ())])
 
     def series(self, name: str, start: str = "") -> Series:
-        """The mean over seeds of a column, at the rounds that every seed has; `start` is the summary's name of round 0,
-        a value or a table of them."""
+        """The mean over seeds of a column, at the rounds that every seed has.
+
+        `start`: the summary's key for the value before round 1, or for a table of such values.
+        """
         tables = [table for run in self.runs if (table := _by_round(run, name, start))]
         shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
         values = np.array([[table[number] for number in shared] for table in tables]).reshape(len(tables), len(shared))
@@ -79,7 +81,7 @@ def _stat(values: Sequence[float]) -> Stat | None:
 
 
 def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
-    """The runs by label, in the order given, and what a reader must know about them."""
+    """The runs by label, in the given order, and the notes about them."""
     if not runs:
         raise RunError("report: expected at least one run folder, got none; name the folders that `anyrank run` wrote")
     notes = [
@@ -127,7 +129,7 @@ def _finished(label: str, runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
         at = f"round {run.rounds[-1]}" if len(run.rounds) else "no round yet"
         seed = "" if run.seed is None else f", seed {run.seed}"
         of = f" of {run.planned}" if run.planned and len(run.rounds) else ""
-        fate = "left out of every figure" if done else "shown as far as it went"
+        fate = "left out of all figures" if done else "shown up to this round"
         notes.append(f"{label}{seed} is unfinished ({at}{of}): {fate}.")
     return done or open_, notes
 
@@ -166,7 +168,7 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
 
 
 def tells_accuracy(groups: Sequence[Group]) -> bool:
-    """Whether accuracy is what these runs are told by: not where they have a loss alone, as where nothing is right or wrong."""
+    """Whether these runs are reported by accuracy; if they have only a loss (no answer is right or wrong), they are not."""
     return any(group.stat("accuracy") for group in groups) or not any(group.stat("loss") for group in groups)
 
 

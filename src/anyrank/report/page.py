@@ -14,7 +14,7 @@ from anyrank.report.style import DARK, LIGHT
 
 
 def contents(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
-    """Everything that the template shows."""
+    """All values for the template."""
     return {
         "title": f"anyrank report: {', '.join(group.label for group in groups)}",
         "headline": _headline(groups),
@@ -44,7 +44,7 @@ def contents(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
 
 
 def _headline(groups: Sequence[Group]) -> str:
-    """One sentence from the numbers: the best mean final accuracy (else loss), who ties with it, and where the energy lies."""
+    """One sentence from the numbers: the best mean final accuracy (else loss), the ties with it, and the energy."""
     score = _ACCURACY if tells_accuracy(groups) else _LOSS
     scored = [(stat, group) for group in groups if (stat := group.stat(score.name))]
     scored.sort(key=lambda pair: -score.sign * pair[0].mean)
@@ -63,7 +63,7 @@ def _headline(groups: Sequence[Group]) -> str:
 
 @dataclass(frozen=True)
 class _Score:
-    """How runs are told apart: the figure `name`, its `sign` (1: higher is better), and its words."""
+    """How runs are compared: the figure `name`, its `sign` (1: higher is better), and its texts."""
 
     name: str
     sign: int
@@ -86,12 +86,12 @@ def _rivals(best: Stat, rest: Sequence[tuple[Stat, Group]], score: _Score) -> st
         return f"a tie with {words.joined(ties)} within the spread"
     gap = f"{words.places(score.sign * score.scale * (best.mean - second.mean), score.digits)} {score.ahead} {runner.label}"
     if best.mean == second.mean:
-        return f"level with {runner.label}, with too few seeds to tell them apart"
+        return f"level with {runner.label}, with too few seeds to distinguish them"
     return f"{gap}, more than the spread" if min(best.n, second.n) > 1 else f"{gap}, with too few seeds to know the spread"
 
 
 def _tie(one: Stat, other: Stat) -> bool:
-    """Whether two means differ by no more than the larger of their standard deviations. Without a spread: not known."""
+    """Whether two means differ by at most the larger of their standard deviations; false if the spread is not known."""
     return min(one.n, other.n) > 1 and abs(one.mean - other.mean) <= max(one.std, other.std)
 
 
@@ -125,7 +125,7 @@ def _from(group: Group) -> str:
 
 
 def _facts(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """What the runs share, as short pairs; what they do not share is given as a list."""
+    """Facts about the runs, as short pairs; if the runs differ in a fact, all values are listed."""
     runs = [run for group in groups for run in group.runs]
     mixed = max(groups, key=lambda group: len(group.levels))
     examples = [f"{told} {what}" for what in ("train", "test") if (told := _shared(runs, f"{what}_examples"))]
@@ -147,7 +147,7 @@ def _shared(runs: Iterable[Run], key: str) -> str:
     return ", ".join(dict.fromkeys(str(run.summary[key]) for run in runs if run.summary.get(key) not in (None, "")))
 
 
-# heading, name of the figure, decimals, scale, whether the spread is told
+# heading, name of the figure, decimals, scale, whether the spread is shown
 _ACCURACIES = (
     ("final accuracy, %", "accuracy", 2, 100, True),
     ("best, %", "best_accuracy", 2, 100, True),
@@ -165,8 +165,8 @@ _OTHERS = (
 
 
 def _table(groups: Sequence[Group]) -> dict[str, Any]:
-    """The results: a row a label, its cells as text. Accuracy and energy in %, traffic in MB (10^6 bytes), time in s, metrics
-    as they are."""
+    """The results: one row per label, cells as text. Accuracy and energy in %, traffic in MB (10^6 bytes), time in s, metrics
+    without a unit."""
     score = _ACCURACY if tells_accuracy(groups) else _LOSS
     own = [(name, name, 3, 1, True) for name in metric_names(groups)]
     table = (*(_ACCURACIES if score is _ACCURACY else _LOSSES), *own, *_OTHERS)

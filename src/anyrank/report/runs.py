@@ -1,4 +1,4 @@
-"""A run folder, as far as it can be read. A round that was repeated after a resume counts once, by its last record."""
+"""Read a run folder, as far as it is readable. A round that was repeated after a resume counts once, by its last record."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def ranks(self) -> dict[int, int]:
-        """How many registered clients hold each rank; from the clients that took part where nothing was summed up."""
+        """How many registered clients have each rank; without a summary, counted over the clients that took part."""
         held = self.summary.get("ranks")
         if isinstance(held, Mapping) and held:
             return {int(rank): int(count) for rank, count in sorted(held.items(), key=lambda item: int(item[0]))}
@@ -83,12 +83,12 @@ class Run:
 
     @property
     def planned_ranks(self) -> list[int]:
-        """The configuration's ranks, for an unfinished run: a rank that was not drawn yet has left no trace."""
+        """The configuration's ranks, for an unfinished run: a rank that was not drawn yet has no record."""
         ranks = section(self.config, "clients").get("ranks")
         return [rank for rank in ranks if isinstance(rank, int)] if isinstance(ranks, list) and not self.finished else []
 
     def final(self, name: str) -> float | None:
-        """A final figure: the summary's where the run is finished, else the same reckoned from its rounds."""
+        """A final figure: the summary's if the run is finished, or else computed from its rounds."""
         value = finite(section(self.summary, "metrics").get(name) if name in self.metrics else self.summary.get(name))
         if value is not None or name not in {**_FINAL, **dict.fromkeys(self.metrics)}:
             return value
@@ -115,7 +115,7 @@ _FINAL = {
 
 
 def read(folder: Path) -> Run:
-    """The run of a folder; `RunError` where it is no run folder, or its summary is broken."""
+    """The run of a folder; `RunError` if it is no run folder, or its summary is broken."""
     if not any((folder / name).is_file() for name in ("summary.json", "config.toml")):
         raise RunError(f"{folder}: expected a run folder with config.toml or summary.json, got {_instead(folder)}")
     config_text, config = _read_config(folder / "config.toml")
@@ -218,7 +218,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _read_clients(path: Path) -> tuple[TakingPart, int]:
-    """clients.jsonl in short, and how many of its lines could not be read."""
+    """The summary of clients.jsonl, and how many of its lines could not be read."""
     rows, broken = _read_lines(path)
     ranks: dict[str, int] = {}
     used: Counter[int] = Counter()
@@ -251,7 +251,7 @@ def _spectra(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _combined(rounds: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """`[rounds, r]`: at each index the root of the sum of squares over layers, so that energies add; NaN without a spectrum."""
+    """The spectrum `[rounds, r]`: at each index, the root of the sum of squares over layers; NaN without a spectrum."""
     length = max((len(values) for layers in rounds for values in layers.values()), default=0)
     energy = np.full((len(rounds), length), np.nan)
     for row, layers in zip(energy, rounds, strict=True):
@@ -263,13 +263,13 @@ def _combined(rounds: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A table of a configuration, empty where there is none."""
+    """A section of a configuration; empty if it is missing."""
     table = config.get(name)
     return table if isinstance(table, Mapping) else {}
 
 
 def finite(value: Any) -> float | None:
-    """`value` as a float where it is a finite number."""
+    """`value` as a float if it is a finite number, else `None`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if number else None
 

@@ -1,4 +1,4 @@
-"""How charts look: colours and dashes of the labels, and the way of an SVG into the page's light or dark theme.
+"""The look of charts: colours and dashes of the labels, and how an SVG follows the page's light or dark theme.
 
 Charts are drawn in stand-in colours that become CSS variables of the page, so that one SVG serves both themes.
 """
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 LIGHT = ("#0068d0", "#d6540c", "#0f825e", "#9f3191", "#7b4a02", "#6d7485", "#4b25a4", "#00403c")
 DARK = ("#8cb8ff", "#ff8456", "#00ba8d", "#dd7ab6", "#e7b43e", "#bfc1c3", "#9c87f5", "#62e0f8")
 DASHES = ("", "5 2", "1.5 1.5", "7 2 1.5 2")
-# A method has one colour in every report, whatever stands beside it: (hue, dash).
+# A method has the same colour in every report, whatever other methods it shows: (hue, dash).
 OF_METHOD = {
     "raflora": (0, 0),
     "flexlora": (1, 0),
@@ -49,7 +49,7 @@ _PARTITIONS = matplotlib.colormaps["viridis"]
 
 @dataclass(frozen=True)
 class Style:
-    """How one label is drawn everywhere: `hue` indexes the palettes, `dash` indexes `DASHES`."""
+    """How one label is drawn in all charts: `hue` indexes the palettes, `dash` indexes `DASHES`."""
 
     hue: int
     dash: int
@@ -128,13 +128,13 @@ def look() -> Iterator[None]:
         "svg.fonttype": "none",
         "font.family": ["DejaVu Sans"],
         "font.size": SIZE,
-        "text.parse_math": False,  # labels are names, never formulas
+        "text.parse_math": False,  # labels are names, not formulas
         "axes.unicode_minus": False,
         "figure.facecolor": "none",
         "axes.facecolor": "none",
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a page's reader has fonts for every script
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # browsers have fonts for every script
         yield
 
 
@@ -152,25 +152,25 @@ def plain(ax: Axes, paint: Paint) -> None:
 
 
 def cut(label: str, longest: int = _LONGEST) -> str:
-    """A label as it fits beside a line, or in so many characters."""
+    """A label, shortened to `longest` characters."""
     return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
 def label_width(labels: Sequence[str]) -> float:
-    """Inches that the longest label takes beside an axis, with its gap."""
+    """Inches that the longest label takes next to an axis, with its gap."""
     return 0.14 + 0.075 * max([len(cut(label)) for label in labels] + [4])
 
 
 def svg(figure: Figure, alt: str) -> Markup:
-    """The figure as an `<svg>` element in the page's colours, named `alt` for those who do not see it."""
+    """The figure as an `<svg>` element in the page's colours, with the text alternative `alt`."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": alt}):  # its own ids in every chart of a page
+    with matplotlib.rc_context({"svg.hashsalt": alt}):  # different ids in every chart of a page
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     root = re.search(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', text)
     body = text[root.end() :]
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)  # Matplotlib numbers them anew in every chart: no use in one page
+    body = re.sub(r'<g id="[^"]*">', "<g>", body)  # Matplotlib's ids repeat in every chart, so they are useless in one page
     body = re.sub(r"#fe01[0-9a-f]{2}", lambda match: _STAND_INS.get(match[0], match[0]), body)
     body = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "var(--font)", body)
     return Markup(f'<svg viewBox="{root[1]}" role="img" aria-label="{escape(alt)}">{body.strip()}')

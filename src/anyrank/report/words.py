@@ -1,4 +1,4 @@
-"""Numbers and names as a reader is told them."""
+"""Format numbers and names for the reader of a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def places(value: float, digits: int) -> str:
 
 
 def decimals(value: float, digits: int) -> int:
-    """`digits`, or as many as a small value needs for two significant figures, so that it is not shown as nothing."""
+    """The number of decimals: `digits`, or as many as a small value needs for two significant figures, so that it is not 0."""
     return max(digits, min(9, 1 - math.floor(math.log10(abs(value))))) if value else digits
 
 

@@ -1,4 +1,4 @@
-"""What stands between the replies that the guard let in and the state after the round: one shape for defences and for noise."""
+"""The step between the accepted uploads and the state after the round: one interface for defences and for noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from anyrank.methods.base import Method
 
 @dataclass(frozen=True)
 class Screened:
-    """What a rule lets pass: the updates that go on, and why those of other clients do not, `{client: reason}`."""
+    """The result of a screen: the updates that pass, and the reasons why others do not, `{client: reason}`."""
 
     updates: Sequence[ClientUpdate]
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -19,10 +19,10 @@ class Screened:
 
 @dataclass(frozen=True)
 class Rule:
-    """A step beside any method. This one does nothing: every update goes on, and the method aggregates.
+    """A step that works with any method. This one does nothing: every update passes, and the method aggregates.
 
-    A defence overrides `screen` (whose update counts), or `aggregate` (what becomes of those that do), or both. Both are pure
-    functions: the same arguments give the same result, and nothing that is handed in is changed.
+    A defence overrides `screen` (which updates count), or `aggregate` (how they are merged), or both. Both are pure functions:
+    the same arguments give the same result, and no argument is changed.
     """
 
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:

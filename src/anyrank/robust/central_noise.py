@@ -1,16 +1,16 @@
-"""The server's mean of a round under client-level privacy with central noise: uploads in the clear, noise added once.
+"""The server's mean of a round with client-level privacy and central noise: uploads arrive without noise, noise is added once.
 
-Neighbours: a run in which a client's training moved its upload, and one in which that client uploads no change, everything
-that is public being the same: who is in each cohort, ranks, scalings, declared counts. Who fails or is rejected counts as
-unchanged, so that weights follow from what is public alone.
+Neighbours: two runs, one in which a client's training changes its upload and one in which that client uploads no change. All
+public values are the same in both: cohorts, ranks, scalings, declared counts. A client that fails or is rejected counts as
+unchanged, so that weights depend on public values only.
 
-The bound. In the coordinates of `anyrank.bounded`, slice j of the server's new factor is `c_j + sum_k w_kj u_kj`: `u_k` is
-client k's change, of norm at most C over all layers and tensors, `w_kj` its weight on the slice, and `c_j` what comes of no
-change at all. Let `m_j = max_k w_kj`. Divided by `m_j`, slice by slice, the result moves with client k by
-`sqrt(sum_j (w_kj / m_j)^2 |u_kj|^2) <= |u_k| <= C`, whoever k is. So noise of standard deviation `sigma C` on every divided
-coordinate is the Gaussian mechanism with noise multiplier sigma for every client of the cohort, and multiplying by `m_j` again
-leaves noise of `sigma C m_j` on slice j. In an average over owners, a client that has a slice alone has weight 1 on it. A slice
-that nobody has (`m_j = 0`) is the same for neighbours, and gets none. A plain tensor is one more slice, of weights `p_k`.
+The bound. In the coordinates of `anyrank.messages.change`, slice j of the server's new factor is `c_j + sum_k w_kj u_kj`: `u_k`
+is client k's change, of norm at most C over all layers and tensors, `w_kj` its weight on the slice, and `c_j` the value without
+any change. Let `m_j = max_k w_kj`. Divide each slice by its `m_j`: any client k then changes the result by
+`sqrt(sum_j (w_kj / m_j)^2 |u_kj|^2) <= |u_k| <= C`. Noise of standard deviation `sigma C` on every divided coordinate is
+therefore the Gaussian mechanism with noise multiplier sigma for every client of the cohort. Multiplying by `m_j` again leaves
+noise of `sigma C m_j` on slice j. In a mean over owners, the only owner of a slice has weight 1 on it. A slice without owners
+(`m_j = 0`) is the same for neighbours and gets no noise. A plain tensor is one more slice, with weights `p_k`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Reach:
 
 
 def check(method: Method, ranks: Sequence[int]) -> None:
-    """Raise `ConfigError` for a method in whose aggregate nothing bounds what one client of these `ranks` moves."""
+    """Raise `ConfigError` for a method whose aggregate does not bound the effect of one client, for these `ranks`."""
     if not method.traits.linear.covers(ranks):
         raise ConfigError(
             f"method.name: {method.name}'s new factors are not affine in the uploads (products, SVDs or weights by norms come "
@@ -68,8 +68,7 @@ def _supported() -> str:
 class CentralNoise(Rule):
     """The server's noise on a round's mean, from the plan and the key of `mechanism`.
 
-    Whoever sent nothing counts as one who changed nothing. Nothing but the factors and tensors that got their noise goes on
-    from such a round.
+    A client that sent nothing counts as unchanged. Only factors and tensors with noise leave such a round.
     """
 
     mechanism: Mechanism
@@ -83,13 +82,13 @@ class CentralNoise(Rule):
         plan, round = self.mechanism.plan, state.round + 1
         mean = method.aggregate(state, updates).adapter
         sent = method.dispatch(state, Client(updates[0].client, 1))  # of a round, all downloads have the same factors to train
-        deviation = plan.clip_norm * max(plan.noise.values())  # all the same: nothing here is sampled
+        deviation = plan.clip_norm * max(plan.noise.values())  # one source for all: nothing here is sampled
         far = reach(method, mean, updates, sent)
         return replace(state, round=round, adapter=cover(mean, far, deviation, self.mechanism.draws(round, "server")))
 
 
 def complete(jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
-    """One update for each job: no change from those of whom there is none."""
+    """One update for each job; a client without an update counts as unchanged."""
     sent = {update.client: update for update in updates}
     return [sent.get(job.client.name) or _unchanged(job) for job in jobs]
 
@@ -103,7 +102,7 @@ def _unchanged(job: Job) -> ClientUpdate:
 def reach(method: Method, mean: Adapter, updates: Sequence[ClientUpdate], download: Download) -> Reach:
     """The largest weight on each slice of `mean` and on plain tensors, in the server's own numbers.
 
-    `download`: any of the round's, which agree in what is trained.
+    `download`: any download of the round; all train the same factors.
     """
     factors = {}
     for name, layer in mean.layers.items():
@@ -117,7 +116,7 @@ def reach(method: Method, mean: Adapter, updates: Sequence[ClientUpdate], downlo
 
 
 def cover(mean: Adapter, reach: Reach, deviation: float, draws: Draws) -> Adapter:
-    """`mean` with Gaussian noise of `deviation` times what `reach` says of each number."""
+    """`mean` with Gaussian noise of `deviation` times each number's value in `reach`."""
     layers = {name: _covered(layer, reach.factors[name], deviation, draws) for name, layer in sorted(mean.layers.items())}
     tensors = {name: _noisy(tensor, reach.tensors * deviation, draws) for name, tensor in sorted(mean.tensors.items())}
     return replace(mean, layers=layers, tensors=tensors)

@@ -43,7 +43,7 @@ def load_state(path: Path) -> ServerState:
             # Copies: safetensors maps the file, and where it is mapped Windows lets no next checkpoint take its place.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise RunError(f"{path}: not a readable checkpoint ({error}); start the run anew in another --out") from None
+        raise RunError(f"{path}: not a readable checkpoint ({error}); start a new run with another --out") from None
     if header["format"] != _FORMAT:
         raise RunError(f"{path}: expected checkpoint format {_FORMAT}, got {header['format']}; use the version that wrote it")
     return ServerState(

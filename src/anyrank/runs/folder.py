@@ -76,7 +76,7 @@ class RunDir:
             raise RunError(f"{path}: expected a folder for the run, got a file; choose another --out")
         if (path / CONFIG).exists():
             if not resume:
-                raise RunError(f"{path}: holds a run already; go on with it by --resume, or choose another --out")
+                raise RunError(f"{path}: contains a run already; continue it with --resume, or choose another --out")
             _same_config(path, config)
         elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise RunError(f"{path}: expected an empty or new folder, or one with a run in it; choose another --out")
@@ -136,7 +136,7 @@ class RunDir:
         path = self.path / PRIVACY
         if not path.exists():
             if (self.path / LEDGER).exists():
-                raise RunError(f"{path}: is gone, while {LEDGER} is there; start the run anew in another --out")
+                raise RunError(f"{path}: is missing, but {LEDGER} exists; start a new run with another --out")
             name = make_key()
             write_whole_text(path, json.dumps({"plan": plan, "key": name}, indent=2) + "\n")
             return name
@@ -201,11 +201,11 @@ def remove_run(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise RunError(f"{path}: expected a folder of runs or none, got a file; choose another --out")
+        raise RunError(f"{path}: expected a folder of runs, or no such folder, got a file; choose another --out")
     strangers = [entry.name for entry in path.iterdir() if not _of_comparison(entry)]
     if strangers:
         raise RunError(
-            f"{path}: expected a folder of runs or none, got {min(strangers)} in it, and will not delete anything else; "
+            f"{path}: expected a folder with nothing but runs, got {min(strangers)} in it, which is not deleted; "
             "choose another --out"
         )
     shutil.rmtree(path)
@@ -223,7 +223,7 @@ def _same_config(path: Path, config: Config) -> None:
     try:
         stored = from_table(tomllib.loads((path / CONFIG).read_text(encoding="utf-8")))
     except (AnyRankError, tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise RunError(f"{path / CONFIG}: cannot be read back ({error}); choose another --out") from None
+        raise RunError(f"{path / CONFIG}: cannot be read ({error}); choose another --out") from None
     _same("", path, to_table(stored), to_table(config))
 
 
@@ -248,11 +248,11 @@ def _handed_in(key: str, path: Path, theirs: Any, ours: Any) -> RunError:
     what = _GIVEN[key.removesuffix(".handed_in")]
     if not theirs or not ours:
         began = f"was started with a {what} that a program handed in, not with" if theirs else "was not started with"
-        return RunError(f"{path}: {began} this {what}; go on with it as it was started, or choose another folder")
+        return RunError(f"{path}: {began} this {what}; continue it in the way it was started, or choose another folder")
     parts = [old.split()[0] for old, new in zip(theirs, ours, strict=False) if old != new] if what == "task" else []
     differs = f" (its {', '.join(parts)})" if parts else ""
     return RunError(
-        f"{path}: was started with another {what} than the one handed in{differs}; hand in what the run began with, or choose "
+        f"{path}: was started with another {what} than the given one{differs}; pass the one of the run's start, or choose "
         "another folder"
     )
 

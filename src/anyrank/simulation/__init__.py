@@ -1,4 +1,4 @@
-"""A federation in one process: from a configuration, or from a task of one's own."""
+"""A federation in one process: from a configuration, or from a task that is passed from Python."""
 
 from anyrank.simulation.api import Federation, Result, load
 from anyrank.simulation.building import Setting, build, execute, in_process

@@ -1,4 +1,4 @@
-"""A federation from Python: a torch module, data, shards and a method of one's own, in a run folder like any other."""
+"""A federation from Python, with your own torch module, data, shards and method, in an ordinary run folder."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ class Federation:
         config: Config | None = None,
         **sections: Mapping[str, Any],
     ) -> None:
-        """A federation of `task`; without one, of what `config` describes.
+        """A federation of `task`, or else of the task that `config` describes.
 
         `ranks`: of each client, by name, in a list, or one for all. `shards`: the training examples of each client, by the
         same names or in the same order, as indices `[n]` or a mask; or a function `(labels, clients, rng, columns)` that
         gives the client of each example `[n]`. Without `shards` the configuration's partition splits them. `method`: by name,
-        or a method of one's own. `config`, or keywords `run`, `model`, `data`, `clients`, `lora`, `train`, `privacy` and
-        `eval` with keys of that section, such as `train={"learning_rate": 1e-2}`, say the rest. Where clients are named, all
-        take part in every round, unless `clients={"participation": ...}` says otherwise.
+        or a method object. `config`, or keywords `run`, `model`, `data`, `clients`, `lora`, `train`, `privacy` and
+        `eval` with keys of that section, such as `train={"learning_rate": 1e-2}`, set everything else. If clients are named,
+        all take part in every round, unless `clients={"participation": ...}` is given.
 
-        Raises `AnyRankError`, in one line, for whatever does not fit together.
+        Raises `AnyRankError`, in one line, if the arguments do not fit together.
         """
         if task is not None and not isinstance(task, Task):
             raise ConfigError(f"task: expected an anyrank.Task, got {type(task).__name__}")
@@ -86,7 +86,7 @@ class Federation:
             chosen = _handed_in(chosen, task)
         if shards is not None:
             if task is None:
-                raise ConfigError("shards: are indices of a task's training examples; hand in the task too")
+                raise ConfigError("shards: are indices of a task's training examples; pass the task too")
             self._shards = _shards(shards, names, task, chosen)
             found = digest.of_shards((name, self._shards[i]) for i, name in enumerate(names))
             chosen = _replaced(chosen, {"data": {"partition": dataclasses.replace(
@@ -109,11 +109,11 @@ class Federation:
         on_round: Callable[[Mapping[str, Any]], None] | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """Run the federation in the folder `out` (default: `runs/NAME`), and return what it came to.
+        """Run the federation in the folder `out` (default: `runs/NAME`), and return its result.
 
-        `resume`: go on with the run in the folder, or start it where there is none; a run of another task, other shards or
-        another configuration is refused. `on_round` gets each round's metrics, `progress(done, total)` what is prepared.
-        The folder is that of any run: `anyrank report OUT` makes its page. The module is as it was when this returns.
+        `resume`: continue the run in the folder, or start it if there is none; a run of another task, other shards or another
+        configuration is refused. `on_round` gets each round's metrics; `progress(done, total)` reports the preparation. The
+        folder is an ordinary run folder: `anyrank report OUT` makes its page. Afterwards, the module is as it was before.
         """
         if on_round is not None and not callable(on_round):
             raise ConfigError(f"on_round: expected a function of a round's metrics, got {on_round!r}")
@@ -126,9 +126,9 @@ class Federation:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: its folder `out`, the closing figures `summary`, and the `metrics` of each round.
+    """The result of a run: its folder `out`, the final figures `summary`, and the `metrics` of each round.
 
-    `adapter`: the global update; `base_update`: what goes into the frozen base model below it (FLoRA, FedEx), or `None`.
+    `adapter`: the global update; `base_update`: the update of the frozen base model (FLoRA, FedEx), or `None`.
     """
 
     out: Path
@@ -170,7 +170,7 @@ def _folder(out: Any) -> Path:
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Federation:
-    """The federation of a TOML configuration, with `section.key=value` overrides, as `anyrank run` runs it."""
+    """The federation of a TOML configuration, with `section.key=value` overrides, as `anyrank run` builds it."""
     return Federation(config=load_config(path, overrides))
 
 
@@ -227,7 +227,7 @@ def _with_clients(config: Config, ranks: Any, shards: Any, stated: bool) -> tupl
         keys |= {"ranks": [_rank(rank, name) for name, rank in sorted(ranks.items())], "rank_order": "cycled"}
     elif _is_list(ranks):
         if len(ranks) != count:
-            raise ConfigError(f"ranks: expected one a client, {count}, got {len(ranks)}")
+            raise ConfigError(f"ranks: expected one per client, {count}, got {len(ranks)}")
         keys |= {"ranks": [_rank(rank, f"client {i}") for i, rank in enumerate(ranks)], "rank_order": "cycled"}
     elif ranks is not None:
         keys |= {"ranks": [_rank(ranks, "every client")]}
@@ -294,7 +294,7 @@ def _rank(rank: Any, client: str) -> int:
 
 
 def _with_method(config: Config, method: Any) -> tuple[Method | None, Config]:
-    """A method that is handed in, or `None` where the configuration can make it, and the configuration that says which."""
+    """A method that was passed from Python (`None` if the configuration can make it), and the configuration that names it."""
     if method is None:
         return None, config
     if isinstance(method, Mapping):
@@ -320,7 +320,7 @@ def _with_method(config: Config, method: Any) -> tuple[Method | None, Config]:
 
 
 def _handed_in(config: Config, task: Task) -> Config:
-    """The configuration of a task that is handed in: it says so, with the task's digest."""
+    """The configuration of a task that was passed from Python: it records this, with the task's digest."""
     if config.model.device not in ("cpu", "auto") or config.model.train_dtype != "float32":
         raise ConfigError(
             "model: device and train_dtype are the module's own, which is used where and as it is; leave them out"

@@ -1,4 +1,4 @@
-"""From a configuration, or from a task and shards of one's own, to a federation in this process."""
+"""Build a federation in this process, from a configuration or from a task and shards that are passed from Python."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from anyrank.training.lora import LoraModel
 
 @dataclass(frozen=True)
 class Setting:
-    """What an engine is made for: a task, its `shards` by client, the configuration, the largest rank, and the privacy plan."""
+    """The inputs of an engine: a task, its `shards` by client, the configuration, the largest rank, and the privacy plan."""
 
     task: Task
     shards: ByName
@@ -75,8 +75,8 @@ def build(
 ) -> Federation:
     """The federation of a configuration, ready to run; checks all that can be checked before round 1.
 
-    `task`, `shards` (`shards[i]` `[n]`: the examples of client i) and `method` take the place of what the configuration
-    describes. Close it when it is no longer needed.
+    `task`, `shards` (`shards[i]` `[n]`: the examples of client i) and `method` replace those of the configuration.
+    Close the federation when it is no longer needed.
     """
     method = method or _method(config)
     check_ranks(config, method)
@@ -87,7 +87,10 @@ def build(
         examples, clients = task.train.labels.cpu(), config.clients.count
         shards = partition.partition(config.data.partition, examples, clients, config.run.seed, task.columns)
     population = cohort.populate(config.clients, shards.sizes, config.run.seed)
-    labels, step_factor = _labels(population, shards, task), 1  # of the clients there are, also where one stands in for all
+    labels, step_factor = (
+        _labels(population, shards, task),
+        1,
+    )  # of the registered clients, even if one client replaces all of them
     if method.pools_data:
         step_factor, shards = population.cohort_size, partition.pooled(shards)
         population = population.pooled(len(shards[0]))
@@ -97,7 +100,7 @@ def build(
         check_private(privacy, method)
         if privacy.central:
             central_noise.check(method, population.levels())
-        labels = None  # what kinds of examples clients have is theirs to know
+        labels = None  # label shares are private to the clients
     facts = task.facts()
     if privacy:
         facts = replace(facts, train_examples=sum(privacy.declared(int(size)) for size in population.sizes))
@@ -112,7 +115,7 @@ def _method(config: Config) -> Method:
 
 
 def _labels(population: cohort.Population, shards: Any, task: Task) -> Labels | None:
-    """What kinds of examples the clients have; `None` where labels name no kinds, or where there are too many clients."""
+    """The label shares of the clients; `None` if labels are not classes, or if there are too many clients."""
     if len(population) > MOST_CLIENTS or not task.has_classes:
         return None
     members = range(len(population))
@@ -130,7 +133,7 @@ def execute(
 ) -> dict[str, Any]:
     """Build and run a configuration in the folder `out`; returns the summary. Nothing is written before all is checked.
 
-    `instead`: `task`, `shards` and `method` as `build` takes them.
+    `instead`: `task`, `shards` and `method`, as for `build`.
     """
     RunDir.check(out, config, resume)
     new = not out.exists()

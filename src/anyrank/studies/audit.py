@@ -1,16 +1,16 @@
-"""Is the promised epsilon true? A membership-inference audit in one run: canaries in or out by a coin, guessed from uploads.
+"""Test the promised epsilon by a membership-inference audit in one run, with canaries that are guessed from uploads.
 
-Some training examples become canaries: they get a wrong label, so that nothing but their own presence pulls the model their
-way, and a fair coin decides for each whether it is trained on at all. Who sees every upload, and knows all examples but not the
-coins, then guesses them. Under (epsilon, delta) differential privacy no guesser can be right more often than a bound says;
-being right more often refutes the epsilon.
+Some training examples become canaries: they get a wrong label, so that only their own presence moves the model towards it, and
+a fair coin decides for each whether it is trained on. The guesser sees every upload and knows all examples, but not the coins,
+and guesses the coins. Under (epsilon, delta) differential privacy, a bound limits how often any guesser can be right; more
+correct guesses refute the epsilon.
 
-The guesser here reads an upload as what it is under SGD, `y = sum_i N_i c_i + noise`: c_i the clipped gradient of example i,
-N_i how often it was drawn. The mean of N_i given y, were all Gaussian, is one linear solve. The canaries that seem drawn more
-often than expected, by most, are guessed to be in, and those drawn less often to be out.
+With SGD, an upload is `y = sum_i N_i c_i + noise`: c_i is the clipped gradient of example i, and N_i the number of times it was
+drawn. If everything were Gaussian, the mean of N_i given y would be one linear solve. The canaries whose N_i exceeds its
+expectation most are guessed as included, and those with the lowest values as left out.
 
-Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023, theorem 5.2: the bound that is used.
-An audit can refute a promise and never prove one: a lower bound far below epsilon is the common case, and no evidence.
+The bound is theorem 5.2 of Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023. An audit
+can refute a promise but never prove it: a lower bound far below epsilon is the common case, and no evidence.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from anyrank.tasks.base import Classification, Examples
 from anyrank.training.lora import LoraModel
 from anyrank.training.private_examples import PerExample
 
-_AT_ONCE = 256  # examples whose gradients are worked out together
-# Of the canaries, those of the most telling scores. Fixed before any audit: choosing it after one would cheat.
+_AT_ONCE = 256  # number of examples whose gradients are computed together
+# The share of canaries that are guessed: those with the most extreme scores. Fixed before any audit; choosing it afterwards
+# would be cheating.
 _GUESSED = 0.5
 
 
@@ -58,7 +59,7 @@ class Canaries:
 
     @classmethod
     def draw(cls, labels: np.ndarray, candidates: np.ndarray, number: int, seed: int) -> Canaries:
-        """`number` of the `candidates` (indices), each with a label that is not its own."""
+        """`number` of the `candidates` (indices), each with a wrong label."""
         rng, classes = keys.rng(seed, "audit"), int(labels.max()) + 1
         index = np.sort(rng.choice(candidates, number, replace=False))
         wrong = (labels[index] + rng.integers(1, classes, number)) % classes
@@ -66,11 +67,11 @@ class Canaries:
 
 
 def audit(config: Config, canaries: int, noise_factor: float = 1.0, confidence: float = 0.95, on_round=None) -> dict[str, Any]:
-    """Train `config`'s federation with so many canaries, and bound its epsilon from below by what can be guessed.
+    """Train `config`'s federation with canaries, and compute a lower bound on its epsilon from the correct guesses.
 
-    `noise_factor` multiplies the noise behind the plan's back, to see whether the audit notices. Returns the `claimed`
-    epsilon, its `lower_bound` at `confidence`, how many canaries were `guessed` and how many of them `right`. Raises
-    `ConfigError` where there is no example-level plan to audit, or no canary can be made.
+    `noise_factor` multiplies the actual noise but not the planned noise, to test whether the audit notices. Returns the
+    `claimed` epsilon, its `lower_bound` at `confidence`, how many canaries were `guessed` and how many of them `right`. Raises
+    `ConfigError` if there is no example-level plan to audit, or no canary can be made.
     """
     _check(config)
     watches: list[_Watch] = []
@@ -92,22 +93,23 @@ def audit(config: Config, canaries: int, noise_factor: float = 1.0, confidence: 
 
 
 def _check(config: Config) -> None:
-    """Raise `ConfigError` for a run of which there is nothing to audit."""
+    """Raise `ConfigError` for a run that cannot be audited."""
     if config.privacy.level != "example":
         raise ConfigError(
-            "[privacy]: expected level = 'example', whose promise is about single examples; nothing to audit else"
+            "[privacy]: expected level = 'example', which protects single examples; otherwise there is nothing to audit"
         )
     train = config.train
     if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
         raise ConfigError(
-            "train: an audit reads uploads as sums of gradients; expected optimizer = 'sgd' and nothing beside it"
+            "train: an audit reads uploads as sums of gradients; expected optimizer = 'sgd' without momentum, "
+            "weight_decay and proximal_mu"
         )
 
 
 def _canaries(setting: Setting, number: int) -> Canaries:
     task, shards = setting.task, setting.shards.shards
     if not isinstance(task.objective, Classification):
-        raise ConfigError(f"model.task: an audit makes canaries of wrong labels, which {task.name} has none of")
+        raise ConfigError(f"model.task: an audit gives canaries wrong labels, but {task.name} has no labels")
     held = np.concatenate([shards[client] for client in range(len(shards))])
     if not 1 <= number <= len(held) // 2:
         raise ConfigError(
@@ -117,7 +119,7 @@ def _canaries(setting: Setting, number: int) -> Canaries:
 
 
 def _with(built: Federation, noise_factor: float) -> Federation:
-    """The federation with its noise multiplied: its plan stays, counts of examples too."""
+    """The federation with its noise multiplied; its plan and the numbers of examples stay the same."""
     if noise_factor == 1.0:
         return built
     noise = {count: noise_factor * value for count, value in built.privacy.noise.items()}
@@ -145,9 +147,9 @@ def _verdict(
 
 
 class _Watch:
-    """The engine in this process, with canaries among its examples, whose uploads are read.
+    """The in-process engine, with canaries among its examples; it reads the uploads.
 
-    `scores` `{example: how much speaks for it}`.
+    `scores` `{example: evidence that it was included}`.
     """
 
     def __init__(self, setting: Setting, canaries: Canaries) -> None:
@@ -178,7 +180,7 @@ class _Watch:
             yield reply
 
     def _read(self, job: Job, update: ClientUpdate, plan: Plan, privacy: PrivacyPlan) -> None:
-        """Add to the score of each of the client's canaries how much more often than expected it seems to have been drawn."""
+        """Add to the score of each of the client's canaries its estimated number of draws minus the expected number."""
         model, examples = self._engine.model, np.array(self.shards[job.client.name])  # a copy: shards may be read-only
         canary = np.isin(examples, self.canaries.index)
         parameters = model.load(job.download)
@@ -201,13 +203,13 @@ def _posterior(gradients: Tensor, sums: Tensor, mean: Tensor, spread: Tensor, no
     `[n]`, e of variance `noise`. It is `D (G G' D + noise)^-1 G (y - G' mean)`, n x n whatever P is.
     """
     gram = gradients @ gradients.T
-    floor = 1e-3 * float(gram.diagonal().mean())  # gradients move during the local steps: they are not known to the last digit
+    floor = 1e-3 * float(gram.diagonal().mean())  # gradients change during the local steps, so they are not known exactly
     system = gram * spread + (noise + floor) * torch.eye(len(mean), dtype=gram.dtype)
     return spread * torch.linalg.solve(system, gradients @ (sums - gradients.T @ mean))
 
 
 def _steps(model: LoraModel, download: Download, update: ClientUpdate) -> list[Tensor]:
-    """Where the client came from less where it went, of each trained tensor in the order of `model.load`."""
+    """The download minus the upload of each trained tensor, in the order of `model.load`."""
     steps = []
     for name, sent in download.adapter.layers.items():
         got = update.adapter.layers[name]
@@ -217,7 +219,7 @@ def _steps(model: LoraModel, download: Download, update: ClientUpdate) -> list[T
 
 @dataclass(frozen=True, eq=False)
 class _Without:
-    """Shards by name without some examples, whom the plan counts as if they were there: it must not say who is missing."""
+    """Shards by name without some examples; the plan still counts these, because counts must not reveal which are missing."""
 
     shards: Any
     missing: np.ndarray
@@ -226,11 +228,11 @@ class _Without:
         return np.setdiff1d(self.shards[client], self.missing)
 
 
-# --- what so many right guesses refute ---------------------------------------------------------------------------------
+# --- what the correct guesses refute -----------------------------------------------------------------------------------
 
 
 def lower_bound(canaries: int, guessed: int, right: int, delta: float, confidence: float = 0.95) -> float:
-    """The largest epsilon that `right` of `guessed` coins among so many `canaries` refute at `confidence`; 0 for none.
+    """The largest epsilon that `right` of `guessed` coins among `canaries` refute at `confidence`; 0 for none.
 
     >>> round(lower_bound(100, 100, 100, 0.0), 2), lower_bound(100, 100, 55, 0.0)
     (3.49, 0.0)
@@ -246,7 +248,8 @@ def lower_bound(canaries: int, guessed: int, right: int, delta: float, confidenc
 
 
 def p_value(canaries: int, guessed: int, right: int, epsilon: float, delta: float) -> float:
-    """How likely at most `right` or more of `guessed` coins are guessed under (epsilon, delta) differential privacy.
+    """The largest probability of `right` or more correct guesses of `guessed` coins under (epsilon, delta) differential
+    privacy.
 
     `P[X >= v] + 2 m delta max_i (P[v > X >= v - i] / i)`, X binomial of `guessed` coins with `e^epsilon / (1 + e^epsilon)`
     (theorem 5.2 of the paper, for m canaries and v right guesses).

@@ -1,4 +1,4 @@
-"""What privacy would cost, before anyone trains: noise for a budget, or the budget for a noise."""
+"""Compute the cost of privacy before anyone trains: noise for a budget, or the budget for a noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def of_run(federation: Federation) -> dict[str, Any]:
     """The figures of a federation's plan, one row for each declared count; `drawn`: the rounds that the seed draws a client in.
 
-    Raises `ConfigError` where the run would not be private.
+    Raises `ConfigError` if the run would not be private.
     """
     plan, population = federation.privacy, federation.population
     if plan is None:
@@ -39,9 +39,9 @@ def of_run(federation: Federation) -> dict[str, Any]:
 
 
 def of_steps(num_examples: int, batch_size: int, steps: int, asked: PrivacyConfig) -> dict[str, Any]:
-    """The figures of `steps` over `num_examples`, in all; `asked` says which of noise and epsilon is given.
+    """The figures of `steps` steps over `num_examples` examples; `asked` gives either the noise or epsilon.
 
-    Raises `ConfigError` for steps that could not be sampled, or a delta that promises nothing.
+    Raises `ConfigError` for steps that could not be sampled, or a delta that gives no protection.
     """
     if not 1 <= batch_size <= num_examples:
         raise ConfigError(f"--batch-size: expected a whole number from 1 to the {num_examples} examples, got {batch_size}")

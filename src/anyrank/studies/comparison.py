@@ -1,4 +1,4 @@
-"""The same federation under several methods and seeds: a grid of runs over the cores, and its means with their spread."""
+"""Run the same federation with several methods and seeds as a grid over the cores; compute means with their spread."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from anyrank.studies.grid import Cell, OnRound, finished, run_cells
 
 @dataclass(frozen=True)
 class Results:
-    """A grid that has been run: the table's rows, of finished runs alone; `failures`, `{label, seed, reason}` of the others."""
+    """The results of a grid: the table's rows, from finished runs only; `failures`, `{label, seed, reason}` of the others."""
 
     rows: list[dict[str, Any]]
     failures: list[dict[str, Any]]
 
 
 def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[Cell]:
-    """The runs of `methods` x `seeds`, each method as `variant` reads it. Seeds count up from the configuration's."""
+    """The runs of `methods` x `seeds`, each method as `variant` reads it. Seeds count up from the configuration's seed."""
     if seeds < 1:
         raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
     if not methods or len(set(methods)) != len(methods):
@@ -45,7 +45,7 @@ def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[
 
 
 def folder(label: str, windows: bool = os.name == "nt") -> str:
-    """A method's folder: its label; on Windows, whose names take no colon, with %3A and the like for what they do not take.
+    """A method's folder: its label; on Windows, characters that are not allowed in names are written as %3A and so on.
 
     >>> folder("raflora:split=balanced", windows=True)
     'raflora%3Asplit=balanced'
@@ -73,7 +73,7 @@ def variant(config: Config, label: str) -> Config:
 def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None:
     """Build the first run of each method, so that whatever is wrong with the request stops before anything is trained."""
     if out.exists() and any(out.iterdir()) and not (resume and (out / COMPARISON).exists()):
-        raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
+        raise RunError(f"{out}: is not empty; continue the comparison in it with --resume, or choose another --out")
     for cell in {cell.label: cell for cell in reversed(cells)}.values():
         simulation.build(cell.config, progress).close()
 
@@ -81,7 +81,7 @@ def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None
 def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> Results:
     """Run every cell that is not finished yet, `jobs` at a time, then write and return the results.
 
-    A run that cannot go on costs that run. Raises `RunFailed` where none is left to tell of.
+    A failed run does not stop the others. Raises `RunFailed` if all runs failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     _write(out, cells, Results([], []))
@@ -92,10 +92,10 @@ def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | Non
 
 
 def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One row a method: means over seeds with their sample standard deviation (0 for one seed). The cells are finished ones.
+    """One row per method: means over seeds with their sample standard deviation (0 for one seed). The cells must be finished.
 
-    Accuracies are `None` where nothing is right or wrong: then the loss says which is best. `metrics`: `{name: {mean, std}}` of
-    the task's metrics, of one with a number for each label `{name: {label: {mean, std}}}`.
+    Accuracies are `None` if no answer is right or wrong; then the loss decides which row is best. `metrics`: `{name: {mean,
+    std}}` of the task's metrics; `{name: {label: {mean, std}}}` for a metric with a number for each label.
     """
     rows, rank = [], min(min(cell.config.clients.ranks) for cell in cells)
     for label in dict.fromkeys(cell.label for cell in cells):
@@ -121,9 +121,9 @@ def _by_seed(cells: Sequence[Cell], label: str, figure: str) -> dict[int, float]
 
 
 def _pair(rows: list[dict[str, Any]], figure: str, values: Mapping[str, Mapping[int, float]]) -> None:
-    """Give each row its differences to the row with the best mean, seed by seed: on one seed all methods meet the same
-    clients, cohorts and batches, so that much of the spread over seeds cancels. `wins`: seeds on which the row is ahead.
-    `None` for a row that has no seed in common with the best, and for all where the figure is not told.
+    """Give each row its differences to the row with the best mean, seed by seed: for one seed, all methods have the same
+    clients, cohorts and batches, so that much of the spread over seeds cancels. `wins`: number of seeds on which the row is
+    ahead. `None` for a row that has no seed in common with the best one, and for all rows if the figure is not reported.
     """
     if any(row[figure] is None for row in rows):
         for row in rows:
@@ -172,6 +172,6 @@ def _energy_past(cell: Cell, rank: int) -> float | None:
 
 
 def _write(out: Path, cells: Sequence[Cell], results: Results) -> None:
-    runs = [cell.out.relative_to(out).as_posix() for cell in cells]  # in the order that was asked for: reports keep it
+    runs = [cell.out.relative_to(out).as_posix() for cell in cells]  # in the requested order, which reports keep
     held = {"runs": runs, "rows": results.rows, "failures": results.failures}
     write_whole_text(out / COMPARISON, json.dumps(held, indent=2) + "\n")

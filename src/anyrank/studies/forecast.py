@@ -1,4 +1,4 @@
-"""What a run would take, before anyone trains: clients, ranks, parameters, bytes, memory, and a guess of the time."""
+"""Estimate the cost of a run before anyone trains: clients, ranks, parameters, bytes, memory, and time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from anyrank.studies import budget
 
 
 def plan(config: Config, measure: bool = True, progress: Progress | None = None) -> dict[str, Any]:
-    """The figures of `config`'s run; nothing that is trained is kept, and no run folder is made.
+    """The figures of `config`'s run; no training is kept, and no run folder is made.
 
-    Bytes are of round 1, from the downloads that the method makes for each rank (they may grow where a method's do); of a
-    round and in all they are expected values over the draw of the cohorts. `measure`: time one local step of each rank, and
-    guess the time of training from it. Raises what a run would raise for a wrong request.
+    Bytes are those of round 1, from the method's downloads for each rank (with some methods, downloads grow later). Bytes per
+    round and in total are expected values over the draw of the cohorts. `measure`: time one local step of each rank, and
+    estimate the time of training from it. Raises the errors of a run for a wrong request.
     """
     with devices.threads(config.run.threads):
         built = simulation.build(config, progress)
@@ -44,7 +44,7 @@ def _counts(ranks: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _level(built: Federation, state: ServerState, rank: int, count: int) -> dict[str, Any]:
-    """The row of one rank: `count` clients hold it."""
+    """The row of one rank, which `count` clients have."""
     download = built.method.dispatch(state, Client(f"any of rank {rank}", rank))
     return {
         "rank": rank,
@@ -118,15 +118,15 @@ def _steps(built: Federation) -> float:
 
 
 def _memory(built: Federation, state: ServerState, levels: list[dict[str, Any]]) -> dict[str, int]:
-    """Bytes that a run in one process holds, by what they are for, without the interpreter; the base model, the examples of a
+    """Bytes that a run in one process holds, by purpose, without the interpreter; the base model, the examples of a
     batch and what local steps keep for their gradients (activations) are on `model.device`.
 
-    `examples_on_disk` are in a file, of which the system keeps in memory what fits.
+    `examples_on_disk` are in a file, of which the operating system caches what fits in memory.
     """
     population, facts = built.population, built.facts
     cohort = sum(level["a_round"] * (level["upload_bytes"] + level["download_bytes"]) for level in levels)
     kept = 0.0
-    if built.method.private:  # what stays with a client, the server keeps for it from its first round on
+    if built.method.private:  # the server stores each client's private part from the client's first round on
         taking_part = min(len(population), population.cohort_size * built.config.run.rounds) / len(population)
         for level in levels:
             adapter = built.method.dispatch(state, Client("anyone", level["rank"])).adapter

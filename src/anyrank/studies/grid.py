@@ -107,7 +107,7 @@ def _run_parallel(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) ->
         return [future.result() for future in futures]
     except BrokenProcessPool:
         raise RunFailed(
-            "a worker process was ended from outside, or for want of memory; what is finished is kept: go on by --resume, with "
+            "a worker process was killed, or ran out of memory; finished runs are kept: continue with --resume, with "
             "fewer --jobs where memory is short"
         ) from None
     finally:

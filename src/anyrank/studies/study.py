@@ -1,6 +1,6 @@
-"""A study: one claim, put to the test in several settings by several methods and seeds, from one TOML file to one table.
+"""A study: one claim, tested in several settings with several methods and seeds, from one TOML file to one table.
 
-A study file names the claim, and for each setting a configuration with what it changes in it:
+A study file states the claim, and for each setting a configuration with its changes:
 
     title = "FlexLoRA collapses, raFLoRA does not"
     claim = "raFLoRA, section 3"
@@ -15,10 +15,10 @@ A study file names the claim, and for each setting a configuration with what it 
     config = "../banking77.toml"
     set = ["run.rounds=60"]
 
-`methods` (each as in `anyrank compare --methods`) and `seeds` may be given anew for a setting; a `set` beside them holds for
-all settings. `columns` may also name what a setting's `[eval] metrics` has: `macro_f1`, or `per_label.NAME` for one label of a
-metric that has a number for each. Of the first column the largest mean is the best one, or the smallest where the name says so
-(`lower_is_better`).
+`methods` (each as in `anyrank compare --methods`) and `seeds` may be overridden for a setting; a `set` at the top level holds
+for all settings. `columns` may also name a metric of a setting's `[eval] metrics`: `macro_f1`, or `per_label.NAME` for one
+label of a metric with a number for each label. In the first column, the largest mean is the best one, or the smallest if the
+name says so (`lower_is_better`).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ Figure = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]], "Study"], "fl
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a study's table: `heading`, the figure of one run, the `digits` it is told with, after `scale`, and whether
-    its `spread` over seeds is told.
+    """A column of a study's table: `heading`, the figure of one run, the `digits` to show after applying `scale`, and whether
+    to show its `spread` over seeds.
     """
 
     heading: str
@@ -69,17 +69,17 @@ def _from_summary(name: str) -> Figure:
 
 
 def _energy_past(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
-    """Energy past the smallest rank; of clients of one rank there is none, by definition."""
+    """Energy past the smallest rank; `None` if all clients have one rank, because there is none by definition."""
     return summary["collapse"] if len(summary["ranks"]) > 1 else None
 
 
 def _rounds_to_target(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
-    """The first scored round from which on the target is reached; `None` where it never is."""
+    """The first scored round in which the target is reached; `None` if it never is."""
     return next((row["round"] for row in _scored(metrics) if row["accuracy"] >= study.target_accuracy), None)
 
 
 def _within_budget(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
-    """The accuracy of the last scored round before up and download together pass the budget; `None` where none is."""
+    """The accuracy of the last scored round before up and download together exceed the budget; `None` if there is none."""
     moved, accuracy = 0, None
     for row in metrics:
         moved += row["upload_bytes"] + row["download_bytes"]
@@ -94,7 +94,7 @@ def _scored(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _metric(column: str) -> Figure:
-    """The final value of a metric, or of `METRIC.LABEL` of one that has a number for each label."""
+    """The final value of a metric, or of `METRIC.LABEL` for a metric with a number for each label."""
     name, dot, label = column.partition(".")
 
     def figure(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], study: Study) -> float | None:
@@ -131,7 +131,7 @@ def column_of(name: str) -> Column:
 
 @dataclass(frozen=True)
 class Setting:
-    """One federation of a study, under its methods and seeds."""
+    """One federation of a study, with its methods and seeds."""
 
     name: str
     config: Config
@@ -144,7 +144,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Study:
-    """One claim and the settings it is tried in; `minutes`: what it took on two cores. See the module's docstring."""
+    """One claim and its settings; `minutes`: its duration on two cores. See the module's docstring."""
 
     name: str
     title: str
@@ -157,12 +157,12 @@ class Study:
     budget_megabytes: float = 0.0
 
     def cells(self, out: Path) -> list[Cell]:
-        """All runs of the study, in folders of their own below `out`."""
+        """All runs of the study, in separate folders below `out`."""
         return [cell for setting in self.settings for cell in setting.cells(out)]
 
 
 def load(path: Path) -> Study:
-    """The study of a TOML file. Raises `ConfigError` for an unknown key, column or figure, and what configurations raise."""
+    """The study of a TOML file. Raises `ConfigError` for an unknown key, column or figure, and the errors of configurations."""
     path = Path(path)
     table = read_toml(path, "study")
     _check(path, table, _KEYS, _OPTIONAL)
@@ -187,15 +187,15 @@ def load(path: Path) -> Study:
 
 
 def check(study: Study, progress=None) -> None:
-    """Build the first run of each setting and method, so that whatever is wrong stops before anything is trained."""
+    """Build the first run of each setting and method, so that errors show before anything is trained."""
     for setting in study.settings:
         for label in setting.methods:
             simulation.build(comparison.variant(setting.config, label), progress).close()
 
 
 def execute(study: Study, out: Path, jobs: int, on_round: grid.OnRound | None = None) -> dict[str, Any]:
-    """Run what is not finished yet, all settings in one grid, and return the results, which `out` then holds as
-    JSON and as Markdown. A run that cannot go on costs that run; `RunFailed` where none is left to tell of.
+    """Run all unfinished runs of all settings in one grid, and return the results, which are also written to `out` as JSON and
+    as Markdown. A failed run does not stop the others; raises `RunFailed` if all runs failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     cells = study.cells(out)
@@ -262,7 +262,7 @@ def cells_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The results as one Markdown table a setting."""
+    """The results as one Markdown table per setting."""
     parts = []
     for title, headings, rows in cells_of(results):
         lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *([f"`{row[0]}`", *row[1:]] for row in rows)]
@@ -323,5 +323,5 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _folder(name: str) -> str:
-    """A setting's folder: its name in small letters, digits and dashes."""
+    """A setting's folder: its name in lower-case letters, digits and dashes."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

@@ -1,4 +1,4 @@
-"""What is trained and how it is scored: the seam, and the tasks that are built in."""
+"""What is trained and how it is scored: the task interface, and the built-in tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seam between what is learned and how it is federated: a task is a frozen module, its LoRA targets and its examples."""
+"""The task interface between model and federation: a task is a frozen module, its LoRA targets and its examples."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ NOTHING: frozenset[str] = frozenset()
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Inputs with their labels `[n]`: whole numbers from 0 for classes, any numbers for a loss of one's own.
+    """Inputs with their labels `[n]`: whole numbers from 0 for classes, any numbers for a custom loss.
 
-    `inputs`: a tensor or array `[n, ...]`, a mapping of the module's arguments to such, a data set with `len()` and `[i]`, or
-    an `Inputs` of one's own. Without `labels`, the items of a data set hold both: pairs, or mappings with `labels` or `label`.
-    Raises `DataError` for labels of another number than inputs, none at all, and values that are not finite.
+    `inputs`: a tensor or array `[n, ...]`, a mapping of the module's arguments to these, a data set with `len()` and `[i]`, or
+    an `Inputs` object. Without `labels`, the items of a data set have both: pairs, or mappings with `labels` or `label`.
+    Raises `DataError` if the numbers of labels and inputs differ, if there are none, or if values are not finite.
 
     >>> len(Examples(np.zeros((3, 4)), [0, 1, 0]))
     3
@@ -59,22 +59,23 @@ class Examples:
 
 
 class Objective(Protocol):
-    """What a task's outputs mean: the loss that is trained, and the score that is told. `gives`: what it has for metrics, of
-    `metrics.OF`."""
+    """The meaning of a task's outputs: the loss that is trained, and the score that is reported. `gives`: the inputs that it
+    has
+    for metrics, of `metrics.OF`."""
 
     @property
     def gives(self) -> frozenset[str]: ...
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each example of a batch, `[b]`, from the module's `outputs`; no example's depends on another's."""
+        """The loss of each example of a batch, `[b]`, from the module's `outputs`; it must not depend on other examples."""
         ...
 
     def score(self, module: nn.Module, examples: Examples, batch_size: int, of: Set[str] = NOTHING) -> Scores:
-        """How `module` as it stands does on `examples`; `of`: what metrics are going to ask for, of `metrics.OF`."""
+        """The scores of `module` in its current state on `examples`; `of`: the inputs that metrics need, of `metrics.OF`."""
         ...
 
     def under(self, config: EvalConfig) -> Objective:
-        """This objective, scored as `[eval]` says. Raises `ConfigError` for what it cannot do."""
+        """This objective, scored as set in `[eval]`. Raises `ConfigError` for settings that it does not support."""
         ...
 
 
@@ -96,21 +97,21 @@ class Classification:
 
 @dataclass(frozen=True)
 class OwnLoss:
-    """A loss of one's own, `function(outputs, labels) -> [b]`, no example's depending on another's.
+    """A custom loss, `function(outputs, labels) -> [b]`; an example's loss must not depend on other examples.
 
-    Labels that are whole numbers `[n]`, with outputs `[b, classes]`, are classes: accuracy is told as in `Classification`.
-    Otherwise nothing is right or wrong: the loss is told, and the metrics, whose predictions are the outputs.
+    Labels that are whole numbers `[n]`, with outputs `[b, classes]`, are classes: accuracy is reported as in `Classification`.
+    Otherwise no answer is right or wrong: the loss is reported, and the metrics, whose predictions are the outputs.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
-    gives: ClassVar[frozenset[str]] = frozenset(metrics.OF)  # scores only of classes: which they are, outputs tell
+    gives: ClassVar[frozenset[str]] = frozenset(metrics.OF)  # scores only for classes, which the outputs show
 
     def losses(self, outputs: Any, labels: Tensor) -> Tensor:
         losses = self.function(_tensor_of(outputs), labels)
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         if shape != (len(labels),):
             raise ModelError(
-                f"loss: expected one value an example, [{len(labels)}], got {shape if shape != () else 'a single number'}; a "
+                f"loss: expected one value per example, [{len(labels)}], got {shape if shape != () else 'a single number'}; a "
                 "loss of torch.nn gives that with reduction='none', one of more numbers an example is to be averaged over them"
             )
         return losses
@@ -124,10 +125,10 @@ class OwnLoss:
 
 @torch.inference_mode()
 def read(objective: Objective, module: nn.Module, examples: Examples, batch_size: int, of: Set[str]) -> Scores:
-    """The scores of a module with one output for each example, as it stands.
+    """The scores of a module with one output for each example, in its current state.
 
-    Classes are whole-number labels `[n]` with outputs `[b, classes]`: predictions are the likeliest of them. Without classes
-    they are the outputs themselves, kept where `of` has predictions.
+    Classes are whole-number labels `[n]` with outputs `[b, classes]`: predictions are the most likely classes. Without classes,
+    predictions are the outputs themselves, kept if `of` has predictions.
     """
     losses, predictions, scores = [], [], []
     classes = True
@@ -159,25 +160,24 @@ def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _tensor_of(outputs: Any) -> Any:
-    """The logits of what transformers' models give, or the outputs as they are."""
+    """The logits in the output of a transformers model; other outputs unchanged."""
     return getattr(outputs, "logits", outputs)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Task:
-    """What is trained and how it is scored; one object a process, shared by all clients, never changed.
+    """What is trained and how it is scored; one object per process, shared by all clients, never changed.
 
-    `module(**batch)` gives what `objective` reads, for a classifier logits `[b, classes]`. `targets`: the modules that get
-    LoRA, by full name or, as in PEFT, by a dotted ending; `trained`: full names of plain parameters trained beside them (a
-    head). `train`, `test`: `Examples`, or what makes them. `loss(outputs, labels) -> [b]`: one's own, in the place of cross-
-    entropy for labels that are whole numbers and of the squared error for others. `label_names`: of labels from 0. Labels of
-    examples say to partitions and to per-client scores what kind of example each is. `columns`: other columns of the training
-    data, for partitions. `base_model` and `head` say in the adapter's config and in the report what was used; `peft` are
-    further entries of that config, such as PEFT's task type, by which its `AutoPeftModel...` classes know what to load.
-    `metrics`: figures of its own beside accuracy and loss, by name: functions `metric(labels, predictions)`, or `Metric`s;
-    always computed.
+    `module(**batch)` gives the input of `objective`, for a classifier logits `[b, classes]`. `targets`: the modules that get
+    LoRA, by full name or, as in PEFT, by a dotted ending; `trained`: full names of plain parameters that are trained too (a
+    head). `train`, `test`: `Examples`, or the arguments for them. `loss(outputs, labels) -> [b]`: a custom loss, instead of
+    cross-entropy for whole-number labels and the squared error for others. `label_names`: the names of labels from 0. The
+    labels give the class of each example to partitions and per-client scores. `columns`: other columns of the training data,
+    for partitions. `base_model` and `head`: descriptions for the adapter's config and the report; `peft`: further entries of
+    that config, such as PEFT's task type, by which its `AutoPeftModel...` classes choose the model class. `metrics`: further
+    figures in addition to accuracy and loss, by name: functions `metric(labels, predictions)`, or `Metric`s; always computed.
 
-    Raises `ModelError` for targets and parameters that the module has not, `DataError` for examples that are none.
+    Raises `ModelError` for targets and parameters that the module does not have, `DataError` for invalid examples.
     """
 
     module: nn.Module
@@ -215,11 +215,11 @@ class Task:
 
     @property
     def has_classes(self) -> bool:
-        """Whether the labels are whole numbers from 0, which name kinds of examples."""
+        """Whether the labels are whole numbers from 0, that is classes."""
         return _are_classes(self.train.labels)
 
     def facts(self) -> Facts:
-        """What is known of the task by those who do not have it."""
+        """The facts about the task for those who do not have it."""
         inputs = (self.train.inputs, self.test.inputs)
         return Facts(
             task=self.name,
@@ -235,16 +235,16 @@ class Task:
 
 
 def judged(task: Task, config: EvalConfig) -> Task:
-    """`task`, scored as `[eval]` says, with the metrics that it adds. Raises `ConfigError` for what the task cannot tell."""
+    """`task`, scored as set in `[eval]`, with its metrics. Raises `ConfigError` for metrics that the task does not support."""
     objective = task.objective.under(config)
     return replace(task, objective=objective, metrics=metrics.choose(task.metrics, config, objective.gives))
 
 
 def score(task: Task, batch_size: int) -> Scores:
-    """How the task's module as it stands does on its held-out examples, its metrics reckoned.
+    """The scores of the task's module in its current state on the held-out examples, with metrics.
 
-    Probabilities are let go with it: they are the one thing here that grows with examples times classes. Raises `ConfigError`
-    for a metric that fails, or whose value is no finite number.
+    Probabilities are released afterwards, because only they grow with examples times classes. Raises `ConfigError` for a metric
+    that fails, or whose value is not a finite number.
     """
     chosen = [metrics.as_metric(name, value) for name, value in task.metrics.items()]
     found = task.objective.score(task.module, task.test, batch_size, frozenset(metric.of for metric in chosen))
@@ -291,7 +291,7 @@ def _parameters(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 def find_targets(module: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
     """Full names of the modules that `wanted` names, each by its full name or by PEFT's rule of endings.
 
-    Raises `ModelError` for none at all, and for a name that fits no module.
+    Raises `ModelError` for an empty list, and for a name that matches no module.
     """
     known = {name for name, _ in module.named_modules() if name}
     if not wanted:

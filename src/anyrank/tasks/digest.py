@@ -1,4 +1,4 @@
-"""What a task that was handed in is, in a few letters: a run goes on with the task that it began with, or not at all."""
+"""Digests of a task that was passed from Python: a run may be resumed only with the task with which it started."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from anyrank.tasks.base import Examples, OwnLoss, Task
 from anyrank.tasks.inputs import pieces
 
 _LETTERS = 16
-_ITEMS = 256  # examples that are read of a data set whose items are made when they are asked for
+_ITEMS = 256  # number of examples to read from a data set that makes items on request
 
 
 def digest(task: Task) -> tuple[str, ...]:
-    """`part digest`, for each part: the module's weights and structure, what is trained of it, the examples, the loss.
+    """`part digest`, for each part: the module's weights and structure, its trained parts, the examples, the loss.
 
-    Tensors are read whole. Of a data set whose items are made one by one, all labels are, and 256 items spread evenly.
+    Tensors are read completely. From a data set that makes items on request, all labels and 256 evenly spaced items are read.
     """
     module = task.module
     weights = sorted([*module.named_parameters(), *module.named_buffers()])  # buffers that are not saved, too
@@ -76,7 +76,7 @@ def _of_loss(task: Task) -> str:
 
 
 def of_shards(shards: Iterable[tuple[str, np.ndarray]]) -> str:
-    """A digest of who has which examples."""
+    """A digest of the assignment of examples to clients."""
     return _of([], [(name, torch.from_numpy(np.array(rows))) for name, rows in shards])
 
 

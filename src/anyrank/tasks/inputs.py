@@ -1,4 +1,4 @@
-"""What a module is fed: examples that are handed out batch by batch, whatever holds them."""
+"""The inputs of a module: examples in any container, given batch by batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from anyrank.errors import DataError, ModelError, in_a_line
 
-UNNAMED = ""  # the name of an argument that stands first in the module's forward, whatever it is called
+UNNAMED = ""  # stands for the first argument of the module's forward, whatever its name
 
 
 class Inputs(Protocol):
-    """Examples that can be handed to a module batch by batch."""
+    """Examples that can be given to a module batch by batch."""
 
     def __len__(self) -> int: ...
 
@@ -28,13 +28,13 @@ class Inputs(Protocol):
 
     @property
     def on_disk(self) -> bool:
-        """Whether the examples are in a file, of which the system keeps in memory what fits."""
+        """Whether the examples are in a file, of which the operating system caches what fits in memory."""
         ...
 
     def batch(self, index: Tensor, equal_lengths: bool = False) -> dict[str, Tensor | bool]:
         """Keyword arguments of the module's `forward` for the examples `index` `[b]`.
 
-        `equal_lengths`: each example takes the same room in the batch, so that it can be told where one ends.
+        `equal_lengths`: each example takes the same space in the batch, so that the batch can be split by example.
         """
         ...
 
@@ -78,7 +78,7 @@ class FieldInputs:
 
 @dataclass(frozen=True, eq=False)
 class ItemInputs:
-    """An indexable data set, such as a `torch.utils.data.Dataset`, whose items are made when they are asked for.
+    """An indexable data set, such as a `torch.utils.data.Dataset`, which makes its items on request.
 
     `items[i]` is what the module takes (a tensor, an array, a number, or a mapping of its arguments) or, with `paired`, a pair
     of that and the label, or a mapping that has the label under `label`. Items of a batch are put together as
@@ -97,7 +97,7 @@ class ItemInputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the first item, times their number: what all take if they are of one size."""
+        """Bytes of the first item times the number of items: exact if all have one size."""
         first = self.batch(torch.tensor([0]))
         return len(self) * sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
 
@@ -115,16 +115,16 @@ class ItemInputs:
         return item[0] if self.paired else item
 
 
-# --- from what people have -------------------------------------------------------------------------------------------
+# --- from users' data ------------------------------------------------------------------------------------------------
 
 _MOST_LABELS = 1_000_000
 _LABELS = ("labels", "label")  # keys of an item under which its label is looked for
 
 
 def inputs_of(given: Any) -> Inputs:
-    """`given` as inputs: a tensor or array `[n, ...]`, a mapping of the module's arguments to such, or anything indexable.
+    """`given` as inputs: a tensor or array `[n, ...]`, a mapping of the module's arguments to these, or anything indexable.
 
-    Raises `DataError` for what is none of these, for parts of different lengths, and for numbers that are not finite.
+    Raises `DataError` for other types, for parts of different lengths, and for numbers that are not finite.
     """
     if hasattr(given, "batch") and not hasattr(given, "__getitem__"):  # a data set may have a method `batch`, too
         return given
@@ -143,13 +143,13 @@ def inputs_of(given: Any) -> Inputs:
     if hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, (str, bytes)):
         return ItemInputs(given)
     raise DataError(
-        f"inputs: expected a tensor or array [n, ...], a mapping of the module's arguments to such, or a data set with len() "
+        f"inputs: expected a tensor or array [n, ...], a mapping of the module's arguments to these, or a data set with len() "
         f"and [i], got {type(given).__name__}"
     )
 
 
 def labels_of(given: Any) -> Tensor:
-    """`given` as labels `[n]`: whole numbers as int64, others as they are. Raises `DataError` for names and for no numbers."""
+    """`given` as labels `[n]`: whole numbers as int64, others unchanged. Raises `DataError` if they are not numbers."""
     try:
         labels = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError) as error:
@@ -163,7 +163,7 @@ def labels_of(given: Any) -> Tensor:
         labels = labels[:, 0]
     if labels.is_floating_point():
         if not torch.isfinite(labels).all():
-            raise DataError("labels: hold NaN or infinite values; remove those examples")
+            raise DataError("labels: contain NaN or infinite values; remove those examples")
         return labels.float() if labels.dtype == torch.float64 else labels
     if labels.ndim == 1 and len(labels) and int(labels.max()) > _MOST_LABELS:
         raise DataError(
@@ -173,7 +173,7 @@ def labels_of(given: Any) -> Tensor:
 
 
 def split_items(items: Any) -> tuple[ItemInputs, Tensor]:
-    """The inputs and the labels of a data set whose items hold both: pairs, or mappings with `labels` or `label`."""
+    """The inputs and the labels of a data set whose items have both: pairs, or mappings with `labels` or `label`."""
     if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
         raise DataError(f"Examples: expected inputs and labels, or a data set of pairs, got {type(items).__name__} alone")
     if not len(items):
@@ -208,7 +208,7 @@ def _narrowed(values: Any, dtype: torch.dtype | None) -> Any:
 
 
 def named(inputs: Inputs, module: nn.Module) -> Inputs:
-    """`inputs` under the name that the module's forward gives its first argument, where they have none of their own.
+    """`inputs` under the name of the first argument of the module's forward, if they have no name.
 
     Raises `ModelError` for arguments that the forward does not take.
     """
@@ -235,8 +235,8 @@ def named(inputs: Inputs, module: nn.Module) -> Inputs:
 
 
 def pieces(inputs: Inputs, most: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `inputs`, by name, to be digested: all of those that are held, of others at most `most` examples, spread
-    evenly.
+    """The tensors of `inputs`, by name, for a digest: all tensors in memory, and of other inputs at most `most` evenly spaced
+    examples.
     """
     if isinstance(inputs, TensorInputs):
         yield inputs.name, inputs.values
@@ -267,7 +267,7 @@ def _tensor(values: Any, name: str) -> Tensor:
     if not tensor.ndim:
         raise DataError(f"{name}: expected one entry an example [n, ...], got a single number")
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise DataError(f"{name}: hold NaN or infinite values; fill or remove those examples")
+        raise DataError(f"{name}: contain NaN or infinite values; fill or remove those examples")
     return tensor.detach()
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to its task."""
+"""Load the task of a configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anyrank.tasks.place import place
 
 
 def cache_dir() -> Path:
-    """Where frozen features and pretrained demo models are kept between runs: `$ANYRANK_CACHE`, or the user's cache."""
+    """The folder that keeps frozen features and pretrained demo models between runs: `$ANYRANK_CACHE`, or the user's cache."""
     chosen = os.environ.get("ANYRANK_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else base / "anyrank"
@@ -25,11 +25,11 @@ def cache_dir() -> Path:
 def load_task(config: Config, progress: Progress | None = None) -> Task:
     """The task that a configuration describes; the last one is kept, so that a grid of runs loads it once.
 
-    Raises `ConfigError` for the task of a run whose program handed it in: only that program has it.
+    Raises `ConfigError` for a run whose task was passed from Python: only that program has the task.
     """
     if config.model.task == HANDED_IN:
         raise ConfigError(
-            "model.task = 'handed-in': this run's module and data were handed in by a Python program; go on with it by that "
+            "model.task = 'handed-in': this run's module and data were passed from a Python program; go on with it by that "
             "program, with resume=True"
         )
     task = _load_task(config.model, config.data, config.lora, progress)

@@ -1,8 +1,8 @@
-"""Figures beside accuracy and loss: functions of the held-out labels and of what a model says about them, by name.
+"""Metrics in addition to accuracy and loss: functions of the held-out labels and of the model's outputs, by name.
 
-A metric is a function in scikit-learn's order of arguments, `metric(labels, predictions)`, so that scikit-learn's own drop in
-unchanged. It returns one finite number, or a mapping of label -> number. `register` is the one line that makes a metric known
-to `[eval] metrics`; a task may also bring its own (`Task.metrics`), which are always computed.
+A metric is a function in scikit-learn's order of arguments, `metric(labels, predictions)`, so that scikit-learn's functions
+work unchanged. It returns one finite number, or a mapping of label -> number. One line, `register`, makes a metric known to
+`[eval] metrics`; a task may also have its own (`Task.metrics`), which are always computed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from anyrank.errors import ConfigError, in_a_line, nearest
 if TYPE_CHECKING:
     from anyrank.messages.records import Scores
 
-OF = ("predictions", "scores", "losses")  # what stands in the place of predictions
-# What a round's metrics, a summary and the columns of a study call their own: a metric of that name would hide theirs.
+OF = ("predictions", "scores", "losses")  # the possible second arguments of a metric
+# Names in a round's metrics, a summary and the columns of a study, which a metric must not hide.
 TAKEN = frozenset(
     {
         *("round", "accuracy", "loss", "worst_client_accuracy", "client_accuracy_std", "client_accuracy", "train_loss"),
@@ -35,13 +35,13 @@ TAKEN = frozenset(
     }
 )
 _NAME = re.compile(r"\w[\w@+-]*")
-_MEND = "mend the function, or take it out of eval.metrics or the task"
+_MEND = "correct the function, or remove it from eval.metrics or from the task"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`function(labels, of) -> float | Mapping`; `labels` `[n]`, and `of` says what comes second: `predictions` `[n]` (of a
+    """`function(labels, of) -> float | Mapping`; `labels` `[n]`, and `of` names the second argument: `predictions` `[n]` (of a
     task without classes: the model's outputs), `scores` (softmax probabilities `[n, classes]` float32) or `losses` `[n]`.
     """
 
@@ -65,14 +65,14 @@ class Metric:
 
 
 REGISTRY: dict[str, Metric] = {}
-_of_file: dict[Path, frozenset[str]] = {}  # the names that each file has registered, so that it may be read again
+_of_file: dict[Path, frozenset[str]] = {}  # the names that each file has registered, so that the file may be executed again
 
 
 def register(name: str, of: str = "predictions") -> Callable[[_F], _F]:
-    """Makes a function known as the metric `name`; the function itself stays as it is.
+    """Register a function as the metric `name`; the function itself is not changed.
 
-    As a decorator `@register("name")`, or `register("kappa")(sklearn.metrics.cohen_kappa_score)`. Raises `ConfigError` for a
-    name that another function has, or that a run's files use themselves.
+    Use it as a decorator `@register("name")`, or as `register("kappa")(sklearn.metrics.cohen_kappa_score)`. Raises
+    `ConfigError` for a name that another function has, or that a run's files use themselves.
     """
 
     def enter(function: _F) -> _F:
@@ -91,9 +91,9 @@ def _origin(function: Callable[..., Any]) -> tuple[str, str]:
 
 
 def load_file(path: str | Path) -> None:
-    """Run a Python file that registers metrics of its own (`[eval] file = "..."`); read again, it takes its own place.
+    """Execute a Python file that registers metrics (`[eval] file = "..."`); a second time, it replaces its own metrics.
 
-    Raises `ConfigError`, with the file and the line, for one that is missing, fails, or registers none.
+    Raises `ConfigError`, with the file and the line, if it is missing, fails, or registers no metric.
     """
     path = Path(path)
     for name in _of_file.pop(path.resolve(), ()):
@@ -115,10 +115,10 @@ def load_file(path: str | Path) -> None:
 
 
 def choose(own: Mapping[str, Any], config: EvalConfig, given: Iterable[str] = OF) -> dict[str, Metric]:
-    """The metrics of a task that brings its `own`, and of `[eval]`: all of its own, then those that `[eval] metrics` adds.
+    """The metrics of a task: all of its `own`, then those that `[eval] metrics` adds.
 
-    Of one name in both the task's own is meant. Raises `ConfigError` for an unknown name, and for a metric of what the task
-    does not have (`given`: of `OF`, what it has).
+    If both have the same name, the task's own metric is used. Raises `ConfigError` for an unknown name, and for a metric whose
+    input the task does not have (`given`: the entries of `OF` that it has).
     """
     if config.file:
         load_file(config.file)
@@ -137,7 +137,7 @@ def choose(own: Mapping[str, Any], config: EvalConfig, given: Iterable[str] = OF
 
 
 def as_metric(name: str, value: Any) -> Metric:
-    """What a task calls `name`: a `Metric`, or a plain function of predictions."""
+    """The task's own metric `name`, from a `Metric` or a plain function of predictions."""
     return replace(value, name=name) if isinstance(value, Metric) else Metric(name, value)
 
 
@@ -151,9 +151,9 @@ def _lacking(metric: Metric, given: Iterable[str]) -> str:
 
 
 def compute(metrics: Iterable[Metric], scores: Scores, names: Sequence[str] = ()) -> dict[str, float | dict[str, float]]:
-    """Each metric's figure by its name, from what was scored; `names` `[classes]` are the labels' names.
+    """The value of each metric by its name, from the scores; `names` `[classes]` are the labels' names.
 
-    Raises `ConfigError` for a metric that raises, or whose value is no finite number and no mapping of such.
+    Raises `ConfigError` for a metric that raises, or whose value is neither a finite number nor a mapping of finite numbers.
     """
     labels = scores.labels if scores.targets is None else scores.targets
     return {metric.name: _figure(metric, labels, scores, scores.names or names) for metric in metrics}
@@ -165,8 +165,8 @@ def _figure(metric: Metric, labels: np.ndarray, scores: Scores, names: Sequence[
         has = [what for what in OF if getattr(scores, what) is not None]
         raise ConfigError(f"metric '{metric.name}': {_lacking(metric, has)}")
     try:
-        value = metric.function(labels.copy(), second.copy())  # copies: what one metric does to its arguments stays with it
-    except Exception as error:  # whatever a metric of somebody's raises
+        value = metric.function(labels.copy(), second.copy())  # copies, because a metric may change its arguments
+    except Exception as error:  # whatever a user's metric raises
         what = f"labels {labels.shape} and {metric.of} {second.shape}"
         raise ConfigError(f"metric '{metric.name}': failed on {what}: {in_a_line(error)}; {_MEND}") from None
     if isinstance(value, Mapping):
@@ -192,7 +192,7 @@ def _number(metric: Metric, value: Any, where: str) -> float:
 
 
 def _key(key: Any, names: Sequence[str]) -> str:
-    """A mapping's key in files: a whole number is a label, and is called by its name where names tell labels apart."""
+    """A mapping's key in files: a whole number is a label, and is replaced by the label's name if names are distinct."""
     whole = isinstance(key, numbers.Integral) and not isinstance(key, bool)
     named = whole and 0 <= key < len(names) and len(set(names)) == len(names)
     return str(names[int(key)]) if named else str(int(key)) if whole else str(key)
@@ -217,7 +217,7 @@ def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 @register("balanced_accuracy")
 def balanced_accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """The mean over the held-out labels of their recall `TP_c / (TP_c + FN_c)`: every label counts alike, however rare.
+    """The mean over the held-out labels of their recall `TP_c / (TP_c + FN_c)`: all labels have equal weight, however rare.
 
     Brodersen et al. 2010, "The balanced accuracy and its posterior distribution", section 2, for any number of labels.
 
@@ -231,9 +231,9 @@ def balanced_accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 @register("auc", of="scores")
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The chance that an example of a label has a higher score for it than one of another label, ties counting half: the area
-    under the ROC curve. With two classes it is that of class 1; with more the plain mean of each class against the rest, over
-    those with held-out examples of their own and of others.
+    """The area under the ROC curve: the probability that an example of a label has a higher score for it than an example of
+    another label, with ties counted as half. With two classes, it is that of class 1; with more, the plain mean of each class
+    against the rest, over the classes that have held-out examples (and others too).
 
     Hanley and McNeil 1982, "The meaning and use of the area under a ROC curve", Radiology 143: the Wilcoxon statistic.
 
@@ -254,7 +254,7 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 @register("per_label")
 def per_label(labels: np.ndarray, predictions: np.ndarray) -> dict[int, float]:
-    """Each held-out label's recall `TP_c / (TP_c + FN_c)`: the share of its examples that are right.
+    """Each held-out label's recall `TP_c / (TP_c + FN_c)`: the share of its examples that are answered correctly.
 
     >>> per_label(np.array([0, 0, 2]), np.array([0, 2, 2]))
     {0: 0.5, 2: 1.0}

@@ -14,10 +14,10 @@ from anyrank.tasks.base import Examples, Inputs, Task
 
 
 def place(task: Task, model: ModelConfig) -> Task:
-    """`task` on `model.device`, its frozen part in `model.train_dtype`; the task itself where both are as it is made.
+    """`task` on `model.device`, its frozen part in `model.train_dtype`; the same object if nothing has to change.
 
-    bfloat16: the base model's matrices are held in it and products are made in it (`torch.autocast`); adapters, heads that are
-    trained, norms and biases are float32, and so are the outputs.
+    bfloat16: the base model's matrices are stored in it and products are computed in it (`torch.autocast`); adapters, trained
+    heads, norms, biases and outputs are float32.
     """
     device = find(model.device)
     if model.train_dtype == "bfloat16":
@@ -30,7 +30,7 @@ def place(task: Task, model: ModelConfig) -> Task:
 
 @dataclass(frozen=True, eq=False)
 class DeviceInputs:
-    """Inputs that are held where they are and handed out on `device`."""
+    """Inputs that stay where they are; their batches are on `device`."""
 
     inputs: Inputs
     device: torch.device

@@ -1,4 +1,4 @@
-"""What every pretrained transformers model needs: its files found on the hub and told apart, and loading without noise."""
+"""Common parts of loading pretrained transformers models: finding and identifying files, loading without progress output."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from anyrank.errors import ModelError
 
 
 def snapshot(name: str, patterns: Sequence[str]) -> Path:
-    """The local snapshot of a hub model, downloaded where it is not there yet (and HF_HUB_OFFLINE does not forbid it)."""
+    """The local snapshot of a hub model, downloaded if it is missing (unless HF_HUB_OFFLINE forbids it)."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise without_extra() from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub client's own errors, its HTTP library's and the system's share no base
+    except Exception as error:  # errors of the hub client, of its HTTP library and of the system have no common base
         raise ModelError(
-            f"model.name = '{name}': not a packaged model, and not to be had from the Hugging Face hub "
+            f"model.name = '{name}': not a packaged model, and cannot be loaded from the Hugging Face hub "
             f"({first_line(error)}); check the name and the network, or give model.path, a local folder"
         ) from None
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The weight files of a model folder; `ModelError` where it is no folder of a model, or has none."""
+    """The weight files of a model folder; `ModelError` if it is not a model folder, or has none."""
     if not folder.is_dir():
         raise ModelError(f"model '{name}': no such folder: {folder}; expected a transformers model folder")
     if not (folder / "config.json").is_file():
@@ -53,7 +53,7 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, load reports or length warnings from transformers; its settings are put back."""
+    """No progress bars, load reports or length warnings from transformers; its settings are restored afterwards."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

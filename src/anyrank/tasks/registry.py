@@ -1,4 +1,4 @@
-"""The tasks by name. `register` is the one line that makes a task of one's own take part everywhere."""
+"""The tasks by name. One line, `register`, makes a user's task available everywhere."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a task is made from: the sections `model`, `data` and `lora` of a configuration, the folder `cache` for what is
-    worth keeping between runs, and `progress(done, total)`, or `None`.
+    """The inputs for making a task: the sections `model`, `data` and `lora` of a configuration, the folder `cache` for results
+    to keep between runs, and `progress(done, total)`, or `None`.
     """
 
     model: ModelConfig
@@ -33,7 +33,7 @@ Make = Callable[[Wanted], "Task"]
 
 OWN: dict[str, Make] = {}
 
-# `model.task` -> the module that makes it; loaded when it is asked for, since its own imports may be heavy.
+# `model.task` -> the module that makes it; imported when it is needed, because its own imports may be heavy.
 _BUILT_IN = {
     "image-classification": "anyrank.tasks.vision.task",
     "text-classification": "anyrank.tasks.text.task",
@@ -42,7 +42,7 @@ _BUILT_IN = {
 
 
 def register(name: str) -> Callable[[Make], Make]:
-    """Decorator: makes `function(wanted) -> Task` known as `model.task = name`. A built-in name cannot be taken.
+    """Decorator: register `function(wanted) -> Task` as `model.task = name`. Built-in names are refused.
 
     `wanted` has the configuration's sections `model`, `data` and `lora`, see `Wanted`.
     """
@@ -59,9 +59,9 @@ def register(name: str) -> Callable[[Make], Make]:
 
 
 def find(model: ModelConfig, data: DataConfig) -> Make:
-    """What makes the task that a configuration names; `model.file` is run first, where there is one.
+    """The function that makes the configured task; `model.file` is executed first, if it is set.
 
-    Raises `ModelError` for a file that registers no task, or not the one that is named.
+    Raises `ModelError` for a file that registers no task, or not the named one.
     """
     if model.file:
         return _from_file(model)
@@ -82,7 +82,7 @@ def _from_file(model: ModelConfig) -> Make:
 
 
 def _room(model: ModelConfig, data: DataConfig) -> str:
-    """The module that a configuration's task is made by."""
+    """The module that makes a configuration's task."""
     if model.task == "image-classification" and data.source == "digits":
         return "anyrank.tasks.vision.digits"
     return "anyrank.tasks.text.own_head" if model.head in OWN_HEADS else _BUILT_IN[model.task]

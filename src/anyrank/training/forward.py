@@ -20,7 +20,7 @@ Term = tuple[Tensor, Tensor, "float | Tensor"]
 
 @contextlib.contextmanager
 def replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """`forward` in the place of the module's own while it lasts."""
+    """Replace the module's own forward by `forward` within a `with` block."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -34,7 +34,7 @@ def replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator
 def adapted(module: nn.Module, kind: str, terms: Sequence[Term], own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """A forward of `module` (of `Target.kind`) with all `terms` added; they and `own` may change from call to call.
 
-    `own`: what stands in the place of a linear module's `weight` `[out, in]` and `bias` `[out]`, or one for each client,
+    `own`: replacements for a linear module's `weight` `[out, in]` and `bias` `[out]`, or one for each client,
     `[clients, out, in]` and `[clients, out]`.
     """
     plain, add = module.forward, _ADD[kind]
@@ -53,7 +53,7 @@ def adapted(module: nn.Module, kind: str, terms: Sequence[Term], own: Mapping[st
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is `x W^T + b` and nothing else, by a forward of nobody else's."""
+    """Whether the module computes `x W^T + b` and nothing else, by its class's original forward."""
     known = type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
     return known and "forward" not in vars(module)
 
@@ -61,7 +61,7 @@ def is_linear(module: nn.Module) -> bool:
 def written_out(module: nn.Module, terms: Sequence[Term]) -> Tensor | None:
     """The weight of a linear `module` and `terms` in one, `[out, in]` or `[clients, out, in]`.
 
-    `None` where that would hold more than twice the numbers of the factors: it is then better to go through them.
+    `None` if it would have more than twice as many numbers as the factors: then it is faster to use the factors.
     """
     weight, _ = _parameters(module, {})
     clients = max((len(A) for A, _, _ in terms if A.ndim == 3), default=1)
@@ -77,7 +77,7 @@ def written_out(module: nn.Module, terms: Sequence[Term]) -> Tensor | None:
 
 
 def _parameters(module: nn.Module, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Weight `[..., out, in]` and bias `[..., out]` of a linear module, those of `own` in their place."""
+    """Weight `[..., out, in]` and bias `[..., out]` of a linear module, or their replacements in `own`."""
     weight = module.weight if isinstance(module, nn.Linear) else module.weight.T  # Conv1D holds it as [in, out]
     return own.get("weight", weight), own.get("bias", module.bias)
 
@@ -98,7 +98,7 @@ def _add_linear(output: Tensor, module: nn.Module, x: Tensor, A: Tensor, B: Tens
     x = x.to(A.dtype)
     if B.ndim == 2 or A.dtype != output.dtype:
         return output + _each(_each(x, A), B).to(output.dtype)
-    clients, out, rank = B.shape  # the last product is added where the output stands
+    clients, out, rank = B.shape  # the last product is added to the output in place
     low = F.linear(x, A).reshape(clients, -1, rank) if A.ndim == 2 else _apart(x, A)
     return torch.baddbmm(output.reshape(clients, -1, out), low, B.mT).view(output.shape)
 
@@ -124,16 +124,16 @@ def _added(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _in_one_kernel(module: nn.Conv2d, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
-    """The module with all terms by one convolution; `None` where several are better."""
+    """The module with all terms as one convolution; `None` if several convolutions are faster."""
     kernels = _kernels(module, x, terms)
     return None if kernels is None else _convolved(module, x, kernels)
 
 
 def _kernels(module: nn.Conv2d, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
-    """The kernel with all terms in it, `[out, in, h, w]` or `[clients, out, in, h, w]`: one convolution in the place of three.
+    """The kernel with all terms in it, `[out, in, h, w]` or `[clients, out, in, h, w]`: one convolution instead of three.
 
-    `None` where there are no terms, where another number type would round them away, and where kernels would hold more numbers
-    than the input: so many channels are better left as they are.
+    `None` if there are no terms, if another number type would round them away, or if kernels would have more numbers than the
+    input: with so many channels, separate convolutions are faster.
     """
     clients = max((len(each) for A, B, _ in terms for each in (A, B) if each.ndim == 3), default=1)
     alike = all(A.dtype == B.dtype == module.weight.dtype for A, B, _ in terms)
@@ -196,7 +196,7 @@ def _rows(module: nn.Embedding, x: Tensor, A: Tensor) -> Tensor:
     own = x + count * torch.arange(clients, device=x.device).view(-1, *(1,) * (x.ndim - 1))
     rows = F.embedding(own, A.mT.flatten(0, 1))
     padding = (x == module.padding_idx).unsqueeze(-1) if module.padding_idx is not None else x.new_zeros((), dtype=torch.bool)
-    return torch.where(padding, rows.detach(), rows)  # what stands for padding is not trained
+    return torch.where(padding, rows.detach(), rows)  # the padding entry is not trained
 
 
 _ADD = {"linear": _add_linear, "conv2d": _added(_conv2d), "embedding": _added(_embedding)}

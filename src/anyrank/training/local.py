@@ -47,10 +47,10 @@ def train(model: LoraModel, client: str, download: Download, examples: np.ndarra
 
 
 def _backward(model: LoraModel, index: Tensor, config: TrainConfig) -> float:
-    """The mean loss of the examples `index` `[b]`, whose gradient is left with what is trained.
+    """The mean loss of the examples `index` `[b]`; its gradient is added to the trained parameters.
 
-    They go through the model in parts of one size but for the last; each counts by its examples, so that the gradient is that
-    of the whole batch. Layers that are run again must be run as they are, with the padding.
+    The examples go through the model in parts of one size (the last may be smaller), each weighted by its number of examples,
+    so that the gradient is that of the whole batch. Checkpointed layers must run again unchanged, with the padding.
     """
     total, train = 0.0, model.task.train
     for part in index.split(-(-config.batch_size // config.accumulation_steps)):
@@ -62,7 +62,7 @@ def _backward(model: LoraModel, index: Tensor, config: TrainConfig) -> float:
 
 
 def batches(num_examples: int, plan: Plan, client: str) -> list[np.ndarray]:
-    """Positions of each local step's batch. Epochs end in a shorter batch; steps go round the examples, shuffled anew."""
+    """Positions of each local step's batch. Epochs end with a shorter batch; steps cycle through reshuffled examples."""
     rng, size = keys.rng(plan.seed, "local", plan.round, client), plan.config.batch_size
     if plan.config.local_epochs:
         epochs = [rng.permutation(num_examples) for _ in range(plan.config.local_epochs * plan.step_factor)]
@@ -74,7 +74,7 @@ def batches(num_examples: int, plan: Plan, client: str) -> list[np.ndarray]:
 
 
 def diverged(loss: float, step: int) -> str:
-    """Why a client whose loss is no number any more sends nothing."""
+    """The reason why a client whose loss is not finite sends nothing."""
     return f"loss is {loss} at local step {step}; lower train.learning_rate"
 
 

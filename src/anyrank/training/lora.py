@@ -1,7 +1,7 @@
 """A frozen module with LoRA on its targets, between `Adapter` records and a forward pass.
 
-While a `LoraModel` is open, the forward passes of its targets are those of `anyrank.forward`: PEFT's own, tested against it,
-for Linear, Conv1D (GPT-2), Conv2d and Embedding modules. The base module is shared and never changed.
+While a `LoraModel` is open, the forward passes of its targets are those of `anyrank.training.forward`: the same as PEFT's,
+tested against it, for Linear, Conv1D (GPT-2), Conv2d and Embedding modules. The base module is shared and never changed.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class _Kept:
 class LoraModel:
     """The module of a task with LoRA factors on its targets, set and read as `Adapter` records.
 
-    Adapters are on the CPU, and on the module's device while they are in it. `checkpointing`: layers keep their inputs alone,
-    and are run again where a gradient needs what is inside them.
+    Adapters are on the CPU, and on the module's device while they are in it. `checkpointing`: layers keep only their inputs
+    and run again when a gradient needs their inner values.
     """
 
     def __init__(self, task: Task, checkpointing: bool = False) -> None:
@@ -124,7 +124,7 @@ class LoraModel:
             raise
 
     def _place(self, checkpointing: bool) -> None:
-        """Put LoRA's forward passes in the place of the targets' own."""
+        """Replace the targets' forward passes by those with LoRA."""
         task = self.task
         if checkpointing:
             self._open.enter_context(memory.checkpointed(self.module, task.targets))
@@ -180,7 +180,7 @@ class LoraModel:
         return parameters
 
     def read(self, download: Download) -> Adapter:
-        """The adapter as it stands in the module, in the form of `download`."""
+        """The current adapter in the module, in the form of `download`."""
         layers = {}
         for name, layer in download.adapter.layers.items():
             A, B = self.factors(name)
@@ -189,12 +189,12 @@ class LoraModel:
         return Adapter(layers, tensors, download.adapter.config)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and B of one target as they stand in the module, trained ones with their gradients."""
+        """The current A and B of one target in the module; trained ones with their gradients."""
         A, B, _ = self._active[name][0]
         return A, B
 
     def apply(self, adapter: Adapter, merged: Adapter | None = None) -> None:
-        """Put an adapter into the module for scoring; nothing of it is trained."""
+        """Put an adapter into the module for scoring, without training."""
         self.leave_stack()
         for name, layer in adapter.layers.items():
             self._active[name][:] = [(layer.A.to(self.device), layer.B.to(self.device), layer.scaling)]
@@ -203,7 +203,7 @@ class LoraModel:
             parameter.requires_grad_(False).data.copy_(adapter.tensors[name])
 
     def can_stack(self) -> bool:
-        """Whether a cohort can train side by side: LoRA on linear maps and convolutions, other parameters in linear heads."""
+        """Whether a cohort can be stacked: LoRA on linear maps and convolutions, other parameters in linear heads."""
         kinds = all(target.kind in ("linear", "conv2d") for target in self.targets.values())
         heads = {name.rpartition(".")[0] for name in self.trained}
         return kinds and self._plain_heads and heads <= self._own.keys() - self.targets.keys()
@@ -216,8 +216,8 @@ class LoraModel:
         """Put a cohort's factors on a target: terms `(A, B, scaling)`, A `[clients, rank, in]`, B `[clients, out, rank]`, or
         `[rank, in]`, `[out, rank]` where all clients have the same.
 
-        The module's batches are then the clients' batches one after another, of one length each. `in_base`: terms that nobody
-        trains, which are written into a weight of each client's where that is small, until the next `leave_stack`.
+        The module's batches are then the clients' batches one after another, of one length each. `in_base`: frozen terms, which
+        are added to a separate weight for each client if it is small, until the next `leave_stack`.
         """
         weight = forward.written_out(self.targets[name].module, in_base) if in_base and name in self._linear else None
         if weight is not None:
@@ -225,16 +225,16 @@ class LoraModel:
         self._active[name][:] = [*terms, *(in_base if weight is None else ())]
 
     def terms(self, name: str) -> list[forward.Term]:
-        """What acts on a target as it stands: first the factors in training, then what is in the base for the round."""
+        """The current terms of a target: first the trained factors, then the round's terms in the base."""
         return list(self._active[name])
 
     def set_stacked_tensor(self, name: str, values: Tensor) -> None:
-        """Put a cohort's own values `[clients, ...]` in the place of the plain parameter `name`, until the next `load`."""
+        """Replace the plain parameter `name` by a cohort's own values `[clients, ...]`, until the next `load`."""
         head, _, part = name.rpartition(".")
         self._own[head][part] = values
 
     def leave_stack(self) -> None:
-        """Put the module's own parameters back in their place."""
+        """Restore the module's own parameters."""
         for own in self._own.values():
             own.clear()
 
@@ -253,7 +253,7 @@ class LoraModel:
         return LoraLayer(A.to(dtype), B.to(dtype), scaling, target.kind, target.kernel)
 
     def check_rank(self, rank: int) -> None:
-        """Raise `ModelError` for a rank that some target cannot carry."""
+        """Raise `ModelError` for a rank that is too large for a target."""
         for name, target in self.targets.items():
             if rank > min(target.out, target.width):
                 raise ModelError(

@@ -1,7 +1,7 @@
-"""Where and in what numbers a task is computed: the one place that moves modules and batches.
+"""Memory of local training: counting the bytes kept for gradients, and gradient checkpointing.
 
-A task that is placed on a device hands out its batches there; adapters stay with the server, on the CPU and in float32, and go
-to the device when a client loads them (`models.LoraModel`).
+A task on a device gives its batches on that device. Adapters stay with the server, on the CPU and in float32, and are moved to
+the device when a client loads them (`training.lora.LoraModel`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from anyrank.errors import ModelError
 
 
 class Kept:
-    """Counts the bytes that forward passes keep for their gradients, but for parameters and buffers of the module.
+    """Count the bytes that forward passes keep for their gradients, without parameters and buffers of the module.
 
     `peak` is the most that was kept at a time; views of one storage count once.
     """
@@ -62,16 +62,17 @@ class _Saved:
 
 @contextlib.contextmanager
 def checkpointed(module: nn.Module, targets: Sequence[str]) -> Iterator[None]:
-    """Let the layers of a transformers model keep their inputs alone, and run again where their gradient is asked for.
+    """Let the layers of a transformers model keep only their inputs, and run again when their gradient is needed.
 
-    transformers' own switch works in training mode, where dropout is; here nothing drops out, so the layers that transformers
-    marks for it are wrapped from outside. Raises `ModelError` where no layer that holds one of `targets` is so marked.
+    The switch in transformers works only in training mode, which turns on dropout. Dropout is never used here, so the layers
+    that transformers marks for checkpointing are wrapped from outside. Raises `ModelError` if no marked layer contains one of
+    `targets`.
     """
     layers = {name: layer for name, layer in module.named_modules() if _is_layer(layer)}
     if not any(target.startswith(f"{name}.") for name in layers for target in targets):
         raise ModelError(
             "train.gradient_checkpointing: there is no transformers layer (GradientCheckpointingLayer, transformers 4.53 or "
-            f"newer) around {', '.join(targets[:3])}, so nothing could be run again; leave it out"
+            f"newer) around {', '.join(targets[:3])}, so it would have no effect; remove the key"
         )
     for layer in layers.values():
         layer.forward = _again(layer.forward)

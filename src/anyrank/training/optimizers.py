@@ -32,7 +32,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update by the parameters' gradients, which are then forgotten."""
+        """One update by the parameters' gradients, which are then cleared."""
         gradients = [parameter.grad for parameter in self.parameters]
         common = {"lr": self.learning_rate, "weight_decay": self.config.weight_decay, "maximize": False, "fused": self.fused}
         if self.config.optimizer == "adamw":
@@ -48,7 +48,7 @@ class Optimizer:
             parameter.grad = None
 
     def select(self, parameters: Sequence[Tensor], index: Tensor) -> Optimizer:
-        """The optimizer of `parameters`, the rows `index` of the old ones, with its memory of them."""
+        """The optimizer of `parameters`, the rows `index` of the old ones, with their moments."""
         chosen = Optimizer(parameters, self.config, self.learning_rate)
         chosen.steps = self.steps
         chosen.memory = [[None if kept is None else kept[index] for kept in memory] for memory in self.memory]

@@ -1,12 +1,12 @@
 """One client's private training in one round: DP-SGD over the trained factors and heads (Abadi et al., CCS 2016).
 
 Each step draws every example of the client with the plan's sampling rate, clips each drawn example's gradient to the clip
-norm, over all that is trained together, adds Gaussian noise to their sum and divides by the expected batch. An empty draw is
-a step too: of noise alone.
+norm, over all that is trained together, adds Gaussian noise to their sum and divides by the expected batch. A step without
+drawn examples counts too, and consists of noise only.
 
-Gradients example by example come from the model itself: the trained factors are repeated, one copy an example (what the
-stacked engine does with clients), so that one ordinary backward pass leaves each example's gradient in its own copy. What
-would still mix examples, or reach the loss past those copies, is found by `check` before anyone trains.
+Per-example gradients come from the model itself: the trained factors are repeated, one copy per example (as the stacked engine
+does for clients), so that one ordinary backward pass leaves each example's gradient in its own copy. `check` finds, before
+training, anything that would still mix examples or affect the loss without going through these copies.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from anyrank.training.optimizers import Optimizer
 def train(
     model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: Plan, mechanism: Mechanism
 ) -> ClientUpdate:
-    """The client's update after training on `examples` (indices `[n]` of the task's training set), as `mechanism` asks.
+    """The client's update after training on `examples` (indices `[n]` of the task's training set), under `mechanism`.
 
-    It tells no losses, and no other count of examples than the one the plan declares.
+    It reports no losses, and only the number of examples that the plan declares.
     """
     privacy, draws = mechanism.plan, mechanism.draws(plan.round, client)
     parameters = model.load(download)
@@ -47,7 +47,7 @@ def train(
         clipped = sums.clipped(index, privacy.clip_norm, plan.config.accumulation_steps)
         for parameter, then, total in zip(parameters, start, clipped, strict=True):
             parameter.grad = (total + noise * _normal(draws, total)) / privacy.batch_size
-            if plan.config.proximal_mu:  # FedProx pulls by the weights alone, which are no secret
+            if plan.config.proximal_mu:  # FedProx's term depends only on the weights, which are not secret
                 parameter.grad.add_(parameter.detach() - then, alpha=plan.config.proximal_mu)
         optimizer.step()
     return ClientUpdate(model.read(download), declared, client)
@@ -59,7 +59,7 @@ def _normal(draws: Draws, like: Tensor) -> Tensor:
 
 
 class PerExample:
-    """Gradients example by example of what `model` trains, as it was just loaded: `parameters` in the order of `load`."""
+    """Per-example gradients of the trained parameters of the loaded `model`: `parameters` in the order of `load`."""
 
     def __init__(self, model: LoraModel, parameters: Sequence[nn.Parameter]) -> None:
         self.model, self.parameters = model, list(parameters)
@@ -68,8 +68,8 @@ class PerExample:
     def clipped(self, index: Tensor, clip_norm: float, parts: int = 1) -> list[Tensor]:
         """The sum over the examples `index` `[b]` of their gradients, each scaled down to `clip_norm` over all tensors.
 
-        They go through the model in so many `parts`. An example whose gradient is not finite counts as zero: it must move the
-        sum by no more than any other.
+        The examples go through the model in `parts` parts. A gradient that is not finite counts as zero, so that its example
+        does not change the sum by more than any other.
         """
         totals = [torch.zeros_like(parameter) for parameter in self.parameters]
         for part in index.split(-(-len(index) // parts)) if len(index) else ():
@@ -112,14 +112,14 @@ def _losses(model: LoraModel, index: Tensor, examples: Examples | None = None) -
 # --- nothing may bypass the clipping ----------------------------------------------------------------------------------
 
 _PROBED, _PROBE_RANK = 3, 2  # examples, and the rank of a random adapter
-_TOLERANCE = 1e-3  # of an example's gradient: rounding in float32 stays below it
+_TOLERANCE = 1e-3  # share of an example's gradient: float32's rounding stays below it
 
 
 def check(model: LoraModel) -> None:
-    """Raise `ModelError`, by name, for what would bypass the clipping of `model`'s gradients example by example.
+    """Raise `ModelError`, with the name of the layer, if the clipping of `model`'s per-example gradients could be bypassed.
 
-    Beside what can be told from the module's parts, examples of the held-out data are put to the test, with random factors:
-    the gradient that each has in a batch must be the one that it has alone, by the ordinary way.
+    First the module's parts are checked. Then held-out examples are passed through with random factors: each example's gradient
+    in a batch must equal its gradient alone, computed in the ordinary way.
     """
     _check_parts(model)
     draw = keys.generator(0, "privacy probe")
@@ -147,7 +147,7 @@ def check(model: LoraModel) -> None:
 
 
 def _names(model: LoraModel) -> list[str]:
-    """What `model.load` trains, in its order."""
+    """The parameters that `model.load` trains, in its order."""
     return [f"layer {name}, {factor}" for name in model.targets for factor in "AB"] + [f"parameter {n}" for n in model.trained]
 
 

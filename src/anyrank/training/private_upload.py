@@ -1,17 +1,17 @@
 """One client's upload under client-level privacy: its whole change of the round is clipped, and noise is added to it.
 
-A method for this trains one factor a round, the other being common to all. A client's change of the product is then linear in
-its change of that factor: with A fixed, `s dB A`, whose norm is `|dB M|` with `M = (s^2 A A^T)^(1/2)`, from the small Gram
-matrix alone. The mechanism works in these coordinates: over all layers, and plain tensors as they are, the change is scaled
-down to the clip norm C, noise of standard deviation `sigma C` is added to every coordinate, and both go back through the
-inverse of M. Whatever a client does, it moves these coordinates by at most C against a client that changed nothing, which is
-the sensitivity of adding or removing it; and the noise that reaches the product is of one size whatever the scaling, A or the
-rank are.
+Such a method trains one factor per round, and all clients have the same other factor. A client's change of the product is then
+linear in its change of the trained factor: with A fixed, it is `s dB A`, whose norm is `|dB M|` with `M = (s^2 A A^T)^(1/2)`,
+from the small Gram matrix alone. The mechanism works in these coordinates. Over all layers, together with unchanged plain
+tensors, the change is scaled down to the clip norm C, noise of standard deviation `sigma C` is added to every coordinate, and
+both are mapped back by the inverse of M. Any client changes these coordinates by at most C compared with a client that changed
+nothing; this is the sensitivity of adding or removing it. The noise in the product has the same size for any scaling, A or
+rank.
 
-`M` may be singular (slices that apply nothing yet), so a small multiple of the identity goes into it: it makes the norm larger
-by no more than that, never smaller, and so leaves the bound a bound. It depends on the download alone, which is no secret.
+`M` may be singular (slices that are still zero), so a small multiple of the identity is added. This makes the norm slightly
+larger, never smaller, so the bound still holds. `M` depends only on the download, which is not secret.
 
-Where the server adds the noise, it adds it to factors, and an upload is clipped in their own norm (`anyrank.bounded`) instead.
+If the server adds the noise, it adds it to factors, and an upload is clipped in their norm instead (`anyrank.messages.change`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def train(
 ) -> ClientUpdate:
     """The client's update after ordinary training on `examples` (indices `[n]`), clipped, with noise unless the server adds it.
 
-    A client whose training fails uploads no change, like any other: that it failed would tell of its data.
+    A client whose training fails uploads no change, in the form of any other upload, because its failure would reveal something
+    about its data.
     """
     try:
         adapter = local.train(model, client, download, examples, plan).adapter
@@ -64,7 +65,7 @@ _SENT = {"client": _noised, "server": _clear}  # by who adds the noise
 
 
 def release(download: Download, trained: Adapter, clip_norm: float, noise_multiplier: float, draws: Draws) -> Adapter:
-    """`trained`, its change since `download` scaled down to `clip_norm` and covered by noise of `noise_multiplier` of that."""
+    """`trained`, its change since `download` scaled down to `clip_norm`, plus noise of `noise_multiplier * clip_norm`."""
     (factor,) = download.train
     before = download.adapter
     metrics = {name: _metric(layer, factor) for name, layer in before.layers.items()}
@@ -86,7 +87,7 @@ def _change(trained: Adapter, before: Adapter, name: str, factor: str) -> Tensor
 
 
 def _clipped(changes: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
-    """`changes`, scaled down together to a norm of at most `clip_norm`; zeros where that norm is not finite."""
+    """`changes`, scaled down together to a norm of at most `clip_norm`; zeros if their norm is not finite."""
     norm = torch.cat([change.flatten() for change in changes.values()]).norm()
     if not torch.isfinite(norm):
         return {name: torch.zeros_like(change) for name, change in changes.items()}
@@ -94,7 +95,7 @@ def _clipped(changes: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tenso
 
 
 def _metric(layer: LoraLayer, factor: str) -> Tensor:
-    """`M` `[rank, rank]` (float64): the square root of the Gram matrix of what the moved factor is multiplied by."""
+    """`M` `[rank, rank]` (float64): the square root of the Gram matrix of the fixed factor, with the scaling."""
     fixed = layer.A.double() if factor == "B" else layer.B.double().T
     gram = layer.scaling**2 * fixed @ fixed.T
     mean = float(gram.diagonal().mean())

@@ -1,4 +1,4 @@
-"""What has to hold of a module that somebody hands in, tried on a few of its own examples before anyone trains."""
+"""Checks of a user's module on a few of its own examples before anyone trains."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from anyrank.training import local, stacked
 from anyrank.training.lora import LoraModel
 
 _EXAMPLES, _RANK = 3, 2
-_TOLERANCE = 1e-3  # of the size of a step: rounding in float32 stays below it
+_TOLERANCE = 1e-3  # share of a step's size: float32's rounding stays below it
 
 
 def check(model: LoraModel) -> None:
-    """Raise `ModelError`, in one line, for a task that LoRA could not train or whose scores would not be of what was trained.
+    """Raise `ModelError`, in one line, for a task that LoRA cannot train or whose scores would not show the training.
 
     Every target is reached by the forward pass, in training as in scoring; the loss is one finite number an example, of the
     training examples as of the held-out ones; what is trained moves it; a label is one of the module's outputs.
@@ -96,7 +96,7 @@ def _losses(model: LoraModel, outputs: Any, examples: Examples, index: Tensor) -
 def stacks(model: LoraModel, batch_size: int) -> bool:
     """Whether clients can train side by side in one batch and get what they get alone.
 
-    Not so where examples of a batch meet in the module, or where its batch is not the first dimension all the way through.
+    They cannot if the module mixes the examples of a batch, or if the batch is not the first dimension everywhere.
     """
     if not (stacked.worthwhile(model) and model.can_stack()):
         return False

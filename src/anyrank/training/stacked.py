@@ -1,10 +1,11 @@
 """Many clients at once: their factors stacked `[clients, rank, in]`, one forward pass of the shared base over all batches.
 
-The base is frozen and shared, so clients meet only in it: the gradient of the summed losses is each client's own. Factors are
-padded to the stack's largest rank with zeros, whose gradients are zero and which SGD and Adam therefore leave at zero. What a
-client adds to the base for the round is a second, frozen stack, or no stack where it is one sum for all, and where a weight
-is not much larger than its factors it is written into one; plain tensors (heads) are stacked `[clients, ...]`. Results equal
-one-by-one training but for float rounding. This removes the overhead of many small steps, not arithmetic.
+The base is frozen and is the only part that clients share, so the gradient of the summed losses gives each client its own
+gradient. Factors are padded with zeros to the stack's largest rank; the gradients of these zeros are zero, so SGD and Adam
+leave them at zero. The sums that clients add to the base for the round form a second, frozen stack (no stack if all clients
+have the same sum); if a weight is not much larger than its factors, the sum is added to the weight. Plain tensors (heads) are
+stacked `[clients, ...]`. Results equal one-by-one training up to float rounding. Stacking removes the overhead of many small
+steps, not arithmetic.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from anyrank.training.forward import Term
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
 
-MOST_EXAMPLES = 2048  # of one stacked batch: memory grows with it, and beyond this nothing gets faster
+MOST_EXAMPLES = 2048  # in one stacked batch: memory grows with it, and more than this is not faster
 
 
 def train(
     model: LoraModel, jobs: Sequence[Job], examples: Sequence[np.ndarray], plan: Plan
 ) -> Iterator[ClientUpdate | Failure]:
-    """Train the jobs' clients side by side, in stacks of at most `MOST_EXAMPLES`; `examples[i]` are job i's indices."""
+    """Train the jobs' clients together, in stacks of at most `MOST_EXAMPLES`; `examples[i]` are job i's indices."""
     size = max(1, MOST_EXAMPLES // plan.config.batch_size)
     for start in range(0, len(jobs), size):
         yield from _Stack(model, jobs[start : start + size], examples[start : start + size], plan).train()
 
 
 class _Stack:
-    """One stack of clients while it trains. Clients that have done their steps leave it with what they reached."""
+    """One stack of clients while it trains. Clients leave it with their results when they have done their steps."""
 
     def __init__(self, model: LoraModel, jobs: Sequence[Job], examples: Sequence[np.ndarray], plan: Plan) -> None:
         self.model, self.jobs, self.examples, self.plan = model, jobs, examples, plan
@@ -73,7 +74,7 @@ class _Stack:
             self._keep(left)
 
     def _place(self) -> None:
-        """Put the stack into the module. Steps then change it where it stands."""
+        """Put the stack into the module. Steps then change it in place."""
         self.model.leave_stack()
         for name, layer in self.layers.items():
             self.model.set_stack(name, [_term(layer)], self._in_base(name))
@@ -81,13 +82,13 @@ class _Stack:
             self.model.set_stacked_tensor(name, values)
 
     def _advance(self, step: int) -> tuple[int, list[int]]:
-        """Train from `step` on until somebody is done; the steps done by then, and the places of those who go on."""
+        """Train from `step` on until a client is done; returns the number of steps and the places of the remaining clients."""
         left = list(range(len(self.active)))
         while len(left) == len(self.active):
             began = time.perf_counter()
             losses = self._step(step)
             step += 1
-            share = (time.perf_counter() - began) / len(self.active)  # of a step's time, each has an equal part
+            share = (time.perf_counter() - began) / len(self.active)  # each client gets an equal part of a step's time
             for client, loss in zip(self.active, losses, strict=True):
                 self.losses[client].append(loss)
                 self.seconds[client] += share
@@ -107,7 +108,7 @@ class _Stack:
         return losses.tolist()
 
     def _in_base(self, name: str) -> list[Term]:
-        """What clients have in the base of a layer: each its own, or all the same."""
+        """The clients' terms in the base of a layer: one per client, or the same for all."""
         own = [_term(self.frozen[name])] if name in self.frozen else []
         same = [self.common.layers[name]] if self.common and name in self.common.layers else []
         return own + [(layer.A, layer.B, layer.scaling) for layer in same]
@@ -115,7 +116,7 @@ class _Stack:
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Indices of the examples `[clients * b]` and their weights in their client's mean loss `[clients, b]`.
 
-        A shorter batch is filled up with its own examples, without weight.
+        A shorter batch is padded with its own examples at weight zero.
         """
         chosen = [self.examples[client][self.batches[client][step]] for client in self.active]
         longest = max(len(own) for own in chosen)
@@ -142,7 +143,7 @@ class _Stack:
         return ClientUpdate(adapter, len(self.examples[client]), job.client.name, metrics)
 
     def _keep(self, places: list[int]) -> None:
-        """Go on with the clients at `places` alone; the optimizer's memory of them goes along."""
+        """Continue with only the clients at `places`, and their optimizer state."""
         self.active = [self.active[place] for place in places]
         if not places:
             return
@@ -155,7 +156,7 @@ class _Stack:
 
 
 def _repeated(batch: np.ndarray, length: int) -> np.ndarray:
-    """A batch that repeats itself up to `length`."""
+    """A batch repeated up to `length`."""
     return batch if len(batch) == length else np.resize(batch, length)
 
 
@@ -165,7 +166,7 @@ def _select(factor: Tensor, index: Tensor) -> Tensor:
 
 
 def _on(device: torch.device, adapter: Adapter) -> Adapter:
-    """The adapter on `device`; itself where it is there."""
+    """The adapter on `device`; the same object if it is there already."""
     if device.type == "cpu":
         return adapter
     layers = {name: layer.with_factors(layer.A.to(device), layer.B.to(device)) for name, layer in adapter.layers.items()}
@@ -173,7 +174,7 @@ def _on(device: torch.device, adapter: Adapter) -> Adapter:
 
 
 def _merged(device: torch.device, jobs: Sequence[Job]) -> list[Adapter | None]:
-    """What the jobs' clients add to the base; the one sum of all stays one object."""
+    """The sums that the jobs' clients add to the base; a sum that all clients share stays one object."""
     sums = [job.download.merged for job in jobs]
     moved = {id(each): _on(device, each) for each in sums if each}
     return [moved[id(each)] if each else None for each in sums]
@@ -199,7 +200,7 @@ def _term(stack: dict[str, Tensor]) -> Term:
 
 
 def _into_base(sums: Sequence[Adapter | None]) -> tuple[Adapter | None, dict[str, dict[str, Tensor]]]:
-    """What clients add to the base model: the one sum of all (FLoRA's download, one object), or each its own, stacked."""
+    """The clients' sums in the base model: one sum for all (FLoRA's download, one object), or one per client, stacked."""
     if all(each is sums[0] for each in sums):
         return sums[0], {}
     names = {name for each in sums if each for name in each.layers}
@@ -215,12 +216,12 @@ STACK_BELOW = 500_000
 
 
 def worthwhile(model: LoraModel) -> bool:
-    """Whether stacking makes a round faster: by the model's size alone, so that a run's bytes do not depend on a stopwatch."""
+    """Whether stacking makes a round faster: by the model's size only, so that a run's bytes do not depend on timing."""
     parameters = list(model.module.parameters())
     return parameters[0].device.type != "cpu" or sum(parameter.numel() for parameter in parameters) < STACK_BELOW
 
 
 def possible(model: LoraModel, jobs: Sequence[Job]) -> bool:
-    """Whether the jobs can be trained side by side: a model that can be, and the same asked of all, without pruning."""
+    """Whether the jobs can be stacked: the model allows it, all downloads train the same parts, and there is no pruning."""
     alike = len({job.download.train for job in jobs}) == 1 and all(job.download.pruning is None for job in jobs)
     return model.can_stack() and alike and len(jobs) > 1

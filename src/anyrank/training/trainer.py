@@ -1,4 +1,4 @@
-"""How a client trains: the one place that chooses the way, for this process and for a site's worker."""
+"""Choose how a client trains: one function for this process and for a site's worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from anyrank.privacy.noise import Mechanism
 from anyrank.training import local, private_examples, private_upload, stacked
 from anyrank.training.lora import LoraModel
 
-# How a client trains for the unit that its plan protects.
+# The training function for each unit of privacy.
 _PRIVATELY = {"example": private_examples.train, "client": private_upload.train}
 
 
@@ -31,9 +31,9 @@ class ExamplesOf(Protocol):
 def train(
     model: LoraModel, job: Job, examples: np.ndarray, plan: Plan, mechanism: Mechanism | None = None
 ) -> ClientUpdate | Failure:
-    """One client's reply to `job`, after training on `examples` (indices `[n]`). Nothing that goes wrong in it raises.
+    """One client's reply to `job`, after training on `examples` (indices `[n]`). Problems never raise an exception.
 
-    A private client reports no figures, and of a failure only that it happened.
+    A private client reports no figures, and of a failure only the fact that it happened.
     """
     began, client = time.perf_counter(), job.client.name
     torch.manual_seed(keys.key(plan.seed, "forward", plan.round, client))  # for a module that draws in its forward pass
@@ -42,7 +42,7 @@ def train(
             way = _PRIVATELY[mechanism.plan.level]
             return way(model, client, job.download, job.num_examples, examples, plan, mechanism)
         update = local.train(model, client, job.download, examples, plan)
-    except Exception as error:  # a client costs itself alone, whatever its data and its module do
+    except Exception as error:  # one client's failure does not stop the others, whatever its data and its module do
         return _private_failure(client) if mechanism else _failure(client, error)
     return replace(update, metrics={**update.metrics, "seconds": time.perf_counter() - began})
 
@@ -50,11 +50,11 @@ def train(
 def train_cohort(
     model: LoraModel, jobs: Sequence[Job], shards: ExamplesOf, plan: Plan, mechanism: Mechanism | None, stacking: str
 ) -> Iterator[ClientUpdate | Failure]:
-    """The replies to `jobs`, one after another or side by side.
+    """The replies to `jobs`, with clients trained one after another or stacked.
 
-    `stacking`: "auto" trains clients side by side where the model is small enough to gain from it, "always" wherever it is
-    possible, "never". Where training side by side breaks, by one client's fault or for want of memory, those who have not
-    replied yet train one by one, so that it costs the one who broke it.
+    `stacking`: "auto" stacks clients if the model is small enough to be faster, "always" whenever it is possible, "never" does
+    not. If stacked training fails, because of one client or because memory ran out, the clients without a reply train one by
+    one, so that only the client with the problem fails.
     """
     replied: set[str] = set()
     if mechanism is None and _stacks(model, jobs, plan, stacking):
@@ -71,12 +71,12 @@ def train_cohort(
 
 def _stacks(model: LoraModel, jobs: Sequence[Job], plan: Plan, stacking: str) -> bool:
     wanted = stacking == "always" or (stacking == "auto" and stacked.worthwhile(model))
-    whole = plan.config.accumulation_steps == 1  # who splits a batch has no memory for those of others beside it
+    whole = plan.config.accumulation_steps == 1  # a batch that is split needs memory, which leaves none for stacked clients
     return wanted and whole and model.can_stack() and stacked.possible(model, jobs)
 
 
 def _private_failure(client: str) -> Failure:
-    return Failure(client, Code.PRIVATE, "private training failed; why stays with the client")
+    return Failure(client, Code.PRIVATE, "private training failed; the reason stays with the client")
 
 
 def _failure(client: str, error: Exception) -> Failure:
@@ -88,5 +88,5 @@ def _failure(client: str, error: Exception) -> Failure:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether memory was short: torch says so by a class of its own on a GPU, and by its text on the CPU."""
+    """Whether memory ran out: torch raises a special class on a GPU, and an ordinary error with a certain text on the CPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)

@@ -1,16 +1,16 @@
-"""The embedded language task: a small decoder that has learned to work through plain sums, then meets them told otherwise.
+"""The embedded language task: a small decoder that has learned to solve plain sums, and then meets other phrasings of them.
 
-The base model, a Llama of three layers and some ninety words and signs, is made on the spot from generated problems in
-digits (about a minute on one core, kept in the cache):
+The base model, a Llama of three layers and about ninety words and signs, is pretrained when it is needed on generated problems
+in digits (about a minute on one core) and kept in the cache:
 
     Tom has 7 coins. Tom gets 5 more. How many coins?  →  7+5=12, #### 12
 
-Clients then teach it the same sums in number words, with other verbs and in other sentences, none of which it has seen
-count for anything:
+Clients then teach it the same sums in number words, with other verbs and in other sentences; the base model has met these words
+only without a meaning for a sum:
 
     First seven coins, then Tom buys five. Total?
 
-Problems are of six families by the operations they take; the answer is still worked out in digits.
+Problems are of six families by the operations they take; the answer is still computed in digits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from anyrank.tasks.pretrained import without_extra
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAME, SOURCE = "arithmetic-decoder", "arithmetic"
 Progress = Callable[[int, int], None]
-_SEED = 0  # of base model and problems: they are given, and the same for every run seed
+_SEED = 0  # of base model and problems, which are the same for every run seed
 _TRAIN, _TEST = 3000, 300
 _PEOPLE = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe")
 _ITEMS = ("apples", "coins", "books", "cards", "pens", "eggs")
@@ -53,7 +53,7 @@ _ACT: Mapping[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__su
 
 @dataclass(frozen=True)
 class Telling:
-    """A way to tell sums: sentences with `{who}`, `{what}` and numbers `{a}`, `{b}`, and the numbers' names."""
+    """A phrasing of sums: sentences with `{who}`, `{what}` and numbers `{a}`, `{b}`, and the numbers' names."""
 
     start: str
     product: str
@@ -101,7 +101,7 @@ def problem(telling: Telling, operations: str, rng: np.random.Generator) -> tupl
 
 
 def small_talk(rng: np.random.Generator) -> str:
-    """The words of the other telling where they count nothing: so the base model has met them, and no more."""
+    """The words of the other phrasing in sentences without sums, so that the base model knows the words only."""
     start = int(rng.integers(len(_WORDS) - 4))
     who, what, verb = (str(rng.choice(words)) for words in (_PEOPLE, _ITEMS, ("buys", "finds", "eats", "sells", "packs")))
     said = f"Total: {' '.join(_WORDS[start : start + 5])}.", f"First {who} {verb} {what}, then bags, each."
@@ -126,7 +126,7 @@ def _problems(part: str, number: int) -> Instructions:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the base model is made: AdamW with a warm-up and a cosine, on problems told plainly and some small talk. Raise
+    """How the base model is made: AdamW with a warm-up and a cosine, on plain problems and some other sentences. Raise
     `version` when problems, network or training change.
     """
 
@@ -145,7 +145,7 @@ class Recipe:
 def pretrained(folder: Path, progress: Progress | None = None, recipe: Recipe = Recipe()) -> Pretrained:
     """The decoder with its tokenizer, from the cache `folder` if the same recipe and torch made it before.
 
-    `progress(done, total)` counts training steps. Raises `ModelError` where transformers is not installed.
+    `progress(done, total)` counts training steps. Raises `ModelError` if transformers is not installed.
     """
     tokenizer = make_tokenizer()
     model = _network(recipe, len(tokenizer))
@@ -153,7 +153,7 @@ def pretrained(folder: Path, progress: Progress | None = None, recipe: Recipe = 
     found = cache.load(folder, NAME, key)
     if found is None:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the same bytes whatever the caller's threads
+        torch.set_num_threads(1)  # the same bytes for any number of threads of the caller
         try:
             _train(model, tokenizer, recipe, progress)
         finally:
@@ -239,7 +239,7 @@ def _share(recipe: Recipe, step: int) -> float:
 
 
 def _corpus(tokenizer: Any, recipe: Recipe) -> Sequences:
-    """All that the base model reads, in the order it does."""
+    """All training texts of the base model, in order."""
     rng, families = keys.rng(_SEED, "arithmetic", "pretraining"), tuple(FAMILIES.values())
     texts = []
     for _ in range(recipe.steps * recipe.batch_size):
@@ -262,6 +262,6 @@ def _loss(model: nn.Module, sequences: Sequences, index: Tensor, prompt_weight: 
 
 
 def check_source(source: str) -> None:
-    """Raise `ModelError` where the embedded decoder is asked to read anything but its own words."""
+    """Raise `ModelError` if the embedded decoder is used with other data than its own."""
     if source != SOURCE:
-        raise ModelError(f"model.name = '{NAME}': it knows no words but those of data.source = '{SOURCE}', got {source!r}")
+        raise ModelError(f"model.name = '{NAME}': its vocabulary covers only data.source = '{SOURCE}', got {source!r}")

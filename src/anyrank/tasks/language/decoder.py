@@ -1,4 +1,4 @@
-"""A pretrained causal language model with its tokenizer: loaded, run on completions, and asked to go on from a prompt.
+"""A pretrained causal language model with its tokenizer: loaded, run on completions, and used to generate from a prompt.
 
 transformers is imported when a model is loaded; no code of a model folder is run, and nothing here trains.
 """
@@ -21,14 +21,14 @@ from anyrank.tasks.language.sequences import Encoded, Sequences
 from anyrank.tasks.pretrained import first_line, quiet, snapshot, weight_files, without_extra
 
 _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
-# Layers that look back only so far do so by their own mask, which a mask of ours would take the place of.
+# Layers with a limited attention window use their own mask, which a mask from here would replace.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 @dataclass(frozen=True, eq=False)
 class Pretrained:
-    """A causal language model as transformers knows it, frozen, with its tokenizer; `name` is what it goes by, `targets` what
-    LoRA adapts in it where nothing else is asked for (empty: what PEFT does).
+    """A causal language model as transformers knows it, frozen, with its tokenizer; `targets` are its default LoRA
+    modules (empty: PEFT's default).
     """
 
     name: str
@@ -38,20 +38,20 @@ class Pretrained:
 
     @property
     def end(self) -> int:
-        """The token that completions end in."""
+        """The token at the end of completions."""
         if self.tokenizer.eos_token_id is None:
-            raise ModelError(f"{self.name}: its tokenizer has no end-of-sequence token (eos_token); name it there")
+            raise ModelError(f"{self.name}: its tokenizer has no end-of-sequence token (eos_token); set it there")
         return self.tokenizer.eos_token_id
 
     @property
     def ends(self) -> frozenset[int]:
-        """All tokens that end a text which the model writes: its tokenizer's, and those that its settings name."""
+        """All tokens that end a generated text: the tokenizer's, and those in the model's settings."""
         named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         return frozenset([self.end, *(named if isinstance(named, list) else [] if named is None else [named])])
 
     @property
     def longest(self) -> int | None:
-        """How many tokens the model has positions for, where it says so."""
+        """The number of tokens for which the model has positions, if it is known."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -59,7 +59,7 @@ def load(config: ModelConfig) -> Pretrained:
     """The model of a local folder (`model.path`) or of a hub id (`model.name`), in evaluation mode, its matrices in
     `model.train_dtype`.
 
-    Raises `ModelError` where none is named, and for a folder that holds no whole causal language model.
+    Raises `ModelError` if none is named, and for a folder without a complete causal language model.
     """
     if not (config.name or config.path):
         raise ModelError("model: give model.name (arithmetic-decoder or a hub id) or model.path, a transformers folder")
@@ -81,7 +81,9 @@ def load(config: ModelConfig) -> Pretrained:
         raise ModelError(f"{folder}: transformers cannot load a causal language model ({first_line(error)})") from None
     missing = sorted(report["missing_keys"])  # transformers fills them at random
     if missing:
-        raise ModelError(f"{folder}: the weights lack {missing[0]} ({len(missing)} in all); the files are not of one model")
+        raise ModelError(
+            f"{folder}: the weights lack {missing[0]} ({len(missing)} in all); the files belong to different models"
+        )
     for parameter in model.parameters():  # as `hardware.place` has them, without a float32 copy of a narrow model on the way
         narrow = config.train_dtype == "bfloat16" and parameter.ndim >= 2
         parameter.data = parameter.data.to(torch.bfloat16 if narrow else torch.float32)
@@ -94,8 +96,8 @@ def load(config: ModelConfig) -> Pretrained:
 class Decoder(nn.Module):
     """A causal language model that gives the loss of completions, under the model's own module names.
 
-    Its forward pass takes what `Sequences.batch` makes and gives the mean cross-entropy over the tokens of each example's
-    completion, `[b]`: no example's loss depends on how long another is, or on who else is in the batch.
+    Its forward pass takes a batch of `Sequences.batch` and gives the mean cross-entropy over the tokens of each example's
+    completion, `[b]`: an example's loss does not depend on other examples of the batch or on their lengths.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,7 +115,7 @@ class Decoder(nn.Module):
 
     @property
     def generates(self) -> bool:
-        """Whether the model goes on from what it keeps of earlier tokens."""
+        """Whether the model has a cache of earlier tokens."""
         return "past_key_values" in self._takes
 
     def forward(
@@ -126,8 +128,9 @@ class Decoder(nn.Module):
     def read(
         self, inputs: Tensor, owner: Tensor, positions: Tensor, scored: Tensor, counts: Tensor, packed: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The loss of each example, `[b]`, and whether every token of its completion is the likeliest one, `[b]` bool: whether
-        greedy decoding would write the completion word for word."""
+        """The loss of each example, `[b]`, and whether every token of its completion is the most likely one, `[b]` bool:
+        whether
+        greedy decoding would write exactly the completion."""
         logits, chosen = self._logits(inputs, owner, positions, scored, packed)
         wanted = inputs.to(logits.device)[chosen]
         losses = F.cross_entropy(logits.float(), wanted, reduction="none")
@@ -137,15 +140,17 @@ class Decoder(nn.Module):
         return total / counts.to(losses.device), errors == 0
 
     def _logits(self, inputs: Tensor, owner: Tensor, positions: Tensor, scored: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
-        """Logits `[s, vocabulary]` of the scored tokens, told by the token before each, and which they are, `[r, t]` bool.
+        """Logits `[s, vocabulary]` of the scored tokens, each from the token before it, and the places of these, `[r, t]` bool.
 
-        Padding stands after all tokens, where causal attention never looks: a batch of one example a row needs no mask.
+        Padding is after all tokens, where causal attention never looks: a batch of one example per row needs no mask.
         """
         device = next(self.parameters()).device
         call: dict[str, Any] = {"input_ids": inputs.to(device), "use_cache": False}
         if packed:
             call |= {"attention_mask": self._apart(owner.to(device)), "position_ids": positions.to(device)}
-        columns = scored[:, 1:].any(dim=0).nonzero().squeeze(1)  # the vocabulary is wide: no logits but those that are read
+        columns = (
+            scored[:, 1:].any(dim=0).nonzero().squeeze(1)
+        )  # the vocabulary is large, so only the needed logits are computed
         if "logits_to_keep" in self._takes:
             logits = self._run(call | {"logits_to_keep": columns.to(device)}).logits
         else:
@@ -153,9 +158,9 @@ class Decoder(nn.Module):
         return logits[scored[:, columns + 1].to(device)], scored.to(device)
 
     def step(self, ids: Tensor, mask: Tensor, kept: Any) -> tuple[Tensor, Any]:
-        """Logits `[b, vocabulary]` of the token after `ids` `[b, t]`, and what to keep for the next step.
+        """Logits `[b, vocabulary]` of the token after `ids` `[b, t]`, and the cache for the next step.
 
-        `kept`: what the step before gave, or `None`; `mask` `[b, all tokens so far]`: 0 for padding in front.
+        `kept`: the cache of the previous step, or `None`; `mask` `[b, all tokens so far]`: 0 for padding in front.
         """
         call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": kept, "use_cache": True}
         if "position_ids" in self._takes:
@@ -172,7 +177,7 @@ class Decoder(nn.Module):
             return self.whole(**call)
 
     def _apart(self, owner: Tensor) -> Tensor:
-        """What attention adds, `[r, 1, t, t]`: nothing where a token looks back at one of its own example."""
+        """The additive attention mask, `[r, 1, t, t]`: zero if a token looks back at a token of its own example."""
         dtype, places = next(self.parameters()).dtype, torch.arange(owner.shape[1], device=owner.device)
         seen = (owner[:, :, None] == owner[:, None, :]) & (places[:, None] >= places)
         return torch.zeros(seen.shape, dtype=dtype, device=owner.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
@@ -186,9 +191,9 @@ def _by_example(values: Tensor, owner: Tensor, positions: Tensor, chosen: Tensor
 
 @torch.no_grad()
 def packs(decoder: Decoder, max_length: int) -> bool:
-    """Whether examples can share rows: tried on three short ones, against the same with a row for each.
+    """Whether examples can share rows: tested on three short ones, compared with a row for each.
 
-    Layers that look back less far than `max_length` tokens are not: no short example would show it.
+    Layers whose attention window is shorter than `max_length` tokens are excluded, because short examples would not show it.
     """
     settings = decoder.whole.config.get_text_config()
     if any((getattr(settings, name, None) or max_length) < max_length for name in _WINDOWS):
@@ -210,9 +215,9 @@ def packs(decoder: Decoder, max_length: int) -> bool:
 
 @torch.inference_mode()
 def go_on(decoder: Decoder, prompts: Sequence[Sequence[int]], limit: int, ends: frozenset[int]) -> list[list[int]]:
-    """What the model writes after each prompt: the likeliest token again and again, `limit` of them or up to one of `ends`.
+    """The model's greedy output after each prompt: the most likely tokens, at most `limit`, up to one of `ends`.
 
-    Prompts of one call stand side by side, padded in front; keys and values of earlier tokens are kept.
+    Prompts of one call are one batch, padded in front; keys and values of earlier tokens are cached.
     """
     device, width = next(decoder.parameters()).device, max(map(len, prompts))
     pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)

@@ -1,6 +1,6 @@
-"""When an answer is right: the completion word for word, what the model writes, or the likeliest of the options.
+"""When an answer is correct: by the exact completion, by the generated text, or by the most likely of the options.
 
-An answer is compared by what is extracted from it (`EXTRACTS`), small functions of a text and the options there are.
+Answers are compared by what is extracted from them (`EXTRACTS`), with small functions of a text and the options.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _NUMBER = re.compile(r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)
 _MARK = "####"
 
 
-# --- what an answer comes down to ------------------------------------------------------------------------------------
+# --- extracting an answer --------------------------------------------------------------------------------------------
 
 
 def text_of(text: str, options: Sequence[str] = ()) -> str | None:
-    """The whole text; blanks of any kind and number count as one.
+    """The whole text, with every run of white space replaced by one blank.
 
     >>> text_of(" the  sun\\n")
     'the sun'
@@ -54,7 +54,7 @@ def number_of(text: str, options: Sequence[str] = ()) -> str | None:
 
 
 def option_of(text: str, options: Sequence[str]) -> str | None:
-    """The option that is named first, as a word of its own and in letters of either size.
+    """The option that is named first, as a separate word in upper or lower case.
 
     >>> option_of("The correct answer is answer12, not answer1", ("answer1", "answer12"))
     'answer12'
@@ -75,11 +75,11 @@ EXTRACTS: Mapping[str, Extract] = MappingProxyType({"text": text_of, "number": n
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """The held-out examples of a task: `items`, their `sequences` of token ids, and what reads and writes those.
+    """The held-out examples of a task: `items`, their `sequences` of token ids, and facts about the model.
 
     `choices`: a sequence for each option of each item, one after another. `decode` makes a text of token ids, `ends` are the
-    tokens that end one, and the model takes `longest` tokens, where that is known; `generates`: it can go on from a prompt
-    without reading it anew. `score` and `extract` are what `auto` means.
+    tokens that end a text, and the model takes at most `longest` tokens, if that is known; `generates`: the model has a cache
+    for generation. `score` and `extract` are the meaning of `auto`.
     """
 
     items: Sequence[Instruction]
@@ -97,8 +97,9 @@ class Questions:
 
 
 class Judged(NamedTuple):
-    """Which questions are `correct` `[n]` bool; of those with options also which one was found the likeliest, `predictions`
-    `[n]`, and which is right, `targets` `[n]`, both places in `names`, all the options there are."""
+    """Which questions are `correct` `[n]` bool; for questions with options also the most likely one, `predictions` `[n]`, and
+    the
+    right one, `targets` `[n]`, both as places in `names`, the list of all options."""
 
     correct: np.ndarray
     predictions: np.ndarray | None = None
@@ -108,7 +109,7 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Exact:
-    """Right is a completion whose every token is the likeliest one: what greedy decoding would write."""
+    """A completion is correct if each of its tokens is the most likely one, as in greedy decoding."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"losses"})
 
@@ -118,8 +119,8 @@ class Exact:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Right is a question whose likeliest option is the right one, by the sum over the completion's tokens or (`normalized`)
-    by their mean; the first of several alike."""
+    """A question is correct if its most likely option is the right one, by the sum over the completion's tokens or
+    (`normalized`) by their mean; in a tie, the first option counts."""
 
     normalized: bool
     gives: ClassVar[frozenset[str]] = frozenset({"losses", "predictions"})
@@ -142,8 +143,8 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Generate:
-    """Right is a question after which the model writes, greedily and in at most `limit` tokens, a text from which the same is
-    extracted as from the reference."""
+    """A question is correct if the same answer is extracted from the reference and from the text that the model generates
+    greedily, in at most `limit` tokens."""
 
     limit: int
     extract: Extract
@@ -175,12 +176,14 @@ def _likelihood(questions: Questions, config: EvalConfig) -> Judge:
 def _generate(questions: Questions, config: EvalConfig) -> Judge:
     if not questions.generates:
         raise ConfigError(
-            "eval.score = 'generate': the model keeps nothing of earlier tokens (past_key_values); choose another"
+            "eval.score = 'generate': the model has no cache of earlier tokens (past_key_values); choose another model"
         )
     name = questions.extract if config.extract == "auto" else config.extract
     empty = next((item for item in questions.items if EXTRACTS[name](item.reference, item.options) is None), None)
     if empty is not None:
-        raise ConfigError(f"eval.extract = '{name}': there is none in the answer {empty.reference[-60:]!r}; choose another")
+        raise ConfigError(
+            f"eval.extract = '{name}': nothing to extract in the answer {empty.reference[-60:]!r}; choose another"
+        )
     longest = int(questions.sequences.prompts.max())
     if questions.longest and longest + config.max_new_tokens > questions.longest:
         raise ConfigError(
@@ -197,8 +200,8 @@ _JUDGES: Mapping[str, Callable[[Questions, EvalConfig], Judge]] = MappingProxyTy
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """The module gives each example's loss itself: the mean cross-entropy over the tokens of its completion. The held-out
-    `questions` are right or wrong by `judge`."""
+    """The module gives each example's loss itself: the mean cross-entropy over the tokens of its completion. `judge`
+    decides which held-out `questions` are correct."""
 
     questions: Questions
     judge: Judge = field(default_factory=Exact)
@@ -213,7 +216,7 @@ class Completion:
     def score(self, module: nn.Module, examples: Examples, batch_size: int, of: Set[str] = NOTHING) -> Scores:
         losses, exact = read(module, examples.inputs, self.questions.sequences, batch_size)
         found = self.judge(module, self.questions, exact, batch_size)
-        labels = examples.labels.cpu().numpy()  # kinds of questions; what predictions are held against are the right options
+        labels = examples.labels.cpu().numpy()  # kinds of questions; predictions are compared with the right options
         return Scores(found.correct, losses, labels, found.predictions, targets=found.targets, names=found.names)
 
     def under(self, config: EvalConfig) -> Completion:
@@ -223,8 +226,8 @@ class Completion:
 
 @torch.inference_mode()
 def read(decoder: Decoder, inputs: Inputs, sequences: Sequences, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's loss `[n]` float64, and whether its completion is the likeliest word for word `[n]` bool; `inputs` hand
-    out the `sequences` in batches."""
+    """Each example's loss `[n]` float64, and whether each token of its completion is the most likely one `[n]` bool; `inputs`
+    give the `sequences` in batches."""
     losses, exact = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=bool)
     for index in by_length(sequences.lengths, batch_size):
         batch_losses, batch_exact = decoder.read(**inputs.batch(index))
@@ -233,5 +236,5 @@ def read(decoder: Decoder, inputs: Inputs, sequences: Sequences, batch_size: int
 
 
 def by_length(lengths: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Batches of examples that are alike in length, the longest first."""
+    """Batches of examples of similar length, the longest first."""
     yield from lengths.argsort(descending=True, stable=True).split(batch_size)

@@ -1,13 +1,13 @@
-"""Prompts with their completions as token ids, handed out in batches: one example a row, or several side by side.
+"""Prompts with their completions as token ids, given in batches: one example per row, or several in a row.
 
 A batch is a table of `r` rows and `t` places, whose arguments of `Decoder.forward` are
 
 * `inputs` `[r, t]`: token ids, padding at the end of a row;
 * `owner` `[r, t]`: which example of the batch a token belongs to, -1 for padding;
 * `positions` `[r, t]`: the token's place in its own example, from 0;
-* `scored` `[r, t]` bool: whether the token is one of a completion, and so carries loss;
-* `counts` `[b]`: how many tokens of each example do;
-* `packed`: there only where a row holds several examples, which must then not see each other.
+* `scored` `[r, t]` bool: whether the token belongs to a completion and therefore has a loss;
+* `counts` `[b]`: the number of such tokens of each example;
+* `packed`: present only if a row has several examples, which must not see each other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example: the first `prompt` of them are given, the others are its completion. `cut`: it did not fit."""
+    """Token ids of one example: the first `prompt` ids are the prompt, the others its completion. `cut`: it was truncated."""
 
     ids: Sequence[int]
     prompt: int
@@ -31,10 +31,10 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Examples end to end: `tokens` `[all tokens]` int32, `lengths` `[n]`, of which `prompts` `[n]` are given, int64.
+    """Concatenated examples: `tokens` `[all tokens]` int32, `lengths` `[n]`, of which `prompts` `[n]` are prompts, int64.
 
-    `packs`: examples may share rows, unless equal lengths are wanted. Rows are as wide as the longest example, so that sharing
-    them never costs attention more than padding does.
+    `packs`: examples may share rows, unless equal lengths are requested. Rows are as wide as the longest example, so that
+    sharing them never costs attention more than padding would.
     """
 
     tokens: Tensor
@@ -64,7 +64,7 @@ class Sequences:
         return self.tokens.nbytes + self.lengths.nbytes + self.prompts.nbytes + self.starts.nbytes
 
     def prompt(self, i: int) -> list[int]:
-        """The token ids that example `i` is given."""
+        """The token ids of the prompt of example `i`."""
         start = int(self.starts[i])
         return self.tokens[start : start + int(self.prompts[i])].tolist()
 
@@ -96,7 +96,7 @@ def _one_each(lengths: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _rows(lengths: Tensor, width: int) -> tuple[Tensor, Tensor, int]:
-    """The same, with examples side by side: longest first, each into the first row that has room for it."""
+    """The same, with several examples per row: longest first, each into the first row with enough space."""
     rows, columns = torch.zeros_like(lengths), torch.zeros_like(lengths)
     taken: list[int] = []
     for i in lengths.argsort(descending=True, stable=True).tolist():

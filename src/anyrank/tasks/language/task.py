@@ -1,13 +1,12 @@
 """Instruction tuning of a causal language model: completions are learned from their prompts, LoRA inside the model.
 
 The model is any that transformers loads as `AutoModelForCausalLM`, from a local folder or the hub, or the embedded one of
-`anyrank.tasks.arithmetic`. Prompt and completion are one text to the tokenizer; of its tokens those that the prompt alone
-begins with, too, are given, and all others are learned, with the token that ends the text after them. So a token that
-reaches across the boundary is learned, and no token of the prompt alone carries loss. The tokenizer's chat template may
-write both.
+`anyrank.tasks.language.arithmetic`. The tokenizer reads prompt and completion as one text. Its leading tokens that are the same
+for the prompt alone count as the prompt; all others are learned, followed by the token that ends the text. A token across the
+boundary is therefore learned, and no token of the prompt alone has a loss. The tokenizer's chat template may write both.
 
-Examples longer than `model.max_length` tokens are cut at their end, and the task's name says how many; one whose prompt alone
-fills it is an error. Examples of a batch share rows, without seeing each other, wherever the model takes that.
+Examples longer than `model.max_length` tokens are truncated at the end, and the task's name says how many. An example whose
+prompt alone is too long is an error. Examples of a batch share rows, without seeing each other, if the model supports it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _BY_LABEL = ("dirichlet", "pathological", "staircase")
 def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, progress: Progress | None = None) -> Task:
     """The instruction-tuning task of a configuration. `folder`: the cache of embedded models.
 
-    Targets (`lora.target_modules`) are name endings as in PEFT; where none are given, PEFT's own for the architecture. The
+    Targets (`lora.target_modules`) are name endings as in PEFT; if none are given, PEFT's default for the architecture. The
     task does not depend on the run seed. Raises `ConfigError`, `DataError` and `ModelError`.
     """
     _check_head(model)
@@ -67,7 +66,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, p
 
 
 def _read(data: DataConfig) -> tuple[Instructions, Instructions]:
-    """Training and held-out instructions, as many of them as are asked for."""
+    """Training and held-out instructions, in the requested numbers."""
     train, test = arithmetic.load_split() if data.source == arithmetic.SOURCE else instructions.load_split(data)
     return train.limited(data.train_examples, "data.train_examples"), test.limited(data.test_examples, "data.test_examples")
 
@@ -99,7 +98,7 @@ def _questions(base: Pretrained, writer: Writer, test: Instructions, sequences: 
 
 
 def _told(encoded: Sequence[Sequence[Encoded]], max_length: int, packs: bool) -> str:
-    """What was done to the examples, in words."""
+    """The processing of the examples, in words."""
     cut, number = sum(each.cut for part in encoded for each in part), sum(map(len, encoded))
     rows = "examples share rows" if packs else "a row for each example"
     return rows + (f", {cut:,} of {number:,} examples cut at {max_length} tokens" if cut else "")
@@ -107,7 +106,7 @@ def _told(encoded: Sequence[Sequence[Encoded]], max_length: int, packs: bool) ->
 
 def _check_head(model: ModelConfig) -> None:
     if model.head != "frozen":
-        raise ConfigError(f"model.head: a causal language model has its own, which stays frozen; got {model.head!r}")
+        raise ConfigError(f"model.head: a causal language model has its own head, which stays frozen; got {model.head!r}")
 
 
 def _check_partition(data: DataConfig, train: Instructions) -> None:
@@ -131,13 +130,11 @@ class Writer:
 
     def __post_init__(self) -> None:
         if self.chat and not getattr(self.base.tokenizer, "chat_template", None):
-            raise ModelError(
-                f"{self.base.name}: its tokenizer has no chat template; leave data.chat out, or give data.template"
-            )
+            raise ModelError(f"{self.base.name}: its tokenizer has no chat template; remove data.chat, or give data.template")
 
     @property
     def pad(self) -> int:
-        """What fills up a row. Nothing looks at it, so where the model has no padding token any id will do."""
+        """The padding token. It is never read, so if the model has none, any id works."""
         pad = self.base.tokenizer.pad_token_id
         return 0 if pad is None else pad
 
@@ -145,7 +142,7 @@ class Writer:
         return self.base.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def encoded(self, items: Sequence[Instruction]) -> list[Encoded]:
-        """Prompt and completion of each item; too long ones are cut. Raises `DataError` where a prompt leaves no room."""
+        """Prompt and completion of each item; too long ones are truncated. Raises `DataError` if a prompt leaves no space."""
         whole = self._whole(items, [item.completion for item in items])
         full = [each.prompt for each in whole if each.prompt >= self.max_length]
         if full:
@@ -156,7 +153,7 @@ class Writer:
         return [Encoded(each.ids[: self.max_length], each.prompt, len(each.ids) > self.max_length) for each in whole]
 
     def choices(self, items: Sequence[Instruction]) -> list[Encoded]:
-        """Each item's prompt with each of its choices, one after another. What is given is the same for all of an item's."""
+        """Each item's prompt with each of its choices, one after another. All choices have the same prompt tokens."""
         repeated = [item for item in items for _ in item.choices]
         whole = self._whole(repeated, [choice for item in items for choice in item.choices])
         longest = max((len(each.ids) for each in whole), default=0)
@@ -186,11 +183,13 @@ class Writer:
             raise DataError(f"{self.base.name}: its tokenizer cannot read the data ({first_line(error)})") from None
 
     def _split(self, given: list[int], whole: list[int], texts: tuple[str, str]) -> Encoded:
-        """What the prompt alone begins with, too, is given; the rest is learned, up to the first token that ends a text."""
+        """The leading tokens that the prompt alone has too are the prompt; the rest is learned, up to the first end token."""
         shorter = min(len(given), len(whole))
         prompt = next((i for i in range(shorter) if given[i] != whole[i]), shorter)
         if not prompt:
-            raise DataError(f"the prompt {texts[0][:60]!r} makes no token of {self.base.name}; give it a text, or a template")
+            raise DataError(
+                f"the prompt {texts[0][:60]!r} gives no token of {self.base.name}; give a prompt with text, or a template"
+            )
         end = self.base.end
         learned = whole[prompt:]
         learned = learned[: learned.index(end) + 1] if end in learned else [*learned, end]
@@ -202,8 +201,8 @@ class Writer:
         try:
             prompt = apply(list(item.turns), add_generation_prompt=True, tokenize=False)
             return prompt, apply([*item.turns, answer], tokenize=False)
-        except Exception as error:  # whatever a template raises
-            raise DataError(f"{self.base.name}: its chat template refuses a chat ({first_line(error)})") from None
+        except Exception as error:  # a template may raise anything
+            raise DataError(f"{self.base.name}: its chat template rejects a conversation ({first_line(error)})") from None
 
 
 def _written(item: Instruction, completion: str) -> tuple[str, str]:
@@ -214,19 +213,21 @@ def _written(item: Instruction, completion: str) -> tuple[str, str]:
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:
-    """The name endings that PEFT adapts in this architecture where it is told none."""
+    """PEFT's default name endings for this architecture."""
     kind = model.config.model_type
     try:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
     except ImportError:
-        raise ModelError("lora.target_modules: PEFT knows the usual ones; pip install 'anyrank[peft]', or name them") from None
+        raise ModelError(
+            "lora.target_modules: PEFT is needed for the default; pip install 'anyrank[peft]', or name them"
+        ) from None
     if kind not in known:
-        raise ModelError(f"lora.target_modules: PEFT has no usual ones for '{kind}'; name them, e.g. {_leaves(model)[:3]}")
+        raise ModelError(f"lora.target_modules: PEFT has no default for '{kind}'; name them, e.g. {_leaves(model)[:3]}")
     return tuple(known[kind])
 
 
 def find_targets(model: nn.Module, endings: Sequence[str]) -> tuple[str, ...]:
-    """Full names of the model's linear and embedding layers that `endings` mean. Raises `ModelError` for an ending of none."""
+    """Full names of the model's linear and embedding layers that `endings` match. Raises `ModelError` if one has no match."""
     modules = dict(model.named_modules())
     for ending in endings:
         found = resolve_targets(model, [ending])

@@ -1,8 +1,8 @@
-"""Self-attention of texts of differing length over their tokens alone, without a padded batch.
+"""Self-attention of texts of different lengths over their tokens only, without a padded batch.
 
-The tokens of a batch stand end to end, `[tokens, d]`. For attention, texts of about the same length are put side by side in a
-block, whose width is their length rounded up to a multiple of 16: a processor's vectors then have no rest to go over number by
-number, which costs more than that padding does. A padded batch has the square of its longest text's length for every text.
+The tokens of a batch are concatenated, `[tokens, d]`. For attention, texts of about the same length form a block, whose width
+is their length rounded up to a multiple of 16. A processor's vector instructions then leave no remainder, which would cost
+more than the padding. In a padded batch, every text would cost the square of the longest text's length.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _WIDTH = 16  # a block's width is a multiple of it: float32 numbers in a vector of 512 bits
-_SCORES = 2**20  # of a block, or those of one text: 4 MB at a time
+_SCORES = 2**20  # in one block, or in one text: 4 MB at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Texts side by side. A row is what one head has of one token, `[d / heads]`; rows go by text, head, token.
+    """A block of texts. A row is one head's part of one token, `[d / heads]`; rows go by text, head, token.
 
-    `rows` `[texts * heads * width]`: which of the batch's rows, in padding one of the same text; `real` `[texts * heads, width,
-    1]`: 0 for padding, else 1; `bias` `[texts * heads, 1, width]`: what is added to scores, -inf for padding, else 0.
+    `rows` `[texts * heads * width]`: the batch's row for each place, for padding one of the same text; `real`
+    `[texts * heads, width, 1]`: 0 for padding, else 1; `bias` `[texts * heads, 1, width]`: added to scores, -inf for padding,
+    else 0.
     """
 
     rows: Tensor
@@ -40,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The blocks of a batch, and where each row `[tokens * heads]` is when they stand one after another."""
+    """The blocks of a batch, and the place of each row `[tokens * heads]` in their concatenation."""
 
     blocks: tuple[Block, ...]
     places: Tensor
@@ -71,7 +72,7 @@ class Layout:
         return values.reshape(len(self.places), -1)
 
     def join(self, parts: list[Tensor], like: Tensor) -> Tensor:
-        """What the blocks found, padding left out, in the shape and dtype of `like` `[tokens, d]`."""
+        """The results of the blocks without padding, in the shape and dtype of `like` `[tokens, d]`."""
         rows = torch.cat([part.flatten(0, 1) for part in parts])
         return rows.index_select(0, self.places).view(like.shape).to(like.dtype)
 
@@ -85,15 +86,16 @@ def _alike(sizes: np.ndarray, heads: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """`softmax(q k' / sqrt(d / heads)) v` of each head and text: `[tokens, d]`, as the projections are.
+    """`softmax(q k' / sqrt(d / heads)) v` of each head and text: `[tokens, d]`, in the shape of the projections.
 
-    Computed in float32 where the projections are narrower. Each text by itself: nothing of one is in another's, not even NaN.
+    Computed in float32 if the projections are narrower. Each text is separate: nothing of one enters another's result, not even
+    NaN.
     """
     return _Attention.apply(q, k, v, layout)
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps probabilities where they take no more room than a projection; those of longer texts are made again."""
+    """Keeps probabilities if they take no more memory than a projection; those of longer texts are recomputed."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -124,7 +126,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _probabilities(Q: Tensor, K: Tensor, bias: Tensor) -> Tensor:
-    """What each token of a block takes from each, `[texts * heads, width, width]`; nothing from padding."""
+    """The attention weights of a block, `[texts * heads, width, width]`; zero for padding."""
     return torch.baddbmm(bias.to(Q.dtype), Q, K.mT, alpha=Q.shape[2] ** -0.5).softmax(dim=-1)
 
 

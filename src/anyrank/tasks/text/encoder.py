@@ -45,7 +45,7 @@ POOLER = "pooler"  # not used: pooling is the mean over tokens
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder: the `name` it goes by, where it lies, and a digest of all files that decide what it computes."""
+    """A model folder: its `name`, its path, and a digest of all files that determine its outputs."""
 
     name: str
     folder: Path
@@ -67,12 +67,12 @@ class Encoder:
 
     @property
     def layers(self) -> str | None:
-        """Where the model's layers are, if they can be run one by one."""
+        """The name of the model's list of layers, if they can be run one by one."""
         return self._load()[2]
 
     @property
     def packs(self) -> bool:
-        """Whether the layers can be run on real tokens alone."""
+        """Whether the layers can be run without padding."""
         return self.layers is not None and _runs_apart(self.model, self.layers, _packed)
 
     def tokens(self, texts: Sequence[Text]) -> Tokens:
@@ -82,7 +82,7 @@ class Encoder:
 
     @property
     def pad(self) -> int:
-        """What fills up a batch. It is masked out, so where the model has no padding token any id will do."""
+        """The padding token. It is masked out, so if the model has none, any id works."""
         pad = self._load()[0].pad_token_id
         return 0 if pad is None else pad
 
@@ -106,7 +106,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of texts, special tokens included; `segments`: which text of a pair each token is of, where a model is told."""
+    """Token ids of texts, special tokens included; `segments`: each token's text of a pair, if needed."""
 
     ids: list[list[int]]
     segments: list[list[int]] | None = None
@@ -120,18 +120,18 @@ def tokenize(name: str, tokenizer: Any, config: Any, texts: Sequence[Text], long
         found = tokenizer(*columns, truncation=True, max_length=longest, padding=False)
     empty = next((text for text, each in zip(texts, found["input_ids"], strict=True) if not each), None)
     if empty is not None:
-        raise DataError(f"text {empty!r}: the tokenizer of {name} makes no token of it; remove the row")
+        raise DataError(f"text {empty!r}: the tokenizer of {name} makes no token from it; remove the row")
     told = pairs and getattr(config, "type_vocab_size", 0) > 1
     return Tokens(found["input_ids"], found.get("token_type_ids") if told else None)
 
 
 def as_arguments(ids: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
-    """Token ids `[b, t]`, and where there are any their segments, as transformers calls them."""
+    """Token ids `[b, t]` and, if there are any, their segments, under the names in transformers."""
     return {"input_ids": ids} | ({} if segments is None else {"token_type_ids": segments.to(ids.device)})
 
 
 def named_targets(model: nn.Module, endings: Sequence[str], left_out: Sequence[str], why: str) -> tuple[str, ...]:
-    """Full names of the modules that `endings` mean, but for those of the children `left_out` of the model."""
+    """Full names of the modules that `endings` match, without those of the model's children `left_out`."""
     modules = dict(model.named_modules())
     targets: set[str] = set()
     for ending in endings:
@@ -153,7 +153,7 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def run_layers(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states `[b, t, d]` through the layers; the mask goes in as attention adds it, `[b, 1, 1, t]`."""
+    """Hidden states `[b, t, d]` through the layers; the mask is added in attention, `[b, 1, 1, t]`."""
     lowest = torch.finfo(torch.bfloat16).min  # finite in bfloat16 and float32
     bias = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~mask, lowest)[:, None, None, :]
     for layer in layers:
@@ -163,7 +163,8 @@ def run_layers(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Ten
 
 
 def run_packed(layers: Sequence[nn.Module], rows: Tensor, lengths: Tensor) -> Tensor:
-    """`run_layers` of BERT and its kin without any padding: `rows` `[tokens, d]` of texts of `lengths` `[b]`, end to end.
+    """Like `run_layers`, for BERT and similar models, without padding: `rows` `[tokens, d]` of concatenated texts of `lengths`
+    `[b]`.
 
     Texts of a batch differ much in length, so more than half of a padded batch may be padding.
     """
@@ -177,19 +178,19 @@ def run_packed(layers: Sequence[nn.Module], rows: Tensor, lengths: Tensor) -> Te
 
 
 def pad_rows(rows: Tensor, lengths: Tensor) -> Tensor:
-    """What stands end to end, `[tokens, ...]`, as a padded batch `[b, t, ...]`; zeros for padding."""
+    """Concatenated values `[tokens, ...]` as a padded batch `[b, t, ...]`; zeros for padding."""
     mask = _mask(lengths)
     padded = rows.new_zeros(mask.numel(), *rows.shape[1:]).index_copy(0, _places(mask), rows)
     return padded.unflatten(0, mask.shape)
 
 
 def pool_rows(rows: Tensor, lengths: Tensor) -> Tensor:
-    """`pool` of what stands end to end, `[tokens, d]`."""
+    """Like `pool`, for concatenated hidden states `[tokens, d]`."""
     return F.normalize(torch.stack([text.mean(dim=0) for text in rows.float().split(lengths.tolist())]), dim=1)
 
 
 def embed_packed(embeddings: nn.Module, ids: Tensor, lengths: Tensor, segments: Tensor | None) -> Tensor:
-    """Embeddings `[tokens, d]` of token ids `[tokens]`; padded for as long as positions are counted."""
+    """Embeddings `[tokens, d]` of token ids `[tokens]`; padded while positions are computed."""
     told = None if segments is None else pad_rows(segments, lengths)
     return embeddings(**as_arguments(pad_rows(ids, lengths), told)).flatten(0, 1).index_select(0, _places(_mask(lengths)))
 
@@ -199,12 +200,12 @@ def _mask(lengths: Tensor) -> Tensor:
 
 
 def _places(mask: Tensor) -> Tensor:
-    """Where the tokens stand among all places of a padded batch."""
+    """The places of the tokens in a flattened padded batch."""
     return mask.flatten().nonzero().squeeze(1)
 
 
 def _packed(layers: Sequence[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:
-    """`run_packed` of a padded batch."""
+    """Like `run_packed`, for a padded batch."""
     lengths = mask.sum(dim=1)
     return pad_rows(run_packed(layers, hidden.flatten(0, 1)[_places(mask)], lengths), lengths)
 
@@ -255,7 +256,7 @@ def _packaged() -> Path:
 
 
 def _check_folder(folder: Path, name: str) -> list[Path]:
-    """The weight files of a model folder; `ModelError` where something is missing from it."""
+    """The weight files of a model folder; `ModelError` if something is missing from it."""
     weights = weight_files(folder, name)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise ModelError(f"{folder}: no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it with tokenizer.save_pretrained")
@@ -276,13 +277,13 @@ def _pretrained(source: Source) -> tuple[Any, nn.Module]:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **local)
             model, report = AutoModel.from_pretrained(source.folder, use_safetensors=True, output_loading_info=True, **local)
-    except Exception as error:  # transformers raises nearly every kind
+    except Exception as error:  # transformers raises many kinds of errors
         raise ModelError(f"{source.folder}: transformers cannot load the model: {first_line(error)}") from None
     # transformers fills weights that a file lacks at random; only the pooler, which is not used, may be missing.
     missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] != POOLER)
     if missing:
         raise ModelError(
-            f"{source.folder}: the weights lack {missing[0]} ({len(missing)} in all); the files are not of one model"
+            f"{source.folder}: the weights lack {missing[0]} ({len(missing)} in all); the files belong to different models"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{source.folder}: expected an encoder, got the encoder-decoder '{model.config.model_type}'")

@@ -1,4 +1,4 @@
-"""What the frozen part of an encoder computes of texts: computed once, kept on disk, handed out in padded batches."""
+"""The outputs of an encoder's frozen part for texts: computed once, kept on disk, given in padded batches."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FORMAT = "1"  # of the cached features; raise it when what is computed changes
 
 @dataclass(frozen=True, eq=False)
 class RaggedInputs:
-    """Texts of differing length, end to end: `values` `[tokens, …]`, `lengths` `[n]` int64.
+    """Concatenated texts of different lengths: `values` `[tokens, …]`, `lengths` `[n]` int64.
 
     A batch is `inputs` `[b, t, …]` (float32, or int64 token ids) and `mask` `[b, t]` bool, `t` the longest text of the batch,
-    and for pairs of texts, where the model is told which of them a token is of, `segments` `[b, t]` (held as `[tokens]` uint8).
-    `packs`: the module takes a batch without padding, end to end as the texts are held: `inputs` `[tokens, …]`, `lengths` `[b]`
-    and `segments` `[tokens]`. It gets that unless parts of equal lengths are wanted.
+    and for pairs of texts, if the model distinguishes them, `segments` `[b, t]` (stored as `[tokens]` uint8): the text of each
+    token. `packs`: the module takes a batch without padding, with texts concatenated: `inputs` `[tokens, …]`, `lengths` `[b]`
+    and `segments` `[tokens]`. It gets such a batch unless equal lengths are requested.
     """
 
     values: Tensor
@@ -86,7 +86,7 @@ def _flat(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """Features wanted: embeddings of `texts`, or the hidden states that layer `stop` takes."""
+    """A request for features: embeddings of `texts`, or the hidden states that layer `stop` takes."""
 
     texts: Sequence[Text]
     stop: int | None = None
@@ -96,7 +96,7 @@ class Features:
 class Encode:
     """Computes features with `encoder`, or finds them in the folder `cache`; `progress(done, total)` counts texts.
 
-    `on_disk`: what is handed out stays in its file (a memory map), whatever its size.
+    `on_disk`: the features stay in their file (a memory map), whatever their size.
     """
 
     encoder: Encoder
@@ -143,7 +143,7 @@ def _key(encoder: Encoder, wanted: Features) -> dict[str, str]:
 def _encode(encoder: Encoder, wanted: Features, step: Callable[[int], None]) -> dict[str, Tensor]:
     """Embeddings: `values` `[n, d]` float32. Hidden states: `values` `[tokens, d]` in the encoder's dtype, `lengths` `[n]`.
 
-    Texts go longest first, so that a batch pads little and the largest one comes before the rest.
+    Texts are sorted longest first, so that a batch has little padding and the largest batch comes first.
     """
     tokens = token_inputs(encoder.tokens(wanted.texts), encoder.pad)
     lengths = tokens.lengths

@@ -1,10 +1,10 @@
-"""Text classification with a whole classifier, as `AutoModelForSequenceClassification` loads it, with its own way to pool.
+"""Text classification with a whole classifier, as `AutoModelForSequenceClassification` loads it, with its own pooling.
 
-`model.head = "model"`: the head that came with the model classifies, frozen; its labels must be the data's.
-`model.head = "model-trained"`: that head is trained beside the adapters, or one made anew where the model has none for these
-labels; the task's name says which. LoRA goes where PEFT puts it by default for the architecture, or into
-`lora.target_modules`; the head gets none. The whole model runs from the token ids at every step, in evaluation mode (nothing
-drops out). Adapters are those of the classifier as PEFT loads it, a trained head among their `modules_to_save`.
+`model.head = "model"`: the model's own head classifies and is frozen; its labels must be those of the data.
+`model.head = "model-trained"`: that head is trained together with the adapters; if the model has no head for these labels, a
+new one is made and trained. The task's name says which. LoRA is on PEFT's default modules for the architecture, or on
+`lora.target_modules`; the head gets no LoRA. The whole model runs from the token ids at every step, in evaluation mode
+(without dropout). Adapters are those of the classifier as PEFT loads it, with a trained head among their `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from anyrank.tasks.pretrained import first_line, quiet, without_extra
 from anyrank.tasks.text.encoder import POOLER, Source, as_arguments, check_length, find_source, named_targets, tokenize
 from anyrank.tasks.text.features import token_inputs
 
-_HEAD_SEED = 0  # a head made anew belongs to the task, not to the run: it starts the same for every run seed
+_HEAD_SEED = 0  # a new head belongs to the task, not to the run: its start is the same for every run seed
 
 
 def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, progress: Progress | None = None) -> Task:
@@ -57,8 +57,8 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
 
 @dataclass(frozen=True, eq=False)
 class _Classifier:
-    """A frozen classifier with its tokenizer: `label_names` in the order of its outputs, the names of what is `trained` of it,
-    how its head was `made`, in words, and the token that fills up a batch.
+    """A frozen classifier with its tokenizer: `label_names` in the order of its outputs, the names of its `trained` parameters,
+    how its head was `made`, in words, and the padding token.
     """
 
     source: Source
@@ -77,7 +77,7 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         for name, child in model.named_children():
             self.add_module(name, child)
-        self._model = (model,)  # in a tuple, so that its modules are not registered under a second name
+        self._model = (model,)  # in a tuple, so that its modules are not registered twice
 
     def forward(self, inputs: Tensor, mask: Tensor, segments: Tensor | None = None) -> Tensor:
         return self._model[0](**as_arguments(inputs, segments), attention_mask=mask.long()).logits
@@ -126,7 +126,7 @@ def _pretrained(source: Source, label_names: tuple[str, ...], config: ModelConfi
     _check(source, settings)
     check_length(source, settings, config.max_length)
     model = model.float().eval().requires_grad_(False)
-    model.config.use_cache = False  # of a decoder's keys and values: nothing here generates
+    model.config.use_cache = False  # a decoder's cache of keys and values: nothing is generated here
     pad = _pad(source, tokenizer, model)
     anew = _lacking(source, model, report) | (_last(model, len(label_names)) if order is None else set())
     if anew and config.head == "model":
@@ -146,9 +146,9 @@ def _check(source: Source, settings: Any) -> None:
 
 
 def _order(settings: Any, label_names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The labels in the order of the model's outputs; `None` where its head is for others.
+    """The labels in the order of the model's outputs; `None` if its head is for other labels.
 
-    Names that are numbers from 0, or the `LABEL_0` that transformers gives where nobody named them, say their order alone.
+    Names that are numbers from 0, or transformers' default `LABEL_0`, only give the order.
     """
     own = [str(settings.id2label[i]) for i in range(settings.num_labels)]
     by_name = {name.casefold(): name for name in label_names}
@@ -159,12 +159,12 @@ def _order(settings: Any, label_names: tuple[str, ...]) -> tuple[str, ...] | Non
 
 
 def _pad(source: Source, tokenizer: Any, model: nn.Module) -> int:
-    """What fills up a batch. A decoder classifies by a text's last token that is not this one, so it must be told."""
+    """The padding token. A decoder classifies by a text's last token that is not padding, so it must be known."""
     settings = model.config
     known = (settings.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((token for token in known if token is not None), None)
     if pad is None and hasattr(model, "score"):
-        raise ModelError(f"{source.folder}: neither the model nor its tokenizer names a padding token (pad_token); name one")
+        raise ModelError(f"{source.folder}: neither the model nor its tokenizer names a padding token (pad_token); set one")
     settings.pad_token_id = 0 if pad is None else pad
     return settings.pad_token_id
 
@@ -178,7 +178,7 @@ def _head_parts(model: nn.Module) -> tuple[str, ...]:
 
 
 def _as_peft_saves(found: _Classifier) -> dict[str, Any]:
-    """How PEFT names what is trained beside LoRA: a head as a whole. Without one it could not load a `SEQ_CLS` folder."""
+    """PEFT's name for the parameters trained without LoRA: a whole head. PEFT cannot load a `SEQ_CLS` folder without one."""
     if not found.trained:
         return {}
     parts, parents = _head_parts(found.model), {name.rpartition(".")[0] for name in found.trained}
@@ -196,12 +196,14 @@ def _last(model: nn.Module, classes: int) -> set[str]:
 
 
 def _lacking(source: Source, model: nn.Module, report: Mapping[str, Any]) -> set[str]:
-    """Parameters of the head, or of the pooler below it, that the files lack or have in another shape."""
+    """Parameters of the head, or of the pooler below it, that are missing in the files or have another shape there."""
     mismatched = {each if isinstance(each, str) else each[0] for each in report["mismatched_keys"]}
     lacking = set(report["missing_keys"]) | mismatched
     below = sorted(name for name in lacking - _head_parameters(model) if POOLER not in name.split("."))
     if below:  # transformers fills them at random
-        raise ModelError(f"{source.folder}: the weights lack {below[0]} ({len(below)} in all); the files are not of one model")
+        raise ModelError(
+            f"{source.folder}: the weights lack {below[0]} ({len(below)} in all); the files belong to different models"
+        )
     return lacking
 
 

@@ -1,21 +1,21 @@
 """Text classification with a pretrained transformers encoder, in one of two shapes that `lora.target_modules` chooses.
 
-(A third, a classifier as transformers makes them with a head of its own, is in `tasks.text_classifier`.)
+(A third form, a transformers classifier with its own head, is in `tasks.text.own_head`.)
 
-* None, or `map`: every text is embedded once by the frozen encoder, and LoRA adapts a map above it that starts as the identity:
-  `logits = head(20 · normalize(map(e)))`, `e` the mean over the last hidden states of a text's tokens, of length 1. This is the
-  default for every encoder: a federation then costs seconds, and the adapter is one of the map, not of the encoder.
+* Empty, or `map`: every text is embedded once by the frozen encoder, and LoRA adapts a map above it that starts as the
+identity: `logits = head(20 · normalize(map(e)))`, `e` the mean over the last hidden states of a text's tokens, of length 1.
+This is the default for every encoder: a federation then takes seconds, and the adapter belongs to the map, not to the encoder.
 * Modules of the encoder (`query`, `encoder.layer.5.attention.self.value`, …): `logits = head(20 · normalize(mean(hidden)))`,
   with LoRA inside. Everything below the first adapted layer is frozen, so it runs once for each text and its hidden states are
-  kept. This needs an encoder whose layers can be run one by one (`encoder.LAYERS`: BERT, RoBERTa and their kin, DistilBERT;
-  tried at load against the whole model); of any other, and where layer 0 is adapted, the whole model runs from the token ids
-  at every step. The task's name says which.
+  kept. This needs an encoder whose layers can be run one by one (`encoder.LAYERS`: BERT, RoBERTa and similar models,
+  DistilBERT; compared with the whole model when it is loaded). With other encoders, or if layer 0 is adapted, the whole model
+  runs from the token ids at every step. The task's name says which.
 
-What the frozen encoder computes is kept on disk and found again by its weights, tokenizer, texts, length and dtype.
-`model.dtype` is for this frozen part alone; whatever is trained, and all that lies above it, is float32.
+The outputs of the frozen encoder are kept on disk, under a key made of its weights, tokenizer, texts, length and dtype.
+`model.dtype` is for this frozen part only; everything that is trained, and everything above it, is float32.
 
-A pair of texts goes in as the tokenizer joins pairs. What is longer than `model.max_length` tokens is cut there. Padding is
-masked out of attention and mean, so a model without a padding token needs none.
+The tokenizer joins the two texts of a pair. Texts longer than `model.max_length` tokens are truncated. Padding is masked out of
+attention and mean, so a model without a padding token needs none.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
     )
 
 
-_ENCODER = {"task_type": "FEATURE_EXTRACTION"}  # as PEFT calls a bare encoder
+_ENCODER = {"task_type": "FEATURE_EXTRACTION"}  # PEFT's task type for a bare encoder
 
 
 @dataclass(frozen=True)
 class _Built:
-    """A module, the names of its targets, its inputs by part (`train`, `test`), how it was made, in words, and what
-    the adapter's config says of it.
+    """A module, the names of its targets, its inputs by part (`train`, `test`), how it was made, in words, and entries
+    for the adapter's config.
     """
 
     module: nn.Module
@@ -158,13 +158,13 @@ class SplitClassifier(nn.Module):
     """The layers of an encoder from `first` on, mean pooling and a head, under the encoder's own module names.
 
     `inputs`: hidden states `[b, t, d]` that layer `first` takes, or token ids `[b, t]` where `first` is 0; `mask` `[b, t]`
-    bool; `segments` `[b, t]`: which text of a pair a token is of. Or the same without padding, text after text: `inputs`
-    `[tokens, d]` or `[tokens]`, `segments` `[tokens]`, and how many tokens each text has, `lengths` `[b]`. That is only for
-    layers that can be run so (`Encoder.packs`), and not for clients trained side by side, whose parts of a batch must be of one
-    size.
+    bool; `segments` `[b, t]`: the text of a pair to which a token belongs. Or the same without padding, with texts
+    concatenated: `inputs` `[tokens, d]` or `[tokens]`, `segments` `[tokens]`, and the number of tokens of each text, `lengths`
+    `[b]`. This is only for layers that support it (`Encoder.packs`), and not for stacked clients, whose parts of a batch must
+    have one size.
 
-    The encoder is taken apart: its layers below `first` are let go, names and numbers of the others stay, so that an adapter
-    of this module is one of the encoder (`AutoModel`) as PEFT loads it.
+    The encoder is taken apart: its layers below `first` are released, and the other layers keep their names and numbers, so
+    that an adapter of this module is an adapter of the encoder (`AutoModel`) as PEFT loads it.
     """
 
     def __init__(self, encoder: nn.Module, layers: str, first: int, head: nn.Linear) -> None:
@@ -222,13 +222,13 @@ def _adopt(module: nn.Module, encoder: nn.Module, unused: set[str]) -> None:
 
 @dataclass(frozen=True)
 class _Head:
-    """What classifies: `kind` as in `model.head`, for so many `classes`."""
+    """The classification head: `kind` as in `model.head`, for `classes` classes."""
 
     kind: str
     classes: int
 
     def build(self, width: int, names: Tensor | None) -> nn.Linear:
-        """A linear layer `[classes, width]`, frozen as all of a module is; `names`: the label names' embeddings."""
+        """A linear layer `[classes, width]`, frozen like the whole module; `names`: the label names' embeddings."""
         head = nn.Linear(width, self.classes, bias=self.kind == "trained")
         with torch.no_grad():
             if self.kind == "trained":
@@ -254,7 +254,7 @@ def as_words(label_names: Sequence[str]) -> tuple[str, ...]:
             )
         if words in spoken:
             raise ModelError(
-                f"model.head = 'label-names': labels {spoken[words]!r} and {name!r} both read as {words!r}; rename one, "
+                f"model.head = 'label-names': labels {spoken[words]!r} and {name!r} both become {words!r}; rename one, "
                 "or use head = 'trained'"
             )
         spoken[words] = name
@@ -265,13 +265,15 @@ def as_words(label_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _targets(encoder: nn.Module, endings: Sequence[str]) -> tuple[str, ...]:
-    """Full names of the encoder's modules that `endings` mean, but for the pooler, which nothing here uses."""
+    """Full names of the encoder's modules that `endings` match, without the pooler, which is not used."""
     if MAP in endings:
-        raise ModelError(f"lora.target_modules: '{MAP}' lies above the encoder and stands alone; leave out the others, or it")
+        raise ModelError(
+            f"lora.target_modules: '{MAP}' is above the encoder and excludes other modules; remove the others, or it"
+        )
     return named_targets(encoder, endings, (POOLER,), "pooling is the mean: a pooler is not used")
 
 
 def _first_layer(targets: Sequence[str], layers: str | None) -> int:
-    """The number of the lowest layer that has a target; 0 where a target lies before the layers or they cannot be run apart."""
+    """The number of the lowest layer that has a target; 0 if a target is before the layers or they cannot be run one by one."""
     numbers = [re.match(rf"{re.escape(layers)}\.(\d+)\.", name) for name in targets] if layers else [None]
     return min((int(number[1]) if number else 0) for number in numbers)

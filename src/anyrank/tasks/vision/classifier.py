@@ -34,7 +34,7 @@ _QUERY_AND_VALUE = (("q_proj", "v_proj"), ("query", "value"))
 
 @dataclass(frozen=True, eq=False)
 class Processor:
-    """A picture as the model takes it: `resize` is the model's own image processor, all but the scaling; `channels` 1 or 3."""
+    """The form of the model's input: `resize` is the model's image processor without the scaling; `channels` 1 or 3."""
 
     resize: Any
     scale: Scale
@@ -42,7 +42,7 @@ class Processor:
     degrees: int = 0
 
     def __call__(self, picture: np.ndarray, where: str) -> np.ndarray:
-        """uint8 `[h, w]` or `[h, w, 3]` as uint8 `[channels, h', w']`, turned and resized. A grey picture goes in as colour."""
+        """uint8 `[h, w]` or `[h, w, 3]` as uint8 `[channels, h', w']`, rotated and resized; grey becomes colour."""
         if self.channels == 1 and picture.ndim == 3:
             raise DataError(f"{where}: expected a grey image, which is what the model takes, got a colour one; convert it")
         values = picture[..., None] if picture.ndim == 2 else picture
@@ -55,9 +55,10 @@ class Processor:
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A frozen model, float32, by its `name` and the `digest` of all that decides what it computes.
+    """A frozen model, float32, by its `name` and the `digest` of everything that determines its outputs.
 
-    `heads`: the linear layers that give the logits of `label_names`; `remade`: they are new, for the model's were for others.
+    `heads`: the linear layers that give the logits of `label_names`; `remade`: they are new, because the model's were for other
+    labels.
     """
 
     name: str
@@ -70,15 +71,16 @@ class Classifier:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The parameters of a head that is trained."""
+        """The parameters of a trained head."""
         return tuple(f"{head}.{name}" for head in self.heads for name, _ in self.model.get_submodule(head).named_parameters())
 
 
 def load(config: ModelConfig, label_names: tuple[str, ...], degrees: int) -> Classifier:
-    """The classifier of `config` for examples with `label_names`, of which the model's own order is taken where it has one.
+    """The classifier of `config` for examples with `label_names`, in the model's own order if it has one.
 
-    The model's head is kept where its labels are those of the data: the same names, or as many where one side has numbers for
-    names. Else it is made anew: zero where it is trained, random rows of length 1, the same for every seed, where it is frozen.
+    The model's head is kept if its labels are those of the data: the same names, or the same number of labels if one side has
+    numbers for names. Otherwise a new head is made: zero if it is trained; random rows of length 1, the same for every seed, if
+    it is frozen.
     """
     folder, digest = _source(config)
     settings, processor = _settings(folder)
@@ -89,12 +91,14 @@ def load(config: ModelConfig, label_names: tuple[str, ...], degrees: int) -> Cla
     heads = _heads(model, settings.num_labels)
     lost = sorted(key for key in lacking if key.rpartition(".")[0] not in heads)
     if lost:
-        raise ModelError(f"{folder}: the weights lack {lost[0]} ({len(lost)} in all); the files are not of one classifier")
+        raise ModelError(
+            f"{folder}: the weights lack {lost[0]} ({len(lost)} in all); the files belong to different classifiers"
+        )
     remade = order is None or bool(lacking)
     if not heads and (remade or config.head == "trained"):
         raise ModelError(
             f"{folder}: no linear layer of {settings.num_labels} outputs above the {settings.model_type} model: its head can "
-            "be neither trained nor made anew; choose another model"
+            "be neither trained nor replaced; choose another model"
         )
     for head in heads if remade else ():
         _remake(model.get_submodule(head), head, config.head)
@@ -103,7 +107,7 @@ def load(config: ModelConfig, label_names: tuple[str, ...], degrees: int) -> Cla
 
 
 def targets(classifier: Classifier, endings: Sequence[str]) -> tuple[str, ...]:
-    """Full names of the modules that `endings` mean; where empty, the query and value projections."""
+    """Full names of the modules that `endings` match; if empty, of the query and value projections."""
     modules = dict(classifier.model.named_modules())
     leaves = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     endings = endings or next((pair for pair in _QUERY_AND_VALUE if leaves.issuperset(pair)), ())
@@ -124,7 +128,7 @@ def targets(classifier: Classifier, endings: Sequence[str]) -> tuple[str, ...]:
 
 
 def _source(config: ModelConfig) -> tuple[Path, str]:
-    """The model's folder, and the digest of all files that decide what it computes."""
+    """The model's folder, and the digest of all files that determine its outputs."""
     name = config.path or config.name
     if not name:
         raise ModelError(
@@ -138,7 +142,7 @@ def _source(config: ModelConfig) -> tuple[Path, str]:
 
 
 def _settings(folder: Path) -> tuple[Any, Processor]:
-    """The model's configuration and its processor, Pillow's one whatever else is installed: the same pixels everywhere."""
+    """The model's configuration and its processor, always the one based on Pillow, so that pixels are the same everywhere."""
     try:
         import transformers
     except ImportError:
@@ -149,7 +153,7 @@ def _settings(folder: Path) -> tuple[Any, Processor]:
         with quiet():
             settings = transformers.AutoConfig.from_pretrained(folder, **local)
             resize = transformers.AutoImageProcessor.from_pretrained(folder, **backend, **local)
-    except Exception as error:  # transformers raises nearly every kind
+    except Exception as error:  # transformers raises many kinds of errors
         raise ModelError(
             f"{folder}: transformers cannot load the model's settings or its image processor: {first_line(error)}; save both "
             "with save_pretrained"
@@ -169,7 +173,7 @@ def _scale(folder: Path, resize: Any, channels: int) -> Scale:
     whole, bare = _processed(resize, picture), _processed(resize, picture, do_rescale=False, do_normalize=False)
     if bare.dtype != np.uint8 or not np.allclose(scale(torch.from_numpy(bare)), whole, atol=1e-4):
         raise ModelError(
-            f"{folder}: {type(resize).__name__} does more than to resize, rescale and normalise; choose another model"
+            f"{folder}: {type(resize).__name__} does more than resizing, rescaling and normalising; choose another model"
         )
     return scale
 
@@ -180,7 +184,7 @@ def _processed(resize: Any, picture: np.ndarray, **options: bool) -> np.ndarray:
 
 
 def _model(folder: Path, settings: Any) -> tuple[nn.Module, set[str]]:
-    """The model, float32 and frozen, and the names of parameters that the files lack or have in another shape."""
+    """The model, float32 and frozen, and the names of parameters that are missing in the files or have another shape there."""
     from transformers import AutoModelForImageClassification
 
     options: Mapping[str, Any] = {
@@ -193,7 +197,7 @@ def _model(folder: Path, settings: Any) -> tuple[nn.Module, set[str]]:
     try:
         with quiet():
             model, report = AutoModelForImageClassification.from_pretrained(folder, config=settings, **options)
-    except Exception as error:  # transformers raises nearly every kind
+    except Exception as error:  # transformers raises many kinds of errors
         raise ModelError(f"{folder}: transformers cannot load an image classifier: {first_line(error)}") from None
     mismatched = {each if isinstance(each, str) else each[0] for each in report["mismatched_keys"]}
     return model.float().eval().requires_grad_(False), set(report["missing_keys"]) | mismatched
@@ -203,9 +207,9 @@ def _model(folder: Path, settings: Any) -> tuple[nn.Module, set[str]]:
 
 
 def _order(settings: Any, label_names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The labels in the order of the model's outputs; `None` where its head is for other labels.
+    """The labels in the order of the model's outputs; `None` if its head is for other labels.
 
-    Names that are numbers, or the `LABEL_0` that transformers gives where nobody named them, say nothing but their order.
+    Names that are numbers, or transformers' default `LABEL_0`, only give the order.
     """
     own = tuple(str(settings.id2label[i]) for i in range(settings.num_labels))
     if set(own) == set(label_names):
@@ -215,7 +219,7 @@ def _order(settings: Any, label_names: tuple[str, ...]) -> tuple[str, ...] | Non
 
 
 def _heads(model: nn.Module, classes: int) -> tuple[str, ...]:
-    """Full names of the linear layers with `classes` outputs that are no part of the headless model within."""
+    """Full names of the linear layers with `classes` outputs that are not part of the inner model without head."""
     base = getattr(model, model.base_model_prefix, None)
     within = {id(module) for module in base.modules()} if isinstance(base, nn.Module) else set()
     return tuple(

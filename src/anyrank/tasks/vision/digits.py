@@ -1,7 +1,7 @@
-"""The embedded task: scikit-learn's bundled 8x8 digits, learned upright, then met turned by 90 degrees.
+"""The embedded task: scikit-learn's bundled 8x8 digits, learned upright and then rotated by 90 degrees.
 
-The base model, a small network, is made on the spot (a second or two, kept in the cache), its head stays frozen, and
-clients adapt it to the turned images by LoRA. Real data, nothing to download, a whole federation in seconds.
+The base model, a small network, is pretrained when it is needed (a second or two) and kept in the cache. Its head stays frozen,
+and clients adapt it to the rotated images by LoRA. The data are real, nothing is downloaded, and a federation takes seconds.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ MODELS = {
 
 
 def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, progress=None) -> Task:
-    """The digits task: 1,437 images to train on and 360 held out, all turned by 90 degrees; head frozen or trained.
+    """The digits task: 1,437 images to train on and 360 held out, all rotated by 90 degrees; head frozen or trained.
 
     `folder`: the cache of base models.
     """
@@ -121,7 +121,7 @@ def _images() -> tuple[Tensor, Tensor, Tensor]:
 def _table() -> tuple[np.ndarray, np.ndarray]:
     """Pixels `[1797, 64]` from 0 to 16 and labels, as `sklearn.datasets.load_digits` gives them.
 
-    They are read from the package's own file: to import scikit-learn takes longer than a short federation.
+    They are read from the package's own file, because importing scikit-learn takes longer than a short federation.
     """
     spec = importlib.util.find_spec("sklearn")  # runs nothing of the package
     path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz" if spec else None

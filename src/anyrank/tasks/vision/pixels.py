@@ -1,4 +1,4 @@
-"""Pictures as a module takes them: kept as bytes, a quarter of what floats take, and scaled batch by batch."""
+"""Pictures as inputs of a module: stored as bytes, a quarter of the size of floats, and scaled batch by batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anyrank.tasks.inputs import TensorInputs
 
 @dataclass(frozen=True)
 class Scale:
-    """What pixels mean to a model: `(value · factor - mean) / std`, with one mean and std for each channel, or for all."""
+    """The scaling of pixels for a model: `(value · factor - mean) / std`, with one mean and std per channel, or for all."""
 
     factor: float = 1 / 255
     mean: tuple[float, ...] = (0.5,)
@@ -44,5 +44,5 @@ class HiddenInputs(TensorInputs):
 
 
 def turned(values: np.ndarray, degrees: int) -> np.ndarray:
-    """Pictures `[..., h, w]` turned by `degrees`, a multiple of 90, against the clock."""
+    """Pictures `[..., h, w]` rotated counterclockwise by `degrees`, a multiple of 90."""
     return np.ascontiguousarray(np.rot90(values, degrees // 90, axes=(-2, -1)))

@@ -16,7 +16,7 @@ from anyrank.errors import ModelError
 class Cut:
     """The cut before layer `place` (`vit.layers.8`) of a model.
 
-    `before`: what stands in for each layer below; `blank` `[1, channels, h, w]`: a picture for them, all zero.
+    `before`: the replacement of each layer below; `blank` `[1, channels, h, w]`: an all-zero picture for them.
     """
 
     place: str
@@ -25,10 +25,10 @@ class Cut:
 
 
 def find(model: nn.Module, targets: Sequence[str], pictures: Tensor) -> Cut | None:
-    """The cut before the lowest layer that has a target, or before the last layer where there are no targets.
+    """The cut before the lowest layer that has a target, or before the last layer if there are no targets.
 
-    `None` where nothing lies below it, where a target lies outside of the model's outermost list of layers, and where the upper
-    part alone does not give the whole model's logits for `pictures` `[2, channels, h, w]`.
+    `None` if there is nothing below it, if a target is outside of the model's outermost list of layers, or if the upper part
+    alone does not give the whole model's logits for `pictures` `[2, channels, h, w]`.
     """
     place = _first_layer(model, targets)
     if not place:
@@ -50,7 +50,7 @@ def find(model: nn.Module, targets: Sequence[str], pictures: Tensor) -> Cut | No
 
 @torch.no_grad()
 def _is_whole(model: nn.Module, cut: Cut, pictures: Tensor, logits: Tensor) -> bool:
-    """Whether the upper part gives `logits`; the model is left as it was."""
+    """Whether the upper part gives `logits`; the model is not changed."""
     layers, number = _list(model, cut.place)
     kept = list(layers[:number])
     try:
@@ -80,7 +80,7 @@ def _list(model: nn.Module, place: str) -> tuple[nn.ModuleList, int]:
 
 
 def _put(layers: nn.ModuleList, modules: Sequence[nn.Module]) -> None:
-    """Put `modules` in the place of the first layers."""
+    """Replace the first layers by `modules`."""
     for number, module in enumerate(modules):
         layers[number] = module
 
@@ -90,11 +90,11 @@ def _length(output: object) -> int | None:
 
 
 class _Arrived(Exception):
-    """The pass has come as far as is wanted."""
+    """Stops a forward pass at the wanted place."""
 
 
 def inputs_of(model: nn.Module, place: str, pixels: Tensor) -> Tensor:
-    """What the module `place` is given when the model runs on `pixels` `[b, channels, h, w]`; no more than that is computed."""
+    """The input of the module `place` when the model runs on `pixels` `[b, channels, h, w]`; nothing after it is computed."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -114,7 +114,7 @@ def inputs_of(model: nn.Module, place: str, pixels: Tensor) -> Tensor:
 
 
 class _Passed(nn.Module):
-    """A layer that lets its first argument through, in a tuple of `length` where the layer it stands for gives one."""
+    """A layer that returns its first argument, in a tuple of `length` if the replaced layer returns a tuple."""
 
     def __init__(self, length: int | None) -> None:
         super().__init__()
@@ -127,8 +127,8 @@ class _Passed(nn.Module):
 class SplitClassifier(nn.Module):
     """The model above a cut, from the hidden states `inputs` `[b, …]` that the layer `cut.place` takes, under its own names.
 
-    The model's own forward pass runs, on blank pictures; the layers below the cut are let go and their stand-ins let these
-    through, and the layer at the cut takes the inputs instead of what arrives there. Layers keep their numbers.
+    The model's own forward pass runs on blank pictures. The layers below the cut are released and replaced by layers that pass
+    their input through, and the layer at the cut gets `inputs` instead. Layers keep their numbers.
     """
 
     def __init__(self, model: nn.Module, cut: Cut) -> None:

@@ -1,4 +1,4 @@
-"""Base models that are made on the spot: a small network trained for seconds, kept in the cache, the same bytes every time."""
+"""Embedded base models: a small network, trained for seconds when it is needed, kept in the cache, always the same bytes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from anyrank import keys
 from anyrank.data import cache
 
 Progress = Callable[[int, int], None]
-_SEED = 0  # a base model is given: the same for every run seed
+_SEED = 0  # the base model is the same for every run seed
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a base model is trained: AdamW on all its parameters for `epochs`. `name` keys its draws; raise `version` when the
-    networks, or what is done here, change.
+    networks or this code change.
     """
 
     name: str
@@ -44,13 +44,13 @@ def pretrained(
     progress: Progress | None = None,
 ) -> nn.Module:
     """`module` trained on `images` `[n, …]` with `labels` `[n]`; from the cache `folder` if the same recipe, data and torch
-    made it before. `source`: what tells the data apart; `progress(done, total)` counts images.
+    made it before. `source`: an identifier of the data; `progress(done, total)` counts images.
     """
     key = {"model": name, "torch": torch.__version__, "recipe": str(recipe)} | ({"source": source} if source else {})
     found = cache.load(folder, name, key)
     if found is None:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the same bytes whatever the caller's threads
+        torch.set_num_threads(1)  # the same bytes for any number of threads of the caller
         try:
             _train(recipe, module, images, labels, progress)
         finally:

@@ -1,10 +1,10 @@
-"""Small networks for small images, made on the spot: an MLP, a CNN and a vision transformer, pretrained or random.
+"""Small networks for small images, created when needed: an MLP, a CNN and a vision transformer, pretrained or random.
 
-They are named after Fashion-MNIST, and take the size, the colour and the labels of any source. Pretrained, a model first
-learns a sixth of the training images as they are, which nobody sees again: the clients share the others, turned by
-`data.rotate`, and have to adapt it. With `model.pretrained = false` it stays as it was drawn, frozen all the same: a random
-network, of which LoRA is all that learns. That is RBLA's setting, where networks are trained from scratch with LoRA on every
-layer (name `head` in `lora.target_modules` too): no layer ever moves from its random start by more than the rank allows.
+They are named after Fashion-MNIST, and adapt to the size, the colour and the labels of any source. A pretrained model first
+learns a sixth of the training images, unrotated; these are not used again. The clients share the other images, rotated by
+`data.rotate`, and have to adapt the model. With `model.pretrained = false`, the model keeps its random weights and is frozen
+too; then only LoRA learns. That is RBLA's setting, where networks are trained from scratch with LoRA on every layer (add
+`head` to `lora.target_modules` too): no layer moves from its random start by more than the rank allows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from anyrank.tasks.vision.digits import Block
 from anyrank.tasks.vision.pixels import PixelInputs, Scale, turned
 from anyrank.tasks.vision.pretraining import Progress, Recipe, pretrained, randomise
 
-_SEED = 0  # of a random base: it is given, as a pretrained one is, and the same for every run seed
-_SHARE = 6  # one training image in so many makes the base model: 10,000 of Fashion-MNIST's 60,000
+_SEED = 0  # of a random base, which is the same for every run seed, like a pretrained one
+_SHARE = 6  # one training image in this many is for the base model: 10,000 of Fashion-MNIST's 60,000
 _SCALE = Scale()
 Shape = tuple[int, int, int]  # channels, height, width of an image
 
@@ -49,7 +49,7 @@ class FashionMLP(nn.Module):
 
 
 class FashionCNN(nn.Module):
-    """Two strided convolutions of 32 and 64 channels and a hidden layer of 128; every layer but the head carries rank 32."""
+    """Two strided convolutions of 32 and 64 channels and a hidden layer of 128; every layer except the head allows rank 32."""
 
     def __init__(self, shape: Shape, classes: int) -> None:
         super().__init__()
@@ -68,7 +68,9 @@ class FashionViT(nn.Module):
     def __init__(self, shape: Shape, classes: int, width: int = 64) -> None:
         super().__init__()
         if shape[1] % 4 or shape[2] % 4:
-            raise ModelError(f"model.name = 'fashion-vit': expected images of sides that 4 divides, got {shape[1]}x{shape[2]}")
+            raise ModelError(
+                f"model.name = 'fashion-vit': expected images with sides divisible by 4, got {shape[1]}x{shape[2]}"
+            )
         self.patch = nn.Linear(shape[0] * shape[1] * shape[2] // 16, width)
         self.position = nn.Parameter(torch.zeros(16, width))
         self.blocks = nn.ModuleList(Block(width, heads=4) for _ in range(4))
@@ -85,7 +87,7 @@ class FashionViT(nn.Module):
 
 @dataclass(frozen=True)
 class _Kind:
-    """An architecture, the layers that get LoRA unless others are named, and how it is pretrained."""
+    """An architecture, its default LoRA layers, and how it is pretrained."""
 
     make: Callable[[Shape, int], nn.Module]
     targets: tuple[str, ...]
@@ -134,7 +136,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, p
 
 
 def _shared_out(train: Images, model: ModelConfig, data: DataConfig) -> tuple[Images, Images]:
-    """The training images that make the base model, and those that the clients have."""
+    """The training images for the base model, and those of the clients."""
     base = train.sample(len(train) // _SHARE if model.pretrained else 0, "pretraining")
     if model.pretrained and not base.any():
         raise DataError(
@@ -157,7 +159,7 @@ def _alike(values: np.ndarray, train: np.ndarray, data: DataConfig) -> np.ndarra
     if values.shape[1:] != train.shape[1:]:
         got, expected = (images.spoken((*each.shape[2:], 3)[: 2 + (each.shape[1] > 1)]) for each in (values, train))
         raise DataError(
-            f"{data.test_source or data.source}: expected held-out images as the training ones are, {expected}, got {got}"
+            f"{data.test_source or data.source}: expected held-out images like the training images, {expected}, got {got}"
         )
     return values
 

@@ -1,14 +1,15 @@
-"""Image classification: an embedded small network (`tasks.fashion`), or any transformers classifier, in one of two shapes.
+"""Image classification: an embedded small network (`tasks.vision.small`), or any transformers classifier, in one of two forms.
 
 * Modules of the model (`lora.target_modules`; by default the query and value projections): LoRA inside, under the model's own
-  module names, so that the adapter is one of it as PEFT loads it. Everything below the first adapted layer is frozen: where the
-  layers can be run apart (tried at load against the whole model) it runs once for each image, and its hidden states are kept;
-  else the whole model runs from the pixels at every step. The task's name says which.
-* `map`: every image runs once through the frozen model, and LoRA adapts a map above what its head is given, which starts as the
-  identity: `logits = head(map(f))`. A federation then costs seconds; the adapter is one of the map.
+  module names, so that PEFT loads the adapter into it. Everything below the first adapted layer is frozen. If the layers can
+  be run separately (compared with the whole model when it is loaded), it runs once for each image, and its hidden states are
+  kept; otherwise the whole model runs from the pixels at every step. The task's name says which.
+* `map`: every image runs once through the frozen model, and LoRA adapts a map of its head's input, which starts as the
+  identity: `logits = head(map(f))`. A federation then takes seconds; the adapter belongs to the map.
 
-Images go through the model's own image processor. What the frozen part computes is kept on disk and found again by weights,
-settings, images and dtype. `model.dtype` is for this part alone; whatever is trained, and all that lies above it, is float32.
+Images go through the model's own image processor. The outputs of the frozen part are kept on disk, under a key made of
+weights, settings, images and dtype. `model.dtype` is for this part only; everything that is trained, and everything above it,
+is float32.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from anyrank.tasks.vision.classifier import Classifier
 from anyrank.tasks.vision.pixels import HiddenInputs, PixelInputs
 
 MAP = "map"
-_FORMAT = "1"  # of what is kept on disk; raise it when what is computed changes
-_BATCH = 16  # images a pass of the frozen part
+_FORMAT = "1"  # version of the files on disk; raise it when the computation changes
+_BATCH = 16  # images per pass of the frozen part
 
 
 def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, progress: Progress | None = None) -> Task:
     """The image task of a configuration. `cache`: the folder of base models and frozen features; `progress(done, total)`
-    counts images. Head (`model.head`): `frozen`, as the model has it or made anew, or `trained`. The task does not depend on
+    counts images. Head (`model.head`): `frozen` (the model's own or a new one), or `trained`. The task does not depend on
     the run seed. Raises `ConfigError`, `DataError` and `ModelError`.
     """
     if model.name in small.MODELS:
@@ -50,7 +51,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
     if model.head == "label-names":
         raise ConfigError("model.head: label-names is for text; images take frozen or trained")
     if not model.pretrained:
-        raise ConfigError(f"model.pretrained = false: is for {', '.join(small.MODELS)}; leave it out")
+        raise ConfigError(f"model.pretrained = false: is only for {', '.join(small.MODELS)}; remove it")
     train, test = images.load_split(data)
     found = pretrained.load(model, train.label_names, data.rotate)
     parts = {"train": images.limited(train, data).relabelled(found.label_names), "test": test.relabelled(found.label_names)}
@@ -102,10 +103,12 @@ def _on_map(frozen: _Frozen, parts: Mapping[str, Images], endings: Sequence[str]
 
 
 def _inside(frozen: _Frozen, parts: Mapping[str, Images], endings: Sequence[str]) -> _Built:
-    """LoRA on modules of the model; what lies below the first adapted layer runs once for each image."""
+    """LoRA on modules of the model; everything below the first adapted layer runs once for each image."""
     found = frozen.classifier
     if MAP in endings:
-        raise ModelError(f"lora.target_modules: '{MAP}' lies above the model and stands alone; leave out the others, or it")
+        raise ModelError(
+            f"lora.target_modules: '{MAP}' is above the model and excludes other modules; remove the others, or it"
+        )
     targets = pretrained.targets(found, endings)
     inner = [target for target in targets if target not in found.heads]
     cut = prefix.find(found.model, inner, frozen.sample(parts["test"]))
@@ -155,7 +158,7 @@ class WholeClassifier(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Frozen:
-    """What a classifier computes of images before anything is trained: computed once, then found in the folder `cache`."""
+    """The outputs of a classifier's frozen part for images: computed once, then read from the folder `cache`."""
 
     classifier: Classifier
     config: ModelConfig
@@ -165,7 +168,7 @@ class _Frozen:
 
     @property
     def on_disk(self) -> bool:
-        """Whether what was computed stays in its file while a run uses it."""
+        """Whether the outputs stay in their file during a run."""
         return self.config.features == "disk"
 
     @property
@@ -177,16 +180,16 @@ class _Frozen:
         return "bfloat16" if self.bfloat16 else "float32"
 
     def sample(self, given: Images) -> Tensor:
-        """Two images as the model takes them, float32 `[2, channels, h, w]`, on its device."""
+        """Two images in the form of the model's input, float32 `[2, channels, h, w]`, on its device."""
         _, values = next(self._batches(given.take(np.arange(min(2, len(given))))))
         return self.classifier.processor.scale(values).to(self.device)
 
     def pixels(self, parts: Mapping[str, Images]) -> dict[str, Tensor]:
-        """The images of each part as the model takes them but for their scale, uint8 `[n, channels, h, w]`."""
+        """The images of each part in the form of the model's input, but not scaled, uint8 `[n, channels, h, w]`."""
         return self._once("pixels", parts, lambda values: values)
 
     def inputs_of(self, place: str, parts: Mapping[str, Images]) -> dict[str, Tensor]:
-        """What the module `place` is given for the images of each part: vectors as float32, more in the frozen part's dtype."""
+        """The input of the module `place` for the images of each part: vectors in float32, others in the frozen dtype."""
 
         def run(values: Tensor) -> Tensor:
             scaled = self.classifier.processor.scale(values).to(self.device)
@@ -197,7 +200,7 @@ class _Frozen:
         return self._once(f"input of {place}, {self.dtype_name}", parts, run)
 
     def _once(self, what: str, parts: Mapping[str, Images], run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """`run` of every part's images, batch by batch, or what the cache has of it."""
+        """`run` of every part's images, batch by batch, or its outputs from the cache."""
         places = {part: ("images", self._key(what, given)) for part, given in parts.items()}
         found = {part: store.load(self.cache, *place, mapped=self.on_disk) for part, place in places.items()}
         missing = [part for part, tensors in found.items() if tensors is None]
