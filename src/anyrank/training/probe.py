@@ -46,7 +46,7 @@ def check(model: LoraModel) -> None:
             "leaves it out), so LoRA on it would do nothing; choose other targets"
         )
     if not losses.requires_grad:
-        raise ModelError("loss: does not depend on what is trained; compute it from the module's outputs, by torch")
+        raise ModelError("loss: does not depend on the trained parameters; compute it from the module's outputs, by torch")
     gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
     if all(gradient is None or not gradient.any() for gradient in gradients):
         raise ModelError("loss: nothing that is trained moves it; choose other targets, or another loss")
