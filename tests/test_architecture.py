@@ -15,7 +15,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "anyrank"
 # A room imports from earlier levels only: never from its own level, never from a later one. This counts every import, those
 # inside functions and for type checkers too.
 LEVELS = [
-    ["errors"],
+    ["errors", "stopping"],
     ["keys", "files", "progress", "devices", "own"],
     ["adapter", "config"],
     ["algebra", "messages", "privacy", "data"],

@@ -19,6 +19,8 @@ A study file names the claim, and for each setting a configuration with what it 
 all settings. `columns` may also name what a setting's `[eval] metrics` has: `macro_f1`, or `per_label.NAME` for one label of a
 metric that has a number for each. Of the first column the largest mean is the best one, or the smallest where the name says so
 (`lower_is_better`).
+
+A study is read and told without torch; what builds or runs it imports that itself.
 """
 
 from __future__ import annotations
@@ -29,17 +31,19 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyrank import config as configs
-from anyrank import simulation
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, nearest
 from anyrank.files import write_whole_text
 from anyrank.runs.folder import is_finished
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
-from anyrank.studies import comparison, grid
-from anyrank.studies.grid import Cell
+from anyrank.studies import variants
+from anyrank.studies.variants import Cell
+
+if TYPE_CHECKING:
+    from anyrank.studies.grid import OnRound
 
 STUDY, TABLE = "study.json", "study.md"
 FIGURES = ("accuracy", "collapse", "bytes", "none")
@@ -139,7 +143,7 @@ class Setting:
     seeds: int
 
     def cells(self, out: Path) -> list[Cell]:
-        return comparison.plan(self.config, self.methods, self.seeds, out / _folder(self.name))
+        return variants.plan(self.config, self.methods, self.seeds, out / _folder(self.name))
 
 
 @dataclass(frozen=True)
@@ -193,15 +197,19 @@ def load(path: Path) -> Study:
 
 def check(study: Study, progress=None) -> None:
     """Build the first run of each setting and method, so that whatever is wrong stops before anything is trained."""
+    from anyrank import simulation
+
     for setting in study.settings:
         for label in setting.methods:
-            simulation.build(comparison.variant(setting.config, label), progress).close()
+            simulation.build(variants.variant(setting.config, label), progress).close()
 
 
-def execute(study: Study, out: Path, jobs: int, on_round: grid.OnRound | None = None) -> dict[str, Any]:
+def execute(study: Study, out: Path, jobs: int, on_round: OnRound | None = None) -> dict[str, Any]:
     """Run what is not finished yet, all settings in one grid, and return the results, which `out` then holds as
     JSON and as Markdown. A run that cannot go on costs that run; `RunFailed` where none is left to tell of.
     """
+    from anyrank.studies import grid
+
     out.mkdir(parents=True, exist_ok=True)
     cells = study.cells(out)
     failures = grid.run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
@@ -303,7 +311,7 @@ def _setting(path: Path, table: Mapping[str, Any], entry: Any) -> Setting:
     seeds = entry.get("seeds", table["seeds"])
     chosen = configs.load(path.parent / entry["config"], [*table.get("set", ()), *entry.get("set", ())])
     for label in methods:
-        comparison.variant(chosen, label)
+        variants.variant(chosen, label)
     return Setting(entry["name"], chosen, methods, seeds)
 
 
