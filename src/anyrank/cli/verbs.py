@@ -184,11 +184,9 @@ def study(
     Example: [cyan]anyrank study configs/papers/1-rank-collapse.toml[/cyan]
     """
     from anyrank.studies import study as studies
-    from anyrank.studies import variants
 
     chosen = studies.load(file)
     folder = out or Path("runs") / chosen.name
-    variants.check_methods(chosen.cells(folder))
     from anyrank import report
     from anyrank.cli import console, tables
 
@@ -446,8 +444,10 @@ def _raise_failures(failures: list[dict[str, Any]], runs: int) -> None:
 
 
 def _started(cells: Sequence[Cell]) -> list[Path]:
-    """The run folders that there are: a run that failed before its first round has none."""
-    return [cell.out for cell in cells if cell.out.is_dir()]
+    """The run folders that there are: a run that failed before its first round may have none, or one with nothing in it."""
+    from anyrank.runs.names import CONFIG
+
+    return [cell.out for cell in cells if (cell.out / CONFIG).is_file()]
 
 
 def _budget_of(config: Config, progress) -> dict[str, Any]:

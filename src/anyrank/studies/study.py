@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyrank import config as configs
 from anyrank.config.sections import Config
-from anyrank.errors import ConfigError, nearest
+from anyrank.errors import AnyRankError, ConfigError, nearest
 from anyrank.files import write_whole_text
 from anyrank.runs.folder import is_finished
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
@@ -175,6 +175,8 @@ def load(path: Path) -> Study:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     _check(path, table, _KEYS, _OPTIONAL)
+    for key in ("methods", "columns", "set"):
+        _check_names(path, table, key)
     if table.get("figure", "accuracy") not in FIGURES:
         raise ConfigError(f"{path}: figure: expected one of {', '.join(FIGURES)}, got {table['figure']!r}")
     for column, key in (("rounds_to_target", "target_accuracy"), ("within_budget", "budget_megabytes")):
@@ -307,12 +309,28 @@ def _setting(path: Path, table: Mapping[str, Any], entry: Any) -> Setting:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{path}: [[setting]]: expected a table of keys, got {entry!r}")
     _check(path, entry, {"name": str, "config": str}, _SETTING_KEYS)
+    for key in ("methods", "set"):
+        _check_names(path, entry, key)
     methods = tuple(entry.get("methods", table["methods"]))
     seeds = entry.get("seeds", table["seeds"])
     chosen = configs.load(path.parent / entry["config"], [*table.get("set", ()), *entry.get("set", ())])
-    for label in methods:
-        variants.variant(chosen, label)
+    if seeds < 1:
+        raise ConfigError(f"{path}: seeds: expected at least 1, got {seeds}")
+    if len(set(methods)) != len(methods):
+        raise ConfigError(f"{path}: methods: expected different methods, got {', '.join(methods)}")
+    try:
+        for label in methods:
+            variants.check_method(variants.variant(chosen, label))
+    except AnyRankError as error:
+        raise type(error)(f"{path}, setting {entry['name']!r}: {error}") from None
     return Setting(entry["name"], chosen, methods, seeds)
+
+
+def _check_names(path: Path, table: Mapping[str, Any], key: str) -> None:
+    """Raise `ConfigError` for a list that holds anything but text, or nothing although something is needed."""
+    listed = table.get(key, ["-"])
+    if not all(isinstance(each, str) for each in listed) or not (listed or key == "set"):
+        raise ConfigError(f"{path}: {key}: expected a list of texts, {'' if key == 'set' else 'at least one, '}got {listed!r}")
 
 
 def _check(path: Path, table: Mapping[str, Any], needed: Mapping[str, Any], optional: Mapping[str, Any]) -> None:

@@ -78,7 +78,7 @@ def check_methods(cells: Sequence[Cell]) -> None:
 
 
 def check_method(config: Config) -> None:
-    """As `check_methods`, of one configuration."""
+    """`check_methods` of one configuration."""
     if config.method.file:
         find_file(config.method.file)
     else:

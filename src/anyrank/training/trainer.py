@@ -32,6 +32,8 @@ def train(
 ) -> ClientUpdate | Failure:
     """One client's reply to `job`, after training on `examples` (indices `[n]`). Nothing that goes wrong in it raises.
 
+    A `KeyboardInterrupt` or a `SystemExit` in it is none of the client's, and goes through.
+
     A private client reports no figures, and of a failure only that it happened.
     """
     began, client = time.perf_counter(), job.client.name
