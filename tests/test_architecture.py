@@ -37,7 +37,7 @@ NEVER = {
     "runs.names": ("torch",),
     "studies.variants": ("torch", "numpy"),
     "algebra.names": ("torch", "numpy"),
-    "stopping": ("torch", "numpy", "multiprocessing"),
+    "stopping": ("torch", "numpy", "typer"),
     "runs.folder": ("torch",),
     "methods.registry": ("torch", "numpy"),
     "methods.catalog": ("torch", "numpy"),
