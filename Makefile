@@ -5,6 +5,7 @@
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
 #                and starts of light commands (half a minute)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
+# make faults    stops and kills commands and their workers at many more moments than the tests do (half an hour)
 # make lint      style and imports
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants bench experiments lint clean
+.PHONY: demo test mutants bench experiments faults lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -34,6 +35,9 @@ experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/noise.py
 	$(BIN)/python experiments/alpha.py
 	$(BIN)/python experiments/private_rates.py
+
+faults: $(VENV)/.installed-test
+	ANYRANK_FAULTS=1 $(BIN)/python -m pytest -q -rP tests/test_processes.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix src tests

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "anyrank"
 # A room imports from earlier levels only: never from its own level, never from a later one. This counts every import, those
 # inside functions and for type checkers too.
 LEVELS = [
-    ["errors"],
+    ["errors", "stopping"],
     ["keys", "files", "progress", "devices", "own"],
     ["adapter", "config"],
     ["algebra", "messages", "privacy", "data"],
@@ -36,6 +36,9 @@ NEVER = {
     "report": ("torch", "transformers", "peft", "anyrank.adapter", "anyrank.tasks"),
     "config": ("torch", "numpy"),
     "runs.names": ("torch",),
+    "studies.variants": ("torch", "numpy"),
+    "algebra.names": ("torch", "numpy"),
+    "stopping": ("torch", "numpy", "typer"),
     "runs.folder": ("torch",),
     "methods.registry": ("torch", "numpy"),
     "methods.catalog": ("torch", "numpy"),

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from anyrank import stopping
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file next to `path`, flush it to disk, then move it to `path` in one step.
@@ -13,13 +15,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Windows cannot replace a file that is open or mapped, so a reader of a file that will be rewritten must copy it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as written:  # Windows flushes only what is open for writing
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with stopping.unfinished(temporary):
+        try:
+            write(temporary)
+            with open(temporary, "r+b") as written:  # Windows flushes only what is open for writing
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_whole_text(path: Path, text: str) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyrank import devices
+from anyrank import devices, stopping
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.adapter.stored import FolderWriter
 from anyrank.aggregation.merge import Merge, plan
 from anyrank.algebra import lowrank, spectra
-from anyrank.errors import AdapterError, MethodError, RunError, RunFailed, nearest
+from anyrank.algebra.names import check_device
+from anyrank.errors import AdapterError, RunError, RunFailed
 from anyrank.messages.records import Client, ClientUpdate, Scaling, ServerState
 from anyrank.methods import Method
 
@@ -99,10 +100,8 @@ def aggregate(
 
 
 def _place(device: str) -> tuple[torch.device, int]:
-    """The device that computes SVDs, and the bytes of the clients' factors at a time; 0 means one layer."""
-    known = ("auto", "cpu", "cuda")
-    if device not in known:  # Apple's has no float64
-        raise MethodError(f"device '{device}': expected one that merges can use; {nearest(device, known)}")
+    """Where SVDs are made, and of how many bytes of the clients' factors at a time; 0 is one layer."""
+    check_device(device)
     found = devices.find(device, "device")
     return (found, _BATCH_BYTES) if found.type == "cuda" else (torch.device("cpu"), 0)
 
@@ -152,14 +151,15 @@ def aggregate_folders(
         raise AdapterError(f"ranks: expected ranks of at least 1, got {wrong!r}")
     merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with lowrank.using(algebra, *_place(device)) as work, _Folders(unfinished, merge, ranks) as folders:
-            folders.fill(progress, work.batch_bytes)
-        os.replace(unfinished, out)
-    except OSError as error:
-        raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); no files were left there") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with stopping.unfinished(unfinished):
+        try:
+            with lowrank.using(algebra, *_place(device)) as work, _Folders(unfinished, merge, ranks) as folders:
+                folders.fill(progress, work.batch_bytes)
+            os.replace(unfinished, out)
+        except OSError as error:
+            raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from None
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return {
         "method": merge.method.name,
         "out": str(out),

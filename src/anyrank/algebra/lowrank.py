@@ -17,18 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from anyrank.adapter.layer import LoraLayer
 from anyrank.algebra import subspace
+from anyrank.algebra.names import Algebra, check_algebra
 from anyrank.algebra.subspace import Triples
-from anyrank.errors import MethodError, nearest
 
-Algebra = Literal["auto", "qr", "gram", "randomized"]
-ALGEBRAS: tuple[Algebra, ...] = ("auto", "qr", "gram", "randomized")
 _EPS, _CPU = torch.finfo(torch.float64).eps, torch.device("cpu")
 
 
@@ -135,8 +133,7 @@ def using(algebra: str, device: torch.device = _CPU, batch_bytes: int = 0) -> It
     >>> work.paths
     {'gram': 1}
     """
-    if algebra not in ALGEBRAS:
-        raise MethodError(f"algebra '{algebra}': unknown; {nearest(algebra, ALGEBRAS)}")
+    check_algebra(algebra)
     work = Work(algebra, device, batch_bytes)
     token = _WORK.set(work)
     try:

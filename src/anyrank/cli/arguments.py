@@ -11,37 +11,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyrank import config as configs
+from anyrank.algebra import names
 from anyrank.config.sections import Config, PrivacyConfig
-from anyrank.errors import AdapterError, ConfigError, MethodError
-from anyrank.methods import catalog
-from anyrank.methods.registry import find_file
+from anyrank.errors import AdapterError, ConfigError, MethodError, RunError
+from anyrank.studies import variants
 
 if TYPE_CHECKING:
     from anyrank.messages.records import ClientUpdate
+    from anyrank.studies.variants import Cell
 
 
 def configuration(path: Path, overrides: Sequence[str], own_method: bool = True) -> Config:
-    """The configuration in a file, with its method's name and options checked as far as possible without torch.
+    """The configuration in a file, with its method's name, options and ranks checked as far as that needs no torch.
 
-    `own_method = False`: the command names its methods itself (`methods`). A method from a file is known only when the file
-    has been executed.
+    `own_method = False`: where its methods are named apart (`cells`). A method from a file is known when that has run.
     """
     chosen = configs.load(path, overrides)
-    if chosen.method.file:
-        find_file(chosen.method.file)
-    elif own_method:
-        catalog.check(chosen.method.name, chosen.method.options)
+    if own_method or chosen.method.file:
+        variants.check_method(chosen)
     return chosen
 
 
-def methods(text: str, file: str = "") -> list[str]:
-    """The labels in `METHOD[:KEY=VALUE][@RANK],...`; each method must be known, unless it may come from `file`."""
-    labels = [label.strip() for label in text.split(",")]
-    for label in labels:
-        name = label.partition("@")[0].partition(":")[0]
-        if name and not file:
-            catalog.check(name, {})
-    return labels
+def cells(config: Config, labels: str, seeds: int, out: Path) -> list[Cell]:
+    """The runs of `METHOD[:KEY=VALUE][@RANK],...`, each with its method checked as in `configuration`."""
+    planned = variants.plan(config, [label.strip() for label in labels.split(",")], seeds, out)
+    variants.check_methods(planned)
+    return planned
 
 
 def updates(words: Sequence[str]) -> list[tuple[str, int]]:
@@ -63,6 +58,23 @@ def updates(words: Sequence[str]) -> list[tuple[str, int]]:
             )
         found.append((folder, int(text or 1)))
     return found
+
+
+def to_merge(folders: Sequence[str | Path], out: Path, algebra: str, device: str) -> None:
+    """Raise what a merge of these adapter folders would raise, as far as that needs no torch."""
+    names.check_algebra(algebra)
+    names.check_device(device)
+    adapters(folders)
+    if out.exists():
+        raise RunError(f"{out}: exists already; name a new folder, or remove this one")
+
+
+def adapters(folders: Sequence[str | Path]) -> None:
+    """Raise `AdapterError` for a folder that is not there, or is none of an adapter."""
+    for folder in map(Path, folders):
+        if not (folder / "adapter_config.json").is_file():
+            what = "no adapter_config.json in it" if folder.is_dir() else "no such folder"
+            raise AdapterError(f"{folder}: {what}; expected a PEFT adapter folder, as save_pretrained writes it")
 
 
 def opened(updates: Sequence[tuple[str, int]]) -> list[ClientUpdate]:

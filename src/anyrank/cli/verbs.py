@@ -20,7 +20,7 @@ from anyrank.devices import cores
 if TYPE_CHECKING:
     from anyrank.config.sections import Config
     from anyrank.studies.comparison import Results
-    from anyrank.studies.grid import Cell
+    from anyrank.studies.variants import Cell
 
 
 # Before torch is loaded: threads that wait must not spin on cores that others use (2 to 8 times slower on shared cores).
@@ -76,12 +76,13 @@ def demo(
     from anyrank.cli import arguments
     from anyrank.cli.demo import CONFIG
     from anyrank.config.tables import to_table
+    from anyrank.files import write_whole_text
     from anyrank.runs.folder import remove_run
 
-    labels = arguments.methods(methods)
+    cells = arguments.cells(CONFIG, methods, seeds, out)
     remove_run(out)
-    results = _compare(CONFIG, labels, seeds, out, jobs, resume=False, quiet=as_json)
-    (out / "demo.toml").write_text(tomli_w.dumps(to_table(CONFIG)), encoding="utf-8")
+    results = _compare(cells, out, jobs, resume=False, quiet=as_json)
+    write_whole_text(out / "demo.toml", tomli_w.dumps(to_table(CONFIG)))
     _show_comparison(results, out, as_json, "digits turned by 90 degrees")
 
 
@@ -165,11 +166,13 @@ def compare(
     Example: [cyan]anyrank compare banking77.toml --methods fedavg@2,flexlora,raflora --seeds 5[/cyan]
     """
     from anyrank.cli import arguments
+    from anyrank.studies import variants
 
     chosen = arguments.configuration(config, overrides, own_method=False)
-    labels = arguments.methods(methods, chosen.method.file)
     folder = out or Path("runs") / f"{chosen.run.name}-compare"
-    results = _compare(chosen, labels, seeds, folder, jobs, resume, quiet=as_json)
+    cells = arguments.cells(chosen, methods, seeds, folder)
+    variants.check_folder(folder, resume)
+    results = _compare(cells, folder, jobs, resume, quiet=as_json)
     _show_comparison(results, folder, as_json, chosen.run.name)
 
 
@@ -184,16 +187,13 @@ def study(
 
     Example: [cyan]anyrank study configs/papers/1-rank-collapse.toml[/cyan]
     """
-    from anyrank.errors import ConfigError
-
-    if not file.exists():
-        raise ConfigError(f"{file}: no such file; expected a TOML study")
-    from anyrank import report
-    from anyrank.cli import console, tables
     from anyrank.studies import study as studies
 
     chosen = studies.load(file)
     folder = out or Path("runs") / chosen.name
+    from anyrank import report
+    from anyrank.cli import console, tables
+
     with console.Preparing("preparing", quiet=as_json) as preparing:
         studies.check(chosen, preparing)
     with console.Rounds(sum(cell.config.run.rounds for cell in chosen.cells(folder)), chosen.name, quiet=as_json) as rounds:
@@ -242,6 +242,7 @@ def aggregate(
 
     folders, wanted, chosen = arguments.updates(clients), arguments.ranks(ranks), arguments.options(options)
     catalog.check(method, chosen)
+    arguments.to_merge([folder for folder, _ in folders] + ([previous] if previous else []), out, algebra, device)
     from anyrank.aggregation.aggregates import aggregate_folders
     from anyrank.cli import console, tables
 
@@ -267,6 +268,9 @@ def inspect(
 
     Example: [cyan]anyrank inspect merged/global merged/rank-4[/cyan]
     """
+    from anyrank.cli import arguments
+
+    arguments.adapters(adapters)
     from anyrank.aggregation.inspect import inspect_folders
     from anyrank.cli import console, tables
 
@@ -414,12 +418,11 @@ def report(
     console.out.print(f"report  {page}", soft_wrap=True)
 
 
-def _compare(config: Config, methods: list[str], seeds: int, out: Path, jobs: int, resume: bool, quiet: bool) -> Results:
+def _compare(cells: list[Cell], out: Path, jobs: int, resume: bool, quiet: bool) -> Results:
     from anyrank import report
     from anyrank.cli import console
     from anyrank.studies import comparison
 
-    cells = comparison.plan(config, methods, seeds, out)
     with console.Preparing("preparing", quiet) as preparing:
         comparison.check(cells, out, resume, preparing)
     rounds = console.Rounds(sum(cell.config.run.rounds for cell in cells), "rounds", quiet)
@@ -456,8 +459,10 @@ def _raise_failures(failures: list[dict[str, Any]], runs: int) -> None:
 
 
 def _started(cells: Sequence[Cell]) -> list[Path]:
-    """The existing run folders; a run that failed before its first round has none."""
-    return [cell.out for cell in cells if cell.out.is_dir()]
+    """The run folders that there are: a run that failed before its first round may have none, or one with nothing in it."""
+    from anyrank.runs.names import CONFIG
+
+    return [cell.out for cell in cells if (cell.out / CONFIG).is_file()]
 
 
 def _budget_of(config: Config, progress) -> dict[str, Any]:
@@ -477,17 +482,3 @@ def _use_all_cores() -> None:
 
 def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-def main() -> None:
-    """The command `anyrank`: exit 0 done, 1 the run failed, 2 the request is wrong; one line on stderr for either."""
-    from anyrank.errors import AnyRankError, RunFailed
-
-    try:
-        app()
-    except AnyRankError as error:
-        sys.stderr.write(f"anyrank: {error}\n")
-        sys.exit(1 if isinstance(error, RunFailed) else 2)
-    except KeyboardInterrupt:
-        sys.stderr.write("anyrank: stopped; go on by --resume\n")
-        sys.exit(1)

@@ -21,7 +21,12 @@ from anyrank.training.trainer import ExamplesOf
 class InProcess:
     """The default engine: `shards[name]` are the training examples of a client; scores in batches of `eval_batch_size`.
 
-    `stacking`: see `trainer.train_cohort`.
+    `stacking`: as `trainer.train_cohort` has it.
+
+    Whatever a client's training raises is its `Failure`, but for a `KeyboardInterrupt`, which stops the run, and a
+    `SystemExit`. A client that never returns holds up the round: within one process nothing can end it but the end of the
+    process, by Ctrl-C or SIGTERM, after which the run goes on from its last checkpoint. A fault that ends the process, in a
+    library of C or for want of memory, ends the run the same way.
     """
 
     model: LoraModel

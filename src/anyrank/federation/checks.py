@@ -5,17 +5,14 @@ from __future__ import annotations
 from anyrank import methods
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
-from anyrank.methods.registry import REGISTRY, taking_mixed_ranks
+from anyrank.methods.registry import REGISTRY, needs_one_rank, taking_mixed_ranks
 from anyrank.privacy.plan import PrivacyPlan
 
 
 def check_ranks(config: Config, method: methods.Method) -> None:
-    ranks = sorted(set(config.clients.ranks))
-    if len(ranks) > 1 and not method.traits.mixed_ranks and not method.pools_data:
-        raise ConfigError(
-            f"method.name: {method.name} needs clients of one rank, clients.ranks has {', '.join(map(str, ranks))}; "
-            f"set one rank, or use a method that takes mixed ranks: {taking_mixed_ranks()}"
-        )
+    ranks = config.clients.ranks
+    if len(set(ranks)) > 1 and not method.traits.mixed_ranks and not method.pools_data:
+        raise needs_one_rank(method.name, ranks, taking_mixed_ranks())
 
 
 def check_private(plan: PrivacyPlan, method: methods.Method) -> None:

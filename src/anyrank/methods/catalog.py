@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def catalog() -> list[dict[str, Any]]:
             if key in options and typing.get_origin(hint) is typing.Literal
         }
         entry = {"name": name, "summary": kind.summary, "paper": kind.paper, "train": sorted(kind.train)}
+        entry |= {"reference": kind.reference, "pools_data": kind.pools_data}
         entries.append(entry | {**traits, "options": options, "choices": choices})
     return entries
 
@@ -57,6 +58,14 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         for key, default in entries[name]["options"].items()
     }
     registry.checked(name, options, hints)
+
+
+def check_ranks(name: str, ranks: Sequence[int]) -> None:
+    """Raise `ConfigError` where one of the library's own methods cannot take clients of these ranks. Loads no torch."""
+    entries = {entry["name"]: entry for entry in stored()}
+    if len(set(ranks)) > 1 and not entries[name]["mixed_ranks"] and not entries[name]["pools_data"]:
+        others = [other for other, entry in entries.items() if entry["mixed_ranks"] and not entry["reference"]]
+        raise registry.needs_one_rank(name, ranks, others)
 
 
 def option_keys() -> list[Key]:

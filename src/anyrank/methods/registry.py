@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyrank import own
-from anyrank.errors import MethodError, nearest
+from anyrank.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
     from anyrank.methods.base import Method
@@ -99,9 +99,17 @@ def checked(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> 
     return found
 
 
-def taking_mixed_ranks() -> str:
+def taking_mixed_ranks() -> list[str]:
     """The names of the methods that take clients of unequal rank, for an error's advice."""
-    return ", ".join(sorted(name for name, kind in registered().items() if kind.traits.mixed_ranks and not kind.reference))
+    return [name for name, kind in registered().items() if kind.traits.mixed_ranks and not kind.reference]
+
+
+def needs_one_rank(name: str, ranks: Iterable[int], others: Iterable[str]) -> ConfigError:
+    """The error for clients of unequal `ranks` under a method that takes none such; `others` do."""
+    return ConfigError(
+        f"method.name: {name} needs clients of one rank, clients.ranks has {', '.join(map(str, sorted(set(ranks))))}; "
+        f"set one rank, or use a method that takes mixed ranks: {', '.join(sorted(others))}"
+    )
 
 
 # --- methods in users' files ---------------------------------------------------------------------------------------------

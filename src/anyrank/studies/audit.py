@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyrank import devices, keys, simulation
+from anyrank import devices, keys, simulation, stopping
 from anyrank.adapter.adapter import Adapter
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
@@ -84,7 +84,11 @@ def audit(config: Config, canaries: int, noise_factor: float = 1.0, confidence: 
         built = simulation.build(config, engine=watching)
         (watch,) = watches
         try:
-            with tempfile.TemporaryDirectory() as folder, RunDir.open(Path(folder) / "run", config) as store:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                stopping.unfinished(Path(folder)),
+                RunDir.open(Path(folder) / "run", config) as store,
+            ):
                 loop.run(_with(built, noise_factor), store, on_round)
                 claimed = _claimed(built.privacy, store.charges())
         finally:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyrank import config as configs
 from anyrank import simulation
 from anyrank.algebra import spectra
-from anyrank.config.sections import Config
-from anyrank.errors import ConfigError, RunError
 from anyrank.files import write_whole_text
 from anyrank.runs.folder import is_finished
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
-from anyrank.studies.grid import Cell, OnRound, finished, run_cells
+from anyrank.studies import variants
+from anyrank.studies.grid import OnRound, finished, run_cells
+from anyrank.studies.variants import Cell, folder, plan, variant
+
+__all__ = ["Results", "check", "execute", "folder", "plan", "table", "variant"]
 
 
 @dataclass(frozen=True)
@@ -30,50 +29,9 @@ class Results:
     failures: list[dict[str, Any]]
 
 
-def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[Cell]:
-    """The runs of `methods` x `seeds`, each method as `variant` reads it. Seeds count up from the configuration's seed."""
-    if seeds < 1:
-        raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
-    if not methods or len(set(methods)) != len(methods):
-        raise ConfigError(f"--methods: expected different methods, comma-separated, got {', '.join(methods) or 'none'}")
-    cells = []
-    for label in methods:
-        chosen = variant(config, label)
-        for seed in range(config.run.seed, config.run.seed + seeds):
-            cells.append(Cell(label, chosen.replace(run={"seed": seed}), out / folder(label) / f"seed-{seed}"))
-    return cells
-
-
-def folder(label: str, windows: bool = os.name == "nt") -> str:
-    """A method's folder: its label; on Windows, characters that are not allowed in names are written as %3A and so on.
-
-    >>> folder("raflora:split=balanced", windows=True)
-    'raflora%3Asplit=balanced'
-    """
-    return re.sub(r'[%<>:"\\|?*\x00-\x1f]|[. ]$', lambda found: f"%{ord(found[0]):02X}", label) if windows else label
-
-
-def variant(config: Config, label: str) -> Config:
-    """`config` under the method that `label` names: `METHOD[:KEY=VALUE ...][@RANK]`.
-
-    `fedavg@2`: every client has rank 2. `stayput:tau=0:rotate=true`: with these options. `raflora:train.learning_rate=0.01`:
-    with a key of another section. The configuration's own options go to the method that it names, and to no other.
-    """
-    method, at, rank = label.partition("@")
-    name, *settings = method.split(":")
-    if not name or "/" in label or (at and not (rank.isdigit() and int(rank) > 0)):
-        raise ConfigError(f"--methods {label}: expected METHOD[:KEY=VALUE][@RANK], e.g. fedavg@8 or raflora:split=balanced")
-    options = config.method.options if name == config.method.name else {}
-    chosen = config.replace(method={"name": name, "options": options}, run={"label": label})
-    chosen = chosen.replace(clients={"ranks": (int(rank),)}) if at else chosen
-    keys = [setting if "." in setting.partition("=")[0] else f"method.{setting}" for setting in settings]
-    return configs.override(chosen, keys) if keys else chosen
-
-
 def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None:
     """Build the first run of each method, so that whatever is wrong with the request stops before anything is trained."""
-    if out.exists() and any(out.iterdir()) and not (resume and (out / COMPARISON).exists()):
-        raise RunError(f"{out}: is not empty; continue the comparison in it with --resume, or choose another --out")
+    variants.check_folder(out, resume)
     for cell in {cell.label: cell for cell in reversed(cells)}.values():
         simulation.build(cell.config, progress).close()
 

@@ -19,6 +19,8 @@ A study file states the claim, and for each setting a configuration with its cha
 for all settings. `columns` may also name a metric of a setting's `[eval] metrics`: `macro_f1`, or `per_label.NAME` for one
 label of a metric with a number for each label. In the first column, the largest mean is the best one, or the smallest if the
 name says so (`lower_is_better`).
+
+A study is read and reported without torch; what builds or runs it imports that itself.
 """
 
 from __future__ import annotations
@@ -28,18 +30,20 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyrank import config as configs
-from anyrank import simulation
 from anyrank.config.sections import Config
 from anyrank.config.tables import read_toml
-from anyrank.errors import ConfigError, nearest
+from anyrank.errors import AnyRankError, ConfigError, nearest
 from anyrank.files import write_whole_text
 from anyrank.runs.folder import is_finished
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
-from anyrank.studies import comparison, grid
-from anyrank.studies.grid import Cell
+from anyrank.studies import variants
+from anyrank.studies.variants import Cell
+
+if TYPE_CHECKING:
+    from anyrank.studies.grid import OnRound
 
 STUDY, TABLE = "study.json", "study.md"
 FIGURES = ("accuracy", "collapse", "bytes", "none")
@@ -139,7 +143,7 @@ class Setting:
     seeds: int
 
     def cells(self, out: Path) -> list[Cell]:
-        return comparison.plan(self.config, self.methods, self.seeds, out / _folder(self.name))
+        return variants.plan(self.config, self.methods, self.seeds, out / _folder(self.name))
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ def load(path: Path) -> Study:
     path = Path(path)
     table = read_toml(path, "study")
     _check(path, table, _KEYS, _OPTIONAL)
+    for key in ("methods", "columns", "set"):
+        _check_names(path, table, key)
     if table.get("figure", "accuracy") not in FIGURES:
         raise ConfigError(f"{path}: figure: expected one of {', '.join(FIGURES)}, got {table['figure']!r}")
     for column, key in (("rounds_to_target", "target_accuracy"), ("within_budget", "budget_megabytes")):
@@ -188,15 +194,19 @@ def load(path: Path) -> Study:
 
 def check(study: Study, progress=None) -> None:
     """Build the first run of each setting and method, so that errors show before anything is trained."""
+    from anyrank import simulation
+
     for setting in study.settings:
         for label in setting.methods:
-            simulation.build(comparison.variant(setting.config, label), progress).close()
+            simulation.build(variants.variant(setting.config, label), progress).close()
 
 
-def execute(study: Study, out: Path, jobs: int, on_round: grid.OnRound | None = None) -> dict[str, Any]:
+def execute(study: Study, out: Path, jobs: int, on_round: OnRound | None = None) -> dict[str, Any]:
     """Run all unfinished runs of all settings in one grid, and return the results, which are also written to `out` as JSON and
     as Markdown. A failed run does not stop the others; raises `RunFailed` if all runs failed.
     """
+    from anyrank.studies import grid
+
     out.mkdir(parents=True, exist_ok=True)
     cells = study.cells(out)
     failures = grid.run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
@@ -294,12 +304,28 @@ def _setting(path: Path, table: Mapping[str, Any], entry: Any) -> Setting:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{path}: [[setting]]: expected a table of keys, got {entry!r}")
     _check(path, entry, {"name": str, "config": str}, _SETTING_KEYS)
+    for key in ("methods", "set"):
+        _check_names(path, entry, key)
     methods = tuple(entry.get("methods", table["methods"]))
     seeds = entry.get("seeds", table["seeds"])
     chosen = configs.load(path.parent / entry["config"], [*table.get("set", ()), *entry.get("set", ())])
-    for label in methods:
-        comparison.variant(chosen, label)
+    if seeds < 1:
+        raise ConfigError(f"{path}: seeds: expected at least 1, got {seeds}")
+    if len(set(methods)) != len(methods):
+        raise ConfigError(f"{path}: methods: expected different methods, got {', '.join(methods)}")
+    try:
+        for label in methods:
+            variants.check_method(variants.variant(chosen, label))
+    except AnyRankError as error:
+        raise type(error)(f"{path}, setting {entry['name']!r}: {error}") from None
     return Setting(entry["name"], chosen, methods, seeds)
+
+
+def _check_names(path: Path, table: Mapping[str, Any], key: str) -> None:
+    """Raise `ConfigError` for a list that holds anything but text, or nothing although something is needed."""
+    listed = table.get(key, ["-"])
+    if not all(isinstance(each, str) for each in listed) or not (listed or key == "set"):
+        raise ConfigError(f"{path}: {key}: expected a list of texts, {'' if key == 'set' else 'at least one, '}got {listed!r}")
 
 
 def _check(path: Path, table: Mapping[str, Any], needed: Mapping[str, Any], optional: Mapping[str, Any]) -> None:

@@ -34,6 +34,8 @@ def train(
     """One client's reply to `job`, after training on `examples` (indices `[n]`). Problems never raise an exception.
 
     A private client reports no figures, and of a failure only the fact that it happened.
+
+    A `KeyboardInterrupt` or a `SystemExit` in it is none of the client's, and is raised.
     """
     began, client = time.perf_counter(), job.client.name
     torch.manual_seed(keys.key(plan.seed, "forward", plan.round, client))  # for a module that draws in its forward pass

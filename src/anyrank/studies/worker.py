@@ -1,0 +1,17 @@
+"""A worker process of a grid, from its first moment on: bound to its parent before it imports anything that takes long."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+
+from anyrank import stopping
+
+
+def serve(connection: Connection) -> None:
+    """The whole life of a worker: it runs the cells that come over `connection`, until it is ended."""
+    stopping.end_with(multiprocessing.parent_process())
+    stopping.on_signals()
+    from anyrank.studies import grid  # with torch
+
+    grid.work(connection)
