@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyrank.errors import AdapterError
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _KINDS = ("linear", "conv2d", "embedding")
 
 
@@ -35,7 +36,7 @@ class LoraLayer:
         for name in ("A", "B"):
             factor = torch.as_tensor(getattr(self, name))
             object.__setattr__(self, name, factor)
-            if factor.ndim != 2 or 0 in factor.shape or not factor.is_floating_point():
+            if factor.ndim != 2 or 0 in factor.shape or factor.dtype not in _FLOATS or factor.layout is not torch.strided:
                 raise AdapterError(
                     f"{name}: expected a two-dimensional floating tensor with no empty side, "
                     f"got {factor.dtype} of shape {tuple(factor.shape)}"
