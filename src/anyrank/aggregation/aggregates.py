@@ -52,6 +52,8 @@ class AggregateResult:
 
     def share(self, rank: int) -> Adapter:
         """What a client of `rank` gets to start its next round from."""
+        if type(rank) is not int or rank < 1:
+            raise AdapterError(f"share: expected a rank of at least 1, got {rank!r}")
         layers = self.state.adapter.layers.values()
         check_rank(rank, [side for layer in layers for side in (layer.rank, max(layer.shape))])
         return _storable(self.method.share(self.state, Client(f"rank-{rank}", rank)))

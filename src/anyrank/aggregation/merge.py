@@ -207,12 +207,15 @@ def outline_ranks(updates: Sequence[ClientUpdate]) -> Iterator[int]:
         yield from outline(update.adapter).ranks.values()
 
 
-def check_rank(rank: Any, known: Sequence[int]) -> None:
-    """Raise `AdapterError` for a rank that is none, or larger than all that are `known`."""
+_ANY_RANK = 1024  # is taken, whatever the layers; a larger one only where a layer, or a client, is as large
+
+
+def check_rank(rank: Any, known: Iterable[int]) -> None:
+    """Raise `AdapterError` for a rank that is none, or for which memory would be asked that no adapter needs."""
     if type(rank) is not int or rank < 1:
         raise AdapterError(f"ranks: expected ranks of at least 1, got {shortened(repr(rank), 50)}")
-    if rank > max(known):
-        raise AdapterError(f"ranks: expected at most {max(known)}, the longest side of a layer, got {rank}")
+    if rank > (most := max(_ANY_RANK, *known)):
+        raise AdapterError(f"ranks: expected ranks of at most {most}, got {rank}; no layer has a side as long as that")
 
 
 def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:

@@ -5,14 +5,18 @@ What can be refused without torch is refused here, before a verb imports what co
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyrank import config as configs
 from anyrank.config.sections import Config, PrivacyConfig
-from anyrank.errors import AdapterError, ConfigError, MethodError
+from anyrank.devices import cores
+from anyrank.errors import AdapterError, ConfigError, MethodError, shortened
 from anyrank.methods import catalog
 from anyrank.methods.registry import find_file
 
@@ -46,18 +50,52 @@ def methods(text: str, file: str = "") -> list[str]:
 def updates(words: Sequence[str]) -> list[tuple[str, int]]:
     """`CLIENT_DIR[=EXAMPLES]` each: folders with the examples that weigh them; all weigh the same if none says.
 
-    Raises `AdapterError` where examples are no whole number of at least 1, or are given for some folders only.
+    Any positive numbers will do: where one is no whole number, all become the smallest whole numbers of the same ratios, so
+    that equal ratios give equal results. Raises `AdapterError` for anything else, and where only some folders have one.
     """
     pairs = [_folder_and_examples(word) for word in words]
     lacking = [folder for folder, examples in pairs if not examples]
     if 0 < len(lacking) < len(pairs):
         raise AdapterError(f"{lacking[0]}: no examples given, while others have them; give all folders =EXAMPLES, or none")
-    found = []
-    for folder, text in pairs:
-        if text and not (text.isascii() and text.isdigit() and int(text) > 0):
-            raise AdapterError(f"{folder}={text}: expected a whole number of at least 1 as its examples, got {text!r}")
-        found.append((folder, int(text or 1)))
+    weights = _whole([_weight(folder, text) if text else Fraction(1) for folder, text in pairs])
+    for (folder, text), weight in zip(pairs, weights, strict=True):
+        if weight > _MOST_EXAMPLES:
+            raise AdapterError(
+                f"{folder}={shortened(text, 50)}: expected examples, or weights, whose ratios are those of whole numbers of at "
+                f"most {_MOST_EXAMPLES}; round them"
+            )
+    return [(folder, weight) for (folder, _), weight in zip(pairs, weights, strict=True)]
+
+
+_NUMBER = re.compile(r"[0-9]{1,30}(\.[0-9]{0,30})?(e[+-]?[0-9]{1,2})?|\.[0-9]{1,30}(e[+-]?[0-9]{1,2})?", re.ASCII)
+_MOST_EXAMPLES = 2**53  # beyond it, float64 does not tell neighbours apart
+
+
+def _weight(folder: str, text: str) -> Fraction:
+    found = Fraction(text) if _NUMBER.fullmatch(text) else Fraction(0)
+    if found <= 0:
+        told = shortened(text, 50)
+        raise AdapterError(
+            f"{folder}={told}: expected a whole number of at least 1 as its examples, or a positive weight such as 0.25, "
+            f"got {told!r}"
+        )
     return found
+
+
+def _whole(weights: Sequence[Fraction]) -> list[int]:
+    """The weights as whole numbers: as they are if they are, else the smallest ones of the same ratios."""
+    if all(weight.denominator == 1 for weight in weights):
+        return [int(weight) for weight in weights]
+    together = math.lcm(*(weight.denominator for weight in weights))
+    counts = [int(weight * together) for weight in weights]
+    return [count // math.gcd(*counts) for count in counts]
+
+
+def jobs(count: int) -> int:
+    """The runs at a time that are asked for, by default one a core. Raises `ConfigError` for a number below 0."""
+    if count < 0:
+        raise ConfigError(f"--jobs {count}: expected a whole number of at least 1, or 0 for one a core")
+    return count or cores()
 
 
 def opened(updates: Sequence[tuple[str, int]]) -> list[ClientUpdate]:
@@ -81,7 +119,8 @@ def ranks(text: str) -> list[int]:
     """`4,8,...`, each a whole number of at least 1."""
     words = [word.strip() for word in text.split(",")] if text else []
     for word in words:
-        if not (word.isascii() and word.isdigit() and int(word) > 0):
+        if not (word.isascii() and word.isdigit() and len(word) < 19 and int(word) > 0):
+            text, word = shortened(text, 50), shortened(word, 50)
             raise AdapterError(f"--ranks {text}: expected ranks of at least 1, such as 4,8, got {word!r}")
     return [int(word) for word in words]
 
