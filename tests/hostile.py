@@ -87,7 +87,7 @@ def write_folder(folder: Path, config: Any = GOOD_CONFIG, weights: bytes | None 
 def spoiled_folder(folder: Path, chance: random.Random) -> Path:
     """A folder with one to three things in it that are not as they should be."""
     config, tensors, fill = dict(GOOD_CONFIG), {PREFIX + key: entry for key, entry in GOOD_WEIGHTS.items()}, b"\0\0\x80\x3f"
-    for _ in range(chance.randint(1, 3)):
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
         deed = chance.randrange(7)
         if deed == 0:
             config[chance.choice([*config, "lora_bias", "x"])] = chance.choice(NUMBERS)
@@ -109,9 +109,9 @@ def spoiled_folder(folder: Path, chance: random.Random) -> Path:
             tensors.pop(chance.choice(list(tensors)), None)
             tensors = tensors or {"x": ("F32", ())}
     weights, text = safetensors(tensors, fill), json.dumps(config).encode()
-    if chance.random() < 0.3:
+    if chance.random() < 0.15:
         weights = spoiled_bytes(weights, chance)
-    if chance.random() < 0.2:
+    if chance.random() < 0.1:
         text = spoiled_bytes(text, chance)
     return write_folder(folder, text, weights)
 
@@ -292,7 +292,7 @@ def hostile_reply(job: Job, chance: random.Random) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (float, int, np.number)) and not isinstance(value, bool) and abs(value) < 10**100
+    return type(value) in (float, int, np.float32, np.int64) and abs(value) < 10**100
 
 
 def odd_name(chance: random.Random) -> str:

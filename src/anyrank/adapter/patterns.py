@@ -19,6 +19,7 @@ from anyrank.errors import AdapterError, shortened
 
 _SPECIAL = frozenset("*+?{|()")  # without these there is one way through a pattern, which `re` takes in no time
 _REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT)  # which of two ways is tried first does not matter where all are followed
+_NESTED = "its groups are nested too deep"
 _CATEGORIES = {
     op.CATEGORY_DIGIT: r"\d", op.CATEGORY_NOT_DIGIT: r"\D", op.CATEGORY_SPACE: r"\s",
     op.CATEGORY_NOT_SPACE: r"\S", op.CATEGORY_WORD: r"\w", op.CATEGORY_NOT_WORD: r"\W",
@@ -69,7 +70,9 @@ class Patterns:
                 if not _SPECIAL & set(pattern):
                     return self._counted(re.compile(whole).match)
                 return self._bounded(pattern, parser.parse(whole))
-        except (re.error, OverflowError, RecursionError) as error:
+        except RecursionError:
+            raise self._refused(pattern, _NESTED) from None
+        except (re.error, OverflowError) as error:
             raise self._refused(pattern, f"{error}") from None
 
     def _counted(self, match: Callable[[str], Any]) -> Callable[[str], bool]:
@@ -86,7 +89,7 @@ class Patterns:
             except NotImplementedError as what:
                 raise self._refused(pattern, f"{what} cannot be matched in a bounded time; write it without") from None
             except RecursionError:
-                raise self._refused(pattern, "its groups are nested too deep") from None
+                raise self._refused(pattern, _NESTED) from None
 
         return matches
 

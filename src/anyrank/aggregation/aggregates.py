@@ -109,7 +109,10 @@ def _place(device: str) -> tuple[torch.device, int]:
 
 
 def _whole(merge: Merge) -> ServerState:
-    state = merge.method.aggregate(merge.state(), merge.updates)
+    try:
+        state = merge.method.aggregate(merge.state(), merge.updates)
+    except (OverflowError, torch.linalg.LinAlgError):
+        raise merge.too_large(", ".join(merge.names[:3]), "what is computed from it") from None
     for part in (state.adapter, state.merged):
         if part is not None:
             _storable(part)
@@ -162,7 +165,7 @@ def aggregate_folders(
     not exist, and appears whole or not at all. `progress(done, total)` counts layers. Returns what was done, as a dict.
     """
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise RunError(f"{out}: exists already; name a new folder, or remove this one")
     merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
     for rank in ranks:

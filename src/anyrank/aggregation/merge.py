@@ -71,8 +71,8 @@ class Merge:
             sent = {name: self._sent(name) for name in names}
         try:
             found = self._layers(sent)
-        except torch.linalg.LinAlgError:  # numbers that are finite, and whose squares are not
-            raise self._too_large(", ".join(names[:3]), "what is computed from them") from None
+        except (OverflowError, torch.linalg.LinAlgError):  # numbers that are finite, and whose squares are not
+            raise self.too_large(", ".join(names[:3]), "what is computed from it") from None
         for name, (merged, base) in found.items():
             self._check(name, merged)
             if base is not None:
@@ -82,9 +82,9 @@ class Merge:
     def _check(self, name: str, layer: LoraLayer) -> None:
         if large := overflow(layer):
             self._sent(name)  # says whose numbers are none; finite ones may be too large together
-            raise self._too_large(name, large)
+            raise self.too_large(name, large)
 
-    def _too_large(self, name: str, what: str) -> AdapterError:
+    def too_large(self, name: str, what: str) -> AdapterError:
         return AdapterError(
             f"layer {name}: {what} is too large for {str(self.dtype).removeprefix('torch.')}; look for the adapter with the "
             "largest norm (anyrank inspect): its training diverged, or its alpha is wrong"
@@ -120,7 +120,7 @@ class Merge:
         state = ServerState(1, self.seed, Adapter({name: layer}, {}, self.config), self.scaling)
         shared = self.method.share(state, Client(f"rank-{rank}", rank)).layers[name]
         if large := overflow(shared):
-            raise self._too_large(f"{name}, rank {rank}", large)
+            raise self.too_large(f"{name}, rank {rank}", large)
         return shared
 
     def check_rank(self, rank: int) -> None:

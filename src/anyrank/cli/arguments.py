@@ -6,6 +6,7 @@ What can be refused without torch is refused here, before a verb imports what co
 from __future__ import annotations
 
 import math
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -108,7 +109,7 @@ def opened(updates: Sequence[tuple[str, int]]) -> list[ClientUpdate]:
 
 def _folder_and_examples(word: str) -> tuple[str, str]:
     folder, equals, examples = word.rpartition("=")
-    if not equals or Path(word).is_dir():  # a folder may have the sign in its own name
+    if not equals or os.path.isdir(word):  # a folder may have the sign in its own name
         return word, ""
     if not examples:
         raise AdapterError(f"{word}: expected a whole number of at least 1 after '=', got nothing")
