@@ -9,6 +9,7 @@ import json
 import math
 import random
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,12 @@ class Odd(torch.Tensor):
 
 def odd_tensors(like: Tensor) -> dict[str, Any]:
     """Things in the place of a tensor, which can stand there and shall not get into the round, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some kinds will not be in torch for ever
+        return _odd_tensors(like)
+
+
+def _odd_tensors(like: Tensor) -> dict[str, Any]:
     wide = like.double()
     return {
         "none": None,
