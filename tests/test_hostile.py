@@ -248,6 +248,13 @@ def test_keys_of_which_more_than_one_thing_may_be_meant_are_refused(case: str, t
     assert says in both(write_folder(tmp_path / "ada", weights=safetensors(tensors)))
 
 
+def test_two_factors_for_one_place_are_refused(tmp_path: Path) -> None:
+    """PEFT writes `.lora_A.weight` for a linear layer, `.lora_embedding_A` for an embedding, and never both for one."""
+    for other in (A0.removesuffix(".weight"), A0.replace("lora_A.weight", "lora_embedding_A")):
+        told = both(write_folder(tmp_path / "ada", weights=safetensors(GOOD | {other: ("F32", (2, 6))})))
+        assert "layer layers.0.q: has factors of two layers, or of two kinds" in told
+
+
 def test_a_module_of_the_models_own_called_module_is_one(tmp_path: Path) -> None:
     one = Adapter({"module.q": LoraLayer(torch.ones(2, 6), torch.ones(5, 2), 1.0)})
     assert list(Adapter.load(one.save(tmp_path / "ada")).layers) == ["module.q"]

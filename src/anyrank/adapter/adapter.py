@@ -122,15 +122,25 @@ def _load(folder: Path) -> Adapter:
 
 def from_peft_state(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str = "adapter") -> Adapter:
     """An adapter from PEFT's state dict (`get_peft_model_state_dict`) and its config as a dict (`to_dict()`)."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    tensors: dict[str, Tensor] = {}
     names = plain_names(sorted(state), config, where)
-    for key, name in names.items():
+    return from_plain_state({name: state[key] for key, name in names.items()}, config, where)
+
+
+def from_plain_state(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> Adapter:
+    """`from_peft_state` of tensors by their plain names (`plain_names`)."""
+    factors: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(state):
         match = FACTOR.fullmatch(name)
         if match:
-            factors.setdefault(match[1], {"kind": match[2] or ""})[match[3]] = state[key]
+            pair = factors.setdefault(match[1], {"kind": match[2] or ""})
+            if match[3] in pair or pair["kind"] != (match[2] or ""):
+                raise AdapterError(
+                    f"{where}, layer {match[1]}: has factors of two layers, or of two kinds; save the adapter again"
+                )
+            pair[match[3]] = state[name]
         else:
-            tensors[name] = finite(not_empty(f"{where}, {name}", _dense(state[key], f"{where}, {name}")), where, name)
+            tensors[name] = finite(not_empty(f"{where}, {name}", _dense(state[name], f"{where}, {name}")), where, name)
     rules = Rules.of(config, where)
     layers = {name: read_layer(name, pair, rules, where) for name, pair in factors.items()}
     if not layers:

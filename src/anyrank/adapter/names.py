@@ -14,7 +14,7 @@ FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", re.DOTALL)
 _NAMED = re.compile(r"(.+\.(?:lora_(?:embedding_)?[AB]|modules_to_save))\.(?!weight$)([^.]+)(\.[^.]+)?", re.DOTALL)
 # No module of a model has such a name: FSDP, activation checkpointing and torch.compile wrap others in it.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-_DOUBLED = re.compile(rf"(?:module\.)*(?:{re.escape(PREFIX)})+")
+_DOUBLED = re.compile(rf"(?:(?:module\.)*{re.escape(PREFIX)})+")
 _WHOLE_MODEL = (".base_layer.weight", ".original_module.")  # (a trained bias is one of the base layer, too)
 _FORMATS = {
     re.compile(r"\.lora_(up|down)\.weight$|^lora_(unet|te)"): "keys as kohya's scripts write them",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyrank.adapter.adapter import Adapter, from_peft_state
+from anyrank.adapter.adapter import Adapter, from_plain_state
 from anyrank.adapter.header import DTYPES, read_header
 from anyrank.adapter.layer import LoraLayer, finite
 from anyrank.adapter.names import FACTOR, PREFIX, plain_names
@@ -118,7 +118,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     folder = Path(folder)
     config = read_config(folder)
     weights = _Weights(find_weights(folder), config)
-    known = from_peft_state({key: weights.outline(key) for key in weights.entries}, config, str(folder))
+    known = from_plain_state({key: weights.outline(key) for key in weights.entries}, config, str(folder))
     layers = _StoredLayers(weights, str(folder), known.layers)
     return Adapter(layers, _StoredTensors(weights, str(folder), known.tensors), known.config)
 
