@@ -1,6 +1,7 @@
 # make demo      the main job, on data that comes with the dependencies
 # make test      everything that is tested
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
+# make fuzz      hands the library spoiled adapters, words and replies for three minutes (FUZZ="--seconds 600 --seed 1" for others)
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
 #                and starts of light commands (half a minute)
@@ -11,9 +12,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+FUZZ   ?= --seconds 180 --seed 0
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants bench experiments faults lint clean
+.PHONY: demo test mutants fuzz bench experiments faults lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -24,6 +26,9 @@ test: $(VENV)/.installed-test
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py
+
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/aggregate.py

@@ -183,7 +183,7 @@ MISTAKES = (
         "self._travelling(adapter or self.adapter, self.train)",
         "self._travelling(adapter or self.adapter, BOTH)",
     ),
-    Mistake("NaN let through by the guard", "federation/guard.py", "not torch.isfinite(got).all()", "False"),
+    Mistake("NaN let through by the guard", "federation/guard.py", "not torch.isfinite(own).all()", "False"),
     # the fast ways to singular values, and folders read and written layer by layer
     Mistake(
         "left vectors from the right Gram matrix",
@@ -276,8 +276,8 @@ MISTAKES = (
     Mistake(
         "NaN let through where factors are summed",
         "aggregation/merge.py",
-        "if not (_finite(merged) and (base is None or _finite(base))):",
-        "if False:",
+        "if large := overflow(layer):",
+        'if large := "":',
         FAST,
     ),
     Mistake(
@@ -503,7 +503,9 @@ MISTAKES = (
         CENTRAL,
     ),
     Mistake("rounding past the clip", "messages/change.py", "share *= _SHORTER", "break", CENTRAL),
-    Mistake("unclipped uploads believed", "federation/guard.py", "change.norm(download, believed) > bound", "False", CENTRAL),
+    Mistake(
+        "unclipped uploads believed", "federation/guard.py", "not change.norm(download, believed) <= bound", "False", CENTRAL
+    ),
     Mistake(
         "the server's noise is the same in each run",
         "robust/central_noise.py",

@@ -70,9 +70,17 @@ def test_infinities_of_both_signs_do_not_cancel():
 
 
 def test_finite_numbers_whose_sum_is_too_large_for_their_dtype_enter():
-    large = adapter(3e38)
+    layer = adapter().layers["fc"]
+    large = replace(adapter(), layers={"fc": layer.with_factors(torch.full((2, 4), 1e38), torch.full((3, 2), 1e-30))})
     assert math.isinf(large.layers["fc"].A.sum())
-    assert torch.equal(admit(update(large), download(), "ada", 10).adapter.layers["fc"].A, torch.full((2, 4), 3e38))
+    assert torch.equal(admit(update(large), download(), "ada", 10).adapter.layers["fc"].A, torch.full((2, 4), 1e38))
+
+
+@pytest.mark.parametrize("value", [1e30, 3e38])
+def test_finite_factors_whose_product_is_too_large_for_their_dtype_are_rejected(value):
+    """Each entry of B A is 2 * 1e60 or more; float32 ends at 3.4e38."""
+    with pytest.raises(Rejected, match=r"layer fc: (factor A|the change scaling \* B @ A) is too large for torch\.float32"):
+        admit(update(adapter(value)), download(), "ada", 10)
 
 
 def test_a_head_that_is_not_finite_costs_the_upload():

@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+_LONGEST = 2000  # characters of an error: names in it may be anybody's, and of any length
+
+
+def printable(text: str) -> str:
+    r"""`text` in one line that leaves a terminal as it is: control characters and marks that turn the direction of writing
+    are shown as they are written in Python.
+
+    >>> print(printable("a\x1b[31m\n\u202eb"))
+    a\x1b[31m\n\u202eb
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(letter: str) -> str:
+    # Cc: controls; Cf: formats, such as the marks of direction; Cs: halves of a pair; Zl, Zp: ends of lines.
+    if unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or letter in "\u200c\u200d":  # joiners of scripts
+        return letter
+    return ascii(letter)[1:-1]
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text`, or its beginning and its end, in `longest` characters.
+
+    >>> shortened("abcdefgh", 5)
+    'ab…gh'
+    """
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
 class AnyRankError(Exception):
-    """Base of every error that `anyrank` raises on purpose. Its text is one line for the user."""
+    """Base of every error that `anyrank` raises on purpose. Its text is one line for a person, whatever names are in it."""
+
+    def __str__(self) -> str:
+        return printable(shortened(super().__str__(), _LONGEST))
 
 
 class AdapterError(AnyRankError):
@@ -39,7 +72,7 @@ class RunFailed(AnyRankError):
 
 
 def in_a_line(error: BaseException) -> str:
-    """An error in one line: the type and the first line of its text; for an `AnyRankError`, only the text.
+    r"""Somebody else's error in one line: its kind and the first line that it says; one of ours in its own words.
 
     >>> in_a_line(ValueError("out of range"))
     'ValueError: out of range'
@@ -47,7 +80,7 @@ def in_a_line(error: BaseException) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
     if isinstance(error, AnyRankError):
         return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{type(error).__name__}: {printable(text)}" if text else type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

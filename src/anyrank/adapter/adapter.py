@@ -18,15 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anyrank.adapter.header import DTYPES, read_header
 from anyrank.adapter.layer import LoraLayer, finite
+from anyrank.adapter.names import FACTOR, PREFIX, plain_names
 from anyrank.adapter.peft import (
     CONFIG_FILE,
-    FACTOR,
     OWN_KEYS,
-    PREFIX,
     WEIGHTS_FILE,
+    Rules,
     check_config,
     find_weights,
+    not_empty,
     peft_config,
     peft_tensors,
     plain,
@@ -108,6 +110,7 @@ class Adapter:
 
 def _load(folder: Path) -> Adapter:
     config, weights = read_config(folder), find_weights(folder)
+    read_header(weights)
     try:
         with safe_open(weights, framework="pt") as file:
             # Copies, not safetensors' map of the file: so that it can be saved again in its folder, on Windows too.
@@ -119,21 +122,37 @@ def _load(folder: Path) -> Adapter:
 
 def from_peft_state(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str = "adapter") -> Adapter:
     """An adapter from PEFT's state dict (`get_peft_model_state_dict`) and its config as a dict (`to_dict()`)."""
-    factors: dict[str, dict[str, Tensor]] = {}
+    names = plain_names(sorted(state), config, where)
+    return from_plain_state({name: state[key] for key, name in names.items()}, config, where)
+
+
+def from_plain_state(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> Adapter:
+    """`from_peft_state` of tensors by their plain names (`plain_names`)."""
+    factors: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    for key in sorted(state):
-        name = key.removeprefix(PREFIX)
+    for name in sorted(state):
         match = FACTOR.fullmatch(name)
         if match:
-            factors.setdefault(match[1], {"kind": match[2] or ""})[match[3]] = state[key]
-        elif "lora_" in name:
-            raise AdapterError(f"{where}: tensor {key!r} belongs to a LoRA variant that is not supported; train without it")
+            pair = factors.setdefault(match[1], {"kind": match[2] or ""})
+            if match[3] in pair or pair["kind"] != (match[2] or ""):
+                raise AdapterError(
+                    f"{where}, layer {match[1]}: has factors of two layers, or of two kinds; save the adapter again"
+                )
+            pair[match[3]] = state[name]
         else:
-            tensors[name] = finite(state[key], where, name)
-    layers = {name: read_layer(name, pair, config, where) for name, pair in factors.items()}
+            tensors[name] = finite(not_empty(f"{where}, {name}", _dense(state[name], f"{where}, {name}")), where, name)
+    rules = Rules.of(config, where)
+    layers = {name: read_layer(name, pair, rules, where) for name, pair in factors.items()}
     if not layers:
         raise AdapterError(f"{where}: contains no LoRA factors (keys like '{PREFIX}NAME.lora_A.weight')")
     return Adapter(layers, tensors, {k: v for k, v in config.items() if k not in OWN_KEYS})
+
+
+def _dense(tensor: Tensor, where: str) -> Tensor:
+    """`tensor`, if it is one of numbers that files hold and that lie side by side."""
+    if tensor.dtype not in DTYPES.values() or tensor.layout is not torch.strided:
+        raise AdapterError(f"{where}: {tensor.dtype} numbers ({tensor.layout}) are not read; make it a plain float32 tensor")
+    return tensor
 
 
 def iter_names(adapters: Mapping[str, Adapter]) -> Iterator[str]:

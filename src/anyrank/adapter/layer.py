@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyrank.errors import AdapterError
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _KINDS = ("linear", "conv2d", "embedding")
 
 
@@ -35,7 +36,7 @@ class LoraLayer:
         for name in ("A", "B"):
             factor = torch.as_tensor(getattr(self, name))
             object.__setattr__(self, name, factor)
-            if factor.ndim != 2 or 0 in factor.shape or not factor.is_floating_point():
+            if factor.ndim != 2 or 0 in factor.shape or factor.dtype not in _FLOATS or factor.layout is not torch.strided:
                 raise AdapterError(
                     f"{name}: expected a two-dimensional floating tensor with no empty side, "
                     f"got {factor.dtype} of shape {tuple(factor.shape)}"
@@ -78,3 +79,33 @@ def finite(tensor: Tensor, where: str, name: str) -> Tensor:
     if known and not math.isfinite(tensor.sum()) and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
         raise AdapterError(f"{where}, {name}: contains NaN or infinite values; the training that made it diverged")
     return tensor
+
+
+def overflow(layer: LoraLayer) -> str:
+    """What of a layer its own number type cannot hold, in words: a factor, or the change that it applies; else empty.
+
+    The change is not formed: its norm is `scaling * sqrt(tr(B^T B A A^T))`, and no entry of it is larger. By the product of
+    the factors' norms, which is no smaller, one look at each factor is enough for all layers that anybody trains.
+    """
+    largest = torch.finfo(layer.A.dtype).max
+    norms = {name: _norm(getattr(layer, name)) for name in "AB"}
+    for name, norm in norms.items():
+        if not norm <= largest:
+            return f"factor {name}"
+    bound = layer.scaling * norms["A"] * norms["B"]
+    return "" if bound <= largest or _change(layer) <= largest else "the change scaling * B @ A"
+
+
+def _norm(factor: Tensor) -> float:
+    wide = torch.float64 if factor.dtype == torch.float64 else torch.float32
+    norm = float(torch.linalg.vector_norm(factor, dtype=wide))
+    if math.isfinite(norm) or wide == torch.float64:
+        return norm
+    return float(torch.linalg.vector_norm(factor, dtype=torch.float64))  # squares may overflow where their numbers do not
+
+
+def _change(layer: LoraLayer) -> float:
+    """The norm of the change, or infinity where float64 cannot hold what it is computed from."""
+    A, B = layer.A.double(), layer.B.double()
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return layer.scaling * math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.inf

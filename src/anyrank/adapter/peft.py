@@ -5,23 +5,26 @@ from __future__ import annotations
 import enum
 import json
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anyrank.adapter.bounds import CONFIG_BYTES, CONFIG_DEPTH
 from anyrank.adapter.layer import LoraLayer, finite
-from anyrank.errors import AdapterError
+from anyrank.adapter.names import PREFIX
+from anyrank.adapter.patterns import Patterns
+from anyrank.errors import AdapterError, shortened
+from anyrank.files import read_bounded
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
-
 
 # PEFT options whose forward pass is more than base(x) + scaling * B @ A @ x: merging their factors would be wrong.
 _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "target_parameters", "trainable_token_indices")
@@ -31,14 +34,20 @@ def find_weights(folder: Path) -> Path:
     """The safetensors file of a PEFT folder."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        pickled = next((name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()), None)
-        hint = (
-            f"it holds pickled weights ({pickled}), which are never read: save it again with safe_serialization=True"
-            if pickled
-            else "save the adapter with PEFT's save_pretrained"
-        )
-        raise AdapterError(f"{folder}: no {WEIGHTS_FILE}; {hint}")
+        raise AdapterError(f"{folder}: no {WEIGHTS_FILE}; {_instead(folder)}")
     return weights
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder without weights, by what else is in it."""
+    if os.path.lexists(folder / WEIGHTS_FILE):
+        return "what has that name there is no file"
+    pickled = next((name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()), None)
+    if pickled:
+        return f"it holds pickled weights ({pickled}), which are never read: save it again with safe_serialization=True"
+    shard = next((path.name for path in sorted(folder.glob("*.safetensors"))), None)
+    found = f" ({shard} is there: weights in parts, or under another name, are not read)" if shard else ""
+    return f"save the adapter with PEFT's save_pretrained{found}"
 
 
 def unreadable(weights: Path, error: object) -> AdapterError:
@@ -48,21 +57,54 @@ def unreadable(weights: Path, error: object) -> AdapterError:
 def read_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json` of a PEFT folder, if its adapter is a plain LoRA."""
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        what = "no such folder" if not folder.is_dir() else f"no {CONFIG_FILE} in it"
-        raise AdapterError(f"{folder}: {what}; expected a PEFT adapter folder, as save_pretrained writes it")
+    if not os.path.lexists(path):
+        raise AdapterError(f"{folder}: {_no_adapter(folder)}; expected a PEFT adapter folder, as save_pretrained writes it")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = read_bounded(path, CONFIG_BYTES).decode("utf-8")
+        config = json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise AdapterError(f"{path}: {_TOO_DEEP}") from None
     except (ValueError, OSError) as error:
         raise AdapterError(f"{path}: not readable as JSON ({error}); save the adapter again") from None
     return check_config(config, str(path))
+
+
+def _no_adapter(folder: Path) -> str:
+    """What is wrong with a folder in which there is no configuration of an adapter."""
+    text = os.fspath(folder)
+    if "\0" in text or not os.path.lexists(folder):
+        download = f" (an adapter on the hub? download it first: hf download {text} --local-dir FOLDER)"
+        return "no such folder" + (download if _HUB_ID.fullmatch(text) else "")
+    if not folder.is_dir():
+        return f"is no folder; name the folder it is in, {folder.parent}" if folder.is_file() else "is no folder"
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if inner:
+        return f"no {CONFIG_FILE} in it, but adapters in its subfolders {', '.join(inner[:5])}: name one of them"
+    return f"no {CONFIG_FILE} in it"
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TOO_DEEP = f"tables within tables, more than {CONFIG_DEPTH}; expected what PEFT's save_pretrained writes"
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys all differ: of two values for one key, nobody knows which was meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {shortened(twice, 100)!r} stands twice in one table")
+    return found
 
 
 def check_config(config: Any, path: str) -> dict[str, Any]:
     """`config`, if it is that of a LoRA adapter which applies `scaling * B @ A` and nothing more."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path}: expected peft_type 'LORA', got {kind!r}; only LoRA adapters can be merged")
+        raise AdapterError(
+            f"{path}: expected peft_type 'LORA', got {shortened(repr(kind), 100)}; only LoRA adapters can be merged"
+        )
+    _check_values(config, path)
     refused = [name for name in _REFUSED if config.get(name)]
     if refused:
         raise AdapterError(
@@ -71,46 +113,100 @@ def check_config(config: Any, path: str) -> dict[str, Any]:
     return config
 
 
-def read_layer(name: str, pair: dict[str, Any], config: Mapping[str, Any], where: str) -> LoraLayer:
+def _check_values(config: Mapping[str, Any], path: str) -> None:
+    """Refuse what JSON cannot say again, or what is nested without end. (Ranks and alphas are judged layer by layer.)"""
+    level: list[tuple[str, Any]] = [(key, value) for key, value in config.items() if key not in OWN_KEYS]
+    for _ in range(CONFIG_DEPTH):
+        wrong = next((key for key, value in level if isinstance(value, float) and not math.isfinite(value)), None)
+        if wrong is not None:
+            raise AdapterError(f"{path}: {shortened(wrong, 100)}: expected a finite number; save the adapter again")
+        level = [(key, inner) for key, value in level for inner in _inner(value)]
+        if not level:
+            return
+    raise AdapterError(f"{path}: {_TOO_DEEP}")
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a configuration says of each layer: its rank and its alpha, by PEFT's rule for patterns."""
+
+    config: Mapping[str, Any]
+    ranks: Patterns
+    alphas: Patterns
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str) -> Rules:
+        """Raises `AdapterError` for patterns that are none."""
+        try:
+            return cls(config, *(Patterns(key, config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")))
+        except AdapterError as error:
+            raise AdapterError(f"{where}: {error}") from None
+
+    def check_rank(self, name: str, rows: int) -> None:
+        """Raise `AdapterError` where the configuration has another rank for the layer than `A` has rows."""
+        rank = self.ranks.value(name, self.config.get("r"))
+        if rank is None:
+            return
+        if type(rank) is not int or rank < 1:
+            told = shortened(repr(rank), 100)
+            raise AdapterError(f"r: expected a whole number of at least 1 as its rank in {CONFIG_FILE}, got {told}")
+        if rows != rank:
+            told = f"{rank}" if rank < 10**9 else "10^9 or more"  # a number may have thousands of digits
+            raise AdapterError(f"{CONFIG_FILE} says rank {told}, A has {rows} rows; the two files are not of one adapter")
+
+    def scaling(self, name: str, rank: int) -> float:
+        alpha = self.alphas.value(name, self.config.get("lora_alpha"))
+        if type(alpha) not in (int, float):
+            told = shortened(repr(alpha), 100)
+            raise AdapterError(f"lora_alpha: expected a number in {CONFIG_FILE}, got {told}")
+        try:
+            return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        except OverflowError:
+            raise AdapterError(f"lora_alpha: expected a number in {CONFIG_FILE}, got one of more than 300 digits") from None
+
+
+def read_layer(name: str, pair: dict[str, Any], rules: Rules, where: str) -> LoraLayer:
     missing = {"A", "B"} - pair.keys()
     if missing:
         raise AdapterError(f"{where}, layer {name}: factor {missing.pop()} is missing; save the adapter again")
-    A, B = finite(pair["A"], where, name), finite(pair["B"], where, name)
-    kind, kernel = ("embedding" if pair["kind"] else "linear"), (1, 1)
-    if A.ndim == 4 and B.ndim == 4 and tuple(B.shape[2:]) == (1, 1):
-        kind, kernel = "conv2d", tuple(A.shape[2:])
-        A, B = A.flatten(1), B.flatten(1)
     try:
-        rank = _pattern("rank_pattern", name, config, config.get("r"))
-        if A.ndim == 2 and rank is not None and A.shape[0] != rank:
+        A, B = not_empty("A", pair["A"]), not_empty("B", pair["B"])
+        kind, kernel = ("embedding" if pair["kind"] else "linear"), (1, 1)
+        if A.ndim == B.ndim and A.ndim in _OF_CONVOLUTIONS:
             raise AdapterError(
-                f"{CONFIG_FILE} says rank {rank}, A has {A.shape[0]} rows; the two files belong to different adapters"
+                f"A and B have {A.ndim} dimensions, as those of a {_OF_CONVOLUTIONS[A.ndim]} layer; the layers that are merged "
+                "are linear, Conv2d and embedding layers"
             )
-        return LoraLayer(A, B, _scaling(name, A.shape[0], config), kind, kernel)
-    except (AdapterError, TypeError) as error:
+        if A.ndim == 4 and B.ndim == 4 and tuple(B.shape[2:]) == (1, 1):
+            kind, kernel = "conv2d", tuple(A.shape[2:])
+            A, B = A.flatten(1), B.flatten(1)
+        if A.ndim == 2:
+            rules.check_rank(name, A.shape[0])
+        layer = LoraLayer(A, B, rules.scaling(name, A.shape[0]) if A.ndim == 2 else 1.0, kind, kernel)
+    except AdapterError as error:
         raise AdapterError(f"{where}, layer {name}: {error}") from None
+    finite(A, where, name)
+    finite(B, where, name)
+    return layer
 
 
-def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    alpha = _pattern("alpha_pattern", name, config, config.get("lora_alpha"))
-    if not isinstance(alpha, (int, float)):
-        raise AdapterError(f"lora_alpha: expected a number in {CONFIG_FILE}, got {alpha!r}")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+_OF_CONVOLUTIONS = {3: "Conv1d", 5: "Conv3d"}
 
 
-def _pattern(key: str, name: str, config: Mapping[str, Any], default: Any) -> Any:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first entry that matches the end of the module's name."""
-    patterns = config.get(key) or {}
-    if not isinstance(patterns, Mapping):
-        raise AdapterError(f"{key}: expected {{name pattern: number}} in {CONFIG_FILE}, got {patterns!r}")
-    for pattern, value in patterns.items():
-        try:
-            found = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
-            raise AdapterError(f"{key}: expected regular expressions in {CONFIG_FILE}, got {pattern!r} ({error})") from None
-        if found:
-            return value
-    return default
+def not_empty(what: str, tensor: Tensor) -> Tensor:
+    """`tensor`, if there is anything in it."""
+    if tensor.numel() == 0:
+        raise AdapterError(
+            f"{what}: expected a tensor with no empty side, got shape {tuple(tensor.shape)}; such are left by training in "
+            "shards (DeepSpeed ZeRO-3, FSDP): gather the shards before saving"
+        )
+    return tensor
 
 
 def plain(value: Any) -> Any:

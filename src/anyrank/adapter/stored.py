@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from anyrank.adapter.adapter import Adapter, from_peft_state
+from anyrank.adapter.adapter import Adapter, from_plain_state
+from anyrank.adapter.header import DTYPES, read_header
 from anyrank.adapter.layer import LoraLayer, finite
+from anyrank.adapter.names import FACTOR, PREFIX, plain_names
 from anyrank.adapter.peft import (
     CONFIG_FILE,
-    FACTOR,
-    PREFIX,
     WEIGHTS_FILE,
     find_weights,
     layer_tensors,
@@ -30,13 +29,8 @@ from anyrank.adapter.peft import (
     read_config,
     unreadable,
 )
-from anyrank.errors import AdapterError
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -45,26 +39,17 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 class _Weights:
     """A safetensors file whose tensors are read when they are asked for. Nothing of it stays open."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        """`entries` by their plain names, without PEFT's prefix or a wrapper's."""
         self.path, self._name = path, str(path)
-        try:
-            with safe_open(path, framework="pt"):
-                pass  # its own checks: the header is whole, and describes exactly the bytes that follow
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self.entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise unreadable(path, error) from None
-        self.entries.pop("__metadata__", None)
-        self._start = 8 + length
+        found, self._start = read_header(path)
+        names = plain_names(sorted(found), config, str(path.parent))
+        self.entries = {names[key]: found[key] for key in names}
         self._size = self._start + max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
-        foreign = next((key for key, entry in self.entries.items() if entry["dtype"] not in _DTYPES), None)
-        if foreign:
-            raise AdapterError(f"{path}, {foreign}: {self.entries[foreign]['dtype']} numbers are not read; save it as float32")
 
     def outline(self, key: str) -> Tensor:
         """Shape and dtype of a tensor, without its numbers."""
-        return torch.empty(self.entries[key]["shape"], dtype=_DTYPES[self.entries[key]["dtype"]], device="meta")
+        return torch.empty(self.entries[key]["shape"], dtype=DTYPES[self.entries[key]["dtype"]], device="meta")
 
     def read(self, *keys: str) -> dict[str, Tensor]:
         """The tensors of `keys`: the file's own pages, held for as long as one of the tensors is. Writing to them changes
@@ -78,7 +63,7 @@ class _Weights:
         return {key: self._view(pages, self.entries[key]) for key in keys}
 
     def _view(self, pages: Tensor, entry: Mapping[str, Any]) -> Tensor:
-        dtype, (begin, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
         numbers = pages[self._start + begin : self._start + end]
         aligned = numbers if (self._start + begin) % dtype.itemsize == 0 else numbers.clone()
         return aligned.view(dtype).reshape(entry["shape"])
@@ -89,7 +74,7 @@ class _StoredLayers(Mapping[str, LoraLayer]):
         self._weights, self._where, self.outline = weights, where, outline
         self._keys: dict[str, dict[str, str]] = {}
         for key in weights.entries:
-            if match := FACTOR.fullmatch(key.removeprefix(PREFIX)):
+            if match := FACTOR.fullmatch(key):
                 self._keys.setdefault(match[1], {})[match[3]] = key
 
     def __getitem__(self, name: str) -> LoraLayer:
@@ -114,11 +99,9 @@ class _StoredLayers(Mapping[str, LoraLayer]):
 class _StoredTensors(Mapping[str, Tensor]):
     def __init__(self, weights: _Weights, where: str, outline: Mapping[str, Tensor]) -> None:
         self._weights, self._where, self.outline = weights, where, outline
-        self._keys = {key.removeprefix(PREFIX): key for key in weights.entries}
 
     def __getitem__(self, name: str) -> Tensor:
-        key = self._keys[name]
-        return finite(self._weights.read(key)[key], self._where, name)
+        return finite(self._weights.read(name)[name], self._where, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.outline)
@@ -134,8 +117,8 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """
     folder = Path(folder)
     config = read_config(folder)
-    weights = _Weights(find_weights(folder))
-    known = from_peft_state({key: weights.outline(key) for key in weights.entries}, config, str(folder))
+    weights = _Weights(find_weights(folder), config)
+    known = from_plain_state({key: weights.outline(key) for key in weights.entries}, config, str(folder))
     layers = _StoredLayers(weights, str(folder), known.layers)
     return Adapter(layers, _StoredTensors(weights, str(folder), known.tensors), known.config)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from anyrank import devices, stopping
 from anyrank.adapter.adapter import Adapter
-from anyrank.adapter.layer import LoraLayer
+from anyrank.adapter.layer import LoraLayer, overflow
 from anyrank.adapter.stored import FolderWriter
-from anyrank.aggregation.merge import Merge, plan
+from anyrank.aggregation.merge import Merge, check_rank, plan
 from anyrank.algebra import lowrank, spectra
 from anyrank.algebra.names import check_device
 from anyrank.errors import AdapterError, RunError, RunFailed
@@ -52,10 +52,12 @@ class AggregateResult:
         return self.state.merged
 
     def share(self, rank: int) -> Adapter:
-        """The adapter from which a client of `rank` starts its next round."""
-        if not isinstance(rank, int) or rank < 1:
+        """What a client of `rank` gets to start its next round from."""
+        if type(rank) is not int or rank < 1:
             raise AdapterError(f"share: expected a rank of at least 1, got {rank!r}")
-        return self.method.share(self.state, Client(f"rank-{rank}", rank))
+        layers = self.state.adapter.layers.values()
+        check_rank(rank, [side for layer in layers for side in (layer.rank, max(layer.shape))])
+        return _storable(self.method.share(self.state, Client(f"rank-{rank}", rank)))
 
     def spectrum(self) -> dict[str, Tensor]:
         """`{layer: singular values of the global update}`, in descending order, float64."""
@@ -85,7 +87,7 @@ def aggregate(
     devices differ by rounding.
 
     >>> import torch
-    >>> from anyrank import LoraLayer
+    >>> from anyrank import LoraLayer, overflow
     >>> one = Adapter({"layer": LoraLayer(torch.eye(1, 2), torch.ones(2, 1), 1.0)})
     >>> two = Adapter({"layer": LoraLayer(torch.eye(2), torch.eye(2), 1.0)})
     >>> merged = aggregate([ClientUpdate(one, 3, "a"), ClientUpdate(two, 1, "b")], method="raflora")
@@ -95,7 +97,7 @@ def aggregate(
     merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
     with lowrank.using(algebra, *_place(device)) as work:
         whole = not merge.method.by_layer
-        state = merge.method.aggregate(merge.state(), merge.updates) if whole else _layer_by_layer(merge, work.batch_bytes)
+        state = _whole(merge) if whole else _layer_by_layer(merge, work.batch_bytes)
     return AggregateResult(merge.method, state, work)
 
 
@@ -104,6 +106,25 @@ def _place(device: str) -> tuple[torch.device, int]:
     check_device(device)
     found = devices.find(device, "device")
     return (found, _BATCH_BYTES) if found.type == "cuda" else (torch.device("cpu"), 0)
+
+
+def _whole(merge: Merge) -> ServerState:
+    try:
+        state = merge.method.aggregate(merge.state(), merge.updates)
+    except (OverflowError, torch.linalg.LinAlgError):
+        raise merge.too_large(", ".join(merge.names[:3]), "what is computed from it") from None
+    for part in (state.adapter, state.merged):
+        if part is not None:
+            _storable(part)
+    return state
+
+
+def _storable(adapter: Adapter) -> Adapter:
+    """`adapter`, if its number type can hold it."""
+    for name, layer in adapter.layers.items():
+        if large := overflow(layer):
+            raise AdapterError(f"layer {name}: {large} is too large for {layer.A.dtype}; look for the largest adapter merged")
+    return adapter
 
 
 def _layer_by_layer(merge: Merge, batch_bytes: int) -> ServerState:
@@ -144,12 +165,11 @@ def aggregate_folders(
     must not exist, and is written completely or not at all. `progress(done, total)` counts layers. Returns a dict of figures.
     """
     out = Path(out)
-    if out.exists():
-        raise RunError(f"{out}: exists already; give a new folder, or remove this one")
-    wrong = next((rank for rank in ranks if not isinstance(rank, int) or rank < 1), None)
-    if wrong is not None:
-        raise AdapterError(f"ranks: expected ranks of at least 1, got {wrong!r}")
+    if os.path.lexists(out):
+        raise RunError(f"{out}: exists already; name a new folder, or remove this one")
     merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
+    for rank in ranks:
+        merge.check_rank(rank)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with stopping.unfinished(unfinished):
         try:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
 from anyrank.adapter.stored import open_adapter, outline
 from anyrank.algebra import lowrank
 from anyrank.algebra.spectra import effective_rank, energy, energy_beyond
+from anyrank.errors import AdapterError
 
 Progress = Callable[[int, int], None]
 _SHOWN = 8
@@ -35,11 +38,21 @@ def inspect_folders(
     for name, adapter in adapters.items():
         spectra = {}
         for layer in sorted(adapter.layers):
-            spectra[layer] = lowrank.spectrum(lowrank.of_layer(adapter.layers[layer]))
+            spectra[layer] = _spectrum(adapter.layers[layer], f"{name}, layer {layer}")
             done += 1
             progress(done, total)
         reports.append({"adapter": str(Path(name)), **report(outlines[name], spectra, levels)})
     return reports
+
+
+def _spectrum(layer: LoraLayer, where: str) -> Tensor:
+    try:
+        values = lowrank.spectrum(lowrank.of_layer(layer))
+        if math.isfinite(energy(values)):
+            return values
+    except torch.linalg.LinAlgError:  # where a number on the way is not finite
+        pass
+    raise AdapterError(f"{where}: its numbers are too large to compute with; the training that made it diverged")
 
 
 def report(adapter: Adapter, spectra: Mapping[str, Tensor], levels: Sequence[int]) -> dict[str, Any]:

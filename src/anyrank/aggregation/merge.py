@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from anyrank import methods
 from anyrank.adapter.adapter import Adapter, iter_names
-from anyrank.adapter.layer import LoraLayer, finite
+from anyrank.adapter.layer import LoraLayer, finite, overflow
 from anyrank.adapter.stored import is_stored, open_adapter, outline, unchecked
-from anyrank.errors import AdapterError, MethodError
+from anyrank.errors import AdapterError, MethodError, shortened
 from anyrank.messages.records import BOTH, Client, ClientUpdate, Scaling, ServerState
 from anyrank.methods import Method
 from anyrank.methods.base import Holds
@@ -62,14 +61,34 @@ class Merge:
         yield batch
 
     def layers(self, names: Sequence[str]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
-        """The new layers, and the parts for the base model, from these layers of each client."""
-        if not self._adds_up:
-            return self._layers({name: self._sent(name) for name in names})
-        found = self._layers({name: {u.client: unchecked(u.adapter, name) for u in self.updates} for name in names})
+        """The new layers, and what goes into the base model, from these layers of each client.
+
+        Raises `AdapterError` where a client's numbers are not finite, or a result is too large for its number type.
+        """
+        if self._adds_up:
+            sent = {name: {u.client: unchecked(u.adapter, name) for u in self.updates} for name in names}
+        else:
+            sent = {name: self._sent(name) for name in names}
+        try:
+            found = self._layers(sent)
+        except (OverflowError, torch.linalg.LinAlgError):  # numbers that are finite, and whose squares are not
+            raise self.too_large(", ".join(names[:3]), "what is computed from it") from None
         for name, (merged, base) in found.items():
-            if not (_finite(merged) and (base is None or _finite(base))):
-                self._sent(name)  # raises with the client's name, unless finite numbers were too large to add
+            self._check(name, merged)
+            if base is not None:
+                self._check(name, base)
         return found
+
+    def _check(self, name: str, layer: LoraLayer) -> None:
+        if large := overflow(layer):
+            self._sent(name)  # says whose numbers are none; finite ones may be too large together
+            raise self.too_large(name, large)
+
+    def too_large(self, name: str, what: str) -> AdapterError:
+        return AdapterError(
+            f"layer {name}: {what} is too large for {str(self.dtype).removeprefix('torch.')}; look for the adapter with the "
+            "largest norm (anyrank inspect): its training diverged, or its alpha is wrong"
+        )
 
     @property
     def _adds_up(self) -> bool:
@@ -93,12 +112,20 @@ class Merge:
         state = ServerState(0, self.seed, Adapter({}, held, self.config), self.scaling)
         senders = [update for update in self.updates if name in update.adapter.tensors]
         sent = [replace(u, adapter=Adapter({}, {name: u.adapter.tensors[name].to(self.tensors[name].dtype)})) for u in senders]
-        return self.method.aggregate(state, sent).adapter.tensors[name]
+        merged = self.method.aggregate(state, sent).adapter.tensors[name]
+        return finite(merged, "the mean of the clients", name)
 
     def share(self, name: str, layer: LoraLayer, rank: int) -> LoraLayer:
         """The share of the new `layer` for a client of `rank`."""
         state = ServerState(1, self.seed, Adapter({name: layer}, {}, self.config), self.scaling)
-        return self.method.share(state, Client(f"rank-{rank}", rank)).layers[name]
+        shared = self.method.share(state, Client(f"rank-{rank}", rank)).layers[name]
+        if large := overflow(shared):
+            raise self.too_large(f"{name}, rank {rank}", large)
+        return shared
+
+    def check_rank(self, rank: int) -> None:
+        """Raise `AdapterError` for a rank that no layer has room for, and no client has."""
+        check_rank(rank, [*outline_ranks(self.updates), *(max(layer.shape) for layer in self.outline.values())])
 
     def describe(self, update: ClientUpdate) -> dict[str, Any]:
         ranks = outline(update.adapter).ranks.values()
@@ -174,6 +201,23 @@ def plan(
     )
 
 
+def outline_ranks(updates: Sequence[ClientUpdate]) -> Iterator[int]:
+    """The ranks of all clients' layers."""
+    for update in updates:
+        yield from outline(update.adapter).ranks.values()
+
+
+_ANY_RANK = 1024  # is taken, whatever the layers; a larger one only where a layer, or a client, is as large
+
+
+def check_rank(rank: Any, known: Iterable[int]) -> None:
+    """Raise `AdapterError` for a rank that is none, or for which memory would be asked that no adapter needs."""
+    if type(rank) is not int or rank < 1:
+        raise AdapterError(f"ranks: expected ranks of at least 1, got {shortened(repr(rank), 50)}")
+    if rank > (most := max(_ANY_RANK, *known)):
+        raise AdapterError(f"ranks: expected ranks of at most {most}, got {rank}; no layer has a side as long as that")
+
+
 def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
     """The rule that explains all clients' scalings, layer by layer: alpha / r, alpha / sqrt(r), or one constant.
 
@@ -198,10 +242,6 @@ def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
 
 def _nbytes(layer: LoraLayer) -> int:
     return sum(factor.numel() * factor.element_size() for factor in (layer.A, layer.B))
-
-
-def _finite(layer: LoraLayer) -> bool:
-    return math.isfinite(layer.A.sum()) and math.isfinite(layer.B.sum())
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

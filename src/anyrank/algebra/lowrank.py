@@ -165,7 +165,7 @@ def svd(product: Product, rank: int | None = None) -> SVD:
 
     Float64 if a factor is, else float32. Signs are fixed: the entry of largest magnitude in each right singular vector is
     positive, so that equal inputs give equal factors. Singular values at rounding level are dropped: a zero product gives
-    k = 0. The way is that of the enclosing `using(...)`, by default `auto`.
+    k = 0. The way is that of the enclosing `using(...)`, by default `auto`. Raises `OverflowError` where float64 is too narrow.
     """
     return svd_all([product], [rank])[0]
 
@@ -249,6 +249,8 @@ def _by_qr(products: Sequence[Product], rank: int, work: Work) -> Triples:
     size = (torch.linalg.vector_norm(left, dim=-2) * torch.linalg.vector_norm(right, dim=-1)).sum(dim=-1)
     largest = max(products[0].shape) * S[..., :1].sum(dim=-1)
     floor = _EPS * torch.maximum(largest, 4 * size)
+    if not torch.isfinite(floor).all():
+        raise OverflowError("a product of factors is too large for float64")
     u, S, vt, dtype = u[..., :rank], S[..., :rank], vt[..., :rank, :], products[0].dtype
     U, Vt = u if Ql is None else Ql @ u, vt if Qr is None else vt @ Qr.mT
     S = torch.where(floor[..., None] < S, S, 0.0)

@@ -5,15 +5,20 @@ Errors that can be found without torch are found here, before a command imports 
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import tomllib
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyrank import config as configs
 from anyrank.algebra import names
 from anyrank.config.sections import Config, PrivacyConfig
-from anyrank.errors import AdapterError, ConfigError, MethodError, RunError
+from anyrank.devices import cores
+from anyrank.errors import AdapterError, ConfigError, MethodError, RunError, shortened
 from anyrank.studies import variants
 
 if TYPE_CHECKING:
@@ -42,22 +47,52 @@ def cells(config: Config, labels: str, seeds: int, out: Path) -> list[Cell]:
 def updates(words: Sequence[str]) -> list[tuple[str, int]]:
     """Folders with their numbers of examples, each from `CLIENT_DIR[=EXAMPLES]`; without numbers, all weigh the same.
 
-    Raises `AdapterError` if a number is no whole number of at least 1, or if only some folders have a number.
+    Any positive numbers will do: where one is no whole number, all become the smallest whole numbers of the same ratios, so
+    that equal ratios give equal results. Raises `AdapterError` for anything else, and where only some folders have one.
     """
     pairs = [_folder_and_examples(word) for word in words]
     lacking = [folder for folder, examples in pairs if not examples]
     if 0 < len(lacking) < len(pairs):
-        raise AdapterError(
-            f"{lacking[0]}: no examples given, but other folders have them; give =EXAMPLES for all folders, or for none"
-        )
-    found = []
-    for folder, text in pairs:
-        if text and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise AdapterError(f"{lacking[0]}: no examples given, while others have them; give all folders =EXAMPLES, or none")
+    weights = _whole([_weight(folder, text) if text else Fraction(1) for folder, text in pairs])
+    for (folder, text), weight in zip(pairs, weights, strict=True):
+        if weight > _MOST_EXAMPLES:
             raise AdapterError(
-                f"{folder}={text}: expected a whole number of at least 1 as its number of examples, got {text!r}"
+                f"{folder}={shortened(text, 50)}: expected examples, or weights, whose ratios are those of whole numbers of at "
+                f"most {_MOST_EXAMPLES}; round them"
             )
-        found.append((folder, int(text or 1)))
+    return [(folder, weight) for (folder, _), weight in zip(pairs, weights, strict=True)]
+
+
+_NUMBER = re.compile(r"[0-9]{1,30}(\.[0-9]{0,30})?(e[+-]?[0-9]{1,2})?|\.[0-9]{1,30}(e[+-]?[0-9]{1,2})?", re.ASCII)
+_MOST_EXAMPLES = 2**53  # beyond it, float64 does not tell neighbours apart
+
+
+def _weight(folder: str, text: str) -> Fraction:
+    found = Fraction(text) if _NUMBER.fullmatch(text) else Fraction(0)
+    if found <= 0:
+        told = shortened(text, 50)
+        raise AdapterError(
+            f"{folder}={told}: expected a whole number of at least 1 as its examples, or a positive weight such as 0.25, "
+            f"got {told!r}"
+        )
     return found
+
+
+def _whole(weights: Sequence[Fraction]) -> list[int]:
+    """The weights as whole numbers: as they are if they are, else the smallest ones of the same ratios."""
+    if all(weight.denominator == 1 for weight in weights):
+        return [int(weight) for weight in weights]
+    together = math.lcm(*(weight.denominator for weight in weights))
+    counts = [int(weight * together) for weight in weights]
+    return [count // math.gcd(*counts) for count in counts]
+
+
+def jobs(count: int) -> int:
+    """The runs at a time that are asked for, by default one a core. Raises `ConfigError` for a number below 0."""
+    if count < 0:
+        raise ConfigError(f"--jobs {count}: expected a whole number of at least 1, or 0 for one a core")
+    return count or cores()
 
 
 def to_merge(folders: Sequence[str | Path], out: Path, algebra: str, device: str) -> None:
@@ -87,7 +122,7 @@ def opened(updates: Sequence[tuple[str, int]]) -> list[ClientUpdate]:
 
 def _folder_and_examples(word: str) -> tuple[str, str]:
     folder, equals, examples = word.rpartition("=")
-    if not equals or Path(word).is_dir():  # the name of a folder may contain '='
+    if not equals or os.path.isdir(word):  # a folder may have the sign in its own name
         return word, ""
     if not examples:
         raise AdapterError(f"{word}: expected a whole number of at least 1 after '=', got nothing")
@@ -98,7 +133,8 @@ def ranks(text: str) -> list[int]:
     """The ranks in `4,8,...`, each a whole number of at least 1."""
     words = [word.strip() for word in text.split(",")] if text else []
     for word in words:
-        if not (word.isascii() and word.isdigit() and int(word) > 0):
+        if not (word.isascii() and word.isdigit() and len(word) < 19 and int(word) > 0):
+            text, word = shortened(text, 50), shortened(word, 50)
             raise AdapterError(f"--ranks {text}: expected ranks of at least 1, such as 4,8, got {word!r}")
     return [int(word) for word in words]
 

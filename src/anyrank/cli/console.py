@@ -9,9 +9,25 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+from anyrank.errors import printable
+
+
+def shown(name: Any) -> str:
+    """Somebody's name for something (a layer, a folder, a run, a label) as a terminal may show it: in one line, as it is."""
+    return printable(str(name))
+
+
+class _Plain(Console):
+    """A console on which a text is what it says: no markup in it, no control characters, line ends alone kept."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **how | {"markup": False, "emoji": False})
+
+
+out = _Plain(highlight=False)
+err = _Plain(stderr=True, highlight=False)
 
 
 class Rounds:
@@ -20,11 +36,12 @@ class Rounds:
     def __init__(self, total_rounds: int, title: str, quiet: bool = False) -> None:
         self._quiet, self._total, self._done, self._bytes, self._spoke = quiet, total_rounds, 0, 0, time.monotonic()
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"), console=err, disable=quiet or not err.is_terminal,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False), console=err, disable=quiet or not err.is_terminal,
         )  # fmt: skip
-        self._task = self._progress.add_task(title, total=total_rounds, note="")
-        self._title = title
+        self._task = self._progress.add_task(shown(title), total=total_rounds, note="")
+        self._title = shown(title)
 
     def __enter__(self) -> Rounds:
         if not self._progress.disable:  # a Progress that shows nothing would still print a line end
@@ -38,11 +55,9 @@ class Rounds:
     def __call__(self, who: str, metrics: Mapping[str, Any]) -> None:
         self._done += 1
         self._bytes += metrics["upload_bytes"] + metrics["download_bytes"]
-        note = f"{who} round {metrics['round']}"
-        shown = next(
-            (name for name in ("accuracy", "loss") if metrics[name] is not None), None
-        )  # the loss if there is no accuracy
-        note += f" · {shown} {metrics[shown]:.3f}" if shown else ""
+        note = f"{shown(who)} round {metrics['round']}"
+        figure = next((name for name in ("accuracy", "loss") if metrics[name] is not None), None)
+        note += f" · {figure} {metrics[figure]:.3f}" if figure else ""
         note += f" · energy past min rank {metrics['collapse']:.3f}" if metrics["collapse"] is not None else ""
         note += f" · {megabytes(self._bytes)} MB moved"
         self._progress.update(self._task, advance=1, note=note)
@@ -56,7 +71,8 @@ class Preparing:
 
     def __init__(self, title: str, quiet: bool = False) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TimeRemainingColumn(),
             console=err, disable=quiet or not err.is_terminal, transient=True,
         )  # fmt: skip
         self._title, self._task, self._quiet, self._spoke = title, None, quiet, time.monotonic()

@@ -6,17 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from anyrank.cli.console import megabytes, out
+from anyrank.cli.console import megabytes, out, shown
 from anyrank.config.explain import Key
 
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
 
-Cell = Callable[[Mapping[str, Any]], str]  # a row's text in one column
-_WIDE = 110  # terminal width in characters from which tables show all columns
+Cell = Callable[[Mapping[str, Any]], str | Text]  # a row's text in one column
+_WIDE = 110  # columns of a terminal that has room for more than the essentials
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table | Group:
@@ -28,16 +27,16 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table | G
     whole = _method_table(rows, title, _comparison_columns(rows))
     if not names:
         return whole
-    return Group(whole, _method_table(rows, "metrics", {name: _metric_of(name) for name in names}))
+    return Group(whole, _method_table(rows, "metrics", {shown(name): _metric_of(name) for name in names}))
 
 
 def _method_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Mapping[str, Cell]) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=shown(title), title_justify="left", header_style="bold")
     table.add_column("method", overflow="fold", min_width=8)
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["label"].replace(":", "\n  "), *(show(row) for show in columns.values()))
+        table.add_row(_label(row["label"]), *(show(row) for show in columns.values()))
     return table
 
 
@@ -75,6 +74,11 @@ def _metric_of(name: str) -> Cell:
     return cell
 
 
+def _label(label: str) -> str:
+    """A method with its options, a line each."""
+    return shown(label).replace(":", "\n  ")
+
+
 def _paired(row: Mapping[str, Any], figure: str) -> str:
     """The difference to the best row, seed by seed, and on how many seeds the row is ahead."""
     own = row[f"{figure}_paired"]
@@ -85,8 +89,8 @@ def _paired(row: Mapping[str, Any], figure: str) -> str:
     return f"{own['difference']:+.3f} ± {own['difference_std']:.3f} ({own['wins']}/{row['seeds']})"
 
 
-def _leading(text: str, leads: bool) -> str:
-    return f"[bold]{text}[/bold]" if leads else text
+def _leading(text: str, leads: bool) -> Text:
+    return Text(text, style="bold" if leads else "")
 
 
 def _known(value: float | None) -> str:
@@ -97,11 +101,11 @@ def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, An
     """The final tables of a study, one per setting; `cells_of` formats its results as text."""
     tables = []
     for title, headings, rows in cells_of(results):
-        table = Table(title=title, title_justify="left", header_style="bold")
+        table = Table(title=shown(title), title_justify="left", header_style="bold")
         for place, heading in enumerate(headings):
             table.add_column(heading, justify="right" if place else "left", overflow="fold", min_width=None if place else 10)
         for row in rows:
-            table.add_row(row[0].replace(":", "\n  "), *row[1:], style="bold" if row[-1] == "best" else None)
+            table.add_row(_label(row[0]), *row[1:], style="bold" if row[-1] == "best" else None)
         tables.append(table)
     return tables
 
@@ -120,8 +124,8 @@ def audit_table(verdict: Mapping[str, Any]) -> Table:
 
 
 def run_table(summary: Mapping[str, Any]) -> Table:
-    """The final table of one run."""
-    title = f"{summary['name']}: {summary['method']}, {summary['rounds']} rounds"
+    """The closing table of one run."""
+    title = f"{shown(summary['name'])}: {summary['method']}, {summary['rounds']} rounds"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="dim")
     table.add_column()
@@ -164,15 +168,17 @@ def _accuracy(summary: Mapping[str, Any]) -> str:
 
 
 def _metric_rows(end: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, str]:
-    """A row for each metric: its value, or the lowest of its values by label. Names come from users, so they are escaped."""
+    """A row for each metric: its value, or the lowest of its values by label; names may be anybody's."""
     rows = {}
     for name, value in end.items():
         if isinstance(value, Mapping):
             lowest = sorted(value.items(), key=lambda item: item[1])
-            told = ", ".join(f"{escape(label)} {number:.4f}" for label, number in lowest[:_MOST_LABELS])
-            rows[name] = f"lowest {told}" + (f", {len(lowest) - _MOST_LABELS} more" if len(lowest) > _MOST_LABELS else "")
+            told = ", ".join(f"{shown(label)} {number:.4f}" for label, number in lowest[:_MOST_LABELS])
+            rows[shown(name)] = f"lowest {told}" + (
+                f", {len(lowest) - _MOST_LABELS} more" if len(lowest) > _MOST_LABELS else ""
+            )
         else:
-            rows[name] = f"{value:.4f}" + (f" (start {start[name]:.4f})" if name in start else "")
+            rows[shown(name)] = f"{value:.4f}" + (f" (start {start[name]:.4f})" if name in start else "")
     return rows
 
 
@@ -188,7 +194,7 @@ def merge_table(done: Mapping[str, Any]) -> Table:
     table.add_row("examples", str(sum(client["num_examples"] for client in done["clients"])))
     table.add_row("singular values", f"{ways}; backward error {done['error']:.1e}" if ways else "not needed")
     table.add_row("time", f"{done['seconds']:.1f} s")
-    table.add_row("written", "\n".join(f"{done['out']}/{name}" for name in done["folders"]))
+    table.add_row("written", "\n".join(f"{shown(done['out'])}/{name}" for name in done["folders"]))
     return table
 
 
@@ -198,12 +204,12 @@ def inspection_tables(reports: Sequence[Mapping[str, Any]]) -> list[Table]:
     totals = _inspection_table("adapters", ["adapter", "layers", "ranks"], levels)
     for report in reports:
         ranks = ", ".join(map(str, report["total"]["ranks"]))
-        totals.add_row(report["adapter"], str(report["total"]["layers"]), ranks, *_figures(report["total"], levels))
+        totals.add_row(shown(report["adapter"]), str(report["total"]["layers"]), ranks, *_figures(report["total"], levels))
     tables = [totals]
     for report in reports:
-        table = _inspection_table(report["adapter"], ["layer", "rank", "scaling", "largest\nvalue"], levels)
+        table = _inspection_table(shown(report["adapter"]), ["layer", "rank", "scaling", "largest\nvalue"], levels)
         for layer in report["layers"]:
-            row = (layer["layer"], str(layer["rank"]), f"{layer['scaling']:.3g}", f"{layer['values'][0]:.4g}")
+            row = (shown(layer["layer"]), str(layer["rank"]), f"{layer['scaling']:.3g}", f"{layer['values'][0]:.4g}")
             table.add_row(*row, *_figures(layer, levels))
         tables.append(table)
     return tables
@@ -223,8 +229,8 @@ def _figures(entry: Mapping[str, Any], levels: Sequence[str]) -> list[str]:
 
 
 def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
-    """The expected cost of a run: one table by rank, one for the whole run."""
-    ranks = Table(title=f"{figures['name']}: {figures['method']}", title_justify="left", header_style="bold")
+    """What a run would take: one table of its ranks, one of the whole."""
+    ranks = Table(title=f"{shown(figures['name'])}: {figures['method']}", title_justify="left", header_style="bold")
     for heading in ("rank", "clients", "per round", "parameters", "MB up", "MB down", "ms / step"):
         ranks.add_column(heading, justify="right", no_wrap=True)
     for level in figures["levels"]:
@@ -270,7 +276,7 @@ def privacy_table(figures: Mapping[str, Any]) -> Table:
     title += f" ({figures['accountant']})" + (f", noise{_where(figures)}" if _where(figures) else "")
     if "drawn" in figures:
         least, most = figures["drawn"]["least"], figures["drawn"]["most"]
-        title = f"{figures['name']}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds per client; "
+        title = f"{shown(figures['name'])}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds per client; "
         title += f"the seed draws each client in {least} to {most} rounds"
     table = Table(title=title, title_justify="left", header_style="bold")
     for heading in ("examples", "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):

@@ -79,7 +79,7 @@ def demo(
     from anyrank.files import write_whole_text
     from anyrank.runs.folder import remove_run
 
-    cells = arguments.cells(CONFIG, methods, seeds, out)
+    jobs, cells = arguments.jobs(jobs), arguments.cells(CONFIG, methods, seeds, out)
     remove_run(out)
     results = _compare(cells, out, jobs, resume=False, quiet=as_json)
     write_whole_text(out / "demo.toml", tomli_w.dumps(to_table(CONFIG)))
@@ -116,7 +116,7 @@ def run(
     if as_json:
         return _print_json(summary | {"out": str(folder), "report": str(page)})
     console.out.print(tables.run_table(summary))
-    console.out.print(f"report   {page}\nadapter  {folder / 'adapter'}", soft_wrap=True)
+    console.out.print(f"report   {console.shown(page)}\nadapter  {console.shown(folder / 'adapter')}", soft_wrap=True)
 
 
 @app.command()
@@ -168,7 +168,7 @@ def compare(
     from anyrank.cli import arguments
     from anyrank.studies import variants
 
-    chosen = arguments.configuration(config, overrides, own_method=False)
+    jobs, chosen = arguments.jobs(jobs), arguments.configuration(config, overrides, own_method=False)
     folder = out or Path("runs") / f"{chosen.run.name}-compare"
     cells = arguments.cells(chosen, methods, seeds, folder)
     variants.check_folder(folder, resume)
@@ -187,9 +187,10 @@ def study(
 
     Example: [cyan]anyrank study configs/papers/1-rank-collapse.toml[/cyan]
     """
+    from anyrank.cli import arguments
     from anyrank.studies import study as studies
 
-    chosen = studies.load(file)
+    jobs, chosen = arguments.jobs(jobs), studies.load(file)
     folder = out or Path("runs") / chosen.name
     from anyrank import report
     from anyrank.cli import console, tables
@@ -198,11 +199,12 @@ def study(
         studies.check(chosen, preparing)
     with console.Rounds(sum(cell.config.run.rounds for cell in chosen.cells(folder)), chosen.name, quiet=as_json) as rounds:
         tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
-        results = studies.execute(chosen, folder, jobs or cores(), tell)
-    written = [f"table   {folder / studies.TABLE}"]
+        results = studies.execute(chosen, folder, jobs, tell)
+    written = [f"table   {console.shown(folder / studies.TABLE)}"]
     if chosen.figure != "none":
         settings = [(setting.name, _started(setting.cells(folder))) for setting in chosen.settings]
-        written.append(f"figure  {report.study_figure(settings, chosen.figure, folder / 'figure.png')}")
+        figure = report.study_figure(settings, chosen.figure, folder / "figure.png")
+        written.append(f"figure  {console.shown(figure)}")
     if as_json:
         _print_json(results | {"out": str(folder)})
     else:
@@ -214,7 +216,12 @@ def study(
 
 @app.command()
 def aggregate(
-    clients: Annotated[list[str], typer.Argument(metavar="CLIENT_DIR[=EXAMPLES] ...", help="PEFT adapter folders.")],
+    clients: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CLIENT_DIR[=WEIGHT] ...", help="PEFT adapter folders, each with its examples or any positive weight."
+        ),
+    ],
     method: Annotated[str, typer.Option("--method", help="See `anyrank methods`.")],
     out: Annotated[Path, typer.Option("--out", help="New folder for the merged adapters.")],
     ranks: Annotated[
@@ -415,7 +422,7 @@ def report(
     page = reports.build(found, out or runs[0] / "report.html")
     if as_json:
         return _print_json({"report": str(page)})
-    console.out.print(f"report  {page}", soft_wrap=True)
+    console.out.print(f"report  {console.shown(page)}", soft_wrap=True)
 
 
 def _compare(cells: list[Cell], out: Path, jobs: int, resume: bool, quiet: bool) -> Results:
@@ -428,7 +435,7 @@ def _compare(cells: list[Cell], out: Path, jobs: int, resume: bool, quiet: bool)
     rounds = console.Rounds(sum(cell.config.run.rounds for cell in cells), "rounds", quiet)
     with rounds:
         tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
-        results = comparison.execute(cells, out, jobs or cores(), tell)
+        results = comparison.execute(cells, out, jobs, tell)
     report.build(_started(cells), out / "report.html")
     report.figure(_started(cells), out / "figure.png")
     return results
@@ -444,7 +451,8 @@ def _show_comparison(results: Results, out: Path, as_json: bool, title: str) -> 
         console.out.print(
             tables.comparison_table(rows, f"{title} ({f'{seeds} seeds, mean ± std' if seeds > 1 else 'one seed'})")
         )
-        console.out.print(f"report  {out / 'report.html'}\nfigure  {out / 'figure.png'}", soft_wrap=True)
+        told = console.shown(out)
+        console.out.print(f"report  {told}/report.html\nfigure  {told}/figure.png", soft_wrap=True)
     _raise_failures(results.failures, len(results.failures) + sum(row["seeds"] for row in rows))
 
 

@@ -67,7 +67,9 @@ class RunConfig:
         _expect(1 <= self.threads <= 1024, "run.threads", "a whole number from 1 to 1024", self.threads)
         _one_of(self.stacking, STACKINGS, "run.stacking")
         _expect(self.seed >= 0, "run.seed", NATURAL, self.seed)
-        _expect(bool(self.name) and "/" not in self.name, "run.name", "a name without '/'", self.name)
+        is_name = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\\0")
+        is_name = is_name and len(self.name.encode(errors="replace")) <= 200
+        _expect(is_name, "run.name", "a name without '/' that a folder can have", self.name)
 
 
 @dataclass(frozen=True)

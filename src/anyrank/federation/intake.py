@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from anyrank.errors import RunFailed
+from anyrank.errors import RunFailed, printable, shortened
 from anyrank.federation import guard
 from anyrank.messages.records import Client, ClientUpdate, Failure, Job
 from anyrank.privacy.ledger import SPENT, Ledger, Unlimited
 
-_LONGEST = 100  # longest logged name of an unknown sender
+_LONGEST, _LONGEST_REASON = 100, 500  # letters of a name, and of a reason, that nobody here gave
 
 
 class Skipped(NamedTuple):
@@ -38,23 +38,23 @@ class Collected:
     def count(self, *statuses: str) -> int:
         return sum(row["status"] in statuses for row in self.rows)
 
-    def judge(self, reply: ClientUpdate | Failure, job: Job, bound: float) -> None:
-        """Let the guard check the first reply to `job`, count its bytes, and write its row."""
+    def judge(self, reply: Any, job: Job, bound: float) -> None:
+        """Let the guard see the first reply to `job`, count its bytes, and write its row."""
         row = self._judged(reply, job, bound)
         self.download_bytes += job.download.download_bytes()
         job.settle()
         self.rows.append(row)
 
-    def _judged(self, reply: ClientUpdate | Failure, job: Job, bound: float) -> dict[str, Any]:
-        if isinstance(reply, Failure):
-            return self._row(job.client, job.num_examples, "failed", str(reply))
+    def _judged(self, reply: Any, job: Job, bound: float) -> dict[str, Any]:
         try:
+            if isinstance(reply, Failure):
+                return self._row(job.client, job.num_examples, "failed", _reason(reply))
             update = guard.admit(reply, job.download, job.client.name, job.num_examples, bound)
             self.upload_bytes += job.download.upload_bytes(update.adapter)
         except guard.Rejected as reason:
             return self._row(job.client, job.num_examples, "rejected", str(reason))
-        except Exception as error:  # a reply may be anything, and may fail in any way
-            reason = f"expected a client's update, got what cannot be read as one ({type(error).__name__})"
+        except Exception as error:  # a reply may be anything, and break in ways of its own
+            reason = f"expected a client's update, got what cannot be read as one ({shortened(type(error).__name__, 100)})"
             return self._row(job.client, job.num_examples, "rejected", reason)
         self.updates.append(update)
         known = {key: update.metrics.get(key) for key in ("loss", "seconds")}
@@ -116,7 +116,7 @@ def collect(
         elif name in asked:
             collected.stray(name, "a second reply in this round: the first one counts")
         else:
-            collected.stray(name[:_LONGEST], "unexpected: its sender has no job in this round")
+            collected.stray(shortened(printable(name[:_LONGEST]), _LONGEST), "unexpected: its sender has no job in this round")
     for job in awaited.values():
         collected.silent(job)
     for each in skipped:
@@ -130,5 +130,17 @@ def collect(
 
 def _sender(reply: Any) -> str:
     """The name that a reply gives, or empty."""
-    name = getattr(reply, "client", "")
-    return name if isinstance(name, str) else ""
+    try:
+        name = reply.client
+    except Exception:  # whatever it is, it has no name that can be read
+        return ""
+    return name if type(name) is str else ""
+
+
+def _readable(name: str) -> str:
+    return shortened(printable(name[:_LONGEST]), _LONGEST)
+
+
+def _reason(failure: Failure) -> str:
+    """What a client says of its failure, as one line that a log can bear."""
+    return shortened(printable(str(failure)), _LONGEST_REASON)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from anyrank.errors import RunError, printable
 from anyrank.files import write_whole, write_whole_text
 from anyrank.report import charts, figures, page
 from anyrank.report.groups import Group, grouped, seed_count, tells_accuracy
@@ -20,21 +22,42 @@ from anyrank.report.runs import read
 def build(runs: Sequence[Path], out: Path) -> Path:
     """Write the report of the run folders `runs` to `out`, whole or not at all, and return `out`.
 
-    Raises `RunError` if a folder is no run folder.
+    Raises `RunError` where a folder is no run folder, or another file than a page is at `out`.
     """
     groups, notes = _groups_of(runs)
+    out = check_out(Path(out))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
     html = environment.get_template("page.html.j2").render(page.contents(groups, notes))
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole_text(out, html)
     return out
+
+
+def _shown(value: Any) -> Any:
+    """A text as the page may hold it, whoever wrote it: without controls, or marks that turn the direction of writing."""
+    return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
+
+
+def check_out(out: Path) -> Path:
+    """`out`, if a page may be written there: nothing is there yet, or a page. Raises `RunError` for any other file."""
+    try:
+        if out.exists() and not (out.is_file() and _is_page(out)):
+            raise RunError(f"{out}: expected a new file, or a page to write anew, got something else; choose another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{out}: no page can be written there ({error}); choose another --out") from None
+    return out
+
+
+def _is_page(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(200).lstrip()[:14].lower() == b"<!doctype html"
 
 
 def figure(runs: Sequence[Path], out: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anyrank.errors import RunError
+from anyrank.errors import RunError, printable
 from anyrank.report import words
 
 _COLUMNS = (
@@ -129,7 +129,7 @@ def read(folder: Path) -> Run:
     seed = summary.get("seed", section(config, "run").get("seed"))
     return Run(
         folder=folder,
-        label=" ".join(str(summary.get("label") or section(config, "run").get("label") or method).split()),
+        label=printable(" ".join(str(summary.get("label") or section(config, "run").get("label") or method).split())),
         method=str(method),
         seed=seed if isinstance(seed, int) else None,
         config_text=config_text,

@@ -18,6 +18,8 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from anyrank.errors import printable
+
 # Chosen so that any two differ by a Lab distance of at least 14 also for red-, green- and blue-blind eyes, and each has a
 # contrast of at least 4:1 with the page: the first row with white, the second with near-black.
 LIGHT = ("#0068d0", "#d6540c", "#0f825e", "#9f3191", "#7b4a02", "#6d7485", "#4b25a4", "#00403c")
@@ -152,7 +154,8 @@ def plain(ax: Axes, paint: Paint) -> None:
 
 
 def cut(label: str, longest: int = _LONGEST) -> str:
-    """A label, shortened to `longest` characters."""
+    """A label as it fits beside a line, or in so many characters."""
+    label = printable(label)
     return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
@@ -173,4 +176,4 @@ def svg(figure: Figure, alt: str) -> Markup:
     body = re.sub(r'<g id="[^"]*">', "<g>", body)  # Matplotlib's ids repeat in every chart, so they are useless in one page
     body = re.sub(r"#fe01[0-9a-f]{2}", lambda match: _STAND_INS.get(match[0], match[0]), body)
     body = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "var(--font)", body)
-    return Markup(f'<svg viewBox="{root[1]}" role="img" aria-label="{escape(alt)}">{body.strip()}')
+    return Markup(f'<svg viewBox="{root[1]}" role="img" aria-label="{escape(printable(alt))}">{body.strip()}')
