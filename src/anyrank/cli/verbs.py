@@ -76,12 +76,13 @@ def demo(
     from anyrank.cli import arguments
     from anyrank.cli.demo import CONFIG
     from anyrank.config.tables import to_table
+    from anyrank.files import write_whole_text
     from anyrank.runs.folder import remove_run
 
     labels = arguments.methods(methods)
     remove_run(out)
     results = _compare(CONFIG, labels, seeds, out, jobs, resume=False, quiet=as_json)
-    (out / "demo.toml").write_text(tomli_w.dumps(to_table(CONFIG)), encoding="utf-8")
+    write_whole_text(out / "demo.toml", tomli_w.dumps(to_table(CONFIG)))
     _show_comparison(results, out, as_json, "digits turned by 90 degrees")
 
 

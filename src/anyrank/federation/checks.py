@@ -1,10 +1,15 @@
-"""What a federation is checked for before anything is trained."""
+"""What a federation is checked for before anything is trained, and its state before it is kept."""
 
 from __future__ import annotations
 
+import torch
+
 from anyrank import methods
+from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import finite as finite_tensor
 from anyrank.config.sections import Config
-from anyrank.errors import ConfigError
+from anyrank.errors import AdapterError, ConfigError, RunFailed
+from anyrank.messages.records import ServerState
 from anyrank.methods.registry import REGISTRY, taking_mixed_ranks
 from anyrank.privacy.plan import PrivacyPlan
 
@@ -41,3 +46,22 @@ def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
             f"method.prune: {method.name} would prune ranks by norms that are mostly noise; set method.prune=false, or choose "
             "another method"
         )
+
+
+def finite(state: ServerState) -> ServerState:
+    """`state`, if all its numbers are finite: finite uploads may have a mean that is not. Raises `RunFailed`."""
+    for adapter in (state.adapter, *([state.merged] if state.merged else []), *state.extra.values()):
+        for name, tensor in _tensors(adapter):
+            try:
+                finite_tensor(tensor, "state", name)
+            except AdapterError:
+                raise RunFailed(
+                    f"round {state.round}: {name}: the merged update holds NaN or infinite values, though each upload was "
+                    "finite, and is not kept; lower train.learning_rate, and see clients.jsonl for whose loss is large"
+                ) from None
+    return state
+
+
+def _tensors(adapter: Adapter) -> list[tuple[str, torch.Tensor]]:
+    factors = [(f"layer {name}", each) for name, layer in adapter.layers.items() for each in (layer.A, layer.B)]
+    return [*factors, *((f"tensor {name}", tensor) for name, tensor in adapter.tensors.items())]

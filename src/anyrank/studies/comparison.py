@@ -16,7 +16,7 @@ from anyrank import simulation
 from anyrank.algebra import spectra
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, RunError
-from anyrank.files import write_whole_text
+from anyrank.files import make_folder, write_whole_text
 from anyrank.runs.folder import is_finished
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
 from anyrank.studies.grid import Cell, OnRound, finished, run_cells
@@ -83,7 +83,7 @@ def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | Non
 
     A run that cannot go on costs that run. Raises `RunFailed` where none is left to tell of.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     _write(out, cells, Results([], []))
     failures = run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
     results = Results(table(finished(cells, failures)), failures)

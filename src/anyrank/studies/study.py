@@ -35,7 +35,7 @@ from anyrank import config as configs
 from anyrank import simulation
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, nearest
-from anyrank.files import write_whole_text
+from anyrank.files import make_folder, write_whole_text
 from anyrank.runs.folder import is_finished
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
 from anyrank.studies import comparison, grid
@@ -202,7 +202,7 @@ def execute(study: Study, out: Path, jobs: int, on_round: grid.OnRound | None = 
     """Run what is not finished yet, all settings in one grid, and return the results, which `out` then holds as
     JSON and as Markdown. A run that cannot go on costs that run; `RunFailed` where none is left to tell of.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     cells = study.cells(out)
     failures = grid.run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
     grid.finished(cells, failures)
