@@ -20,12 +20,12 @@ from dp_accounting.pld import PLDAccountant
 from anyrank import config as configs
 from anyrank import report, simulation
 from anyrank.cli import main
-from anyrank.engines import inprocess
 from anyrank.errors import ModelError, RunError
 from anyrank.privacy import noise
 from anyrank.privacy.accountants import noise_for
 from anyrank.privacy.plan import plan_privacy
 from anyrank.runs.folder import RunDir
+from anyrank.training import trainer
 from test_resume import MOMENTS, PRELUDE, files
 
 ROUNDS, STEPS = 5, 3
@@ -205,13 +205,13 @@ def test_a_killed_run_goes_on_with_the_noise_that_it_had(workplace: Path, monkey
     """Killed after the upload was made but before it was written down: the round that is run again makes the same."""
     monkeypatch.delenv(noise.SEED)
     tell = """
-from anyrank.engines import inprocess
-train = inprocess._PRIVATELY["example"]
+from anyrank.training import trainer
+train = trainer._PRIVATELY["example"]
 def patched(*a):
     update = train(*a)
     with open("uploads", "a") as file: file.write(f"{a[1]} {update.adapter.layers['fc1'].B.sum().item()!r}\\n")
     return update
-inprocess._PRIVATELY["example"] = patched
+trainer._PRIVATELY["example"] = patched
 """
     die = MOMENTS["after the logs, before the checkpoint"].replace("== 3", "== 1")
     assert command(workplace, "noise", "--set", "run.rounds=1", prelude=PRELUDE + tell + die)[0] == -signal.SIGKILL
@@ -279,14 +279,14 @@ def test_nothing_but_the_adapter_and_what_the_plan_declares_leaves_a_client(work
 
 
 def test_a_failure_tells_no_more_than_that_it_happened(workplace: Path, monkeypatch) -> None:
-    train, secret = inprocess._PRIVATELY["example"], "the text of example 7"
+    train, secret = trainer._PRIVATELY["example"], "the text of example 7"
 
     def fails(model, client, *rest):
         if client.endswith("3"):
             raise ModelError(secret)
         return train(model, client, *rest)
 
-    monkeypatch.setitem(inprocess._PRIVATELY, "example", fails)
+    monkeypatch.setitem(trainer._PRIVATELY, "example", fails)
     run(workplace, "failing", "run.rounds=2", "clients.participation=1.0")
     failed = [row for row in lines(workplace / "failing", "clients.jsonl") if row["status"] == "failed"]
     assert len(failed) == 2

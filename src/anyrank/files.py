@@ -129,6 +129,14 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def contents(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where there is none. Raises `RunError` where it cannot be looked into."""
+    try:
+        return sorted(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be looked into ({error.strerror or error}); choose another place") from None
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a file is one that `write_whole` fills, or that a killed process left of it.
 
@@ -141,7 +149,7 @@ def is_temporary(path: Path) -> bool:
 def sweep(folder: Path) -> None:
     """Remove temporary files that killed processes left in a folder; those of a process that is still there stay."""
     with told(folder):
-        for path in folder.iterdir() if folder.is_dir() else ():
+        for path in contents(folder):
             if is_temporary(path) and path.is_file() and not path.is_symlink() and not _is_alive(int(path.name.split(".")[-2])):
                 path.unlink(missing_ok=True)
 

@@ -192,7 +192,7 @@ def study(
     chosen = studies.load(file)
     folder = out or Path("runs") / chosen.name
     with console.Preparing("preparing", quiet=as_json) as preparing:
-        studies.check(chosen, preparing)
+        studies.check(chosen, preparing, folder)
     with console.Rounds(sum(cell.config.run.rounds for cell in chosen.cells(folder)), chosen.name, quiet=as_json) as rounds:
         tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
         results = studies.execute(chosen, folder, jobs or cores(), tell)

@@ -111,14 +111,11 @@ class RunDir:
         """Raise `RunError` where the folder is of something else, holds a run although `resume` is not asked for, or holds
         one of another configuration, or of files that have changed since. More rounds than before may be asked for. Writes
         nothing."""
-        try:
-            if path.exists() and not path.is_dir():
-                raise RunError(f"{path}: expected a folder for the run, got a file; choose another --out")
-            begun = os.path.lexists(path / CONFIG)
-            if not begun and path.exists() and any(not _is_start(entry) for entry in path.iterdir()):
-                raise RunError(f"{path}: expected an empty or new folder, or one with a run in it; choose another --out")
-        except OSError as error:
-            raise RunError(f"{path}: cannot be looked into ({error.strerror or error}); choose another --out") from None
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: expected a folder for the run, got a file; choose another --out")
+        begun = os.path.lexists(path / CONFIG)
+        if not begun and any(not _is_start(entry) for entry in files.contents(path)):
+            raise RunError(f"{path}: expected an empty or new folder, or one with a run in it; choose another --out")
         if begun:
             if not resume:
                 raise RunError(f"{path}: holds a run already; go on with it by --resume, or choose another --out")

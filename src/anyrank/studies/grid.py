@@ -17,7 +17,7 @@ from typing import Any
 from anyrank import simulation
 from anyrank.config.sections import Config
 from anyrank.errors import AnyRankError, RunFailed
-from anyrank.runs.folder import is_finished
+from anyrank.runs.folder import is_done
 
 OnRound = Callable[[str, int, Mapping[str, Any]], None]
 
@@ -41,7 +41,7 @@ def run_cells(cells: Sequence[Cell], jobs: int, on_round: OnRound | None = None)
 
 def finished(cells: Sequence[Cell], failures: Sequence[Mapping[str, Any]]) -> list[Cell]:
     """The cells that have ended well; `RunFailed` where none has."""
-    left = [cell for cell in cells if is_finished(cell.out)]
+    left = [cell for cell in cells if is_done(cell.out, cell.config)]
     if not left:
         raise RunFailed(f"all {len(cells)} runs failed; {told(failures[0])}")
     return left
