@@ -1,5 +1,6 @@
 # make demo      the main job, on data that comes with the dependencies
 # make test      everything that is tested
+# make faults    fails each write of a run in each way, and damages each of its files (half an hour)
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
@@ -12,7 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants bench experiments lint clean
+.PHONY: demo test faults mutants bench experiments lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -20,6 +21,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check src tests
 	$(BIN)/python -m pytest -q --durations=10
+
+faults: $(VENV)/.installed-test
+	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q tests/test_faults.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py

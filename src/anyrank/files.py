@@ -76,7 +76,8 @@ def write_whole(path: Path, write: Callable[[Path], object], before: Path | None
             with open(temporary, "r+b") as written:  # Windows flushes only what is open for writing
                 os.fsync(written.fileno())
             if before and path.exists():
-                _replace(path, before)
+                reached("replace", before)
+                os.replace(path, before)
             _replace(temporary, path)
     finally:
         with suppress(OSError):

@@ -149,8 +149,9 @@ class RunDir:
             raise RunError(reasons[0])
         if state and name == BEFORE:
             files.move(self.path / CHECKPOINT / BEFORE, self.path / CHECKPOINT / STATE)
-            reason = reasons[0].split("; ")[0] if reasons else f"{self.path / CHECKPOINT / STATE}: is not there"
-            sys.stderr.write(f"anyrank: {reason}: going on from the checkpoint before, of round {state.round}\n")
+            for reason in reasons:  # none where a kill came between the steps that put a new one in place
+                told = f"{reason.split('; ')[0]}; going on from the checkpoint before, of round {state.round}"
+                sys.stderr.write(f"anyrank: {told}\n")
         for name in (METRICS, CLIENTS):
             logs.cut_to(self.path / name, marks[name])
         self._logs, self._ledger = {}, marks.get(LEDGER)
