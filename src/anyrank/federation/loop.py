@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from anyrank.config.tables import identity
-from anyrank.federation.checks import finite
+from anyrank.federation.checks import check_loss, merge
 from anyrank.federation.federation import Federation
 from anyrank.federation.figures import measure, score, shares
 from anyrank.federation.intake import Skipped, charge, collect
@@ -38,8 +38,8 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         collected = collect(replies, jobs, skipped, round, federation.upload_bound)
         screened = rule.screen(state, jobs, collected.updates)
         collected.refuse(screened.refused)
-        state = finite(rule.aggregate(method, state, screened.updates))
-        end = score(federation, state) if federation.scores(round) else None
+        state = merge(rule, method, state, screened.updates)
+        end = check_loss(federation, round, score(federation, state)) if federation.scores(round) else None
         metrics = measure(federation, state, collected, end) | ledger.figures(round)
         metrics["seconds"] = time.perf_counter() - began
         store.commit(state, metrics, collected.rows)
