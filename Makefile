@@ -1,5 +1,6 @@
 # make demo      the main job, on data that comes with the dependencies
 # make test      everything that is tested
+# make faults    fails each write of a run in each way, and damages each of its files (half an hour)
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
 # make fuzz      hands the library spoiled adapters, words and replies for three minutes (FUZZ="--seconds 600 --seed 1" for others)
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
@@ -23,6 +24,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check src tests
 	$(BIN)/python -m pytest -q --durations=10
+
+faults: $(VENV)/.installed-test
+	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q tests/test_faults.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py

@@ -69,11 +69,13 @@ class Script:
         return Scores(np.array([True, False]), np.array([loss, loss]), np.array([0, 1]))
 
 
-def build(tmp_path: Path, engine: Script, sizes: Sequence[int] = (3, 1, 2, 4), ranks=(1, 2, 2, 4), method="rbla", **run):
+def build(
+    tmp_path: Path, engine: Script, sizes: Sequence[int] = (3, 1, 2, 4), ranks=(1, 2, 2, 4), method="rbla", resume=False, **run
+):
     config = Config().replace(run={"rounds": 2, **run}, clients={"count": len(sizes), "participation": 1.0})
     population = Population(np.array(ranks), np.array(sizes), len(sizes), config.run.seed)
     built = Federation(config, methods.make(method), population, engine, Facts("a script"))
-    return built, RunDir.open(tmp_path / "run", config)
+    return built, RunDir.open(tmp_path / "run", config, resume)
 
 
 def rows(tmp_path: Path, name: str) -> list[dict]:

@@ -1,28 +1,87 @@
-"""Files that appear whole or not at all, and files of others, which may be of any kind and size."""
+"""Every write of a run: files that appear whole or not at all, lines added to a log, folders.
+
+Whatever the system refuses (a full disk, a quota, a read-only or broken one, a folder that is somebody else's) is one
+`RunFailed` in a line that names the file and how to go on. What stood there before stands there still.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anyrank import stopping
+from anyrank.errors import RunError, RunFailed
+
+_MENDS = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space in your quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EACCES: "let this user write there",
+    errno.EPERM: "let this user write there",
+    errno.EROFS: "make its file system writable",
+    errno.EIO: "see to the disk",
+}
+_WRONG = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # no such place can be
+_NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems on which a folder cannot be flushed
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file next to `path`, flush it to disk, then move it to `path` in one step.
+def reached(what: str, path: Path) -> None:
+    """Called before each write event: `folder`, `lock`, `write`, `flush`, `replace`, `cut` or `remove` of `path`.
 
-    Windows cannot replace a file that is open or mapped, so a reader of a file that will be rewritten must copy it.
+    A test puts its own in the place of this one, and raises an `OSError` at the event that is to fail.
+    """
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of a write of `path` into one line: `RunFailed`, or `RunError` for a place that cannot be."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _WRONG:
+            raise RunError(f"{path}: cannot be made ({reason}); choose another place") from None
+        mend = _MENDS.get(error.errno, "mend that")
+        raise RunFailed(
+            f"{path}: cannot be written ({reason}); {mend} and give the command again, with --resume where a run had begun"
+        ) from None
+
+
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make a folder, of this mode, and those above it, on disk when this returns."""
+    with told(path):
+        if not path.is_dir():
+            reached("folder", path)
+            path.mkdir(mode, parents=True, exist_ok=True)
+            _flush_folder(path.parent)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], before: Path | None = None) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, then put it in place in one step.
+
+    `before`: where the file goes that stood in its place; a kill between the two steps leaves that one alone.
+    Windows puts no file in the place of one that is open or mapped: whoever reads a file that is written again copies it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with stopping.unfinished(temporary):
-        try:
+    try:
+        with stopping.unfinished(temporary), told(path):
+            reached("write", temporary)
             write(temporary)
+            reached("flush", temporary)
             with open(temporary, "r+b") as written:  # Windows flushes only what is open for writing
                 os.fsync(written.fileno())
-            os.replace(temporary, path)
-        finally:
+            if before and path.exists():
+                reached("replace", before)
+                os.replace(path, before)
+            _replace(temporary, path)
+    finally:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -48,3 +107,110 @@ def read_bounded(path: Path, limit: int) -> bytes:
 def _kind(mode: int) -> str:
     names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return names.get(stat.S_IFMT(mode), "a device")
+
+
+def move(path: Path, to: Path) -> None:
+    """Put the file `path` in the place of `to`, in one step."""
+    with told(to):
+        _replace(path, to)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to a file, on disk when this returns. Where that fails, the file is cut back to what it was."""
+    with told(path):
+        reached("write", path)
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "ab") as file:
+                file.write(data)
+                file.flush()
+                reached("flush", path)
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, before)
+            raise
+
+
+def cut(path: Path, length: int) -> None:
+    """Cut a file back to its first `length` bytes, on disk when this returns."""
+    with told(path):
+        if path.stat().st_size > length:
+            reached("cut", path)
+            with open(path, "r+b") as file:
+                file.truncate(length)
+                os.fsync(file.fileno())
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    with told(path):
+        if os.path.lexists(path):
+            reached("remove", path)
+            path.unlink()
+
+
+def contents(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where there is none. Raises `RunError` where it cannot be looked into."""
+    try:
+        return sorted(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be looked into ({error.strerror or error}); choose another place") from None
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that `write_whole` fills, or that a killed process left of it.
+
+    >>> is_temporary(Path("run/.summary.json.123.tmp")), is_temporary(Path("run/.mine.tmp"))
+    (True, False)
+    """
+    return bool(_TEMPORARY.fullmatch(path.name))
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that killed processes left in a folder; those of a process that is still there stay."""
+    with told(folder):
+        for path in contents(folder):
+            if is_temporary(path) and path.is_file() and not path.is_symlink() and not _is_alive(int(path.name.split(".")[-2])):
+                path.unlink(missing_ok=True)
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file. Raises `OSError`, also for what is no regular file: a pipe may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
+
+
+def _replace(path: Path, to: Path) -> None:
+    reached("replace", to)
+    os.replace(path, to)
+    _flush_folder(to.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring a folder's names to disk: without, a file may be whole there and its name not."""
+    if os.name == "nt":  # which keeps names by itself, and opens no folder
+        return
+    reached("flush", folder)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FLUSH:
+            raise
+    finally:
+        os.close(opened)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine, and is not this one."""
+    if os.name == "nt" or process == os.getpid():  # there, a signal of any number would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from anyrank.adapter.header import DTYPES, read_header
@@ -36,8 +35,9 @@ from anyrank.adapter.peft import (
     read_layer,
     unreadable,
 )
+from anyrank.adapter.saving import save_file
 from anyrank.errors import AdapterError
-from anyrank.files import write_whole, write_whole_text
+from anyrank.files import make_folder, write_whole, write_whole_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +92,12 @@ class Adapter:
         return _load(Path(folder))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write a PEFT LoRA folder, which `PeftModel.from_pretrained` takes as it is. Files appear whole or not at all."""
+        """Write a PEFT LoRA folder, which `PeftModel.from_pretrained` takes as it is. Files appear whole or not at all.
+
+        Raises `RunFailed` or `RunError`, in one line, for what the system refuses to write.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         config = json.dumps(peft_config(self.layers, self.tensors, self.config), indent=2, sort_keys=True) + "\n"
 
         def write_both(weights: Path) -> None:  # both are on the disk before either is put in place

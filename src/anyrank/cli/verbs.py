@@ -196,7 +196,7 @@ def study(
     from anyrank.cli import console, tables
 
     with console.Preparing("preparing", quiet=as_json) as preparing:
-        studies.check(chosen, preparing)
+        studies.check(chosen, preparing, folder)
     with console.Rounds(sum(cell.config.run.rounds for cell in chosen.cells(folder)), chosen.name, quiet=as_json) as rounds:
         tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
         results = studies.execute(chosen, folder, jobs, tell)

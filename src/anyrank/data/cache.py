@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from anyrank.errors import RunError
-from anyrank.files import write_whole
+from anyrank.adapter.saving import save_file
+from anyrank.errors import RunError, RunFailed
+from anyrank.files import make_folder, write_whole
 
 _STAMP = "anyrank"
 
@@ -67,10 +67,10 @@ def store(folder: Path, kind: str, key: Mapping[str, str], tensors: Mapping[str,
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {_STAMP: _stamp(text, tensors)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
-    except (OSError, SafetensorError) as error:
-        if load(folder, kind, key, mapped=True) is not None:  # Windows cannot replace a file that another process has mapped
+    except (RunError, RunFailed, SafetensorError) as error:
+        if load(folder, kind, key, mapped=True) is not None:  # Windows replaces no file that another process has mapped
             return path
         raise RunError(f"{path}: cannot write to the cache: {error}; free space, or choose another cache folder") from None
     return path

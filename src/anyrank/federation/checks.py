@@ -1,12 +1,22 @@
-"""Checks of a federation before anything is trained."""
+"""What a federation is checked for before anything is trained, and its state before it is kept."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
+
 from anyrank import methods
+from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config
-from anyrank.errors import ConfigError
+from anyrank.errors import ConfigError, RunFailed, in_a_line
+from anyrank.federation.federation import Federation
+from anyrank.federation.standing import Standing
+from anyrank.messages.records import ClientUpdate, ServerState
 from anyrank.methods.registry import REGISTRY, needs_one_rank, taking_mixed_ranks
 from anyrank.privacy.plan import PrivacyPlan
+from anyrank.robust.base import Rule
 
 
 def check_ranks(config: Config, method: methods.Method) -> None:
@@ -38,3 +48,43 @@ def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
             f"method.prune: {method.name} would prune ranks by norms that are mostly noise; set method.prune=false, or choose "
             "another method"
         )
+
+
+def merge(rule: Rule, method: methods.Method, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+    """The state after the round, all of whose numbers are finite: finite uploads may have a mean that is not.
+
+    Raises `RunFailed` that names the round, and the layer where one can be told.
+    """
+    try:
+        merged = rule.aggregate(method, state, updates)
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:
+        raise _overflown(state.round + 1, in_a_line(error)) from None
+    for adapter in (merged.adapter, *([merged.merged] if merged.merged else []), *merged.extra.values()):
+        for name, layer in adapter.layers.items():
+            if not math.isfinite(_largest(layer)):
+                raise _overflown(merged.round, f"layer {name}: its change may overflow")
+        for name, tensor in adapter.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise _overflown(merged.round, f"tensor {name}: holds NaN or infinite values")
+    return merged
+
+
+def check_loss(federation: Federation, round: int, standing: Standing) -> Standing:
+    """`standing` of the state after `round`. Raises `RunFailed` where the one model of all clients has no finite loss: nobody
+    could train on from it."""
+    if not math.isfinite(standing.loss) and not federation.method.private:
+        raise _overflown(round, f"the loss is {standing.loss:g}")
+    return standing
+
+
+def _largest(layer: LoraLayer) -> float:
+    """What no number of the layer's change is above, as its own number type has it: NaN or infinite where one may be so."""
+    bound = layer.A.abs().amax() * layer.B.abs().amax() * (layer.rank * layer.scaling)
+    return float(bound)
+
+
+def _overflown(round: int, what: str) -> RunFailed:
+    return RunFailed(
+        f"round {round}: what finite uploads merge to is not finite ({what}), and is not kept; lower train.learning_rate, or "
+        "leave out the client whose training diverges"
+    )

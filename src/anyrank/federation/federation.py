@@ -48,6 +48,12 @@ class Federation:
         """The client's number of examples as its weight: its own number, or the count that a privacy plan declares."""
         return self.privacy.declared(num_examples) if self.privacy else num_examples
 
+    def drawn(self, round: int) -> dict[str, int]:
+        """Who is drawn for `round` and has examples to train on: `{client: how many it counts as}`."""
+        population = self.population
+        cohort = [(population.name(i), self.counted(int(population.sizes[i]))) for i in population.draw(round)]
+        return {name: count for name, count in cohort if count}
+
     @property
     def upload_bound(self) -> float:
         """The largest norm that an upload's change may have."""

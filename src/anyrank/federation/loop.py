@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from anyrank.config.tables import identity
+from anyrank.federation.checks import check_loss, merge
 from anyrank.federation.federation import Federation
 from anyrank.federation.figures import measure, score, shares
 from anyrank.federation.intake import Skipped, charge, collect
@@ -21,12 +22,13 @@ from anyrank.runs.folder import RunDir
 def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
     """Run or resume the federation in `store`; returns the summary. `on_round` gets each round's metrics.
 
-    Raises `RunFailed` if every client of a round fails; the last checkpoint remains.
+    Raises `RunFailed` when every client of a round fails, and when what they merge to is not finite; the last checkpoint
+    stands.
     """
     config, method = federation.config, federation.method
     first = start(federation)
     state, before, end = store.restore() or first, score(federation, first), None
-    ledger = open_ledger(federation.privacy, identity(config), store)
+    ledger = open_ledger(federation.privacy, identity(config), store, state.round, federation.drawn)
     while state.round < config.run.rounds:
         began, round = time.perf_counter(), state.round + 1
         mechanism = ledger.mechanism()
@@ -36,8 +38,8 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         collected = collect(replies, jobs, skipped, round, federation.upload_bound)
         screened = rule.screen(state, jobs, collected.updates)
         collected.refuse(screened.refused)
-        state = rule.aggregate(method, state, screened.updates)
-        end = score(federation, state) if federation.scores(round) else None
+        state = merge(rule, method, state, screened.updates)
+        end = check_loss(federation, round, score(federation, state)) if federation.scores(round) else None
         metrics = measure(federation, state, collected, end) | ledger.figures(round)
         metrics["seconds"] = time.perf_counter() - began
         store.commit(state, metrics, collected.rows)

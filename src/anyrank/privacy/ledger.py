@@ -16,7 +16,6 @@ from anyrank.privacy.noise import Mechanism
 from anyrank.privacy.plan import PrivacyPlan
 
 SPENT = "its privacy budget is spent"
-_TRAINED = ("ok", "rejected", "failed")
 
 
 class Books(Protocol):
@@ -30,7 +29,9 @@ class Books(Protocol):
 
     def charge(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
-    def clients(self) -> list[dict[str, Any]]: ...
+    def check_charges(self) -> None:
+        """Raise `RunError` where the charges of a run that goes on are not those that its checkpoint has."""
+        ...
 
 
 class Unlimited:
@@ -62,7 +63,7 @@ class Ledger:
         self.plan, self.books, self.key_name = plan, books, key_name
         self.rounds: dict[str, list[int]] = {}  # rounds for which each client was charged, including interrupted rounds
         self.declared: dict[str, int] = {}
-        self._note(books.charges())
+        self._note(self._readable(books.charges()))
 
     def mechanism(self) -> Mechanism:
         """The plan with its key, for the remaining rounds."""
@@ -104,6 +105,27 @@ class Ledger:
             self.rounds.setdefault(row["client"], []).append(row["round"])
             self.declared[row["client"]] = row["num_examples"]
 
+    def check_round(self, round: int, drawn: Mapping[str, int]) -> None:
+        """Raise `RunError` where a client of the cohort `drawn`, `{client: declared count}`, that had budget left is not
+        charged for a round that is over, or by another count."""
+        for client, count in drawn.items():
+            if not self._has(client, round) and self._tried_before(client, round) < self.plan.max_rounds:
+                raise _lost(f"{client} took part in round {round} and is not charged for it")
+            if self.declared.get(client, count) != count:
+                raise _lost(f"{client} is charged for {self.declared[client]} examples and has {count}")
+
+    def _readable(self, rows: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+        for row in rows:
+            kinds = [type(row.get(key)) for key in ("round", "client", "num_examples")]
+            if kinds != [int, str, int] or row["num_examples"] not in self.plan.noise:
+                raise _lost("one of its lines is no charge of this plan")
+            yield row
+
+    def _tried_before(self, client: str, round: int) -> int:
+        """Rounds that the client was charged for before it was first drawn for `round`."""
+        own = [each for each in self.rounds.get(client, []) if each < round]
+        return len(own) if self.plan.secure else len(set(own))
+
     def _has(self, client: str, round: int) -> bool:
         return round in self.rounds.get(client, ())
 
@@ -113,8 +135,15 @@ class Ledger:
         return len(own) if self.plan.secure else sum(each <= round for each in set(own))
 
 
-def open_ledger(plan: PrivacyPlan | None, config: Mapping[str, Any], books: Books) -> Ledger | Unlimited:
-    """The ledger of a new or resumed run; `config` is the run's whole configuration.
+def open_ledger(
+    plan: PrivacyPlan | None,
+    config: Mapping[str, Any],
+    books: Books,
+    over: int = 0,
+    drawn: Callable[[int], Mapping[str, int]] = lambda round: {},
+) -> Ledger | Unlimited:
+    """The ledger of a new run, or of one that goes on; `config` is the run's whole configuration, `over` the rounds that the
+    checkpoint has, `drawn` the cohort of a round, `{client: declared count}`.
 
     Raises `RunError` if the run was started with another plan, or if a client took part that was not charged.
     """
@@ -122,10 +151,11 @@ def open_ledger(plan: PrivacyPlan | None, config: Mapping[str, Any], books: Book
         return Unlimited()
     make = (lambda: "") if plan.secure else (lambda: noise.keep_key(noise.new_key(config)))
     ledger = Ledger(plan, books, books.keep_plan(plan.table(), make))
-    for row in books.clients():
-        if row["status"] in _TRAINED and not ledger._has(row["client"], row["round"]):
-            raise RunError(
-                f"privacy ledger: {row['client']} took part in round {row['round']} and has no charge for it, so what was "
-                "spent is not known; start a new run with another --out"
-            )
+    for round in range(1, over + 1):
+        ledger.check_round(round, drawn(round))
+    books.check_charges()
     return ledger
+
+
+def _lost(what: str) -> RunError:
+    return RunError(f"privacy ledger: {what}, so what was spent is not known; start the run anew in another --out")

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from anyrank import files
 from anyrank.errors import RunError
 from anyrank.privacy.plan import PrivacyPlan
 
@@ -105,15 +106,16 @@ def keep_key(key: bytes) -> str:
     This uses the mode of the file, if the system has modes. On Windows, other users cannot read the user's profile.
     """
     folder, name = key_folder(), name_of(key)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        if hasattr(os, "fchmod"):
-            os.fchmod(descriptor, 0o600)  # also if the file existed before
-        file.write(key.hex())
-        file.flush()
-        os.fsync(file.fileno())
+    files.make_folder(folder, mode=0o700)
+    files.sweep(folder)
+    files.write_whole(folder / name, lambda path: _write_for_owner(path, key.hex()))
     return name
+
+
+def _write_for_owner(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def find_key(name: str) -> bytes:
@@ -140,4 +142,4 @@ def find_key(name: str) -> bytes:
 
 def forget_key(name: str) -> None:
     """Delete the key of a run that is finished."""
-    (key_folder() / name).unlink(missing_ok=True)
+    files.remove(key_folder() / name)

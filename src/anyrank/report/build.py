@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from anyrank.errors import RunError, printable
-from anyrank.files import write_whole, write_whole_text
+from anyrank.files import make_folder, write_whole, write_whole_text
 from anyrank.report import charts, figures, page
 from anyrank.report.groups import Group, grouped, seed_count, tells_accuracy
 from anyrank.report.runs import read
@@ -35,6 +35,8 @@ def build(runs: Sequence[Path], out: Path) -> Path:
         finalize=_shown,
     )
     html = environment.get_template("page.html.j2").render(page.contents(groups, notes))
+    out = Path(out)
+    make_folder(out.parent)
     write_whole_text(out, html)
     return out
 
@@ -73,7 +75,7 @@ def figure(runs: Sequence[Path], out: Path) -> Path:
         note += " Right: only methods with mixed ranks."
     collapse = [group.series("collapse") for group in groups if group.mixed]
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_whole(out, lambda path: figures.headline(first, name, collapse, note, path))
     return out
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from anyrank.errors import RunError
+from anyrank.files import read_regular
 
 CONFIG, METRICS, CLIENTS, SUMMARY = "config.toml", "metrics.jsonl", "clients.jsonl", "summary.json"
 PRIVACY, LEDGER = "privacy.json", "privacy.jsonl"
 COMPARISON = "compare.json"
-STATE = "state.safetensors"
+CHECKPOINT, STATE, BEFORE = "checkpoint", "state.safetensors", "state-before.safetensors"
+IDENTITY, SEAL = "identity.json", "seal.json"
 
 
 # How scikit-learn's functions of what is better when it is lower end; all others are better when they are higher.
@@ -26,8 +31,31 @@ def lower_is_better(metric: str) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; the last one may have been cut off by a kill."""
-    if not path.exists():
+    """The whole lines of a log; the last one may have been cut off by a kill. Raises `RunError` for one that is damaged."""
+    if not os.path.lexists(path):
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = []
+    try:
+        for number, line in enumerate(read_regular(path).split(b"\n")[:-1], 1):  # noqa: B007 - told where it fails
+            lines.append(_object(line))
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror or error}); mend that, or choose another --out") from None
+    except (ValueError, RecursionError):
+        raise RunError(f"{path}, line {number}: damaged; restore the file, or start the run anew in another --out") from None
+    return lines
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `RunError` for a file that is not there, cannot be read or holds something else."""
+    try:
+        return _object(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (error.strerror or error) if isinstance(error, OSError) else "damaged"
+        raise RunError(f"{path}: cannot be read back ({reason}); restore the file, or choose another --out") from None
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value

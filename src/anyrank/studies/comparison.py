@@ -11,10 +11,10 @@ from typing import Any
 
 from anyrank import simulation
 from anyrank.algebra import spectra
-from anyrank.files import write_whole_text
-from anyrank.runs.folder import is_finished
+from anyrank.errors import RunError
+from anyrank.files import contents, is_temporary, make_folder, sweep, write_whole_text
+from anyrank.runs.folder import RunDir, is_done
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
-from anyrank.studies import variants
 from anyrank.studies.grid import OnRound, finished, run_cells
 from anyrank.studies.variants import Cell, folder, plan, variant
 
@@ -30,10 +30,22 @@ class Results:
 
 
 def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None:
-    """Build the first run of each method, so that whatever is wrong with the request stops before anything is trained."""
-    variants.check_folder(out, resume)
+    """Build the first run of each method, so that whatever is wrong with the request stops before anything is trained: runs
+    in `out` of another configuration, too.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: expected a folder for the runs, got a file; choose another --out")
+    if not (resume and (out / COMPARISON).exists()) and any(not is_temporary(path) for path in contents(out)):
+        raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
+    check_begun(cells)
     for cell in {cell.label: cell for cell in reversed(cells)}.values():
         simulation.build(cell.config, progress).close()
+
+
+def check_begun(cells: Sequence[Cell]) -> None:
+    """Raise `RunError` that names the key where a run that is there already, finished or not, is not the one asked for."""
+    for cell in cells:
+        RunDir.check(cell.out, cell.config, resume=True)
 
 
 def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> Results:
@@ -41,9 +53,10 @@ def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | Non
 
     A failed run does not stop the others. Raises `RunFailed` if all runs failed.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    sweep(out)
     _write(out, cells, Results([], []))
-    failures = run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
+    failures = run_cells([cell for cell in cells if not is_done(cell.out, cell.config)], jobs, on_round)
     results = Results(table(finished(cells, failures)), failures)
     _write(out, cells, results)
     return results

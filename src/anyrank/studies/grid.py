@@ -16,7 +16,7 @@ from typing import Any
 
 from anyrank import simulation, stopping
 from anyrank.errors import AnyRankError, RunFailed, in_a_line
-from anyrank.runs.folder import is_finished
+from anyrank.runs.folder import is_done
 from anyrank.studies import worker
 from anyrank.studies.variants import Cell
 
@@ -28,13 +28,15 @@ def run_cells(cells: Sequence[Cell], jobs: int, on_round: OnRound | None = None)
     """Run the cells, `jobs` at a time; each goes on where it stopped. Returns those that failed, as `Results.failures`."""
     run = _run_in_turn if jobs == 1 or len(cells) <= 1 else _run_parallel
     reasons = run(cells, jobs, on_round)
-    failed = [(cell, reason) for cell, reason in zip(cells, reasons, strict=True) if reason and not is_finished(cell.out)]
+    failed = [
+        (cell, reason) for cell, reason in zip(cells, reasons, strict=True) if reason and not is_done(cell.out, cell.config)
+    ]
     return [{"label": cell.label, "seed": cell.config.run.seed, "reason": reason} for cell, reason in failed]
 
 
 def finished(cells: Sequence[Cell], failures: Sequence[Mapping[str, Any]]) -> list[Cell]:
     """The cells that have ended well; `RunFailed` where none has."""
-    left = [cell for cell in cells if is_finished(cell.out)]
+    left = [cell for cell in cells if is_done(cell.out, cell.config)]
     if not left:
         raise RunFailed(f"all {len(cells)} runs failed; {told(failures[0])}")
     return left

@@ -36,8 +36,8 @@ from anyrank import config as configs
 from anyrank.config.sections import Config
 from anyrank.config.tables import read_toml
 from anyrank.errors import AnyRankError, ConfigError, nearest
-from anyrank.files import write_whole_text
-from anyrank.runs.folder import is_finished
+from anyrank.files import make_folder, sweep, write_whole_text
+from anyrank.runs.folder import is_done
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
 from anyrank.studies import variants
 from anyrank.studies.variants import Cell
@@ -192,9 +192,15 @@ def load(path: Path) -> Study:
     return Study(path.stem, settings=settings, columns=tuple(table["columns"]), **told, **options)
 
 
-def check(study: Study, progress=None) -> None:
-    """Build the first run of each setting and method, so that errors show before anything is trained."""
+def check(study: Study, progress=None, out: Path | None = None) -> None:
+    """Build the first run of each setting and method, so that whatever is wrong stops before anything is trained: runs in
+    `out` of another configuration, too.
+    """
     from anyrank import simulation
+    from anyrank.studies import comparison
+
+    if out is not None:
+        comparison.check_begun(study.cells(out))
 
     for setting in study.settings:
         for label in setting.methods:
@@ -207,9 +213,10 @@ def execute(study: Study, out: Path, jobs: int, on_round: OnRound | None = None)
     """
     from anyrank.studies import grid
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    sweep(out)
     cells = study.cells(out)
-    failures = grid.run_cells([cell for cell in cells if not is_finished(cell.out)], jobs, on_round)
+    failures = grid.run_cells([cell for cell in cells if not is_done(cell.out, cell.config)], jobs, on_round)
     grid.finished(cells, failures)
     results = tell(study, out) | {"failures": failures}
     write_whole_text(out / STUDY, json.dumps(results, indent=2) + "\n")
@@ -228,13 +235,13 @@ def tell(study: Study, out: Path) -> dict[str, Any]:
         _pair(rows, study.columns[0])
         seeds = [cell.config.run.seed for cell in cells[: setting.seeds]]
         settings.append({"name": setting.name, "seeds": seeds, "rows": rows})
-    seconds = sum(_read(cell.out)[0]["seconds"] for cell in study.cells(out) if is_finished(cell.out))
+    seconds = sum(_read(cell.out)[0]["seconds"] for cell in study.cells(out) if is_done(cell.out, cell.config))
     told = {"name": study.name, "title": study.title, "claim": study.claim, "columns": list(study.columns)}
     return told | {"settings": settings, "run_seconds": seconds}
 
 
 def _row(study: Study, label: str, cells: Sequence[Cell]) -> dict[str, Any]:
-    runs = [_read(cell.out) if is_finished(cell.out) else None for cell in cells]
+    runs = [_read(cell.out) if is_done(cell.out, cell.config) else None for cell in cells]
     columns = {}
     for name in study.columns:
         values = [column_of(name).figure(*run, study) if run else None for run in runs]
