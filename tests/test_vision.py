@@ -429,7 +429,7 @@ def test_a_small_models_wishes_are_checked(tmp_path):
         vision.load(ModelConfig(name="fashion-mlp"), data, LoraConfig(), tmp_path)
     with pytest.raises(ConfigError, match="data.rotate: expected no value"):
         from_table({"data": {"rotate": 90}})
-    with pytest.raises(ConfigError, match="model.pretrained: expected it left out"):
+    with pytest.raises(ConfigError, match="model.pretrained: expected no value"):
         from_table({"model": {"pretrained": False}})
 
 
