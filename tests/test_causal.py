@@ -547,8 +547,8 @@ def test_labels_are_a_column_or_the_options_or_none(folders, tmp_path, data):
     [
         ([{"prompt": "a"}], {}, "line 1: no value in column 'completion' (data.format = 'columns'); did you mean 'prompt'"),
         ([{"prompt": "a", "completion": " "}], {}, "line 1: expected a completion in column 'completion', got an empty one"),
-        ([{"prompt": "", "completion": "b"}], {}, "the prompt '' makes no token"),
-        ([{"prompt": "a", "completion": "b"}], {"template": "{prompt}"}, "expected the field {completion} once"),
+        ([{"prompt": "", "completion": "b"}], {}, "the prompt '' gives no token"),
+        ([{"prompt": "a", "completion": "b"}], {"template": "{prompt}"}, "expected the field {completion} exactly once"),
         ([{"prompt": "a", "completion": "b"}], {"template": "{prmpt}{completion}"}, "no column 'prmpt'"),
         ([{"prompt": "a", "completion": "b"}], {"template": "{prompt!r}{completion}"}, "expected plain fields"),
         ([{"prompt": "a", "completion": "b"}], {"template": "{prompt{completion}"}, "write braces that are not a field twice"),

@@ -87,7 +87,7 @@ def rows(tmp_path: Path, name: str) -> list[dict]:
     [
         ("nan", "rejected", "layer x, B: contains NaN"),
         ("shape", "rejected", "layer x, A: expected"),
-        ("boasts", "rejected", "claims 1000 examples, 1 are registered"),
+        ("boasts", "rejected", "reports 1000 examples, but 1 are registered"),
         ("crashes", "failed", "out of memory"),
         ("silent", "failed", "sent nothing"),
     ],
@@ -107,8 +107,8 @@ def test_one_bad_client_costs_one_client(tmp_path: Path, deed: str, status: str,
     ("deed", "strays"),
     [
         ("twice", [("client-1", "a second reply in this round: the first one counts")]),
-        ("stranger first", [("mallory", "nobody waits for it: its sender has no job in this round")]),
-        ("late", [(name, "nobody waits for it: its sender has no job in this round") for name in ("", "client-of-yesterday")]),
+        ("stranger first", [("mallory", "unexpected: its sender has no job in this round")]),
+        ("late", [(name, "unexpected: its sender has no job in this round") for name in ("", "client-of-yesterday")]),
     ],
 )
 def test_a_reply_that_nobody_waits_for_is_a_row_and_changes_nothing(tmp_path: Path, deed: str, strays: list) -> None:

@@ -198,7 +198,7 @@ def test_heads_of_two_shapes_are_named(tmp_path: Path, sites: list[Path]) -> Non
 
 @pytest.mark.parametrize(
     ("method", "says"),
-    [("fedsa", "keep B, tensors for themselves"), ("local-only", "for themselves"), ("centralized", "nothing to merge")],
+    [("fedsa", "keep B, tensors for themselves"), ("local-only", "for themselves"), ("centralized", "no adapters to merge")],
 )
 def test_methods_that_merge_nothing_say_why(tmp_path: Path, sites: list[Path], method: str, says: str) -> None:
     refused(tmp_path, MethodError, says, sites, method)

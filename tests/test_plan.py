@@ -116,7 +116,7 @@ def test_the_tables_show_it_and_wrong_requests_are_one_line(tmp_path: Path) -> N
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     shown = call("--set", "clients.count=1000").stdout
-    assert "1,000 registered, 1 a round" in shown
+    assert "1,000 registered, 1 per round" in shown
     assert "not measured" in shown
     for change, message in (("clients.ranks=[2, 65]", "rank 65: expected at most 64"), ("trian.x=1", "did you mean 'train'")):
         refused = call("--set", change)

@@ -336,7 +336,7 @@ TAMPERED = {
     "another noise": (change_noise, "privacy plan: noise."),
     "a charge is missing": (drop_a_charge, "has no charge for it"),
     "the ledger is gone": (lambda folder: (folder / "privacy.jsonl").unlink(), "has no charge for it"),
-    "the plan is gone": (lambda folder: (folder / "privacy.json").unlink(), "is gone"),
+    "the plan is gone": (lambda folder: (folder / "privacy.json").unlink(), "is missing"),
 }
 
 

@@ -173,7 +173,10 @@ REFUSED = [
     ((*MERGE, "raflora", "--ranks", "4,x", "adapter"), "--ranks 4,x: expected ranks of at least 1"),
     ((*MERGE, "raflora", "--option", "split", "adapter"), "--option split: expected KEY=VALUE"),
     ((*MERGE, "raflora", "--option", "splt=balanced", "adapter"), "unknown option 'splt'; did you mean 'split'?"),
-    ((*MERGE, "raflora", "adapter=none"), "expected a whole number of at least 1 as its number of examples, got 'none'"),
+    (
+        (*MERGE, "raflora", "adapter=none"),
+        "expected a whole number of at least 1 as its number of examples, or a positive weight such as 0.25, got 'none'",
+    ),
     ((*MERGE, "raflora", "absent"), "absent: no such folder; expected a PEFT adapter folder, as save_pretrained writes it"),
     ((*MERGE, "raflora", "adapter"), "adapter: no adapter_config.json in it; expected a PEFT adapter folder"),
     ((*MERGE, "raflora", "--algebra", "gramm", "adapter"), "algebra 'gramm': unknown; did you mean 'gram'?"),

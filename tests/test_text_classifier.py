@@ -284,6 +284,6 @@ def test_longer_than_the_model_is_refused(folders, source):
 
 
 def test_only_texts_have_a_models_own_head():
-    with pytest.raises(ConfigError, match="'model' is for text-classification"):
+    with pytest.raises(ConfigError, match="'model' is only for text-classification"):
         Config().replace(model={"head": "model"})
     assert issubclass(ConfigError, AnyRankError)

@@ -238,10 +238,7 @@ WRONG = {
     "idx head cut short": (lambda f: spoil(f, IMAGES, idx(GREY)[:6]), "the file is damaged"),
     "gzip cut short": (lambda f: cut_gzip(f), "not readable as gzip"),
     "fewer labels": (lambda f: spoil(f, IDX_LABELS, idx(LABELS[:-1])), "expected 24 labels, one per image of .*, got 23"),
-    "no labels": (
-        lambda f: write_idx(f, "train").joinpath(IDX_LABELS).unlink() or f,
-        "there is no file of its labels in the same folder",
-    ),
+    "no labels": (lambda f: write_idx(f, "train").joinpath(IDX_LABELS).unlink() or f, "there is no file of its labels"),
     "two sets": (two_idx_sets, "belong to two datasets"),
     "not a zip": (lambda f: write_bytes(f / "set.npz", b"nothing"), "not readable as an .npz of plain arrays"),
     "objects": (lambda f: broken_npz(f, image=np.array([{}, []], dtype=object), label=LABELS[:2]), "npz of plain arrays"),
@@ -432,7 +429,7 @@ def test_a_small_models_wishes_are_checked(tmp_path):
         vision.load(ModelConfig(name="fashion-mlp"), data, LoraConfig(), tmp_path)
     with pytest.raises(ConfigError, match="data.rotate: expected no value"):
         from_table({"data": {"rotate": 90}})
-    with pytest.raises(ConfigError, match="model.pretrained: expected it left out"):
+    with pytest.raises(ConfigError, match="model.pretrained: expected no value"):
         from_table({"model": {"pretrained": False}})
 
 

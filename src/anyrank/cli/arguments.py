@@ -73,7 +73,7 @@ def _weight(folder: str, text: str) -> Fraction:
     if found <= 0:
         told = shortened(text, 50)
         raise AdapterError(
-            f"{folder}={told}: expected a whole number of at least 1 as its examples, or a positive weight such as 0.25, "
+            f"{folder}={told}: expected a whole number of at least 1 as its number of examples, or a positive weight such as 0.25, "
             f"got {told!r}"
         )
     return found

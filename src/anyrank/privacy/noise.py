@@ -136,7 +136,7 @@ def find_key(name: str) -> bytes:
     except ValueError:
         key = b""
     if name_of(key) != name:
-        raise RunError(f"{path}: is not the key that this run started with; start a new run with another --out")
+        raise RunError(f"{path}: is not the noise key that this run started with; start a new run with another --out")
     return key
 
 

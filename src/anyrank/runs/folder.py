@@ -306,14 +306,15 @@ def remove_run(path: Path) -> None:
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():
-        raise RunError(f"{path}: expected a folder of runs or none, got a file; choose another --out")
+        raise RunError(f"{path}: expected a folder of runs, or no such folder, got a file; choose another --out")
     found = sorted(path.rglob("*"), reverse=True)  # what is in a folder stands before it
     marked = not found or (path / COMPARISON).is_file()
     strangers = [entry for entry in found if not (marked and _of_comparison(entry, entry.relative_to(path).parts))]
     if strangers:
+        first = min(strangers, key=lambda entry: (entry.is_dir(), len(entry.parts), entry))  # a file says most
         raise RunError(
-            f"{path}: expected a folder of runs or none, got {strangers[-1].relative_to(path)} in it, and will not delete "
-            "anything else; choose another --out"
+            f"{path}: expected a folder with nothing but runs, got {first.relative_to(path)} in it, which is not deleted; "
+            "choose another --out"
         )
     with files.told(path):
         for entry in found:
