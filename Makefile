@@ -1,13 +1,13 @@
 # make demo      the main job, on data that comes with the dependencies
 # make test      everything that is tested
-# make faults    fails each write of a run in each way, and damages each of its files (half an hour)
+# make faults    fails each write of a run in each way, damages each of its files, and stops and kills commands and their
+#                workers at many more moments than the tests do (an hour)
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
 # make fuzz      hands the library spoiled adapters, words and replies for three minutes (FUZZ="--seconds 600 --seed 1" for others)
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
 #                and starts of light commands (half a minute)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
-# make faults    stops and kills commands and their workers at many more moments than the tests do (half an hour)
 # make lint      style and imports
 
 PYTHON ?= python3
@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q --durations=10
 
 faults: $(VENV)/.installed-test
-	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q tests/test_faults.py
+	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q -rP tests/test_faults.py tests/test_processes.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py
@@ -44,9 +44,6 @@ experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/noise.py
 	$(BIN)/python experiments/alpha.py
 	$(BIN)/python experiments/private_rates.py
-
-faults: $(VENV)/.installed-test
-	ANYRANK_FAULTS=1 $(BIN)/python -m pytest -q -rP tests/test_processes.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix src tests

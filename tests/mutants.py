@@ -415,11 +415,13 @@ MISTAKES = (
         "if True",
         PRIVATE,
     ),
+    Mistake("the system's noise charged once", "privacy/ledger.py", "len(own) if self.plan.secure else sum(", "sum(", PRIVATE),
     Mistake(
-        "the system's noise charged once", "privacy/ledger.py", "return len(own) if self.plan.secure else", "return", PRIVATE
-    ),
-    Mistake(
-        "a budget of one round too many", "privacy/ledger.py", "< self.plan.max_rounds", "<= self.plan.max_rounds", PRIVATE
+        "a budget of one round too many",
+        "privacy/ledger.py",
+        "round - 1) < self.plan.max_rounds",
+        "round - 1) <= self.plan.max_rounds",
+        PRIVATE,
     ),
     Mistake(
         "upload clipped by the factor's norm",
@@ -480,15 +482,15 @@ MISTAKES = (
     Mistake(
         "who failed leaves the mean",
         "robust/central_noise.py",
-        "whole, plan, round = complete(jobs, updates)",
-        "whole, plan, round = list(updates)",
+        "Screened(complete(jobs, updates))",
+        "Screened(list(updates))",
         CENTRAL,
     ),
     Mistake(
         "more than the noised mean goes on",
         "robust/central_noise.py",
-        "return replace(state, round=round, adapter=noised)",
-        "return replace(method.aggregate(state, whole), adapter=noised)",
+        "replace(state, round=round, adapter=cover(",
+        "replace(method.aggregate(state, updates), adapter=cover(",
         CENTRAL,
     ),
     Mistake("a download that does not say its rescaling", "methods/base.py", ", rescale=self.rescale)", ")", CENTRAL),
@@ -509,7 +511,7 @@ MISTAKES = (
     Mistake(
         "the server's noise is the same in each run",
         "robust/central_noise.py",
-        'privacy.draws(round, "server")',
+        'self.mechanism.draws(round, "server")',
         "__import__('numpy').random.default_rng(round)",
         CENTRAL,
     ),
@@ -517,8 +519,8 @@ MISTAKES = (
     Mistake(
         "scaling dropped in the pass",
         "training/forward.py",
-        "add(output, module, x, A, B * scaling)",
-        "add(output, module, x, A, B)",
+        "add(output, module, input, A, B * scaling)",
+        "add(output, module, input, A, B)",
         SIDE_BY_SIDE,
     ),
     Mistake("scaling dropped in the weight", "training/forward.py", "weight + B * scaling @ A", "weight + B @ A", SIDE_BY_SIDE),

@@ -16,7 +16,7 @@ from anyrank.aggregation import aggregates as aggregation
 from anyrank.aggregation import merge
 from anyrank.aggregation.aggregates import aggregate_folders
 from anyrank.aggregation.merge import infer_scaling
-from anyrank.algebra import lowrank
+from anyrank.algebra import lowrank, names
 from anyrank.errors import AdapterError, AnyRankError, MethodError
 from anyrank.messages.records import Scaling, ServerState
 from anyrank.methods.averages import average_layer, average_slices, mean_a, mean_b
@@ -350,7 +350,7 @@ def test_a_device_that_merges_cannot_use_is_one_line(device: str, answer: str) -
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
-@pytest.mark.parametrize("algebra", lowrank.ALGEBRAS)
+@pytest.mark.parametrize("algebra", names.ALGEBRAS)
 def test_a_gpu_merges_as_the_cpu_does(algebra: str) -> None:
     updates = [ClientUpdate(adapter, i + 1, f"c{i}") for i, adapter in enumerate(clients_of_many_layers())]
     here, there = (aggregate(updates, method="raflora", algebra=algebra, device=device) for device in ("cpu", "cuda"))

@@ -73,8 +73,7 @@ def _weight(folder: str, text: str) -> Fraction:
     if found <= 0:
         told = shortened(text, 50)
         raise AdapterError(
-            f"{folder}={told}: expected a whole number of at least 1 as its number of examples, or a positive weight such as 0.25, "
-            f"got {told!r}"
+            f"{folder}={told}: expected its number of examples, at least 1, or a positive weight such as 0.25, got {told!r}"
         )
     return found
 
