@@ -16,7 +16,7 @@ from anyrank.aggregation import aggregates as aggregation
 from anyrank.aggregation import merge
 from anyrank.aggregation.aggregates import aggregate_folders
 from anyrank.aggregation.merge import infer_scaling
-from anyrank.algebra import lowrank, names
+from anyrank.algebra import names
 from anyrank.errors import AdapterError, AnyRankError, MethodError
 from anyrank.messages.records import Scaling, ServerState
 from anyrank.methods.averages import average_layer, average_slices, mean_a, mean_b
