@@ -307,7 +307,7 @@ def test_folders_are_filled_in_the_same_order_whatever_is_side_by_side(tmp_path:
 def test_a_batch_holds_no_more_than_its_bytes_or_one_layer(batch_bytes: int, sizes: list[int]) -> None:
     """A client of rank 2 holds 2 x (50 + 40) float32 numbers of a layer, ranks 2, 4 and 8 together 5040 bytes."""
     updates = [ClientUpdate(adapter, 1, f"c{i}") for i, adapter in enumerate(clients_of_many_layers())]
-    planned = merge.plan(updates, "raflora", None, 0, None, False, {})
+    planned = merge.prepare(updates, "raflora", None, 0, None, False, {})
     batches = list(planned.batches(batch_bytes))
     assert [name for batch in batches for name in batch] == ["a", "b", "c", "d", "e", "wide"]
     assert [len(batch) for batch in batches] == sizes

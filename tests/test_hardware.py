@@ -207,7 +207,7 @@ def test_a_plan_counts_memory_by_the_options(tasks, tmp_path: Path, monkeypatch:
         clients={"count": 2, "ranks": (2, 4)},
         train={"batch_size": 8},
     )
-    memory = lambda **keys: forecast.plan(config.replace(train=keys))["memory_bytes"]["activations"]  # noqa: E731
+    memory = lambda **keys: forecast.cost(config.replace(train=keys))["memory_bytes"]["activations"]  # noqa: E731
     whole = memory()
     assert memory(accumulation_steps=8) < whole / 3
     assert memory(gradient_checkpointing=True) < whole / 2

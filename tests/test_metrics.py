@@ -486,7 +486,7 @@ def test_a_task_without_accuracy_goes_all_the_way(tmp_path: Path, monkeypatch: p
     from anyrank.cli import console, tables
 
     config = federation_of_numbers(monkeypatch)
-    cells = comparison.plan(config, ["raflora", "flexlora"], 2, tmp_path / "cmp")
+    cells = comparison.make_cells(config, ["raflora", "flexlora"], 2, tmp_path / "cmp")
     rows = comparison.execute(cells, tmp_path / "cmp", jobs=1).rows
     for row in rows:
         assert row["accuracy"] is row["best_accuracy"] is row["last_accuracy"] is row["accuracy_paired"] is None

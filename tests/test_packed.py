@@ -261,7 +261,7 @@ def test_the_size_and_the_place_are_told(folders, data, tmp_path, monkeypatch): 
     task = load(folders["bert"], data, tmp_path / "cache", TARGETS)
     assert summary["inputs_in"] == "disk"
     assert summary["inputs_bytes"] == task.train.inputs.nbytes + task.test.inputs.nbytes
-    memory = forecast.plan(config, measure=False)["memory_bytes"]
+    memory = forecast.cost(config, measure=False)["memory_bytes"]
     assert (memory["examples"], memory["examples_on_disk"]) == (0, summary["inputs_bytes"])
     with pytest.raises(ConfigError, match=r"model.features: expected one of memory, disk, got 'ram'"):
         ModelConfig(features="ram")

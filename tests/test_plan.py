@@ -24,7 +24,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("method", ["raflora", "ffa_lora", "fedsa"])
 def test_bytes_are_those_of_the_run_where_all_take_part(method: str, tmp_path: Path) -> None:
     config = MLP.replace(clients={"participation": 1.0}, method={"name": method})
-    told, made = forecast.plan(config, measure=False), simulation.execute(config, tmp_path / "run")
+    told, made = forecast.cost(config, measure=False), simulation.execute(config, tmp_path / "run")
     assert (told["upload_bytes"], told["download_bytes"]) == (made["upload_bytes"], made["download_bytes"])
     assert (told["clients"], told["cohort"]) == (made["clients"], made["cohort"])
     assert {str(level["rank"]): level["clients"] for level in told["levels"]} == made["ranks"]
@@ -33,7 +33,7 @@ def test_bytes_are_those_of_the_run_where_all_take_part(method: str, tmp_path: P
 def test_parameters_are_counted_by_what_is_trained() -> None:
     """Two layers 64 x 64: rank r trains r · 64 numbers of each factor in each; a trained head adds 10 · 64 + 10."""
     by_rank = lambda config: {  # noqa: E731
-        level["rank"]: level["trainable_parameters"] for level in forecast.plan(config, measure=False)["levels"]
+        level["rank"]: level["trainable_parameters"] for level in forecast.cost(config, measure=False)["levels"]
     }
     assert by_rank(MLP) == {rank: 2 * 2 * 64 * rank for rank in (2, 4, 8, 16, 32)}
     assert by_rank(MLP.replace(method={"name": "ffa_lora"}))[8] == 2 * 64 * 8
@@ -41,23 +41,23 @@ def test_parameters_are_counted_by_what_is_trained() -> None:
 
 
 def test_the_time_is_that_of_the_steps_of_the_clients_of_a_round() -> None:
-    told = forecast.plan(MLP.replace(clients={"count": 40, "participation": 0.5}))
+    told = forecast.cost(MLP.replace(clients={"count": 40, "participation": 0.5}))
     assert all(level["step_s"] > 0 for level in told["levels"])
     expected = sum(3 * 4 * level["step_s"] for level in told["levels"])  # 3 steps of 4 of each rank's 8 clients
     assert told["round_s"] == pytest.approx(expected)
     assert told["training_s"] == pytest.approx(2 * expected)
-    assert forecast.plan(MLP, measure=False)["training_s"] is None
+    assert forecast.cost(MLP, measure=False)["training_s"] is None
 
 
 def test_epochs_are_counted_by_the_clients_examples() -> None:
     sampled = Config().replace(model={"name": "digits-mlp"}, train={"local_epochs": 3, "local_steps": 0})
     partition = {"kind": "sampled", "examples_per_client": 40}
     config = sampled.replace(data={"partition": type(sampled.data.partition)(**partition)})
-    assert forecast.plan(config, measure=False)["local_steps"] == 3 * 3  # ceil(40 / 16) batches, three times
+    assert forecast.cost(config, measure=False)["local_steps"] == 3 * 3  # ceil(40 / 16) batches, three times
 
 
 def test_adapters_kept_for_private_clients_count_as_memory() -> None:
-    keeps, drops = (forecast.plan(MLP.replace(method={"name": name}), measure=False) for name in ("local-only", "raflora"))
+    keeps, drops = (forecast.cost(MLP.replace(method={"name": name}), measure=False) for name in ("local-only", "raflora"))
     assert keeps["memory_bytes"]["kept_for_clients"] > 0
     assert drops["memory_bytes"]["kept_for_clients"] == 0
 

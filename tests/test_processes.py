@@ -284,7 +284,7 @@ def test_an_interrupt_is_no_clients_failure(tmp_path: Path, monkeypatch: pytest.
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    cells = variants.plan(config.from_table({"model": {"name": "digits-mlp"}}), ["rbla"], 1, tmp_path)
+    cells = variants.make_cells(config.from_table({"model": {"name": "digits-mlp"}}), ["rbla"], 1, tmp_path)
     for stacking, patched in (("always", (Optimizer, "step")), ("never", (local, "train"))):
         with monkeypatch.context() as patch:
             patch.setattr(*patched, interrupted)

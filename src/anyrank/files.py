@@ -39,7 +39,7 @@ def reached(what: str, path: Path) -> None:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Turn an `OSError` of a write of `path` into one line: `RunFailed`, or `RunError` for a place that cannot be."""
     try:
         yield
@@ -55,7 +55,7 @@ def told(path: Path) -> Iterator[None]:
 
 def make_folder(path: Path, mode: int = 0o777) -> None:
     """Make a folder, of this mode, and those above it, on disk when this returns."""
-    with told(path):
+    with naming(path):
         if not path.is_dir():
             reached("folder", path)
             path.mkdir(mode, parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_whole(path: Path, write: Callable[[Path], object], before: Path | None
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with stopping.unfinished(temporary), told(path):
+        with stopping.unfinished(temporary), naming(path):
             reached("write", temporary)
             write(temporary)
             reached("flush", temporary)
@@ -111,13 +111,13 @@ def _kind(mode: int) -> str:
 
 def move(path: Path, to: Path) -> None:
     """Put the file `path` in the place of `to`, in one step."""
-    with told(to):
+    with naming(to):
         _replace(path, to)
 
 
 def append(path: Path, data: bytes) -> None:
     """Add to a file, on disk when this returns. Where that fails, the file is cut back to what it was."""
-    with told(path):
+    with naming(path):
         reached("write", path)
         before = path.stat().st_size if path.exists() else 0
         try:
@@ -134,7 +134,7 @@ def append(path: Path, data: bytes) -> None:
 
 def cut(path: Path, length: int) -> None:
     """Cut a file back to its first `length` bytes, on disk when this returns."""
-    with told(path):
+    with naming(path):
         if path.stat().st_size > length:
             reached("cut", path)
             with open(path, "r+b") as file:
@@ -144,7 +144,7 @@ def cut(path: Path, length: int) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, if it is there."""
-    with told(path):
+    with naming(path):
         if os.path.lexists(path):
             reached("remove", path)
             path.unlink()
@@ -169,7 +169,7 @@ def is_temporary(path: Path) -> bool:
 
 def sweep(folder: Path) -> None:
     """Remove temporary files that killed processes left in a folder; those of a process that is still there stay."""
-    with told(folder):
+    with naming(folder):
         for path in contents(folder):
             if is_temporary(path) and path.is_file() and not path.is_symlink() and not _is_alive(int(path.name.split(".")[-2])):
                 path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from anyrank import devices, stopping
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer, overflow
 from anyrank.adapter.stored import FolderWriter
-from anyrank.aggregation.merge import Merge, check_rank, plan
+from anyrank.aggregation.merge import Merge, check_rank, prepare
 from anyrank.algebra import lowrank, spectra
 from anyrank.algebra.names import check_device
 from anyrank.errors import AdapterError, RunError, RunFailed
@@ -94,7 +94,7 @@ def aggregate(
     >>> merged.adapter.ranks, merged.share(rank=1).ranks
     ({'layer': 2}, {'layer': 1})
     """
-    merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
+    merge = prepare(updates, method, previous, seed, scaling, allow_different_base, options)
     with lowrank.using(algebra, *_place(device)) as work:
         whole = not merge.method.by_layer
         state = _whole(merge) if whole else _layer_by_layer(merge, work.batch_bytes)
@@ -167,7 +167,7 @@ def aggregate_folders(
     out = Path(out)
     if os.path.lexists(out):
         raise RunError(f"{out}: exists already; name a new folder, or remove this one")
-    merge = plan(updates, method, previous, seed, scaling, allow_different_base, options)
+    merge = prepare(updates, method, previous, seed, scaling, allow_different_base, options)
     for rank in ranks:
         merge.check_rank(rank)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -152,7 +152,7 @@ class Merge:
         return LoraLayer(A.to(self.dtype), B.to(self.dtype), scaling, like.kind, like.kernel)
 
 
-def plan(
+def prepare(
     updates: Iterable[ClientUpdate | str | os.PathLike[str]],
     method: str | Method,
     previous: Adapter | str | os.PathLike[str] | None,

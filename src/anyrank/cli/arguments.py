@@ -39,7 +39,7 @@ def configuration(path: Path, overrides: Sequence[str], own_method: bool = True)
 
 def cells(config: Config, labels: str, seeds: int, out: Path) -> list[Cell]:
     """The runs of `METHOD[:KEY=VALUE][@RANK],...`, each with its method checked as in `configuration`."""
-    planned = variants.plan(config, [label.strip() for label in labels.split(",")], seeds, out)
+    planned = variants.make_cells(config, [label.strip() for label in labels.split(",")], seeds, out)
     variants.check_methods(planned)
     return planned
 

@@ -139,7 +139,7 @@ def plan(
     from anyrank.studies import forecast
 
     with console.Preparing("preparing", quiet=as_json) as preparing:
-        figures = forecast.plan(chosen, measure, preparing)
+        figures = forecast.cost(chosen, measure, preparing)
     if as_json:
         return _print_json(figures)
     for table in tables.plan_tables(figures):
@@ -462,7 +462,7 @@ def _raise_failures(failures: list[dict[str, Any]], runs: int) -> None:
     from anyrank.studies import grid
 
     if failures:
-        reasons = "; ".join(grid.told(failure) for failure in failures)
+        reasons = "; ".join(grid.failed(failure) for failure in failures)
         raise RunFailed(f"{len(failures)} of {runs} runs failed and are not in the table: {reasons}")
 
 

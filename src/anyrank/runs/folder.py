@@ -74,7 +74,7 @@ class RunDir:
         self._lock = FileLock(path / ".lock", thread_local=False)
         of_the_system = not isinstance(self._lock, SoftFileLock)
         try:  # what a killed process left is cleared away by one attempt and taken by the next
-            with files.told(path / ".lock"):
+            with files.naming(path / ".lock"):
                 files.reached("lock", path / ".lock")
                 self._lock.acquire(timeout=0 if of_the_system else 0.5)
         except Timeout:
@@ -316,7 +316,7 @@ def remove_run(path: Path) -> None:
             f"{path}: expected a folder with nothing but runs, got {first.relative_to(path)} in it, which is not deleted; "
             "choose another --out"
         )
-    with files.told(path):
+    with files.naming(path):
         for entry in found:
             entry.rmdir() if entry.is_dir() else entry.unlink()
         path.rmdir()

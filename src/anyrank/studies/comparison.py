@@ -16,9 +16,9 @@ from anyrank.files import contents, is_temporary, make_folder, sweep, write_whol
 from anyrank.runs.folder import RunDir, is_done
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
 from anyrank.studies.grid import OnRound, finished, run_cells
-from anyrank.studies.variants import Cell, folder, plan, variant
+from anyrank.studies.variants import Cell, folder, make_cells, variant
 
-__all__ = ["Results", "check", "execute", "folder", "plan", "table", "variant"]
+__all__ = ["Results", "check", "execute", "folder", "make_cells", "table", "variant"]
 
 
 @dataclass(frozen=True)

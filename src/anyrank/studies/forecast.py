@@ -20,7 +20,7 @@ from anyrank.progress import Progress
 from anyrank.studies import budget
 
 
-def plan(config: Config, measure: bool = True, progress: Progress | None = None) -> dict[str, Any]:
+def cost(config: Config, measure: bool = True, progress: Progress | None = None) -> dict[str, Any]:
     """The figures of `config`'s run; no training is kept, and no run folder is made.
 
     Bytes are those of round 1, from the method's downloads for each rank (with some methods, downloads grow later). Bytes per

@@ -38,11 +38,11 @@ def finished(cells: Sequence[Cell], failures: Sequence[Mapping[str, Any]]) -> li
     """The cells that have ended well; `RunFailed` where none has."""
     left = [cell for cell in cells if is_done(cell.out, cell.config)]
     if not left:
-        raise RunFailed(f"all {len(cells)} runs failed; {told(failures[0])}")
+        raise RunFailed(f"all {len(cells)} runs failed; {failed(failures[0])}")
     return left
 
 
-def told(failure: Mapping[str, Any]) -> str:
+def failed(failure: Mapping[str, Any]) -> str:
     """One failure in a line."""
     return f"{failure['label']} seed {failure['seed']}: {failure['reason']}"
 

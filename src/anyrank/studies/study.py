@@ -143,7 +143,7 @@ class Setting:
     seeds: int
 
     def cells(self, out: Path) -> list[Cell]:
-        return variants.plan(self.config, self.methods, self.seeds, out / _folder(self.name))
+        return variants.make_cells(self.config, self.methods, self.seeds, out / _folder(self.name))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Cell:
     out: Path
 
 
-def plan(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[Cell]:
+def make_cells(config: Config, methods: Sequence[str], seeds: int, out: Path) -> list[Cell]:
     """The runs of `methods` x `seeds`, each method as `variant` reads it. Seeds count up from the configuration's."""
     if seeds < 1:
         raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
