@@ -108,7 +108,7 @@ def test_clients_that_do_not_fit_together_are_named() -> None:
     )
     with pytest.raises(AdapterError, match=r"layer a.q: clinic has linear \[out, in\] \[10, 12\], bank has linear \[10, 9\]"):
         aggregate([one, other], method="rbla")
-    with pytest.raises(AdapterError, match="client clinic is named twice"):
+    with pytest.raises(AdapterError, match="client clinic occurs twice"):
         aggregate([one, one], method="rbla")
     with pytest.raises(AdapterError, match="at least one client"):
         aggregate([], method="rbla")

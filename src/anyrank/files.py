@@ -17,7 +17,7 @@ from pathlib import Path
 from anyrank import stopping
 from anyrank.errors import RunError, RunFailed
 
-_MENDS = {
+_REMEDIES = {
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space in your quota",
     errno.EFBIG: "raise the limit on the size of files",
@@ -47,9 +47,9 @@ def naming(path: Path) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         if error.errno in _WRONG:
             raise RunError(f"{path}: cannot be made ({reason}); choose another place") from None
-        mend = _MENDS.get(error.errno, "mend that")
+        remedy = _REMEDIES.get(error.errno, "correct that")
         raise RunFailed(
-            f"{path}: cannot be written ({reason}); {mend} and give the command again, with --resume where a run had begun"
+            f"{path}: cannot be written ({reason}); {remedy} and give the command again, with --resume where a run had begun"
         ) from None
 
 

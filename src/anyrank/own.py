@@ -34,7 +34,7 @@ def load(path: str | Path, asked: str, kind: type[AnyRankError]) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the file does
         sys.modules.pop(name, None)
-        raise kind(f"{asked}: {path}{_where(error, path)}: {in_a_line(error)}; mend the file") from None
+        raise kind(f"{asked}: {path}{_where(error, path)}: {in_a_line(error)}; correct the file") from None
     finally:
         sys.path.remove(folder)
     return module

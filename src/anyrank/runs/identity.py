@@ -70,7 +70,7 @@ def _digests(path: Path) -> dict[str, str]:
         digests = {name: _of_file(path / name, *signs, whole) for name, signs in files.items()}
     except OSError as error:
         at = error.filename or path
-        raise RunError(f"{at}: cannot be read ({error.strerror or error}); mend that, and give the command again") from None
+        raise RunError(f"{at}: cannot be read ({error.strerror or error}); correct that, and give the command again") from None
     if len(digests) > _LISTED:
         text = "\n".join(f"{name}\0{digest}" for name, digest in digests.items())
         return {"": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()}

@@ -86,5 +86,5 @@ def _digest(path: Path, most: int | None) -> tuple[int, Any]:
                 total.update(piece)
                 length += len(piece)
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror or error}); mend that and go on by --resume") from None
+        raise RunError(f"{path}: cannot be read ({error.strerror or error}); correct that and go on by --resume") from None
     return length, total

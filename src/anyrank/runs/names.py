@@ -39,7 +39,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(read_regular(path).split(b"\n")[:-1], 1):  # noqa: B007 - told where it fails
             lines.append(_object(line))
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror or error}); mend that, or choose another --out") from None
+        raise RunError(f"{path}: cannot be read ({error.strerror or error}); correct that, or choose another --out") from None
     except (ValueError, RecursionError):
         raise RunError(f"{path}, line {number}: damaged; restore the file, or start the run anew in another --out") from None
     return lines
