@@ -107,7 +107,7 @@ def test_every_block_of_the_results_has_its_study_or_script() -> None:
 
 
 def test_the_method_to_paste_in_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pasted into a file and named in a config, it runs; its weights are the owners' plain mean, as it says."""
+    """Pasted into a file and named in a config, it runs, and its option matters: by the examples it is raFLoRA, as it says."""
     (code,) = blocks((ROOT / "docs" / "add-a-method.md").read_text(), "python")
     assert len(code.splitlines()) < 60
     (tmp_path / "equal_voices.py").write_text(code)
@@ -120,6 +120,12 @@ def test_the_method_to_paste_in_works(tmp_path: Path, monkeypatch: pytest.Monkey
     try:
         summary = simulation.execute(config, tmp_path / "run")
         assert summary["accuracy"] > summary["start_accuracy"]
+        by_examples = simulation.execute(config.replace(method={"options": {"power": 1.0}}), tmp_path / "by-examples")
+        peer = simulation.execute(
+            config.replace(method={"name": "raflora", "file": "", "options": {"empty_slice": "zero"}}), tmp_path / "peer"
+        )
+        assert by_examples["loss"] == pytest.approx(peer["loss"], rel=1e-9)
+        assert summary["loss"] != pytest.approx(peer["loss"], rel=1e-3)
     finally:
         from anyrank.methods import REGISTRY
 
