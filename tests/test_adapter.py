@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from anyrank.adapter import adapter as adapter_module
 from anyrank.adapter.adapter import Adapter, iter_names
 from anyrank.adapter.layer import LoraLayer
-from anyrank.errors import AdapterError
+from anyrank.errors import AdapterError, RunFailed
 
 # --- models that PEFT adapts, each with something that is easy to get wrong --------------------------------------------
 
@@ -434,7 +434,7 @@ def test_weights_that_fail_to_write_leave_the_old_folder_as_it_was(folder, monke
         raise OSError("disk full")
 
     monkeypatch.setattr(adapter_module, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunFailed, match="disk full"):
         other_adapter().save(folder)
     assert snapshot(folder) == before
 
@@ -447,7 +447,7 @@ def test_a_config_that_fails_to_write_leaves_the_old_folder_as_it_was(folder, mo
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunFailed, match="disk full"):
         other_adapter().save(folder)
     assert snapshot(folder) == before
 

@@ -31,13 +31,13 @@ from anyrank.adapter.layer import LoraLayer
 from anyrank.cli import main
 from anyrank.config.sections import Config
 from anyrank.errors import RunError, RunFailed
-from anyrank.federation import loop
+from anyrank.federation import guard, loop
 from anyrank.messages.records import ClientUpdate, Scaling, ServerState
 from anyrank.privacy import noise
 from anyrank.runs import identity
 from anyrank.runs.checkpoint import load, save_state
 from anyrank.runs.folder import RunDir, remove_run
-from test_federation import Script, build
+from test_federation import Script, build, rows
 
 WHOLE = os.environ.get("ANYRANK_FAULTS") == "all"
 SAMPLE = 6  # faults of each kind and command where not all are tried
@@ -393,8 +393,25 @@ class Loud(Script):
 
 @pytest.mark.parametrize(("A", "B"), [(1.7e308, 1.7e308), (1e200, 1e200)])
 @pytest.mark.parametrize("method", ["rbla", "flexlora", "lora_fair", "stayput", "flora", "hetlora"])
-def test_a_state_that_is_not_finite_is_never_kept(tmp_path: Path, method: str, A: float, B: float) -> None:
+def test_numbers_too_large_cost_their_client(tmp_path: Path, method: str, A: float, B: float) -> None:
+    """One client's numbers whose change is too large cost that client, and nothing of them is in the state."""
     built, store = build(tmp_path, Loud(A, B), method=method)
+    with store:
+        assert loop.run(built, store)["rounds"] == 2
+    layer = load(tmp_path / "run" / "checkpoint" / "state.safetensors").state.adapter.layers["x"]
+    assert torch.isfinite(layer.A).all()
+    assert torch.isfinite(layer.B).all()
+    assert max(layer.A.abs().max(), layer.B.abs().max()) < 1e6
+    refused = [row for row in rows(tmp_path, "clients.jsonl") if row["status"] == "rejected"]
+    assert [(row["round"], row["client"]) for row in refused] == [(2, "client-0")]
+    assert "is too large for torch.float64" in refused[0]["reason"]
+
+
+@pytest.mark.parametrize("method", ["rbla", "flexlora", "lora_fair", "stayput", "flora", "hetlora"])
+def test_a_merge_that_is_not_finite_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """As if the guard had let it in: the round is not kept, and the run goes on from the one before."""
+    built, store = build(tmp_path, Loud(1e200, 1e200), method=method)
+    monkeypatch.setattr(guard, "overflow", lambda layer: "")
     with store, pytest.raises(RunFailed, match="round 2: what finite uploads merge to is not finite"):
         loop.run(built, store)
     assert load(tmp_path / "run" / "checkpoint" / "state.safetensors").state.round == 1

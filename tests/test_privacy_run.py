@@ -334,8 +334,8 @@ def drop_a_charge(folder: Path) -> None:
 
 TAMPERED = {
     "another noise": (change_noise, "privacy plan: noise."),
-    "a charge is missing": (drop_a_charge, "has no charge for it"),
-    "the ledger is gone": (lambda folder: (folder / "privacy.jsonl").unlink(), "has no charge for it"),
+    "a charge is missing": (drop_a_charge, "is not charged for it"),
+    "the ledger is gone": (lambda folder: (folder / "privacy.jsonl").unlink(), "is not charged for it"),
     "the plan is gone": (lambda folder: (folder / "privacy.json").unlink(), "is missing"),
 }
 

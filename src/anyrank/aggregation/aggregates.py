@@ -87,7 +87,7 @@ def aggregate(
     devices differ by rounding.
 
     >>> import torch
-    >>> from anyrank import LoraLayer, overflow
+    >>> from anyrank import LoraLayer
     >>> one = Adapter({"layer": LoraLayer(torch.eye(1, 2), torch.ones(2, 1), 1.0)})
     >>> two = Adapter({"layer": LoraLayer(torch.eye(2), torch.eye(2), 1.0)})
     >>> merged = aggregate([ClientUpdate(one, 3, "a"), ClientUpdate(two, 1, "b")], method="raflora")

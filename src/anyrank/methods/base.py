@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter, iter_names
@@ -181,7 +182,7 @@ class Method(ABC):
         """What `merge_layer` gives, if it is a layer. A rule of somebody's own that breaks is named, with the layer."""
         try:
             layer = self.merge_layer(state, name, parts)
-        except AnyRankError:
+        except (AnyRankError, OverflowError, torch.linalg.LinAlgError):  # of numbers, not of the rule: who asked names them
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise MethodError(f"{self.name}: its rule for layer {name} raised {in_a_line(error)}") from error

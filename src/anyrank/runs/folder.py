@@ -73,13 +73,21 @@ class RunDir:
         self._ledger: Mark | None = None  # as the checkpoint has it that the run went on from
         self._lock = FileLock(path / ".lock", thread_local=False)
         of_the_system = not isinstance(self._lock, SoftFileLock)
-        try:  # what a killed process left is cleared away by one attempt and taken by the next
-            with files.naming(path / ".lock"):
-                files.reached("lock", path / ".lock")
-                self._lock.acquire(timeout=0 if of_the_system else 0.5)
-        except Timeout:
+        with files.naming(path / ".lock"):
+            files.reached("lock", path / ".lock")
+            free = self._take(0 if of_the_system else 0.5)
+        if not free:
             left = "" if of_the_system else f"; if there is none, it was killed: delete {path / '.lock'}"
-            raise RunError(f"{path}: another process is writing this run; wait for it, or choose another --out{left}") from None
+            raise RunError(f"{path}: another process is writing this run; wait for it, or choose another --out{left}")
+
+    def _take(self, timeout_s: float) -> bool:
+        """Take the lock, unless another process has it. What a killed process left is cleared by one attempt and taken by the
+        next."""
+        try:
+            self._lock.acquire(timeout=timeout_s)
+        except Timeout:  # an `OSError`, which says nothing of the disk
+            return False
+        return True
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: Config, resume: bool = False) -> RunDir:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from anyrank.files import is_temporary, write_whole_text
-from anyrank.runs.names import CHECKPOINT, SEAL
+from anyrank.runs.names import CHECKPOINT, IDENTITY, SEAL
 
 _NOT_SEALED = {SEAL, ".lock", "report.html"}
 
@@ -21,9 +21,13 @@ def write(folder: Path) -> None:
 
 
 def fits(folder: Path) -> bool:
-    """Whether the files are what they were. Where nothing was noted, by a version before, nothing can be said against it."""
+    """Whether the files are what they were.
+
+    A run of a version before notes nothing, and has no identity: nothing can be said against it. One with an identity and no
+    digests was stopped just before it wrote them.
+    """
     if not os.path.lexists(folder / SEAL):
-        return True
+        return not os.path.lexists(folder / IDENTITY)
     try:
         noted = json.loads((folder / SEAL).read_bytes())["files"]
         return bool(noted) and all(_digest(folder / name) == digest for name, digest in noted.items())

@@ -165,10 +165,8 @@ def labels_of(given: Any) -> Tensor:
         if not torch.isfinite(labels).all():
             raise DataError("labels: contain NaN or infinite values; remove those examples")
         return labels.float() if labels.dtype == torch.float64 else labels
-    if labels.ndim == 1 and len(labels) and int(labels.max()) > _MOST_LABELS:
-        raise DataError(
-            f"labels: expected whole numbers from 0 to {_MOST_LABELS:,}, got {int(labels.max()):,}; number them from 0"
-        )
+    if labels.ndim == 1 and len(labels) and (largest := labels.max().item()) > _MOST_LABELS:
+        raise DataError(f"labels: expected whole numbers from 0 to {_MOST_LABELS:,}, got {largest:,}; number them from 0")
     return labels.long()
 
 
