@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check src tests
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
 
 faults: $(VENV)/.installed-test
 	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q -rP tests/test_faults.py tests/test_processes.py
