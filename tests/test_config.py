@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -100,3 +101,24 @@ def test_a_file_that_is_no_toml_is_one_line(tmp_path: Path) -> None:
         load(tmp_path / "c.toml")
     with pytest.raises(ConfigError, match="no such file"):
         load(tmp_path / "absent.toml")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_configuration_that_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match=r"pipe.toml: not readable as TOML: .*expected a file, got a pipe"):
+        load(tmp_path / "pipe.toml")
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 50_000, "#" * (1 << 20) + "#"])
+def test_a_configuration_of_no_end_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "long.toml").write_text(text)
+    with pytest.raises(ConfigError, match="long.toml: not readable as TOML") as error:
+        load(tmp_path / "long.toml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_mark_of_utf_8_in_front_changes_nothing(tmp_path: Path) -> None:
+    text = "[run]\r\nrounds = 7\r\n"
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load(tmp_path / "marked.toml") == Config().replace(run={"rounds": 7})

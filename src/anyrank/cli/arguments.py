@@ -147,7 +147,7 @@ def options(words: Sequence[str]) -> dict[str, Any]:
             raise MethodError(f"--option {word}: expected KEY=VALUE, e.g. split=balanced")
         try:
             found[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             found[key] = text
     return found
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from anyrank.config import explain
 from anyrank.config.sections import Config
-from anyrank.errors import ConfigError, nearest
+from anyrank.errors import ConfigError, in_a_line, nearest
+from anyrank.files import read_bounded
 
 # Sections that are planned but not supported by this version: an error, never ignored.
 _NOT_YET = {"track": "tracking to TensorBoard or MLflow"}
@@ -21,16 +22,17 @@ _PATHS = (
     *(("model", "path"), ("model", "file"), ("data", "source"), ("data", "test_source"), ("data", "partition", "file")),
     *(("method", "file"), ("eval", "file")),
 )
+_MOST_BYTES = 1 << 20  # of a file of settings
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table in a TOML file; `ConfigError` where there is none. `what` it should be, in a word."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bounded(path, _MOST_BYTES).decode("utf-8-sig"))  # some editors mark UTF-8
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a TOML {what}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {in_a_line(error)}") from None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -122,7 +124,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. train.learning_rate=1e-3")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text  # a bare word is a string: --set method.name=rbla
     for name in keys[:-1]:
         table = table.setdefault(name, {})

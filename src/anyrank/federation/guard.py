@@ -34,7 +34,7 @@ def admit(update: Any, download: Download, client: str, num_examples: int, bound
     to train is taken from the download itself. Where the download allows pruning, a layer may come back at exactly the rank
     that pruning leaves. Raises `Rejected` for what is no update, an upload from somebody else, other layers or tensors than
     were sent, other shapes or dtypes, values or metrics that are not finite, factors whose change is too large to be stored,
-    or a change of a norm above `bound` (`anyrank.bounded`). A reply that breaks as it is looked at breaks here, too.
+    or a change of a norm above `bound` (`anyrank.messages.change`). A reply that breaks as it is looked at breaks here, too.
     """
     if not isinstance(update, ClientUpdate):
         raise Rejected(f"expected a client's update, got an object of type {_told(type(update).__name__)}")

@@ -116,7 +116,7 @@ def collect(
         elif name in asked:
             collected.stray(name, "a second reply in this round: the first one counts")
         else:
-            collected.stray(shortened(printable(name[:_LONGEST]), _LONGEST), "unexpected: its sender has no job in this round")
+            collected.stray(_readable(name), "unexpected: its sender has no job in this round")
     for job in awaited.values():
         collected.silent(job)
     for each in skipped:
@@ -138,6 +138,7 @@ def _sender(reply: Any) -> str:
 
 
 def _readable(name: str) -> str:
+    """A name that nobody here gave, as a log can bear it."""
     return shortened(printable(name[:_LONGEST]), _LONGEST)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.config.sections import HANDED_IN, Config
+from anyrank.config.tables import from_table, to_table
 from anyrank.config.tables import load as load_config
 from anyrank.data import partition
 from anyrank.errors import AnyRankError, ConfigError, DataError, MethodError
@@ -61,9 +62,9 @@ class Federation:
         `ranks`: of each client, by name, in a list, or one for all. `shards`: the training examples of each client, by the
         same names or in the same order, as indices `[n]` or a mask; or a function `(labels, clients, rng, columns)` that
         gives the client of each example `[n]`. Without `shards` the configuration's partition splits them. `method`: by name,
-        or a method object. `config`, or keywords `run`, `model`, `data`, `clients`, `lora`, `train`, `privacy` and
-        `eval` with keys of that section, such as `train={"learning_rate": 1e-2}`, set everything else. If clients are named,
-        all take part in every round, unless `clients={"participation": ...}` is given.
+        or a method object. `config`, or keywords `run`, `model`, `data`, `clients`, `lora`, `train`, `privacy`, `robust`
+        and `eval` with keys of that section, such as `train={"learning_rate": 1e-2}`, set everything else. If clients are
+        named, all take part in every round, unless `clients={"participation": ...}` is given.
 
         Raises `AnyRankError`, in one line, if the arguments do not fit together.
         """
@@ -189,8 +190,6 @@ def _configured(config: Config | None, sections: Mapping[str, Mapping[str, Any]]
 
 def _replaced(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
     """`config` with keys changed; a key that no section has is an error as in a file."""
-    from anyrank.config.tables import from_table, to_table
-
     plain = {
         name: keys for name, keys in sections.items() if not any(dataclasses.is_dataclass(value) for value in keys.values())
     }

@@ -84,7 +84,7 @@ def load(config: ModelConfig) -> Pretrained:
         raise ModelError(
             f"{folder}: the weights lack {missing[0]} ({len(missing)} in all); the files belong to different models"
         )
-    for parameter in model.parameters():  # as `hardware.place` has them, without a float32 copy of a narrow model on the way
+    for parameter in model.parameters():  # as `tasks.place` has them, without a float32 copy of a narrow model on the way
         narrow = config.train_dtype == "bfloat16" and parameter.ndim >= 2
         parameter.data = parameter.data.to(torch.bfloat16 if narrow else torch.float32)
     return Pretrained(name, tokenizer, model.eval().requires_grad_(False))
