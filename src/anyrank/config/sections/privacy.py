@@ -1,0 +1,97 @@
+"""`[privacy]`: differential privacy of a whole run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from anyrank.config.describe import NATURAL, POSITIVE, key
+from anyrank.config.sections.values import expect, one_of
+from anyrank.errors import ConfigError
+
+PRIVACY_LEVELS = ("none", "example", "client")
+NOISE_AT = ("client", "server")
+ACCOUNTANTS = ("pld", "prv", "rdp")
+COUNTS = ("rounded", "exact")
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """`[privacy]`: differential privacy over the whole run. Give epsilon, or noise_multiplier, not both."""
+
+    level: str = key(
+        "none",
+        "What is protected: one example, or all examples of one client. none: no privacy, and no other key of this section "
+        "may be set.",
+        PRIVACY_LEVELS,
+    )
+    epsilon: float = key(
+        0.0,
+        "Privacy budget of the whole run, at delta; the noise is computed from it.",
+        f"{POSITIVE}, or 0 if noise_multiplier is given",
+        {"Opacus": "target_epsilon"},
+    )
+    delta: float = key(
+        0.0,
+        "The probability with which the guarantee of epsilon may fail.",
+        "a number above 0, below 1 over the number of examples",
+        {"Opacus": "target_delta"},
+    )
+    clip: float = key(
+        1.0,
+        "The largest norm that an example's gradient, or a client's update, keeps.",
+        POSITIVE,
+        {"Opacus": "max_grad_norm", "Flower": "clipping_norm"},
+    )
+    noise_multiplier: float = key(
+        0.0,
+        "Standard deviation of the noise divided by clip, instead of epsilon; epsilon is then computed from it.",
+        f"{POSITIVE}, or 0 if epsilon is given",
+    )
+    max_rounds: int = key(0, "Maximum number of rounds that each client may take part in. 0: all rounds.", NATURAL)
+    accountant: str = key("pld", "The accountant that computes what is spent.", ACCOUNTANTS)
+    counts: str = key(
+        "rounded", "Whether a client's number of examples is rounded (rounded) or exact when it is used or sent.", COUNTS
+    )
+    secure: bool = key(
+        False,
+        "Whether noise comes from the system's cryptographic source instead of a key. The noise cannot be drawn again, so the "
+        "run can then not be reproduced from its configuration.",
+        also={"Opacus": "secure_mode"},
+    )
+    noise_at: str = key(
+        "client",
+        "Who adds the noise of level client: each client to its upload, or the server once to the mean of the uploads. The "
+        "server must then be trusted with the uploads.",
+        NOISE_AT,
+    )
+
+    def __post_init__(self) -> None:
+        one_of(self.level, PRIVACY_LEVELS, "privacy.level")
+        one_of(self.accountant, ACCOUNTANTS, "privacy.accountant")
+        one_of(self.counts, COUNTS, "privacy.counts")
+        one_of(self.noise_at, NOISE_AT, "privacy.noise_at")
+        if self.level == "none":
+            for each in dataclasses.fields(self):
+                value = getattr(self, each.name)
+                expect(
+                    value == each.default,
+                    f"privacy.{each.name}",
+                    "level = 'example' or 'client' to be set too",
+                    value,
+                )
+            return
+        given = "privacy.noise_multiplier" if self.noise_multiplier else "privacy.epsilon"
+        if self.epsilon and self.noise_multiplier:
+            raise ConfigError("privacy: give epsilon (the noise follows) or noise_multiplier (epsilon follows), not both")
+        value = self.noise_multiplier or self.epsilon
+        expect(0 < value < math.inf, given, "a number above 0 (or the other of epsilon and noise_multiplier)", value)
+        expect(0 < self.delta < 1, "privacy.delta", "a number above 0, below 1 over the number of examples", self.delta)
+        expect(0 < self.clip < math.inf, "privacy.clip", POSITIVE, self.clip)
+        if self.noise_at == "server" and self.level != "client":
+            raise ConfigError(
+                f"privacy.noise_at: expected 'client' with level = {self.level!r}, whose noise is added during training, got "
+                "'server'; use level = 'client' for noise at the server"
+            )
+        expect(self.max_rounds >= 0, "privacy.max_rounds", NATURAL, self.max_rounds)

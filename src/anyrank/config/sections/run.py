@@ -1,0 +1,42 @@
+"""`[run]`: the run itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anyrank.config.describe import COUNT, NATURAL, key
+from anyrank.config.sections.values import expect, one_of
+
+STACKINGS = ("auto", "always", "never")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`[run]`: the run itself, its name, its seed and its length."""
+
+    name: str = key(
+        "run", "Name of the run, and of its folder below runs/.", "a name without '/'", {"transformers": "run_name"}
+    )
+    label: str = key("", "Name of the run in tables and charts. Empty: the name of its method.")
+    seed: int = key(0, "Seed of all random draws of the run; each draw is keyed by the seed and by what is drawn.", NATURAL)
+    rounds: int = key(
+        40,
+        "Number of rounds; in each round, clients train and the server merges.",
+        COUNT,
+        {"Flower": "num_rounds, num-server-rounds"},
+    )
+    threads: int = key(1, "CPU threads for local training.", COUNT, {"torch": "set_num_threads"})
+    stacking: str = key(
+        "auto",
+        "Whether the clients of a round train together in one stacked model. auto: if the model is small enough to be faster.",
+        STACKINGS,
+    )
+
+    def __post_init__(self) -> None:
+        expect(self.rounds >= 1, "run.rounds", COUNT, self.rounds)
+        expect(1 <= self.threads <= 1024, "run.threads", "a whole number from 1 to 1024", self.threads)
+        one_of(self.stacking, STACKINGS, "run.stacking")
+        expect(self.seed >= 0, "run.seed", NATURAL, self.seed)
+        is_name = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\\0")
+        is_name = is_name and len(self.name.encode(errors="replace")) <= 200
+        expect(is_name, "run.name", "a name without '/' that a folder can have", self.name)

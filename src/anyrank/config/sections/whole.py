@@ -1,0 +1,65 @@
+"""The configuration of one run: all sections together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyrank.config.sections.clients import ClientsConfig
+from anyrank.config.sections.data import DataConfig
+from anyrank.config.sections.defence import RobustConfig
+from anyrank.config.sections.method import MethodConfig
+from anyrank.config.sections.model import HANDED_IN, OWN_HEADS, ModelConfig
+from anyrank.config.sections.privacy import PrivacyConfig
+from anyrank.config.sections.run import RunConfig
+from anyrank.config.sections.scoring import EvalConfig
+from anyrank.config.sections.training import LoraConfig, TrainConfig
+from anyrank.config.sections.values import expect
+from anyrank.errors import ConfigError
+
+_LM, _PICTURES, _TEXT = "causal-lm", "image-classification", "text-classification"
+# Keys that only some tasks read, and a name for these tasks. With another task, such a key is an error, never ignored.
+READ_BY = {
+    **{("data", name): ((_LM, _PICTURES, _TEXT), "a source of your own") for name in ("split", "test_split")},
+    ("data", "label_names"): ((_TEXT,), "texts"),
+    ("data", "rotate"): ((_PICTURES,), "images of your own source"),
+    ("model", "pretrained"): ((_PICTURES,), "images of your own source"),
+    **{("data", name): ((_LM, _PICTURES), "images of your own source") for name in ("train_examples", "test_examples")},
+    **{("data", name): ((_LM,), _LM) for name in ("format", "prompt", "completion", "template", "chat", "options")},
+    **{("eval", name): ((_LM,), _LM) for name in ("score", "extract", "max_new_tokens", "length_normalized")},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of one federated run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    robust: RobustConfig = field(default_factory=RobustConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        embedded = self.model.task == "image-classification" and self.data.source == "digits"
+        task = "digits" if embedded else self.model.task
+        for (section, name), (tasks, what) in READ_BY.items():
+            table = getattr(self, section)
+            value = getattr(table, name)
+            usual = value == getattr(type(table)(), name)
+            own = bool(self.model.file) or task == HANDED_IN  # such a task may read any key
+            expect(usual or own or task in tasks, f"{section}.{name}", f"no value, because this key is only for {what}", value)
+        if self.model.head in OWN_HEADS and task != _TEXT and not self.model.file:
+            raise ConfigError(f"model.head: '{self.model.head}' is only for {_TEXT}; use trained or frozen")
+
+    def replace(self, **sections: Mapping[str, Any]) -> Config:
+        """A copy with some keys of some sections changed: `config.replace(run={"seed": 1})`."""
+        changed = {name: dataclasses.replace(getattr(self, name), **keys) for name, keys in sections.items()}
+        return dataclasses.replace(self, **changed)
