@@ -86,12 +86,10 @@ def gram(jobs: Sequence[Job], updates: Sequence[ClientUpdate], common: bool = Fa
     kept = _common(own) if common else {}
     blocks = list(_blocks(updates))
     found = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-    for last, rows in enumerate(blocks):
-        sent = _downloads(own[rows])
-        for columns in blocks[: last + 1]:
-            others = sent if columns == rows else _downloads(own[columns])
-            found[rows, columns] = _between(sent, updates[rows], others, updates[columns], kept)
-            found[columns, rows] = found[rows, columns].T.clone()
+    for last, block in enumerate(blocks):
+        for others, products in _against(block, blocks[: last + 1], own, updates, kept):
+            found[block, others] = products
+            found[others, block] = products.T
     return found
 
 
@@ -204,12 +202,28 @@ def _beside(makes: Sequence[Make], part: slice, dim: int) -> Tensor:
 # --- blocks of clients -----------------------------------------------------------------------------------------------
 
 
+Kept = Mapping[str, frozenset[int]]
+
+
+def _against(
+    block: slice, all_others: Sequence[slice], jobs: Sequence[Job], updates: Sequence[ClientUpdate], kept: Kept
+) -> Iterator[tuple[slice, Tensor]]:
+    """Each of the other blocks, with the inner products of this block's steps and theirs. The downloads of two are held."""
+    sent = _downloads(jobs[block])
+    for others in all_others:
+        # No name for the other block's downloads: it would keep them while the next ones are made.
+        yield (
+            others,
+            _between(sent, updates[block], sent if others == block else _downloads(jobs[others]), updates[others], kept),
+        )
+
+
 def _between(
     sent: Sequence[Download],
     updates: Sequence[ClientUpdate],
     others_sent: Sequence[Download],
     others: Sequence[ClientUpdate],
-    kept: Mapping[str, frozenset[int]],
+    kept: Kept,
 ) -> Tensor:
     """The inner products of one block's steps with another's."""
     same = others_sent is sent
@@ -227,9 +241,7 @@ def _between(
     return found
 
 
-def _changes(
-    name: str, sent: Sequence[Download], updates: Sequence[ClientUpdate], kept: Mapping[str, frozenset[int]]
-) -> list[Factors]:
+def _changes(name: str, sent: Sequence[Download], updates: Sequence[ClientUpdate], kept: Kept) -> list[Factors]:
     changes = []
     for download, update in zip(sent, updates, strict=True):
         slices = download.slices[name]
