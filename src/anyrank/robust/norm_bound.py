@@ -38,12 +38,14 @@ class NormBound(Rule):
         norms = gram(steps(jobs, updates)).diagonal().clamp_min(0).sqrt().tolist()
         by_name = {job.client.name: job for job in jobs}
         ranks = [by_name[update.client].client.rank for update in updates]
-        kept = []
+        kept, shares = [], {}
         for update, norm, rank in zip(updates, norms, ranks, strict=True):
             own = [other for other, held in zip(norms, ranks, strict=True) if held == rank]
             bound = self.factor * statistics.median(own if len(own) >= _CLASS else norms)
-            kept.append(update if norm <= bound else shortened(by_name[update.client], update, bound))
-        return Screened(kept)
+            if norm > bound:
+                update, shares[update.client] = shortened(by_name[update.client], update, bound), bound / norm
+            kept.append(update)
+        return Screened(kept, {}, shares)
 
 
 def shortened(job: Job, update: ClientUpdate, bound: float) -> ClientUpdate:
