@@ -23,7 +23,7 @@ from anyrank.robust.geometric_median import GeometricMedian, weiszfeld
 from anyrank.robust.krum import Krum, scores
 from anyrank.robust.norm_bound import NormBound
 from anyrank.robust.rules import rule_of
-from anyrank.robust.steps import gram, steps
+from anyrank.robust.steps import gram
 
 SHAPES = {"first": (7, 5), "second": (4, 6)}
 RANKS = (2, 3, 3, 3, 5, 5, 5, 1)
@@ -74,7 +74,7 @@ STATE = ServerState(0, 0, adapter(5, 99), Scaling(1.0, "constant"))
 def test_the_gram_matrix_is_that_of_the_dense_steps() -> None:
     jobs, updates = cohort()
     vectors = torch.stack([dense(job, update) for job, update in zip(jobs, updates, strict=True)])
-    torch.testing.assert_close(gram(steps(jobs, updates)), vectors @ vectors.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gram(jobs, updates), vectors @ vectors.T, rtol=1e-10, atol=1e-10)
 
 
 def test_common_slices_are_those_that_everybody_has() -> None:
@@ -86,8 +86,8 @@ def test_common_slices_are_those_that_everybody_has() -> None:
     loud = replace(updates[4], adapter=Adapter({**updates[4].adapter.layers, "first": layer.with_factors(A, layer.B)},
                                                updates[4].adapter.tensors))  # fmt: skip
     other = [*updates[:4], loud, *updates[5:]]
-    torch.testing.assert_close(gram(steps(jobs, other, common=True)), gram(steps(jobs, updates, common=True)))
-    assert not torch.allclose(gram(steps(jobs, other)), gram(steps(jobs, updates)))
+    torch.testing.assert_close(gram(jobs, other, common=True), gram(jobs, updates, common=True))
+    assert not torch.allclose(gram(jobs, other), gram(jobs, updates))
 
 
 RULES = [NormBound(2.0), GeometricMedian(), Krum(1, keep=1), Krum(2)]

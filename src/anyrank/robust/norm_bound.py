@@ -16,10 +16,10 @@ from torch import Tensor
 from anyrank.adapter.adapter import Adapter
 from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
 from anyrank.robust.base import Rule, Screened
-from anyrank.robust.steps import gram, steps
+from anyrank.robust.steps import along, norm, norms
 
-_HALVINGS = 60  # of the share of a step that is kept: steps of 1e12 times the bound are found, too
 _CLASS = 3  # clients of one rank, from which on the median is theirs alone
+_SLACK = (0.0, *(10.0**-digits for digits in range(7, 0, -1)), 0.5, 0.75, 1.0)  # of the share: stored numbers are rounded
 
 
 @dataclass(frozen=True)
@@ -35,33 +35,43 @@ class NormBound(Rule):
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         if len(updates) < _CLASS:
             return Screened(updates)  # of two steps, neither is the outlier
-        norms = gram(steps(jobs, updates)).diagonal().clamp_min(0).sqrt().tolist()
+        found = norms(jobs, updates).tolist()
         by_name = {job.client.name: job for job in jobs}
         ranks = [by_name[update.client].client.rank for update in updates]
         kept, shares = [], {}
-        for update, norm, rank in zip(updates, norms, ranks, strict=True):
-            own = [other for other, held in zip(norms, ranks, strict=True) if held == rank]
-            bound = self.factor * statistics.median(own if len(own) >= _CLASS else norms)
-            if norm > bound:
-                update, shares[update.client] = shortened(by_name[update.client], update, bound), bound / norm
+        for update, length, rank in zip(updates, found, ranks, strict=True):
+            own = [other for other, held in zip(found, ranks, strict=True) if held == rank]
+            bound = self.factor * statistics.median(own if len(own) >= _CLASS else found)
+            if length > bound:
+                update, shares[update.client] = shortened(by_name[update.client], update, bound)
             kept.append(update)
         return Screened(kept, {}, shares)
 
 
-def shortened(job: Job, update: ClientUpdate, bound: float) -> ClientUpdate:
-    """`update`, moved back towards what `job` sent until its step is at most `bound` long: the longest such step, nearly."""
-    download, low, high = job.download, 0.0, 1.0
-    for _ in range(_HALVINGS):
-        share = (low + high) / 2
-        fits = _norm(job, replace(update, adapter=_part(download, update.adapter, share))) <= bound
-        low, high = (share, high) if fits else (low, share)
-    moved = replace(update, adapter=_part(download, update.adapter, low))
+def shortened(job: Job, update: ClientUpdate, bound: float) -> tuple[ClientUpdate, float]:
+    """`update`, moved back towards what `job` sent until its step, as it is stored, is at most `bound` long; and the share of
+    the way that counts. Where the length reaches the bound, that is the longest such step, but for rounding. A step that is too
+    long to be measured does not count at all, share 0.
+    """
+    download = job.download
+    share = _share(along(download, update.adapter), bound)
+    for slack in _SLACK:
+        counts = share * (1 - slack)
+        moved = _part(download, update.adapter, counts)
+        if norm(download, moved) <= bound:
+            break
     job.settle()
-    return moved
+    return replace(update, adapter=moved), counts
 
 
-def _norm(job: Job, update: ClientUpdate) -> float:
-    return math.sqrt(max(0.0, float(gram(steps([job], [update]))[0, 0])))
+def _share(square: Sequence[float], bound: float) -> float:
+    """A share in [0, 1) at which the squared norm, `square[i] t^i` summed, passes `bound^2`, by bisection; 0 if it is no
+    number."""
+    low, high = 0.0, 1.0
+    while low < (share := (low + high) / 2) < high:
+        length = math.sqrt(max(0.0, sum(c * share**power for power, c in enumerate(square))))
+        low, high = (share, high) if length <= bound else (low, share)
+    return low if all(map(math.isfinite, square)) else 0.0
 
 
 def _part(download: Download, trained: Adapter, share: float) -> Adapter:
@@ -76,4 +86,6 @@ def _part(download: Download, trained: Adapter, share: float) -> Adapter:
 
 
 def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    if not share:
+        return start.clone()  # the difference of numbers near the largest one may be infinite, and 0 times that is no number
     return (start.double() + share * (end.double() - start.double())).to(start.dtype)
