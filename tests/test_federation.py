@@ -177,7 +177,8 @@ def test_rounds_in_which_all_fail_end_the_run_when_patience_is_over_and_the_chec
         loop.run(built, store, then_break)
     state = store.restore()
     assert (state.round, [row["round"] for row in rows(tmp_path, "metrics.jsonl")]) == (4, [1, 2, 3, 4])
-    assert torch.equal(state.adapter.layers["x"].B, torch.ones(5, 4, dtype=torch.float64))  # of round 1
+    of_round_1 = torch.tensor([1.0, 1.0, 0.5, 0.5], dtype=torch.float64)  # the last two slices have one owner: half its weight
+    assert torch.equal(state.adapter.layers["x"].B, of_round_1.expand(5, 4))
     assert [bool(row["idle"]) for row in rows(tmp_path, "metrics.jsonl")] == [False, True, True, True]
 
 
