@@ -382,7 +382,7 @@ class Loud(Script):
         super().__init__()
         self.values = A, B
 
-    def train(self, jobs, plan, mechanism=None):
+    def train(self, jobs, plan, mechanism=None, deadline_s=None):
         for job in jobs:
             layer = job.download.adapter.layers["x"]
             if plan.round == 2 and job.client.name == "client-0":

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyrank import simulation
+from anyrank import methods, simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.config.sections import Config, RobustConfig
-from anyrank.errors import ConfigError, RunFailed
+from anyrank.config.sections import Config
+from anyrank.errors import ConfigError
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, Scaling, ServerState
-from anyrank.robust.base import Rule
+from anyrank.robust.base import Rule, TooFew
 from anyrank.robust.geometric_median import GeometricMedian, weiszfeld
 from anyrank.robust.krum import Krum, scores
 from anyrank.robust.norm_bound import NormBound
@@ -183,7 +183,7 @@ def test_multi_krum_drops_those_that_are_far_away_and_says_so() -> None:
 
 def test_krum_refuses_a_round_of_too_few() -> None:
     jobs, updates = cohort()
-    with pytest.raises(RunFailed, match="hostile = 3 needs 9 updates a round, got 8"):
+    with pytest.raises(TooFew, match="hostile = 3 needs 9 updates a round, got 8"):
         Krum(3).screen(STATE, jobs, updates)
 
 
@@ -216,7 +216,7 @@ class Hostile:
         self._engine, self._who, self._times = simulation.in_process(setting), who, times
         self.start, self.evaluate, self.close = self._engine.start, self._engine.evaluate, self._engine.close
 
-    def train(self, jobs, plan, mechanism=None) -> Iterator:
+    def train(self, jobs, plan, mechanism=None, deadline_s=None) -> Iterator:
         by_name = {job.client.name: job for job in jobs}
         for reply in self._engine.train(jobs, plan, mechanism):
             yield self._twisted(by_name[reply.client], reply) if reply.client == self._who else reply
@@ -231,17 +231,20 @@ class Hostile:
         return replace(reply, adapter=replace(reply.adapter, layers=layers))
 
 
-def accuracy(tmp_path: Path, rule: str, times: float, method: str = "raflora") -> float:
+OFF = {"norm": 0, "owner": 1}
+
+
+def accuracy(tmp_path: Path, rule: str, times: float, method: str = "raflora", guard: dict | None = None) -> float:
     from anyrank.federation import loop
     from anyrank.runs.folder import RunDir
 
     config = Config().replace(
         run={"rounds": 6}, model={"name": "digits-mlp"}, clients={"count": 10, "participation": 1.0}, method={"name": method},
-        robust={"rule": rule},
+        robust={"rule": rule}, guard=guard or {},
     )  # fmt: skip
     federation = simulation.build(config, engine=lambda setting: Hostile(setting, "client-7", times))
     try:
-        with RunDir.open(tmp_path / f"{rule}-{times}-{method}", config) as store:
+        with RunDir.open(tmp_path / f"{rule}-{times}-{method}-{bool(guard)}", config) as store:
             return loop.run(federation, store)["accuracy"]
     finally:
         federation.close()
@@ -252,15 +255,17 @@ def test_one_hostile_client_of_ten_ruins_a_run_and_not_one_under_a_rule(
     method: str, tmp_path: Path, monkeypatch, cache
 ) -> None:
     monkeypatch.setenv("ANYRANK_CACHE", str(cache))
-    honest = accuracy(tmp_path, "none", 1.0, method)
-    assert accuracy(tmp_path, "none", -300.0, method) < honest - 0.2
-    for rule in ("norm-bound", "geometric-median", "multi-krum"):
-        assert accuracy(tmp_path, rule, -300.0, method) > honest - 0.1, rule
+    honest = accuracy(tmp_path, "none", 1.0, method, OFF)
+    assert accuracy(tmp_path, "none", -300.0, method, OFF) < honest - 0.2
+    for rule in ("geometric-median", "multi-krum"):
+        assert accuracy(tmp_path, rule, -300.0, method, OFF) > honest - 0.1, rule
+    assert accuracy(tmp_path, "none", -300.0, method) > honest - 0.1, "the guard"
 
 
 REFUSED = {
-    "an unknown rule": ({"robust": {"rule": "mean"}}, "expected one of none, norm-bound"),
-    "a factor below one": ({"robust": {"rule": "norm-bound", "factor": 0.5}}, "robust.factor: expected a number of at least 1"),
+    "an unknown rule": ({"robust": {"rule": "mean"}}, "expected one of none, geometric-median"),
+    "a norm below one": ({"guard": {"norm": 0.5}}, "guard.norm: expected a number of at least 1, or 0 for no limit"),
+    "a rule of the guard": ({"robust": {"rule": "norm-bound"}}, "set guard.norm instead"),
     "noise at the server": (
         {"robust": {"rule": "geometric-median"}, "method": {"name": "rbla"},
          "privacy": {"level": "client", "noise_at": "server", "noise_multiplier": 1.0, "delta": 1e-4}},
@@ -275,10 +280,10 @@ REFUSED = {
 def test_a_rule_that_would_be_void_is_refused_in_one_line(what: str, monkeypatch, cache) -> None:
     monkeypatch.setenv("ANYRANK_CACHE", str(cache))
     sections, says = REFUSED[what]
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=says):  # the value alone, or together with the method
         simulation.build(Config().replace(model={"name": "digits-mlp"}, **sections)).close()
 
 
 def test_without_a_rule_nothing_is_done() -> None:
     jobs, updates = cohort()
-    assert rule_of(RobustConfig(), None).screen(STATE, jobs, updates).updates is updates
+    assert rule_of(Config().replace(guard=OFF), methods.make("raflora"), None).screen(STATE, jobs, updates).updates is updates

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from anyrank.errors import RunFailed
 from anyrank.messages.records import ClientUpdate, Job, ServerState
-from anyrank.robust.base import Rule, Screened
+from anyrank.robust.base import Rule, Screened, TooFew
 from anyrank.robust.steps import distances, finite, gram
 
 
@@ -24,7 +23,7 @@ class Krum(Rule):
     """Keeps the `keep` updates of the least score, the sum of squared distances to the `K - hostile - 2` nearest others.
 
     `hostile`: how many clients of a round may be hostile; `keep` 0: all but the hostile ones (Multi-Krum), 1: Krum. Raises
-    `RunFailed` for a round of fewer than `2 hostile + 3` updates, for which the rule promises nothing.
+    `TooFew` for a round of fewer than `2 hostile + 3` updates, for which the rule promises nothing.
     """
 
     hostile: int = 1
@@ -33,7 +32,7 @@ class Krum(Rule):
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         least = 2 * self.hostile + 3
         if len(updates) < least:
-            raise RunFailed(
+            raise TooFew(
                 f"robust.rule: krum with robust.hostile = {self.hostile} needs {least} updates a round, got {len(updates)}; "
                 "raise clients.participation, or lower robust.hostile"
             )

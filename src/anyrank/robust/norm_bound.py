@@ -38,12 +38,14 @@ class NormBound(Rule):
         found = norms(jobs, updates).tolist()
         by_name = {job.client.name: job for job in jobs}
         ranks = [by_name[update.client].client.rank for update in updates]
-        kept = []
+        kept, shares = [], {}
         for update, length, rank in zip(updates, found, ranks, strict=True):
             own = [other for other, held in zip(found, ranks, strict=True) if held == rank]
             bound = self.factor * statistics.median(own if len(own) >= _CLASS else found)
-            kept.append(update if length <= bound else shortened(by_name[update.client], update, bound)[0])
-        return Screened(kept)
+            if length > bound:
+                update, shares[update.client] = shortened(by_name[update.client], update, bound)
+            kept.append(update)
+        return Screened(kept, {}, shares)
 
 
 def shortened(job: Job, update: ClientUpdate, bound: float) -> tuple[ClientUpdate, float]:
