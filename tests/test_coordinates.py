@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config, RobustConfig
 from anyrank.errors import ConfigError
 from anyrank.messages.records import ClientUpdate, Scaling, ServerState
-from anyrank.methods.base import Method
+from anyrank.methods.base import Method, Part, slice_weights
 from anyrank.robust import coordinates, rules
 from anyrank.robust.coordinates import Median, TrimmedMean
 
@@ -282,6 +283,26 @@ def test_no_argument_is_changed(name: str) -> None:
     copies = [t.clone() for t in held]
     Median().aggregate(methods.make(name), before, updates)
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+@dataclass(frozen=True)
+class First(methods.Method):
+    """Hands on the first client's own tensors."""
+
+    name, summary, paper, rescale = "first", "", "", "both"
+    traits = methods.make("rbla").traits
+    weights = staticmethod(slice_weights)
+
+    def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
+        return parts[0].layer
+
+
+def test_an_upload_that_a_method_hands_on_is_not_changed() -> None:
+    """Of 1, 2 and 6, the median is 2, and the first client's number stays 1."""
+    clients = [one([a], [a], a) for a in (1, 2, 6)]
+    found = merged(Median(), First(), one([9], [9]), clients)
+    assert (found.layers["a"].A.item(), found.layers["a"].B.item(), found.tensors["head"].item()) == (2.0, 2.0, 2.0)
+    assert (clients[0].layers["a"].A.item(), clients[0].layers["a"].B.item()) == (1.0, 1.0)
 
 
 # --- where it is refused, and in a run --------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def _owned(weights: Tensor) -> list[tuple[slice, list[int]]]:
 
 def suits(method: type[Method] | Method) -> bool:
     """Whether the method's new factors are weighted sums of the clients' factors."""
-    return method.weights is not None and not method.private and not method.pools_data
+    return method.weights is not None
 
 
 def suitable() -> str:
