@@ -17,9 +17,9 @@ from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, Scaling, ServerState
 from anyrank.robust import steps
 from anyrank.robust.geometric_median import GeometricMedian
-from anyrank.robust.krum import Krum
+from anyrank.robust.krum import Krum, scores
 from anyrank.robust.norm_bound import NormBound, shortened
-from anyrank.robust.steps import along, gram, norm, norms
+from anyrank.robust.steps import along, finite, gram, norm, norms
 
 SHAPES = {"first": (7, 5), "second": (4, 6)}
 STATE = ServerState(0, 0, Adapter({}), Scaling(1.0, "constant"))
@@ -277,6 +277,14 @@ def test_a_step_of_any_length_that_the_guard_lets_in_is_cut_or_refused(rule, siz
     for k in (0, 1, 3, 4, 5):
         assert f"c{k}" in by_name or isinstance(rule, Krum)
         assert f"c{k}" not in by_name or by_name[f"c{k}"].adapter is updates[k].adapter
+
+
+def test_a_distance_that_is_no_number_is_the_largest() -> None:
+    """Steps 0, 1 and one whose square is infinite: of two neighbours, each has that one, whose own distances are infinite."""
+    products = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, math.inf], [0.0, math.inf, math.inf]], dtype=torch.float64)
+    assert finite(products) == [0, 1]
+    assert scores(products, nearest=1).tolist() == [1.0, 1.0, math.inf]
+    assert scores(products, nearest=2).tolist() == [math.inf, math.inf, math.inf]
 
 
 def test_where_no_step_can_be_measured_nothing_is_left() -> None:

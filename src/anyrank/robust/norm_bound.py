@@ -65,13 +65,13 @@ def shortened(job: Job, update: ClientUpdate, bound: float) -> tuple[ClientUpdat
 
 
 def _share(square: Sequence[float], bound: float) -> float:
-    """A share in [0, 1) at which the squared norm, `square[i] t^i` summed, passes `bound^2`, by bisection; 0 if it is no
-    number."""
+    """A share in [0, 1) at which the squared norm, `square[i] t^i` summed, passes `bound^2`, by bisection; near 0 if it is not
+    finite."""
     low, high = 0.0, 1.0
     while low < (share := (low + high) / 2) < high:
-        length = math.sqrt(max(0.0, sum(c * share**power for power, c in enumerate(square))))
-        low, high = (share, high) if length <= bound else (low, share)
-    return low if all(map(math.isfinite, square)) else 0.0
+        length = math.sqrt(max(sum(c * share**power for power, c in enumerate(square)), 0.0))
+        low, high = (share, high) if length <= bound else (low, share)  # NaN is not
+    return low
 
 
 def _part(download: Download, trained: Adapter, share: float) -> Adapter:
@@ -86,6 +86,4 @@ def _part(download: Download, trained: Adapter, share: float) -> Adapter:
 
 
 def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    if not share:
-        return start.clone()  # the difference of numbers near the largest one may be infinite, and 0 times that is no number
     return (start.double() + share * (end.double() - start.double())).to(start.dtype)

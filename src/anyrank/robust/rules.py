@@ -10,6 +10,7 @@ from anyrank.methods.base import Method
 from anyrank.privacy.noise import Mechanism
 from anyrank.robust.base import Chain, Rule
 from anyrank.robust.central_noise import CentralNoise
+from anyrank.robust.coordinates import Median, TrimmedMean, suitable, suits
 from anyrank.robust.geometric_median import GeometricMedian
 from anyrank.robust.krum import Krum
 from anyrank.robust.norm_bound import NormBound
@@ -20,7 +21,10 @@ _BUILT_IN: Mapping[str, Callable[[RobustConfig], tuple[Rule, ...]]] = {
     "geometric-median": lambda config: (GeometricMedian(),),
     "krum": lambda config: (Krum(config.hostile, keep=1),),
     "multi-krum": lambda config: (Krum(config.hostile, config.keep),),
+    "trimmed-mean": lambda config: (TrimmedMean(config.trim),),
+    "median": lambda config: (Median(),),
 }
+_BY_COORDINATES = ("trimmed-mean", "median")
 
 
 def rule_of(config: Config, method: Method, mechanism: Mechanism | None) -> Rule:
@@ -62,4 +66,9 @@ def check(config: RobustConfig, method: Method, central: bool) -> None:
         raise ConfigError(
             f"robust.rule: the geometric median weighs clients by example counts, which {method.name} does not use; choose "
             "multi-krum"
+        )
+    if config.rule in _BY_COORDINATES and not suits(method):
+        raise ConfigError(
+            f"robust.rule: the {config.rule} is taken of single numbers of the factors, which {method.name} does not average; "
+            f"it is for {suitable()}; choose geometric-median or multi-krum"
         )
