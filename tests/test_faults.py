@@ -411,7 +411,7 @@ def test_numbers_too_large_cost_their_client(tmp_path: Path, method: str, A: flo
 def test_a_merge_that_is_not_finite_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """As if the guard had let it in: the state stays as it was, and the run goes on."""
     built, store = build(tmp_path, Loud(1e200, 1e200), method=method)
-    built = replace(built, config=built.config.replace(guard={"norm": 0, "owner": 1}))
+    built = replace(built, config=built.config.replace(guard={"norm": 0, "far": 0, "owner": 1}))
     monkeypatch.setattr(guard, "overflow", lambda layer: "")
     with store:
         assert loop.run(built, store)["idle_rounds"] == 1
