@@ -33,7 +33,7 @@ from anyrank.runs.folder import RunDir
 from anyrank.training.deadline import Overdue, limited
 from test_federation import Script, rows
 
-OFF = {"norm": 0, "owner": 1}
+OFF = {"norm": 0, "far": 0, "owner": 1}
 
 
 def built(folder: Path, engine: Script, resume: bool = False, method: str = "rbla", **sections) -> tuple[Federation, RunDir]:

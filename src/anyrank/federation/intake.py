@@ -77,7 +77,9 @@ class Collected:
         """Record whose updates a rule refused, and whose steps it shortened."""
         for row in self.rows:
             name = row["client"]
-            if row["status"] == "ok" and name in screened.refused:
+            if row["status"] == "ok" and name in screened.rejected:
+                row |= {"status": "rejected", "reason": screened.rejected[name]}
+            elif row["status"] == "ok" and name in screened.refused:
                 row |= {"status": "excluded", "reason": screened.refused[name]}
             elif row["status"] == "ok" and name in screened.shortened:
                 share = float(f"{screened.shortened[name]:.3g}")
