@@ -37,7 +37,7 @@ from torch import Tensor
 
 METHODS, RULES = ("rbla", "raflora"), ("none", "geometric-median", "multi-krum", "trimmed-mean", "median")
 RANKS, BATCH, TOKENS, CLASSES, EXAMPLES = (8, 16, 32), 16, 16, 10, 200
-OFF = {"norm": 0, "owner": 1}
+OFF = {"norm": 0, "far": 0, "owner": 1}
 
 
 # --- a round ---------------------------------------------------------------------------------------------------------

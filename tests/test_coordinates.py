@@ -332,7 +332,9 @@ def test_one_hostile_client_of_ten_does_not_ruin_a_run(rule: str, tmp_path: Path
 
 
 def test_the_configuration_names_them() -> None:
-    config = Config().replace(robust={"rule": "trimmed-mean", "trim": 0.25}, guard={"norm": 0, "owner": 1})
+    from test_robust import OFF
+
+    config = Config().replace(robust={"rule": "trimmed-mean", "trim": 0.25}, guard=OFF)
     assert rules.rule_of(config, methods.make("rbla"), None).rules == (TrimmedMean(0.25),)
     config = Config().replace(robust={"rule": "median"})
     assert rules.rule_of(config, methods.make("rbla"), None).rules[-1] == Median()  # after the guard's
