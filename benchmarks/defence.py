@@ -100,11 +100,11 @@ def server(built, state, jobs, replies, method: str, guarded: bool, rule: str) -
 
 
 def one_round(clients: int, trainings: int, repeats: int, steps: int) -> None:
-    from anyrank.federation import loop
+    from anyrank.federation import asking, loop
 
     built, parameters = federation(clients, steps)
     state = loop.start(built)
-    jobs, _ = loop.dispatch(built, state, 1)
+    jobs, _ = asking.dispatch(built, state, 1)
     taken = []
     for _ in range(trainings + 1):  # the first one loads code
         began = time.process_time()
