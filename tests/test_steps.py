@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,11 +21,21 @@ from anyrank.robust import steps
 from anyrank.robust.geometric_median import GeometricMedian
 from anyrank.robust.krum import Krum, scores
 from anyrank.robust.norm_bound import Lengths, NormBound, measure, shortened
-from anyrank.robust.steps import along, finite, gram, norm, norms
+from anyrank.robust.steps import along, finite, gram, norm
 
 SHAPES = {"first": (7, 5), "second": (4, 6)}
 STATE = ServerState(0, 0, Adapter({}), Scaling(1.0, "constant"))
 SEEDS = st.integers(0, 10_000)
+
+
+def norms(jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> torch.Tensor:
+    """The norm of each step, one after another."""
+    by_name, found = {job.client.name: job for job in jobs}, []
+    for update in updates:
+        job = by_name[update.client]
+        found.append(norm(job.download, update.adapter))
+        job.settle()
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def adapter(rank: int, seed: int, dtype: torch.dtype = torch.float64, size: float = 1.0) -> Adapter:

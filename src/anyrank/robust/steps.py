@@ -39,19 +39,6 @@ class Factors(NamedTuple):
     shape: tuple[int, int]
 
 
-def norms(jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Tensor:
-    """The norm of each step, `[K]` (float64); infinite if its square is not a finite number.
-
-    One layer of one client is looked at at a time.
-    """
-    by_name, found = {job.client.name: job for job in jobs}, []
-    for update in updates:
-        job = by_name[update.client]
-        found.append(norm(job.download, update.adapter))
-        job.settle()
-    return torch.tensor(found, dtype=torch.float64)
-
-
 def norm(download: Download, trained: Adapter) -> float:
     """The norm of the step from `download` to `trained`: `tr((L^T L)(R R^T))` for the factors L, R of each layer's step."""
     steps = ([_change(layer, trained.layers[name])] for name, layer in download.adapter.layers.items())
