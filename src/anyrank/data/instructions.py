@@ -17,7 +17,7 @@ import numpy as np
 
 from anyrank import keys
 from anyrank.config.sections import DataConfig
-from anyrank.data import texts as sources
+from anyrank.data import rows as sources
 from anyrank.data.split import held_out, ordered
 from anyrank.errors import DataError, nearest
 

@@ -1,0 +1,135 @@
+"""Images in arrays: IDX files, as MNIST is published, and `.npz` files."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from anyrank.config.sections import DataConfig
+from anyrank.data.pixels import Rows, Splits, file_bytes
+from anyrank.errors import DataError, nearest
+
+
+@dataclass(frozen=True, eq=False)
+class _Array:
+    """Pictures in an array: `values` uint8 `[n, h, w]` or `[n, h, w, 3]`, from the file `path`."""
+
+    values: np.ndarray
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def read(self, i: int) -> np.ndarray:
+        return self.values[i]
+
+    def raw(self, i: int) -> bytes:
+        return f"{self.values.shape[1:]}".encode() + self.values[i].tobytes()
+
+    def where(self, i: int) -> str:
+        return f"{self.path}, image {i}"
+
+
+# --- IDX -------------------------------------------------------------------------------------------------------------
+
+IDX = re.compile(r"(?P<set>.*?)(?P<part>train|t10k|test)-(?P<what>images|labels)[-.]idx\d-ubyte(\.gz)?")
+
+
+def idx_folder(path: Path, config: DataConfig) -> Splits:
+    found: dict[tuple[str, str], Path] = {}
+    for file in sorted(path.iterdir(), reverse=True):  # so that a file without .gz comes after, and instead of, one with it
+        if match := IDX.fullmatch(file.name):
+            place = ("train" if match["part"] == "train" else "test", match["what"])
+            if place in found and found[place].name.removesuffix(".gz") != file.name.removesuffix(".gz"):
+                raise DataError(
+                    f"{path}: {found[place].name} and {file.name} belong to two datasets; put each dataset in its own folder"
+                )
+            found[place] = file
+    for part, what in found:
+        lacking = (part, "labels" if what == "images" else "images")
+        if lacking not in found:
+            raise DataError(
+                f"{found[part, what]}: there is no file of its {lacking[1]} in the same folder, with or without .gz"
+            )
+    return {part: partial(_idx_split, found[part, "images"], found[part, "labels"]) for part, what in found if what == "images"}
+
+
+def _idx_split(images: Path, labels: Path) -> Rows:
+    values, names = _idx(images, 3), _idx(labels, 1)
+    _same_number(len(values), images, len(names), labels)
+    return Rows(_Array(values, images), [str(name) for name in names.tolist()])
+
+
+def _idx(path: Path, dimensions: int) -> np.ndarray:
+    """The array of an IDX file: `00 00 08 d`, then d sizes as big-endian 32-bit numbers, then bytes."""
+    data = file_bytes(path)
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: not readable as gzip ({error}); the file is damaged or truncated") from None
+    magic, expected = data[:4], bytes((0, 0, 8, dimensions))
+    if magic != expected:
+        raise DataError(f"{path}: expected an IDX file that begins {expected.hex(' ')}, got {magic.hex(' ') or 'nothing'}")
+    start = 4 + 4 * dimensions
+    shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), dtype=">u4").tolist()
+    if len(data) < start or len(data) - start != np.prod(shape):
+        says, has = "x".join(map(str, shape)), max(len(data) - start, 0)
+        raise DataError(f"{path}: its header declares {says} bytes, but {has} follow; the file is damaged or truncated")
+    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+
+
+def _same_number(images: int, images_in: object, labels: int, labels_in: object) -> None:
+    if images != labels:
+        raise DataError(f"{labels_in}: expected {images} labels, one per image of {images_in}, got {labels}")
+
+
+# --- npz -------------------------------------------------------------------------------------------------------------
+
+
+def npz(path: Path, config: DataConfig) -> Splits:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not readable as an .npz of plain arrays: {error}") from None
+    image, label = str(config.image), str(config.label)
+    splits = {"train": partial(_npz_split, path, arrays, image, label)}
+    if "train" in image and "train" in label and image.replace("train", "test") in arrays:
+        named = (name.replace("train", "test") for name in (image, label))
+        splits["test"] = partial(_npz_split, path, arrays, *named)
+    return splits
+
+
+def _npz_split(path: Path, arrays: Mapping[str, np.ndarray], image: str, label: str) -> Rows:
+    for key, name in (("image", image), ("label", label)):
+        if name not in arrays:
+            raise DataError(f"{path}: no array {name!r} for data.{key}; {nearest(name, arrays)}")
+    values, labels = _as_pictures(arrays[image], f"{path}, array {image!r}"), arrays[label]
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.ndim != 1 or labels.dtype.kind not in "iuU":
+        raise DataError(
+            f"{path}, array {label!r}: expected whole numbers or names [n], got {labels.dtype} {list(labels.shape)}"
+        )
+    _same_number(len(values), f"array {image!r}", len(labels), f"{path}, array {label!r}")
+    others = {name for name, array in arrays.items() if array.ndim == 1 and len(array) == len(labels)} - {label}
+    columns = {name: arrays[name].astype(str).astype(object) for name in sorted(others)}
+    return Rows(_Array(values, path), [str(each) for each in labels.tolist()], columns)
+
+
+def _as_pictures(values: np.ndarray, where: str) -> np.ndarray:
+    """uint8 `[n, h, w]` or `[n, h, w, 3]`; one channel is the same as none."""
+    if values.ndim == 4 and values.shape[3] == 1:
+        values = values[..., 0]
+    if values.dtype != np.uint8 or not (values.ndim == 3 or (values.ndim == 4 and values.shape[3] == 3)):
+        raise DataError(
+            f"{where}: expected uint8 pixels [n, h, w] or, in colour, [n, h, w, 3], got {values.dtype} {list(values.shape)}"
+        )
+    return values
