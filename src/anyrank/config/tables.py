@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 import types
 import typing
@@ -14,7 +15,7 @@ from typing import Any
 from anyrank.config import explain
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, in_a_line, nearest
-from anyrank.files import read_bounded
+from anyrank.files import check_depth, read_bounded
 
 # Sections that are planned but not supported by this version: an error, never ignored.
 _NOT_YET = {"track": "tracking to TensorBoard or MLflow"}
@@ -23,16 +24,41 @@ _PATHS = (
     *(("method", "file"), ("eval", "file")),
 )
 _MOST_BYTES = 1 << 20  # of a file of settings
+_MOST_DOTS, _BETWEEN = 100, re.compile(r"[\n=,{}\[\]]")  # of a key, which stands between two of these characters
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table in a TOML file; `ConfigError` where there is none. `what` it should be, in a word."""
     try:
-        return tomllib.loads(read_bounded(path, _MOST_BYTES).decode("utf-8-sig"))  # some editors mark UTF-8
+        return _parsed(read_bounded(path, _MOST_BYTES).decode("utf-8-sig"))  # some editors mark UTF-8
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a TOML {what}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {in_a_line(error)}") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The table in a TOML text. Raises `ValueError`, also for values that cannot be handled in a bounded time.
+
+    tomllib takes time in the square of the number of dots in a key; and it reads whole numbers of any size, where TOML has 64
+    bits.
+    """
+    if any(part.count(".") > _MOST_DOTS for part in _BETWEEN.split(text)):
+        raise ValueError(f"expected keys of at most {_MOST_DOTS} parts, got a longer one")
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("lists and tables are nested too deep") from None
+    check_depth(table)
+    _check_numbers(table)
+    return table
+
+
+def _check_numbers(value: Any) -> None:
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError("expected whole numbers of at most 64 bits, got a larger one")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_numbers(inner)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -42,6 +68,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     table = read_toml(path, "configuration")
+    if not any(table.values()):
+        raise ConfigError(
+            f"{path}: expected a configuration, got an empty file; give at least the base model, [model] name or path "
+            "(anyrank explain lists all keys)"
+        )
     for *sections, key in _PATHS:
         holder = table
         for section in sections:
@@ -56,9 +87,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _found(value: str, folder: Path) -> str:
     """The path `value` below `folder`, or else below `$ANYRANK_DATA`; unchanged if it exists in neither."""
     for base in (folder, *(Path(base) for base in [os.environ.get("ANYRANK_DATA")] if base)):
-        if not Path(value).is_absolute() and (base / value).exists():
+        if not Path(value).is_absolute() and _exists(base / value):
             return str((base / value).resolve())
     return value
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, for example: whoever reads it says so
+        return False
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -120,12 +158,14 @@ def _default(key: dataclasses.Field) -> Any:
 def _override(table: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
-    if not equals or len(keys) < 2 or not all(keys):
+    if not equals or not 2 <= len(keys) <= _MOST_DOTS or not all(keys):
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. train.learning_rate=1e-3")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        value = _parsed(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: --set method.name=rbla
+    except ValueError as error:
+        raise ConfigError(f"--set {override}: {in_a_line(error)}") from None
     for name in keys[:-1]:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):

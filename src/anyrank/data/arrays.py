@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import re
 import zipfile
 import zlib
@@ -15,7 +17,10 @@ import numpy as np
 
 from anyrank.config.sections import DataConfig
 from anyrank.data.pixels import Rows, Splits, file_bytes
-from anyrank.errors import DataError, nearest
+from anyrank.errors import DataError, in_a_line, nearest, shortened
+from anyrank.files import check_regular
+
+_MOST_BYTES = 4 << 30  # of all arrays of a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,21 +74,27 @@ def _idx_split(images: Path, labels: Path) -> Rows:
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
-    """The array of an IDX file: `00 00 08 d`, then d sizes as big-endian 32-bit numbers, then bytes."""
-    data = file_bytes(path)
+    """The array of an IDX file: `00 00 08 d`, then d sizes as big-endian 32-bit numbers, then bytes.
+
+    No more is read, or decompressed, than the sizes declare.
+    """
+    stored = io.BytesIO(file_bytes(path, _MOST_BYTES))
+    file = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
+    start = 4 + 4 * dimensions
     try:
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        head = file.read(start)
+        magic, expected = head[:4], bytes((0, 0, 8, dimensions))
+        if magic != expected:
+            raise DataError(f"{path}: expected an IDX file that begins {expected.hex(' ')}, got {magic.hex(' ') or 'nothing'}")
+        shape = np.frombuffer(head[4:].ljust(start - 4, b"\0"), dtype=">u4").tolist()
+        declared = math.prod(shape)
+        data = file.read(declared + 1) if len(head) == start and declared <= _MOST_BYTES else b""
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: not readable as gzip ({error}); the file is damaged or truncated") from None
-    magic, expected = data[:4], bytes((0, 0, 8, dimensions))
-    if magic != expected:
-        raise DataError(f"{path}: expected an IDX file that begins {expected.hex(' ')}, got {magic.hex(' ') or 'nothing'}")
-    start = 4 + 4 * dimensions
-    shape = np.frombuffer(data[4:start].ljust(start - 4, b"\0"), dtype=">u4").tolist()
-    if len(data) < start or len(data) - start != np.prod(shape):
-        says, has = "x".join(map(str, shape)), max(len(data) - start, 0)
+    if len(head) < start or len(data) != declared:
+        says, has = "x".join(map(str, shape)), "more" if len(data) > declared else len(data)
         raise DataError(f"{path}: its header declares {says} bytes, but {has} follow; the file is damaged or truncated")
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 def _same_number(images: int, images_in: object, labels: int, labels_in: object) -> None:
@@ -94,18 +105,44 @@ def _same_number(images: int, images_in: object, labels: int, labels_in: object)
 # --- npz -------------------------------------------------------------------------------------------------------------
 
 
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
 def npz(path: Path, config: DataConfig) -> Splits:
     try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as file:
+            _check_sizes(path, file)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not readable as an .npz of plain arrays: {error}") from None
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive breaks in any way: zipfile, zlib and NumPy have no common error
+        raise DataError(f"{path}: not readable as an .npz of plain arrays: {in_a_line(error)}") from None
+    odd = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
+    if odd is not None:
+        raise DataError(f"{path}: expected arrays, got {shortened(odd, 100)!r}, which is none; save it with numpy.savez")
     image, label = str(config.image), str(config.label)
     splits = {"train": partial(_npz_split, path, arrays, image, label)}
     if "train" in image and "train" in label and image.replace("train", "test") in arrays:
         named = (name.replace("train", "test") for name in (image, label))
         splits["test"] = partial(_npz_split, path, arrays, *named)
     return splits
+
+
+def _check_sizes(path: Path, file: zipfile.ZipFile) -> None:
+    """Raise `DataError` for an archive that takes too much memory, by its directory or by what an array says of itself."""
+    whole = sum(entry.file_size for entry in file.infolist())
+    if whole > _MOST_BYTES:
+        raise DataError(f"{path}: expected arrays of at most {_MOST_BYTES:,} bytes, got {whole:,}; take fewer of them")
+    for entry in file.infolist():
+        with file.open(entry) as member:
+            version = np.lib.format.read_magic(member)
+            shape, _, dtype = _HEADERS[version](member)
+        if dtype.hasobject:
+            raise ValueError(f"array {shortened(entry.filename, 100)!r} holds Python objects, which are never read")
+        if math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise ValueError(f"array {shortened(entry.filename, 100)!r} declares more numbers than follow")
 
 
 def _npz_split(path: Path, arrays: Mapping[str, np.ndarray], image: str, label: str) -> Rows:
@@ -119,16 +156,20 @@ def _npz_split(path: Path, arrays: Mapping[str, np.ndarray], image: str, label: 
             f"{path}, array {label!r}: expected whole numbers or names [n], got {labels.dtype} {list(labels.shape)}"
         )
     _same_number(len(values), f"array {image!r}", len(labels), f"{path}, array {label!r}")
-    others = {name for name, array in arrays.items() if array.ndim == 1 and len(array) == len(labels)} - {label}
-    columns = {name: arrays[name].astype(str).astype(object) for name in sorted(others)}
-    return Rows(_Array(values, path), [str(each) for each in labels.tolist()], columns)
+    fitting = {name for name, array in arrays.items() if array.shape == labels.shape and array.dtype.kind in "biufU"}
+    try:
+        columns = {name: arrays[name].astype(str).astype(object) for name in sorted(fitting - {label})}
+        names = [str(each) for each in labels.tolist()]
+    except ValueError as error:  # of numbers that are no characters
+        raise DataError(f"{path}: not readable as names: {in_a_line(error)}") from None
+    return Rows(_Array(values, path), names, columns)
 
 
 def _as_pictures(values: np.ndarray, where: str) -> np.ndarray:
     """uint8 `[n, h, w]` or `[n, h, w, 3]`; one channel is the same as none."""
     if values.ndim == 4 and values.shape[3] == 1:
         values = values[..., 0]
-    if values.dtype != np.uint8 or not (values.ndim == 3 or (values.ndim == 4 and values.shape[3] == 3)):
+    if values.dtype != np.uint8 or not (values.ndim == 3 or (values.ndim == 4 and values.shape[3] == 3)) or not values[:1].size:
         raise DataError(
             f"{where}: expected uint8 pixels [n, h, w] or, in colour, [n, h, w, 3], got {values.dtype} {list(values.shape)}"
         )

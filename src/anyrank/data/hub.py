@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyrank.errors import DataError
+from anyrank.errors import DataError, in_a_line
+from anyrank.files import check_regular
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+|[\w.-]+(?=:))(:(?P<config>[\w.-]+))?")
 _NO_SPLITS = ""
+_MOST_BYTES, _BATCH = 8 << 30, 1000  # of a table in memory; rows that are read at once
 
 
 def is_id(source: str) -> bool:
@@ -45,16 +47,15 @@ def splits(source: str) -> Mapping[str, Dataset]:
             found = _open(datasets, source)
     except Exception as error:  # errors of datasets, the hub client, pyarrow and the system have no common base
         what = "check the name and the network" if not Path(source).exists() else "check what is in it"
-        raise DataError(f"{source}: datasets cannot open it ({_first_line(error)}); {what}") from None
+        raise DataError(f"{source}: datasets cannot open it ({in_a_line(error)}); {what}") from None
     return found if isinstance(found, Mapping) else {_NO_SPLITS: found}
 
 
 def _open(datasets: Any, source: str) -> Any:
     path = Path(source)
-    if path.is_file():
-        import pyarrow.parquet
-
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
+    if path.suffix.lower() == ".parquet" and not path.is_dir():
+        check_regular(path)
+        return datasets.Dataset(_parquet(path))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return datasets.load_from_disk(source)
     if path.is_dir():
@@ -63,8 +64,33 @@ def _open(datasets: Any, source: str) -> Any:
     return datasets.load_dataset(name["name"], name["config"])
 
 
+def _parquet(path: Path) -> Any:
+    """The table in a Parquet file, which is read in parts: a small file may hold a large table."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        batches, size = [], 0
+        for batch in file.iter_batches(batch_size=_BATCH):
+            size += batch.nbytes
+            if size > _MOST_BYTES:
+                raise OSError(f"expected a table of at most {_MOST_BYTES:,} bytes")
+            batches.append(batch)
+        return pyarrow.Table.from_batches(batches, file.schema_arrow)
+
+
 def columns(dataset: Dataset) -> dict[str, list[Any]]:
-    """The columns of plain values, `{name: [n]}`; class labels by their names, `None` if a row has none."""
+    """The columns of plain values, `{name: [n]}`; class labels by their names, `None` if a row has none.
+
+    Raises `DataError` for a dataset whose values cannot be read.
+    """
+    try:
+        return _columns(dataset)
+    except Exception as error:  # damaged files fail here, too, in as many ways
+        raise DataError(f"{_place(dataset)}: datasets cannot read its rows ({in_a_line(error)}); check what is in it") from None
+
+
+def _columns(dataset: Dataset) -> dict[str, list[Any]]:
     from datasets import ClassLabel, Value
 
     plain = {name: feature for name, feature in dataset.features.items() if isinstance(feature, (Value, ClassLabel))}
@@ -73,6 +99,12 @@ def columns(dataset: Dataset) -> dict[str, list[Any]]:
     for name, names in named.items():
         values[name] = [None if label is None or label < 0 else names[label] for label in values[name]]
     return {name: values[name] for name in plain}
+
+
+def _place(dataset: Dataset) -> str:
+    """The first file of a dataset, or what it is."""
+    files = [file["filename"] for file in dataset.cache_files]
+    return files[0] if files else "a table of rows"
 
 
 @contextlib.contextmanager
@@ -87,7 +119,3 @@ def _quiet(datasets: Any) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"

@@ -21,6 +21,7 @@ from anyrank.data.pictures import dataset_source, picture_folder
 from anyrank.data.pixels import HELD_OUT, Pixels, Rows, Splits
 from anyrank.data.split import held_out, ordered
 from anyrank.errors import DataError, nearest
+from anyrank.files import check_regular, walk
 
 _SEED = 0  # which examples a limit keeps is the same for every run seed
 
@@ -59,7 +60,8 @@ class Images:
 
     def relabelled(self, label_names: tuple[str, ...]) -> Images:
         """The same examples with the same labels, counted in the order of `label_names`."""
-        place = np.array([label_names.index(name) for name in self.label_names])
+        number = {name: i for i, name in enumerate(label_names)}
+        place = np.array([number[name] for name in self.label_names])
         return replace(self, labels=place[self.labels], label_names=label_names)
 
     def digest(self) -> str:
@@ -192,10 +194,11 @@ def _read(source: str, config: DataConfig, key: str) -> Splits:
     try:
         if path.is_dir():
             return _folder_kind(path)(path, config)
-        if path.is_file():
+        if path.exists():
+            check_regular(path)
             return _file_kind(path, key)(path, config)
     except OSError as error:
-        raise DataError(f"{key}: cannot read {path}: {error}") from None
+        raise DataError(f"{key}: cannot read {path}: {error.strerror or error}") from None
     if hub.is_id(source) and path.suffix not in _FILE_KINDS:
         return dataset_source(source, config)
     raise DataError(f"{key}: no such file or folder: {path}; give its path, from the configuration's folder or absolute")
@@ -205,7 +208,7 @@ def _folder_kind(path: Path) -> Callable[[Path, DataConfig], Splits]:
     names = [child.name for child in path.iterdir()]
     if any(IDX.fullmatch(name) for name in names):
         return idx_folder
-    if {"state.json", "dataset_dict.json"} & set(names) or next(path.glob("**/*.parquet"), None):
+    if {"state.json", "dataset_dict.json"} & set(names) or any(file.suffix == ".parquet" for file in walk(path)):
         return dataset_source
     return picture_folder
 

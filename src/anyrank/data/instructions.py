@@ -199,7 +199,8 @@ def _commonsense(config: DataConfig) -> Format:
         return spelt | {"instruction": "\n".join(text for text in (spelt["instruction"], spelt["input"]) if text)}
 
     def variants(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        options, (head, answer, tail) = answer_format(fields["instruction"]), fields["output"].rpartition(fields["answer"])
+        options, given = answer_format(fields["instruction"]), fields["answer"]
+        head, answer, tail = fields["output"].rpartition(given) if given else ("", "", "")
         if not options:
             raise DataError("expected an instruction that ends with its options, 'Answer format: one/other'")
         if fields["answer"] not in options or not answer:

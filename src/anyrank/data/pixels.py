@@ -10,7 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from anyrank.errors import DataError
+from anyrank.files import read_bounded
 
+PICTURE_BYTES = 256 << 20  # of one encoded picture
 HELD_OUT = ("test", "validation", "valid", "val")  # usual names of held-out splits, the first that is there
 
 
@@ -45,8 +47,9 @@ class Rows:
 Splits = Mapping[str, Callable[[], Rows]]
 
 
-def file_bytes(path: Path) -> bytes:
+def file_bytes(path: Path, limit: int = PICTURE_BYTES) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; `DataError` for anything else."""
     try:
-        return path.read_bytes()
+        return read_bounded(path, limit)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -6,8 +6,10 @@ Nothing is repaired in silence: a row that is not what the header promises stops
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +17,17 @@ from typing import Any
 
 from anyrank.config.sections import DataConfig
 from anyrank.data import hub
-from anyrank.errors import DataError, nearest
+from anyrank.errors import DataError, nearest, shortened
+from anyrank.files import check_regular, parse_json, read_bounded
 
 # CSV as RFC 4180 has it; a TSV has no quoting: a quote in SST-2's TSV is part of the sentence.
 DIALECTS = {
     ".csv": {"delimiter": ",", "quotechar": '"', "doublequote": True, "strict": True},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+_DELIMITERS = {";": ";", "\t": "\\t", "|": "|"}  # that tables have in the place of commas, as TOML writes them
+_MOST_BYTES = 512 << 20  # of a text file; Parquet files, which are read in parts, may be larger
+_MOST_ROWS, _MOST_COLUMNS = 10_000_000, 4096
 
 
 def training_rows(config: DataConfig) -> list[tuple[str, Mapping[str, Any]]]:
@@ -95,17 +101,35 @@ def open_source(part: Part, config: DataConfig) -> Splits:
         if reader is None:
             known = ", ".join(_READERS)
             raise DataError(f"{part.source_key}: expected a file ending in {known}, a folder or a hub id, got {part.source!r}")
-        if not path.exists():
-            raise FileNotFoundError
+        if reader is not _datasets or not path.is_dir():
+            check_regular(path)
         return reader(part.source, config)
     except FileNotFoundError:
         raise DataError(
             f"{part.source_key}: no such file: {path}; give its path, from the configuration's folder or absolute"
         ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); save the file as UTF-8") from None
     except OSError as error:
-        raise DataError(f"{part.source_key}: cannot read {path}: {error.strerror}") from None
+        raise DataError(f"{part.source_key}: cannot read {path}: {error.strerror or error}") from None
+
+
+def read_text(path: Path, config: DataConfig) -> str:
+    """The text of a file in `data.encoding`, without a byte order mark. Raises `OSError`, and `DataError` for other bytes."""
+    data = read_bounded(path, _MOST_BYTES)
+    try:
+        text = data.decode(config.encoding).removeprefix("\ufeff")
+    except UnicodeError as error:
+        at = f"byte {error.start}: {error.reason}" if isinstance(error, UnicodeDecodeError) else str(error)
+        usual = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
+        raise DataError(
+            f"{path}: not {config.encoding.upper()} text ({at}); set data.encoding to the file's own, such as '{usual}', or "
+            "save the file as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(
+            f"{path}, line {line}: a NUL character, which no text has; if the file is UTF-16, set data.encoding = 'utf-16'"
+        )
+    return text
 
 
 def _datasets(source: str, config: DataConfig) -> Splits:
@@ -119,59 +143,87 @@ def _dataset_rows(dataset: Any) -> Rows:
 
 
 def _table(source: str, config: DataConfig) -> Splits:
-    rows = Rows(list(_delimited(Path(source), config)), "line")
+    rows = Rows(_bounded(source, _delimited(Path(source), config)), "line")
     return {"": lambda: rows}
+
+
+def _bounded(source: str, rows: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """`rows` as a list, if they are not too many."""
+    found = list(itertools.islice(rows, _MOST_ROWS + 1))
+    if len(found) > _MOST_ROWS:
+        raise DataError(f"{source}: expected at most {_MOST_ROWS:,} rows; take fewer of them")
+    return found
 
 
 def _delimited(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a CSV or TSV with the line they start on; columns have the header's names, or `0`, `1`, … without one."""
+    yield from delimited(path, read_text(path, config), config.header, config.delimiter)
+
+
+def delimited(path: Path, text: str, header: bool, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows in the text of a CSV or TSV file; `delimiter`: empty for the usual one of the file's suffix."""
+    dialect = DIALECTS[path.suffix.lower()] | ({"delimiter": delimiter} if delimiter else {})
     names: list[str] | None = None
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, **DIALECTS[path.suffix.lower()])
-        line = 1
-        try:
-            for row in reader:
-                if row and names is None:
-                    names = row if config.header else [str(number) for number in range(len(row))]
-                    _check_header(path, names)
-                    if config.header:
-                        line, row = reader.line_num + 1, []
-                if row and len(row) != len(names):
-                    raise DataError(
-                        f"{path}, line {line}: expected {len(names)} columns, got {len(row)}; correct or quote the row"
-                    )
-                if row:
-                    yield line, dict(zip(names, row, strict=True))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{path}, line {line}: not a valid row: {error}; quote fields as RFC 4180 says") from None
+    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    line = 1
+    try:
+        for row in reader:
+            if row and names is None:
+                _check_header(path, row, header, dialect["delimiter"])
+                names = row if header else [str(number) for number in range(len(row))]
+                if header:
+                    line, row = reader.line_num + 1, []
+            if row and len(row) != len(names):
+                raise DataError(f"{path}, line {line}: expected {len(names)} columns, got {len(row)}; correct or quote the row")
+            if row:
+                yield line, dict(zip(names, row, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        long = "texts of more characters are read from JSON lines (.jsonl); is a quote not closed?"
+        mend = long if "field limit" in str(error) else "quote fields as RFC 4180 says"
+        raise DataError(f"{path}, line {line}: not a valid row: {error}; {mend}") from None
 
 
-def _check_header(path: Path, names: list[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
+def _check_header(path: Path, row: list[str], header: bool, delimiter: str) -> None:
+    other = next((sign for sign in _DELIMITERS if len(row) == 1 and sign in row[0] and sign != delimiter), None)
+    if other is not None:
+        raise DataError(
+            f"{path}, line 1: expected columns separated by {delimiter!r}, got one, {short(row[0])}; "
+            f'set data.delimiter = "{_DELIMITERS[other]}"'
+        )
+    _check_width(f"{path}, line 1", row)
+    seen: set[str] = set()
+    twice = next((name for name in row if header and (name in seen or seen.add(name))), None)
     if twice is not None:
         raise DataError(
-            f"{path}, line 1: column {twice!r} is there twice; give each column its own name (or data.header = false)"
+            f"{path}, line 1: column {short(twice)} is there twice; give each column its own name (or data.header = false)"
+        )
+
+
+def _check_width(where: str, columns: Sized) -> None:
+    if len(columns) > _MOST_COLUMNS:
+        raise DataError(
+            f"{where}: expected at most {_MOST_COLUMNS:,} columns, got {len(columns):,}; keep those that are needed"
         )
 
 
 def _json_lines(source: str, config: DataConfig) -> Splits:
     """One object a line, or a list of objects, told apart by the file's first character."""
     path = Path(source)
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path, config)
     if text.lstrip().startswith("["):
         items = _items(str(path), _parsed(path, text))
         return {"": lambda: items}
     lines = enumerate(text.split("\n"), start=1)
-    rows = Rows([(number, _object(path, number, line)) for number, line in lines if line.strip()], "line", ragged=True)
-    return {"": lambda: rows}
+    rows = _bounded(source, ((number, _object(path, number, line)) for number, line in lines if line.strip()))
+    return {"": lambda: Rows(rows, "line", ragged=True)}
 
 
 def _json(source: str, config: DataConfig) -> Splits:
     """What `_json_lines` reads, or one object of splits."""
-    text = Path(source).read_text(encoding="utf-8-sig").strip()
+    text = read_text(Path(source), config).strip()
     try:
-        splits = json.loads(text) if text.startswith("{") else None
+        splits = _parse(text) if text.startswith("{") else None
     except ValueError:  # more than one object, or none: lines, or a broken file, whose line is then named
         splits = None
     if splits and all(isinstance(items, list) for items in splits.values()):
@@ -181,33 +233,49 @@ def _json(source: str, config: DataConfig) -> Splits:
 
 def _parsed(path: Path, text: str) -> Any:
     try:
-        return json.loads(text)
+        return _parse(text)
     except ValueError as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
 
 
 def _items(where: str, items: Sequence[Any]) -> Rows:
     """Objects, or pairs `[text, label]`, which are objects with these keys."""
-    rows = []
-    for number, item in enumerate(items, start=1):
-        pair = isinstance(item, list) and len(item) == 2
-        if not isinstance(item, dict) and not pair:
-            raise DataError(
-                f"{where}, item {number}: expected an object with a text and a label, or a pair [text, label], "
-                f"got {type(item).__name__}"
-            )
-        rows.append((number, dict(zip(("text", "label"), item, strict=True)) if pair else item))
+    rows = _bounded(where, ((number, _item(where, number, item)) for number, item in enumerate(items, start=1)))
     return Rows(rows, "item", ragged=True)
+
+
+def _item(where: str, number: int, item: Any) -> dict[str, Any]:
+    pair = isinstance(item, list) and len(item) == 2
+    if not isinstance(item, dict) and not pair:
+        raise DataError(
+            f"{where}, item {number}: expected an object with a text and a label, or a pair [text, label], "
+            f"got {type(item).__name__}"
+        )
+    row = dict(zip(("text", "label"), item, strict=True)) if pair else item
+    _check_width(f"{where}, item {number}", row)
+    return row
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.lstrip("\ufeff"))
+        row = _parse(line.lstrip("\ufeff"))
     except ValueError as error:
         raise DataError(f"{path}, line {number}: expected one JSON object per line, or a list of objects: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+    _check_width(f"{path}, line {number}", row)
     return row
+
+
+def _parse(text: str) -> Any:
+    """The value in a JSON text whose strings are Unicode: escapes may stand for halves of pairs, which no tokenizer takes."""
+    value = parse_json(text)
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half of a surrogate pair, {error.object[error.start]!a}, is no character") from None
+    return value
 
 
 _READERS: Mapping[str, Callable[[str, DataConfig], Splits]] = {
@@ -222,7 +290,7 @@ def label_of(row: Mapping[str, Any], name: str, where: str) -> str:
     """The label of a row at the place `where`: a name or a whole number, without the blanks around it."""
     value = row.get(name)
     if not isinstance(value, (str, int)) or not str(value).strip():
-        got = "none" if value is None else "an empty one" if isinstance(value, str) else repr(value)
+        got = "none" if value is None else "an empty one" if isinstance(value, str) else shown(value)
         raise DataError(f"{where}: expected a label (a name or a whole number) in column {name!r}, got {got}")
     return spelt(value).strip()
 
@@ -230,6 +298,11 @@ def label_of(row: Mapping[str, Any], name: str, where: str) -> str:
 def spelt(value: Any) -> str:
     """Text as it is, nothing as the empty text, anything else as JSON spells it."""
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def shown(value: Any) -> str:
+    """A value of a row in an error."""
+    return shortened(repr(value), 100)
 
 
 def short(name: str) -> str:

@@ -21,7 +21,7 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     (('9', '10'), ('10', 'a', 'b'))
     """
     distinct = set(names)
-    whole = all(re.fullmatch(r"[+-]?[0-9]+", name) for name in distinct)
+    whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", name) for name in distinct)
     return tuple(sorted(distinct, key=lambda name: (int(name), name) if whole else name))
 
 
@@ -42,6 +42,7 @@ def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
     take[np.argsort(take - exact, kind="stable")[:missing]] += 1
     take = np.minimum(take, counts - 1)
     rng, chosen = keys.rng(_SPLIT_SEED, "test-split"), np.zeros(len(labels), dtype=bool)
-    for label, number in enumerate(take):
-        chosen[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
+    groups = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])  # the rows of each label, in their order
+    for rows, number in zip(groups, take, strict=True):
+        chosen[rng.permutation(rows)[:number]] = True
     return chosen

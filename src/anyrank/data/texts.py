@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anyrank.config.sections import DataConfig
-from anyrank.data.rows import DIALECTS, Part, Rows, chosen, label_of, open_source, short, spelt
+from anyrank.data.rows import DIALECTS, Part, Rows, chosen, label_of, open_source, short, shown, spelt
 from anyrank.data.split import _indices, held_out, ordered
 from anyrank.errors import DataError, nearest
 
@@ -39,19 +39,20 @@ class Table:
 
 
 def load(config: DataConfig) -> Table:
-    """All rows of `data.source`, or of its `data.split`: the path of
+    """All rows of `data.source`, or of its split `data.split`. The source is the path of
 
-    * a `.csv` or `.tsv` file, with a header or, where `data.header` is false, with columns that go by their number;
-    * a `.jsonl`/`.ndjson` file (one object a line), or a `.json` file: the same, a list of objects, or an object of splits,
+    * a `.csv` or `.tsv` file, with a header, or with numbered columns if `data.header` is false; `data.delimiter` is the
+      character between columns, if it is not the usual one;
+    * a `.jsonl`/`.ndjson` file (one object per line), or a `.json` file: the same, a list of objects, or an object of splits,
       each a list of objects or of `[text, label]` pairs;
     * a `.parquet` file, or a folder: a dataset that `datasets` has saved to disk, or data files as the hub has them;
 
-    or a hub id, `owner/name` or `owner/name:config`. Where a source has splits, `data.split` names one (else `train`), or
-    several as `one+other`. Text files are UTF-8, with or without a byte order mark. `data.text` names one column, or two whose
-    texts are a pair. A label's surrounding blanks are dropped; labels are in order of the alphabet, or of their value where all
-    are whole numbers, and `data.label_names` gives them other names, in that order. Columns of JSON are the keys that every
-    object has; values that are not text are spelt as JSON spells them. Raises `DataError` with the line, item or row for a
-    ragged row, an empty text or label.
+    or a hub id, `owner/name` or `owner/name:config`. If a source has splits, `data.split` names one (default: train), or
+    several as `one+other`. Text files are in `data.encoding`, with or without a byte order mark. `data.text` names one column,
+    or two whose texts are a pair. Blanks around a label are dropped. Labels are in alphabetical order, or in order of their
+    values if all are whole numbers; `data.label_names` gives them other names, in that order. Columns of JSON are the keys
+    that every object has; values that are not text are written as in JSON. Raises `DataError` with the line, item or row for a
+    ragged row, an empty text or an empty label, and for a source that cannot be read.
     """
     return _renamed(_training(config), config)
 
@@ -149,7 +150,7 @@ def _read_rows(found: Rows, part: Part, config: DataConfig) -> tuple[list[Text],
 
 def _column(source: str, config: DataConfig, names: list[str], key: str, wanted: str | int) -> str:
     """The name of the column that `wanted`, of `data.text` or `data.label`, means."""
-    listed = ", ".join(short(name) for name in names)
+    listed = ", ".join(short(name) for name in names[:50]) + (", …" if len(names) > 50 else "")
     delimited = Path(source).suffix.lower() in DIALECTS
     if delimited and isinstance(wanted, int):
         if 0 <= wanted < len(names):
@@ -176,6 +177,6 @@ def _texts(row: Mapping[str, Any], names: Sequence[str], where: str) -> Text:
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        got = "none" if value is None else "an empty one" if isinstance(value, str) else repr(value)
+        got = "none" if value is None else "an empty one" if isinstance(value, str) else shown(value)
         raise DataError(f"{where}: expected a text in column {name!r}, got {got}; correct or remove the row")
     return value

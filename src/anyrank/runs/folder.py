@@ -38,6 +38,7 @@ from anyrank.runs.names import (
     IDENTITY,
     LEDGER,
     METRICS,
+    MOST_BYTES,
     PRIVACY,
     SEAL,
     STATE,
@@ -351,7 +352,7 @@ def _of_comparison(entry: Path, parts: tuple[str, ...]) -> bool:
 
 def _stored_config(path: Path) -> Config:
     try:
-        return from_table(tomllib.loads(files.read_regular(path / CONFIG).decode("utf-8")))
+        return from_table(tomllib.loads(files.read_bounded(path / CONFIG, MOST_BYTES).decode("utf-8")))
     except (AnyRankError, ValueError, TypeError, OSError, RecursionError) as error:
         reason = in_a_line(error)
         raise RunError(f"{path / CONFIG}: cannot be read back ({reason}); choose another --out") from None
