@@ -98,10 +98,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """The bytes of a file. Raises `OSError` for a file of more than `limit` bytes, and what `check_regular` raises."""
     check_regular(path)
     with open(path, "rb") as file:
-        found = file.read(limit + 1)
-    if len(found) > limit:
-        raise OSError(f"expected at most {limit:,} bytes, got {os.stat(path).st_size:,}")
-    return found
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(f"expected at most {limit:,} bytes, got {size:,}")
+        return file.read(size)
 
 
 def check_regular(path: Path) -> None:
@@ -120,10 +120,10 @@ def _kind(mode: int) -> str:
 
 
 def walk(folder: Path, most: int = 10_000_000) -> Iterator[Path]:
-    """The regular files at any depth below `folder`, those of one folder in the order of their names.
+    """All that is at any depth below `folder` and is no folder, that of one folder in the order of names.
 
-    Hidden files and folders are left out, and links to folders are not followed, so that a loop has an end. Raises `OSError`
-    for a folder that cannot be read, and for more than `most` files and folders.
+    Names that begin with a dot are left out, and links to folders are not followed, so that a loop of links has an end. Raises
+    `OSError` for a folder that cannot be read, and for more than `most` files and folders.
     """
     waiting, found = [folder], 0
     while waiting:
@@ -132,8 +132,9 @@ def walk(folder: Path, most: int = 10_000_000) -> Iterator[Path]:
         found += len(inside)
         if found > most:
             raise OSError(f"expected at most {most:,} files and folders")
-        yield from (Path(entry.path) for entry in inside if entry.is_file())
-        waiting += reversed([Path(entry.path) for entry in inside if entry.is_dir(follow_symlinks=False)])
+        folders = [entry.path for entry in inside if entry.is_dir(follow_symlinks=False)]
+        waiting += map(Path, reversed(folders))
+        yield from (path for entry in inside if entry.path not in folders and not (path := Path(entry.path)).is_dir())
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import tomllib
@@ -205,6 +206,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     elif origin is not None:
         return dict(value)
     elif hint is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}: expected a finite number, got {value!r}")
         return float(value)
     elif type(value) is hint:
         return value

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from anyrank.errors import DataError, in_a_line, nearest, shortened
 from anyrank.files import check_regular
 
 _MOST_BYTES = 4 << 30  # of all arrays of a file
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,8 @@ def idx_folder(path: Path, config: DataConfig) -> Splits:
 
 def _idx_split(images: Path, labels: Path) -> Rows:
     values, names = _idx(images, 3), _idx(labels, 1)
+    if not values.size:
+        raise DataError(f"{images}: expected images, got {'x'.join(map(str, values.shape))} pixels")
     _same_number(len(values), images, len(names), labels)
     return Rows(_Array(values, images), [str(name) for name in names.tolist()])
 
@@ -88,13 +92,22 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
             raise DataError(f"{path}: expected an IDX file that begins {expected.hex(' ')}, got {magic.hex(' ') or 'nothing'}")
         shape = np.frombuffer(head[4:].ljust(start - 4, b"\0"), dtype=">u4").tolist()
         declared = math.prod(shape)
-        data = file.read(declared + 1) if len(head) == start and declared <= _MOST_BYTES else b""
+        data = _at_most(file, declared + 1) if len(head) == start and declared <= _MOST_BYTES else b""
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: not readable as gzip ({error}); the file is damaged or truncated") from None
     if len(head) < start or len(data) != declared:
         says, has = "x".join(map(str, shape)), "more" if len(data) > declared else len(data)
         raise DataError(f"{path}: its header declares {says} bytes, but {has} follow; the file is damaged or truncated")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+
+
+def _at_most(file: Any, size: int) -> bytes:
+    """The next `size` bytes of a file, or all that there are, in pieces: a read makes room for all that it is asked for."""
+    pieces = []
+    while size > 0 and (piece := file.read(min(size, _PIECE))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def _same_number(images: int, images_in: object, labels: int, labels_in: object) -> None:
@@ -119,9 +132,9 @@ def npz(path: Path, config: DataConfig) -> Splits:
         raise
     except Exception as error:  # a damaged archive breaks in any way: zipfile, zlib and NumPy have no common error
         raise DataError(f"{path}: not readable as an .npz of plain arrays: {in_a_line(error)}") from None
-    odd = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
+    odd = next((name for name, array in arrays.items() if not _is_plain(array)), None)
     if odd is not None:
-        raise DataError(f"{path}: expected arrays, got {shortened(odd, 100)!r}, which is none; save it with numpy.savez")
+        raise DataError(f"{path}: {shortened(odd, 100)!r} is no array of numbers or Unicode text; save it with numpy.savez")
     image, label = str(config.image), str(config.label)
     splits = {"train": partial(_npz_split, path, arrays, image, label)}
     if "train" in image and "train" in label and image.replace("train", "test") in arrays:
@@ -145,6 +158,14 @@ def _check_sizes(path: Path, file: zipfile.ZipFile) -> None:
             raise ValueError(f"array {shortened(entry.filename, 100)!r} declares more numbers than follow")
 
 
+def _is_plain(array: Any) -> bool:
+    """Whether this is an array whose text, if any, is Unicode: for NumPy, characters are 32-bit numbers of any value."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "U" or not array.size:
+        return isinstance(array, np.ndarray)
+    letters = np.ascontiguousarray(array).reshape(-1).view(f"{array.dtype.byteorder}u4".replace("=", ""))
+    return bool(((letters < 0xD800) | ((letters > 0xDFFF) & (letters <= 0x10FFFF))).all())
+
+
 def _npz_split(path: Path, arrays: Mapping[str, np.ndarray], image: str, label: str) -> Rows:
     for key, name in (("image", image), ("label", label)):
         if name not in arrays:
@@ -157,12 +178,8 @@ def _npz_split(path: Path, arrays: Mapping[str, np.ndarray], image: str, label: 
         )
     _same_number(len(values), f"array {image!r}", len(labels), f"{path}, array {label!r}")
     fitting = {name for name, array in arrays.items() if array.shape == labels.shape and array.dtype.kind in "biufU"}
-    try:
-        columns = {name: arrays[name].astype(str).astype(object) for name in sorted(fitting - {label})}
-        names = [str(each) for each in labels.tolist()]
-    except ValueError as error:  # of numbers that are no characters
-        raise DataError(f"{path}: not readable as names: {in_a_line(error)}") from None
-    return Rows(_Array(values, path), names, columns)
+    columns = {name: arrays[name].astype(str).astype(object) for name in sorted(fitting - {label})}
+    return Rows(_Array(values, path), [str(each) for each in labels.tolist()], columns)
 
 
 def _as_pictures(values: np.ndarray, where: str) -> np.ndarray:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+|[\w.-]+(?=:))(:(?P<config>[\w.-]+))?")
 _NO_SPLITS = ""
-_MOST_BYTES, _BATCH = 8 << 30, 1000  # of a table in memory; rows that are read at once
+_MOST_BYTES, _BATCH = 2 << 30, 250  # of a table in memory; rows that are read at once
 
 
 def is_id(source: str) -> bool:
@@ -74,20 +74,20 @@ def _parquet(path: Path) -> Any:
         for batch in file.iter_batches(batch_size=_BATCH):
             size += batch.nbytes
             if size > _MOST_BYTES:
-                raise OSError(f"expected a table of at most {_MOST_BYTES:,} bytes")
+                raise OSError(f"expected a table of at most {_MOST_BYTES:,} bytes; give the folder of a larger one")
             batches.append(batch)
         return pyarrow.Table.from_batches(batches, file.schema_arrow)
 
 
-def columns(dataset: Dataset) -> dict[str, list[Any]]:
+def columns(dataset: Dataset, source: str) -> dict[str, list[Any]]:
     """The columns of plain values, `{name: [n]}`; class labels by their names, `None` if a row has none.
 
-    Raises `DataError` for a dataset whose values cannot be read.
+    `source`: of the dataset, for errors. Raises `DataError` for a dataset whose values cannot be read.
     """
     try:
         return _columns(dataset)
     except Exception as error:  # damaged files fail here, too, in as many ways
-        raise DataError(f"{_place(dataset)}: datasets cannot read its rows ({in_a_line(error)}); check what is in it") from None
+        raise DataError(f"{source}: datasets cannot read its rows ({in_a_line(error)}); check what is in it") from None
 
 
 def _columns(dataset: Dataset) -> dict[str, list[Any]]:
@@ -99,12 +99,6 @@ def _columns(dataset: Dataset) -> dict[str, list[Any]]:
     for name, names in named.items():
         values[name] = [None if label is None or label < 0 else names[label] for label in values[name]]
     return {name: values[name] for name in plain}
-
-
-def _place(dataset: Dataset) -> str:
-    """The first file of a dataset, or what it is."""
-    files = [file["filename"] for file in dataset.cache_files]
-    return files[0] if files else "a table of rows"
 
 
 @contextlib.contextmanager

@@ -179,10 +179,22 @@ def _labelled(rows: Rows, source: str, label_names: tuple[str, ...] = (), of: st
             f"{source}: label {unknown[0]!r} of held-out images is not among the {len(label_names)} labels of {of}; "
             f"{nearest(unknown[0], label_names)}; remove those images or add training images"
         )
+    odd = next((name for name in label_names or set(rows.names) if not _is_unicode(name)), None)
+    if odd is not None:
+        raise DataError(f"{source}: expected labels of Unicode text, got {odd!a}; rename it")
     label_names = label_names or rows.known or ordered(rows.names)
     place = {name: i for i, name in enumerate(label_names)}
     labels = np.array([place[name] for name in rows.names], dtype=np.int64)
     return Images(rows.pixels, np.arange(len(labels)), labels, label_names, rows.columns)
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether a file can hold the name: those of folders may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # --- kinds of sources ------------------------------------------------------------------------------------------------

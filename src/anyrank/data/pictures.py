@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,15 +43,17 @@ class _Pictures:
 def _decode(data: bytes, where: str) -> np.ndarray:
     """A picture as grey `[h, w]` or colour `[h, w, 3]`; a palette is looked up, transparency is dropped."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise DataError("reading pictures needs the package Pillow; pip install pillow") from None
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
             if picture.width * picture.height > _MOST_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels are more than {_MOST_PIXELS:,}")
             deep = picture.mode.startswith(("I", "F"))
             pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not readable as an image ({', '.join(_FORMATS)}); repair or remove it") from None
     except Exception as error:  # decoders of damaged bytes fail in any way
         raise DataError(f"{where}: not readable as an image: {in_a_line(error)}; repair or remove it") from None
     if deep:
@@ -89,7 +93,7 @@ def _classes(root: Path, config: DataConfig) -> Rows:
 def _metadata(root: Path, names: Sequence[str], config: DataConfig) -> Mapping[str, np.ndarray]:
     """The columns of `metadata.csv` for the pictures `names`, where there is such a file."""
     path = root / "metadata.csv"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
         found = [row for _, row in delimited(path, read_text(path, config), True, config.delimiter)]
@@ -123,7 +127,7 @@ def _dataset_split(dataset: Any, source: str, config: DataConfig) -> Rows:
             raise DataError(f"{source}: no column {name!r} for data.{key}; {nearest(name, features)}")
     if not isinstance(features[image], Image):
         raise DataError(f"{source}: data.image: expected a column of images, got {image!r} of {features[image]}")
-    columns = hub.columns(dataset)
+    columns = hub.columns(dataset, source)
     names = columns.pop(label, None)
     if names is None:
         raise DataError(f"{source}: data.label: expected a column of names or numbers, got {label!r} of {features[label]}")

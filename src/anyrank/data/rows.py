@@ -133,11 +133,11 @@ def read_text(path: Path, config: DataConfig) -> str:
 
 
 def _datasets(source: str, config: DataConfig) -> Splits:
-    return {name: partial(_dataset_rows, dataset) for name, dataset in hub.splits(source).items()}
+    return {name: partial(_dataset_rows, dataset, source) for name, dataset in hub.splits(source).items()}
 
 
-def _dataset_rows(dataset: Any) -> Rows:
-    columns = hub.columns(dataset)
+def _dataset_rows(dataset: Any, source: str) -> Rows:
+    columns = hub.columns(dataset, source)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return Rows(list(enumerate(rows)), "row")
 

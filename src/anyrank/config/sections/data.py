@@ -148,6 +148,7 @@ class DataConfig:
         expect(0 < self.test_fraction < 1, "data.test_fraction", "a number between 0 and 1", self.test_fraction)
         pair = not isinstance(self.text, tuple) or len(self.text) == 2
         expect(pair, "data.text", "one column, or a list of two for pairs of texts", self.text)
+        expect(bool(self.source), "data.source", "a file, a folder, a dataset on the hub or digits", self.source)
         one_of(self.format, INSTRUCTIONS, "data.format")
         delimiter = len(self.delimiter) <= 1 and self.delimiter not in _NO_DELIMITERS
         expect(delimiter, "data.delimiter", "one character that is no quote and no line break, or none", self.delimiter)
