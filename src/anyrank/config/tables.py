@@ -50,15 +50,20 @@ def _parsed(text: str) -> dict[str, Any]:
         table = tomllib.loads(text)
     except RecursionError:
         raise ValueError("lists and tables are nested too deep") from None
+    _check_values(table)
+    return table
+
+
+def _check_values(table: Any) -> None:
+    """Raise `ValueError` for what no TOML file holds."""
     check_depth(table)
     _check_numbers(table)
-    return table
 
 
 def _check_numbers(value: Any) -> None:
     if type(value) is int and not -(2**63) <= value < 2**63:
         raise ValueError("expected whole numbers of at most 64 bits, got a larger one")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
         _check_numbers(inner)
 
 
@@ -110,6 +115,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 def from_table(table: Mapping[str, Any]) -> Config:
     """The configuration in a parsed TOML table."""
+    try:
+        _check_values(table)
+    except ValueError as error:
+        raise ConfigError(f"configuration: {error}") from None
     for section, what in _NOT_YET.items():
         if section in table:
             raise ConfigError(
