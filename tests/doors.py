@@ -18,6 +18,7 @@ import random
 import shutil
 import struct
 import tempfile
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,8 @@ def config(data: bytes, root: Path) -> str:
     again = outcome(lambda: from_table(to_table(found.value)))
     expect(again.value == found.value, f"not the same after it was written: {again}")
     identity(found.value)
-    path.write_text(tomli_w.dumps(to_table(found.value)), encoding="utf-8")
-    expect(load(path) == found.value, "not the same after it was written to a file")
+    written = tomli_w.dumps(to_table(found.value)).encode().decode()
+    expect(from_table(tomllib.loads(written)) == found.value, "not the same after it was written as TOML")
     return "read"
 
 
@@ -180,12 +181,13 @@ def sources() -> dict[str, Source]:
     folder = {f"{label}/{i}.png": _png(i) for i in range(6) for label in ("a", "b")}
     meta = "file_name,site\n" + "".join(f"{name},s\n" for name in folder)
     idx = {"train-images-idx3-ubyte": pictures, "train-labels-idx1-ubyte": labels}
+    tabs = "".join("\t".join(row) + "\n" for row in rows)
     semicolons = table.replace(",", ";").encode("latin-1")
     splits = json.dumps({"train": objects, "test": objects[:3]}).encode()
     split, ask = texts.load_split, instructions.load_split
     return {
         "csv": Source({"a.csv": table.encode()}, "a.csv", {}, split),
-        "tsv": Source({"a.tsv": table.replace(",", "\t").encode()}, "a.tsv", {"text": 0, "label": 1, "header": False}, split),
+        "tsv": Source({"a.tsv": tabs.encode()}, "a.tsv", {"text": 0, "label": 1, "header": False}, split),
         "latin": Source({"a.csv": semicolons}, "a.csv", {"delimiter": ";", "encoding": "latin-1"}, split),
         "utf16": Source({"a.csv": table.encode("utf-16")}, "a.csv", {"encoding": "utf-16"}, split),
         "jsonl": Source({"a.jsonl": lines[0]}, "a.jsonl", {}, split),
@@ -195,7 +197,9 @@ def sources() -> dict[str, Source]:
         "asked": Source({"a.jsonl": lines[1]}, "a.jsonl", {"options": tuple(map(str, range(1, 13)))}, ask),
         "chats": Source({"a.jsonl": lines[2]}, "a.jsonl", {"format": "messages"}, ask),
         "common": Source({"a.jsonl": lines[3]}, "a.jsonl", {"format": "commonsense"}, ask),
-        "template": Source({"a.csv": table.encode()}, "a.csv", {"template": "{text} is {label}", "completion": "label"}, ask),
+        "template": Source(
+            {"a.csv": table.encode()}, "a.csv", {"template": "{text} is {label}", "prompt": "text", "completion": "label"}, ask
+        ),
         "npz": Source({"a.npz": arrays.getvalue()}, "a.npz", {}, _pixels),
         "idx": Source(idx, "", {}, _pixels),
         "idx labels": Source(dict(reversed(idx.items())), "", {}, _pixels),

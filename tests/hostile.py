@@ -210,7 +210,7 @@ def spoiled_json(data: bytes, chance: random.Random) -> bytes:
     at = chance.randrange(len(lines)) if lines else 0
     try:
         lines[at] = json.dumps(spoiled_value(json.loads(lines[at]), chance)).encode()
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RecursionError):
         return spoiled_bytes(data, chance)
     return b"\n".join(lines) + b"\n"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from anyrank.config import explain
 from anyrank.config.sections import Config
-from anyrank.errors import ConfigError, in_a_line, nearest
+from anyrank.errors import ConfigError, in_a_line, nearest, shortened
 from anyrank.files import check_depth, read_bounded
 
 # Sections that are planned but not supported by this version: an error, never ignored.
@@ -57,14 +57,25 @@ def _parsed(text: str) -> dict[str, Any]:
 def _check_values(table: Any) -> None:
     """Raise `ValueError` for what no TOML file holds."""
     check_depth(table)
-    _check_numbers(table)
+    waiting = [table]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif type(value) is int and not -(2**63) <= value < 2**63:
+            raise ValueError("expected whole numbers of at most 64 bits, got a larger one")
+        elif isinstance(value, str) and not _is_unicode(value):
+            raise ValueError(f"expected Unicode text, got {shortened(ascii(value), 100)}")
 
 
-def _check_numbers(value: Any) -> None:
-    if type(value) is int and not -(2**63) <= value < 2**63:
-        raise ValueError("expected whole numbers of at most 64 bits, got a larger one")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-        _check_numbers(inner)
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: how Python has a byte of the command line that is no UTF-8
+        return False
+    return True
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -71,12 +71,20 @@ def _parquet(path: Path) -> Any:
 
     with parquet.ParquetFile(path) as file:
         batches, size = [], 0
-        for batch in file.iter_batches(batch_size=_BATCH):
+        for stored in file.iter_batches(batch_size=_BATCH):
+            batch = pyarrow.RecordBatch.from_pydict({name: _decoded(stored[name]) for name in stored.schema.names})
             size += batch.nbytes
             if size > _MOST_BYTES:
                 raise OSError(f"expected a table of at most {_MOST_BYTES:,} bytes; give the folder of a larger one")
             batches.append(batch)
-        return pyarrow.Table.from_batches(batches, file.schema_arrow)
+        named = file.schema_arrow.metadata
+        table = pyarrow.Table.from_batches(batches) if batches else file.schema_arrow.empty_table()
+        return table.replace_schema_metadata(named)
+
+
+def _decoded(column: Any) -> Any:
+    """A column in full: one that is stored as a dictionary may say a long text many times in little space."""
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
 
 
 def columns(dataset: Dataset, source: str) -> dict[str, list[Any]]:
