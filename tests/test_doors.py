@@ -30,7 +30,7 @@ import hostile
 from anyrank.config import Config, DataConfig, from_table, load, override
 from anyrank.data import arrays, images, instructions, texts
 from anyrank.data.split import held_out, ordered
-from anyrank.errors import AnyRankError, DataError, RunError, nearest
+from anyrank.errors import AnyRankError, DataError, RunError, nearest, printable
 from anyrank.files import check_depth, parse_json, read_bounded, walk
 from anyrank.report import runs as reports
 from anyrank.runs.names import read_lines, read_object
@@ -595,6 +595,17 @@ def test_an_empty_configuration_ends_the_command_with_status_2(tmp_path: Path) -
     assert done.stderr.startswith("anyrank: run.toml: expected a configuration, got an empty file")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "\x1b[31m.toml"], ["\x1b[31m"], ["run", "a.toml", "--\x1b[31m"], ["inspect", "\u202e"]]
+)
+def test_no_escape_of_the_command_line_comes_back_from_an_error(words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "anyrank", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == 2
+    told = done.stderr.decode()
+    assert told == printable(told.rstrip("\n")) + "\n"
 
 
 # --- reports -----------------------------------------------------------------------------------------------------------
