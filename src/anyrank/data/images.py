@@ -1,7 +1,7 @@
-"""Sources of labelled images: IDX files, `.npz` arrays, folders of pictures and Hugging Face datasets, as one frozen record.
+"""Labelled images of a source (IDX files, `.npz` arrays, folders of pictures, Hugging Face datasets) as one frozen record.
 
-Pictures stay as they are stored until they are asked for, so that a folder of photographs costs its list of names. Pixels are
-bytes; what they mean to a model is the task's business. Pillow and datasets are imported where a source needs them.
+A picture is read and decoded only when it is used, so that a folder of photographs costs memory for its file names only.
+Pixels are bytes; each task decides how to scale them. Pillow and datasets are imported only if a source needs them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _SEED = 0  # which examples a limit keeps is the same for every run seed
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled pictures. `rows` `[n]` are their numbers in `pixels`; `labels` `[n]` int64 index `label_names`; `columns`: what
-    else the source says of each, `[n]` of str.
+    """Labelled pictures. `rows` `[n]`: their indices in `pixels`. `labels` `[n]` int64: indices into `label_names`. `columns`:
+    the other columns of the source, `[n]` of str each.
     """
 
     pixels: Pixels
@@ -53,19 +53,19 @@ class Images:
         return Images(self.pixels, self.rows[index], self.labels[index], self.label_names, columns)
 
     def sample(self, number: int, purpose: str) -> np.ndarray:
-        """Which examples `[n]` bool are among `number` drawn at random, the same ones for every run seed."""
+        """A mask `[n]` bool of `number` examples drawn at random, the same for every run seed."""
         chosen = np.zeros(len(self), dtype=bool)
         chosen[keys.rng(_SEED, "images", purpose).permutation(len(self))[:number]] = True
         return chosen
 
     def relabelled(self, label_names: tuple[str, ...]) -> Images:
-        """The same examples with the same labels, counted in the order of `label_names`."""
+        """The same examples, with labels as indices into `label_names`."""
         number = {name: i for i, name in enumerate(label_names)}
         place = np.array([number[name] for name in self.label_names])
         return replace(self, labels=place[self.labels], label_names=label_names)
 
     def digest(self) -> str:
-        """The sha256 of all pictures in order; they are read, not decoded."""
+        """The sha256 of all pictures in their order, as they are stored; nothing is decoded."""
         total = hashlib.sha256()
         for i in self.rows.tolist():
             data = self.pixels.raw(i)
@@ -73,7 +73,7 @@ class Images:
         return total.hexdigest()
 
     def stacked(self) -> np.ndarray:
-        """All pictures as one array, uint8 `[n, channels, h, w]`; `DataError` where they differ in size or colour."""
+        """All pictures as one array, uint8 `[n, channels, h, w]`; `DataError` if they differ in size or colour."""
         values: np.ndarray | None = None
         for i, picture in enumerate(self):
             if values is None:
@@ -88,7 +88,7 @@ class Images:
 
 
 def spoken(shape: Sequence[int]) -> str:
-    """A picture's shape in words.
+    """The shape of a picture in words.
 
     >>> spoken((28, 28)), spoken((64, 48, 3))
     ('28x28 grey', '64x48 colour')
@@ -100,18 +100,18 @@ def load_split(config: DataConfig) -> tuple[Images, Images]:
     """Training and held-out images of `data.source`: the path of
 
     * a folder of IDX files, `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same with `t10k` or `test`, each with
-      or without `.gz`, as MNIST and its kin are published;
-    * an `.npz` file, its arrays named by `data.image` (uint8 `[n, h, w]` or `[n, h, w, 3]`) and `data.label`; where both names
-      have `train` in them, the arrays with `test` instead are held out; other arrays `[n]` are columns;
+      or without `.gz`: the format of MNIST;
+    * an `.npz` file, its arrays named by `data.image` (uint8 `[n, h, w]` or `[n, h, w, 3]`) and `data.label`; if both names
+      contain `train`, the arrays with `test` in its place are held out; other arrays `[n]` are columns;
     * a folder of pictures, `class/picture.png` or, with held-out ones of its own, `train/class/…` and `test/class/…`; a
       `metadata.csv` beside the classes, with a column `file_name` (`class/picture.png`), adds columns;
     * a dataset that `datasets` has saved to disk, a `.parquet` file or a folder of them, or a hub id (`owner/name`), with the
       columns `data.image` and `data.label`.
 
-    Trained on is `data.split` of the source (`train`). Held out are the examples of `data.test_source`, else the source's own:
-    its `data.test_split` (`test`, or `validation` where there is no such). Where there is none, `data.test_fraction` of the
-    examples is, drawn label by label and the same for every run seed. `data.test_examples` then keeps so many at random; see
-    `limited` for the others. Raises `DataError`.
+    The training images are the split `data.split` (default: train). Held out are, in this order: `data.test_source`; the split
+    `data.test_split` of the source (default: test, or else validation); or `data.test_fraction` of the images, stratified by
+    label and the same for every run seed. If `data.test_examples` is set, only so many of them are kept, drawn at random; for
+    training images, see `limited`. Raises `DataError`.
     """
     splits = _read(config.source, config, "data.source")
     chosen = _split(splits, config.split, ("train", ""), config.source, "data.split")
@@ -127,7 +127,7 @@ def load_split(config: DataConfig) -> tuple[Images, Images]:
 
 
 def _held_out_rows(config: DataConfig, others: Splits) -> Rows | None:
-    """The held-out examples that a source gives; `others`: the splits of `data.source` that are not trained on."""
+    """The held-out examples of a source that has some. `others`: the splits of `data.source` that are not for training."""
     if config.test_source:
         splits = _read(config.test_source, config, "data.test_source")
         usual = (*HELD_OUT, "train", "")
@@ -138,7 +138,7 @@ def _held_out_rows(config: DataConfig, others: Splits) -> Rows | None:
 
 
 def _split(splits: Splits, name: str, usual: Sequence[str], source: str, key: str) -> str:
-    """The split `name`; where none is named, the first of the `usual` ones that there is."""
+    """The split `name`; if `name` is empty, the first of `usual` that exists."""
     found = [each for each in ((name,) if name else usual) if each in splits]
     if not found:
         raise DataError(f"{source}: no split {name or usual[0]!r} for {key}; {nearest(name, splits)}")
@@ -156,7 +156,7 @@ def _divided(images: Images, config: DataConfig) -> tuple[Images, Images]:
 
 
 def limited(train: Images, config: DataConfig) -> Images:
-    """The training images that `data.train_examples` keeps: all of them where it is 0."""
+    """`data.train_examples` of the training images, drawn at random; all of them if it is 0."""
     return _limited(train, config.train_examples, "data.train_examples")
 
 
@@ -170,7 +170,7 @@ def _limited(images: Images, number: int, key: str) -> Images:
 
 
 def _labelled(rows: Rows, source: str, label_names: tuple[str, ...] = (), of: str = "") -> Images:
-    """Rows with their labels counted in the order of `label_names`, the training images' where `of` is their source."""
+    """Rows as `Images`. `label_names`: those of the training images, from the source `of`; if empty, those of the rows."""
     if not rows.names:
         raise DataError(f"{source}: expected images, got none")
     unknown = sorted(set(rows.names) - set(label_names)) if of else []
@@ -201,7 +201,7 @@ def _is_unicode(name: str) -> bool:
 
 
 def _read(source: str, config: DataConfig, key: str) -> Splits:
-    """The splits of a source, each read when it is called."""
+    """The splits of a source; each is read when its function is called."""
     path = Path(source)
     try:
         if path.is_dir():

@@ -1,6 +1,6 @@
-"""Rows of a source: CSV, TSV, JSON, JSON-lines and Parquet files, and Hugging Face datasets, each row with its place in words.
+"""Rows of a source: CSV, TSV, JSON, JSON-lines and Parquet files, and Hugging Face datasets.
 
-Nothing is repaired in silence: a row that is not what the header promises stops with its line number. Imports nothing heavy.
+No row is corrected silently: a row that does not fit the header is an error with its line number. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _MOST_ROWS, _MOST_COLUMNS = 10_000_000, 4096
 
 
 def training_rows(config: DataConfig) -> list[tuple[str, Mapping[str, Any]]]:
-    """The training rows as they stand in the source, each with its place in words; what `load` reads, of any columns."""
+    """The training rows with all their columns, each with its place (file and line) for errors."""
     return _placed(Part(config.source, config.split, "train", "data.source", "data.split"), config)
 
 
 def held_out_rows(config: DataConfig) -> list[tuple[str, Mapping[str, Any]]]:
-    """The same of the test source or split."""
+    """The same for the test source or split."""
     source, key = (config.test_source, "data.test_source") if config.test_source else (config.source, "data.source")
     return _placed(Part(source, config.test_split, "test", key, "data.test_split"), config)
 
@@ -51,7 +51,7 @@ def _placed(part: Part, config: DataConfig) -> list[tuple[str, Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """What is wanted of a source: its `split`, or `default` where it has splits and none is named; errors say the keys."""
+    """A part of a source: its `split`, or `default` if it has splits and none is named. The keys are for errors."""
 
     source: str
     split: str
@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with the number of each; `unit` is what is numbered. Objects of JSON may differ in their keys (`ragged`)."""
+    """Rows with the number of each; `unit` says what is numbered. Objects of JSON may have different keys (`ragged`)."""
 
     rows: Sequence[tuple[int, Mapping[str, Any]]]
     unit: str
@@ -79,7 +79,7 @@ Splits = Mapping[str, Callable[[], Rows]]  # a source without splits has one, ca
 
 
 def chosen(splits: Splits, part: Part) -> Iterator[Rows]:
-    """The rows of the splits that are wanted."""
+    """The rows of the requested splits."""
     if "" in splits:
         if part.split:
             raise DataError(f"{part.split_key} = {part.split!r}: {part.source} has no splits; leave it out")
@@ -208,7 +208,7 @@ def _check_width(where: str, columns: Sized) -> None:
 
 
 def _json_lines(source: str, config: DataConfig) -> Splits:
-    """One object a line, or a list of objects, told apart by the file's first character."""
+    """One object per line, or a list of objects; the first character of the file tells which."""
     path = Path(source)
     text = read_text(path, config)
     if text.lstrip().startswith("["):
@@ -268,7 +268,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """The value in a JSON text whose strings are Unicode: escapes may stand for halves of pairs, which no tokenizer takes."""
+    """The value in a JSON text. Raises `ValueError` also for halves of surrogate pairs, which no tokenizer accepts."""
     value = parse_json(text)
     if "\\u" in text:
         try:
@@ -296,7 +296,7 @@ def label_of(row: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def spelt(value: Any) -> str:
-    """Text as it is, nothing as the empty text, anything else as JSON spells it."""
+    """A value as text: text as it is, no value as the empty text, anything else as in JSON."""
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -1,4 +1,4 @@
-"""Held-out examples, and the order of labels."""
+"""Which examples are held out, and the order of labels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from anyrank import keys
 
-# The held-out examples of a file are the same for every run seed: runs that differ in their seed alone are then scored on
-# the same examples, so that their difference is one of training and comparisons over seeds are paired.
+# The held-out examples of a file are the same for every run seed: runs that differ only in their seed are scored on the same
+# examples, so that comparisons over seeds are paired.
 _SPLIT_SEED = 0
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
-    """The distinct names in order: by value where all are whole numbers, else by the alphabet.
+    """The distinct names in order: by value if all are whole numbers of at most 18 digits, else alphabetical.
 
     >>> ordered(["10", "9", "9"]), ordered(["b", "a", "10"])
     (('9', '10'), ('10', 'a', 'b'))
@@ -31,9 +31,10 @@ def _indices(names: Iterable[str], label_names: tuple[str, ...]) -> np.ndarray:
 
 
 def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows `[n]` bool are held out: per label the share's floor, the rest of the total by largest remainder.
+    """A mask `[n]` bool of the held-out rows: `fraction` of them, stratified by label.
 
-    The same for every run seed; every label keeps at least one row that is not held out.
+    Of each label, the share is rounded down; the rows that are then missing from the total go to the labels with the largest
+    remainders. The mask is the same for every run seed, and every label keeps at least one row that is not held out.
     """
     counts = np.bincount(labels)
     exact = counts * fraction

@@ -1,7 +1,4 @@
-"""Sources of text data, read into one frozen table: CSV, TSV, JSON, JSON-lines and Parquet files, and Hugging Face datasets.
-
-Nothing is repaired in silence: a row that is not what the header promises stops with its line number. Imports nothing heavy.
-"""
+"""Labelled texts, read from the rows of a source into one frozen table. No row is corrected silently."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ Text = str | tuple[str, str]  # one text, or a pair of them
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Labelled texts. `labels` `[n]` int64 index `label_names`; `columns`: the source's other columns, `[n]` of str each."""
+    """Labelled texts. `labels` `[n]` int64: indices into `label_names`. `columns`: the other columns, `[n]` of str each."""
 
     texts: tuple[Text, ...]
     labels: np.ndarray
@@ -58,12 +55,12 @@ def load(config: DataConfig) -> Table:
 
 
 def load_split(config: DataConfig) -> tuple[Table, Table]:
-    """Training and held-out rows: the latter are `data.test_split` or `data.test_source` (of this, its split `test`, where it
-    has splits and none is named), or else a split of the training rows.
+    """Training and held-out rows. Held out are `data.test_split` or `data.test_source` (if it has splits and none is named,
+    its split `test`), or else a part of the training rows.
 
-    That split holds out `test_fraction` of the rows, of each label as near to that share as whole numbers allow, and leaves
-    every label at least one training row. It depends on the labels and the fraction alone, not on the run seed: runs over
-    several seeds are scored on the same examples.
+    That part is `data.test_fraction` of the rows, stratified by label; every label keeps at least one training row. It
+    depends only on the labels and the fraction, not on the run seed, so that runs with different seeds are scored on the same
+    examples. Raises `DataError`.
     """
     table = _training(config)
     if len(table.label_names) < 2:
@@ -86,14 +83,14 @@ def _divided(table: Table, config: DataConfig) -> tuple[Table, Table]:
 
 
 def _training(config: DataConfig) -> Table:
-    """The training rows under their labels' own names."""
+    """The training rows, with the labels' names from the source."""
     texts, names, columns = _read(Part(config.source, config.split, "train", "data.source", "data.split"), config)
     label_names = ordered(names)
     return Table(texts, _indices(names, label_names), label_names, columns)
 
 
 def _held_out_rows(config: DataConfig, label_names: tuple[str, ...]) -> Table:
-    """The rows of the test source or split, with their labels counted as the training rows' are."""
+    """The rows of the test source or split; their labels are indices into the training labels."""
     source, key = (config.test_source, "data.test_source") if config.test_source else (config.source, "data.source")
     texts, names, columns = _read(Part(source, config.test_split, "test", key, "data.test_split"), config)
     unknown = sorted(set(names) - set(label_names))
@@ -106,7 +103,7 @@ def _held_out_rows(config: DataConfig, label_names: tuple[str, ...]) -> Table:
 
 
 def _renamed(table: Table, config: DataConfig) -> Table:
-    """The table with `data.label_names` for its labels' own, where they are given."""
+    """The table with the names in `data.label_names`, if they are given."""
     given, own = config.label_names, table.label_names
     if not given:
         return table
@@ -122,7 +119,7 @@ def _renamed(table: Table, config: DataConfig) -> Table:
 
 
 def _read(part: Part, config: DataConfig) -> tuple[tuple[Text, ...], list[str], dict[str, np.ndarray]]:
-    """Texts, label names and other columns of a part's rows."""
+    """Texts, label names and other columns of the rows of a part."""
     parts = [_read_rows(rows, part, config) for rows in chosen(open_source(part, config), part)]
     common = [name for name in parts[0][2] if all(name in columns for _, _, columns in parts)]
     columns = {name: np.concatenate([columns[name] for _, _, columns in parts]) for name in common}
@@ -149,7 +146,7 @@ def _read_rows(found: Rows, part: Part, config: DataConfig) -> tuple[list[Text],
 
 
 def _column(source: str, config: DataConfig, names: list[str], key: str, wanted: str | int) -> str:
-    """The name of the column that `wanted`, of `data.text` or `data.label`, means."""
+    """The name of the column to which `wanted` (from `data.text` or `data.label`) refers."""
     listed = ", ".join(short(name) for name in names[:50]) + (", …" if len(names) > 50 else "")
     delimited = Path(source).suffix.lower() in DIALECTS
     if delimited and isinstance(wanted, int):
