@@ -166,7 +166,7 @@ class PeftLoop:
     shards: Mapping[str, np.ndarray]
     inside: str = ""  # where in the model the part lies that PEFT wraps
 
-    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: None = None) -> Iterator[ClientUpdate]:
+    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: None = None, deadline_s=None) -> Iterator[ClientUpdate]:
         for job in jobs:
             if job.download.train != BOTH or job.download.pruning:
                 raise NotImplementedError("the loop trains A and B, and prunes nothing")

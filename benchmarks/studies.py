@@ -127,7 +127,7 @@ class OneByOne:
         self.start, self.evaluate, self.close = engine.start, engine.evaluate, getattr(engine, "close", lambda: None)
         self.cohort, self.trained, self.spent = 0, 0, 0.0
 
-    def train(self, jobs, plan, mechanism=None):
+    def train(self, jobs, plan, mechanism=None, deadline_s=None):
         self.cohort = len(jobs)
         for job in jobs:
             if self.trained and self.spent > self.seconds:

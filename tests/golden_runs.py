@@ -29,6 +29,10 @@ participation = 0.5
 ranks = [1, 2, 8]
 [train]
 local_steps = 3
+[guard]
+norm = 0
+far = 0
+owner = 1
 """
 TEXTS = ["where is my card", "what is the exchange rate", "top up failed again", "please help me", "pay the bill now"]
 
@@ -77,6 +81,7 @@ def instructions(*settings: str) -> Callable[[Path], list[str]]:
     return build
 
 
+GUARDED = ("guard.norm=1.5", "guard.far=4", "guard.owner=0.5")
 PRIVATE = ("privacy.delta=1e-4", "train.optimizer=sgd", "train.learning_rate=0.05")
 RUNS: Mapping[str, Callable[[Path], list[str]]] = {
     "raflora": digits("raflora"),
@@ -102,6 +107,9 @@ RUNS: Mapping[str, Callable[[Path], list[str]]] = {
     "a map above an encoder": texts(),
     "inside an encoder": texts('lora.target_modules=["query","value"]', "model.head=trained"),
     "a decoder": instructions(),
+    "raflora, guarded": digits("raflora", *GUARDED),
+    "rbla, guarded, geometric median": digits("rbla", *GUARDED, "robust.rule=geometric-median"),
+    "stayput, guarded, with dropout": digits("stayput", *GUARDED, "clients.dropout=0.3"),
 }
 
 

@@ -17,7 +17,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config, PartitionConfig
 from anyrank.errors import ConfigError, ModelError, RunFailed
-from anyrank.federation import intake, loop
+from anyrank.federation import asking, intake, loop
 from anyrank.federation.cohort import Population
 from anyrank.federation.federation import Federation
 from anyrank.messages.plan import Plan, plan_round
@@ -38,7 +38,9 @@ class Script:
         )
         return Adapter({"x": layer})
 
-    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: None = None) -> Iterator[ClientUpdate | Failure]:
+    def train(
+        self, jobs: Sequence[Job], plan: Plan, mechanism: None = None, deadline_s=None
+    ) -> Iterator[ClientUpdate | Failure]:
         self.seen.append(list(jobs))
         for job in reversed(jobs):  # replies come in any order
             deed = self.mischief.get(job.client.name, "honest")
@@ -163,17 +165,27 @@ def test_the_bad_client_leaves_no_trace_in_the_result(tmp_path: Path) -> None:
     assert torch.equal(a.B, b.B)
 
 
-def test_a_round_in_which_all_fail_ends_the_run_and_the_checkpoint_stands(tmp_path: Path) -> None:
+def test_rounds_in_which_all_fail_end_the_run_when_patience_is_over_and_the_checkpoint_stands(tmp_path: Path) -> None:
     engine = Script()
-    built, store = build(tmp_path, engine)
+    built, store = build(tmp_path, engine, rounds=9)
 
     def then_break(metrics: dict) -> None:
         engine.mischief = dict.fromkeys(("client-0", "client-1", "client-2", "client-3"), "nan")
 
-    with pytest.raises(RunFailed, match=r"round 2: no client sent a usable update; client-0: layer x, B: contains NaN"):
+    says = r"round 4: no client sent a usable update; client-0: layer x, B: contains NaN .*\(3 rounds in a row were idle\)"
+    with pytest.raises(RunFailed, match=says):
         loop.run(built, store, then_break)
-    assert store.restore().round == 1
-    assert [row["round"] for row in rows(tmp_path, "metrics.jsonl")] == [1]
+    state = store.restore()
+    assert (state.round, [row["round"] for row in rows(tmp_path, "metrics.jsonl")]) == (4, [1, 2, 3, 4])
+    of_round_1 = torch.tensor([1.0, 1.0, 0.5, 0.5], dtype=torch.float64)  # the last two slices have one owner: half its weight
+    assert torch.equal(state.adapter.layers["x"].B, of_round_1.expand(5, 4))
+    assert [bool(row["idle"]) for row in rows(tmp_path, "metrics.jsonl")] == [False, True, True, True]
+
+
+def test_a_run_of_idle_rounds_alone_fails_however_short_it_is(tmp_path: Path) -> None:
+    built, store = build(tmp_path, Script(dict.fromkeys(("client-0", "client-1", "client-2", "client-3"), "nan")), rounds=1)
+    with pytest.raises(RunFailed, match="round 1: no client sent a usable update"):
+        loop.run(built, store)
 
 
 def test_clients_without_examples_are_skipped_and_said_so(tmp_path: Path) -> None:
@@ -293,7 +305,7 @@ def test_fedprox_holds_clients_nearer_to_where_they_started(tmp_path: Path) -> N
             MLP.replace(train={"proximal_mu": mu, "optimizer": "sgd", "learning_rate": 0.05, "local_steps": 30})
         )
         state = loop.start(built)
-        jobs, _ = loop.dispatch(built, state, 1)
+        jobs, _ = asking.dispatch(built, state, 1)
         plan = plan_round(built.config.train, 1, 3, 0)
         updates = list(built.engine.train(jobs, plan))
         built.close()

@@ -530,7 +530,7 @@ class Hostile(Script):
         super().__init__({"client-1": "silent"})
         self._chance, self._silent, self._make = random.Random(seed), silent, make
 
-    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: None = None) -> Iterator[Any]:
+    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: None = None, deadline_s=None) -> Iterator[Any]:
         yield from super().train(jobs, plan, mechanism)
         if not self._silent:
             yield self._make(next(job for job in jobs if job.client.name == "client-1"), self._chance)

@@ -12,18 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyrank import simulation
+from anyrank import methods, simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.config.sections import Config, RobustConfig
-from anyrank.errors import ConfigError, RunFailed
+from anyrank.config.sections import Config
+from anyrank.errors import ConfigError
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, Scaling, ServerState
-from anyrank.robust.base import Rule
+from anyrank.robust.base import Rule, TooFew
 from anyrank.robust.geometric_median import GeometricMedian, weiszfeld
 from anyrank.robust.krum import Krum, scores
 from anyrank.robust.norm_bound import NormBound
 from anyrank.robust.rules import rule_of
-from anyrank.robust.steps import gram, steps
+from anyrank.robust.steps import gram
 
 SHAPES = {"first": (7, 5), "second": (4, 6)}
 RANKS = (2, 3, 3, 3, 5, 5, 5, 1)
@@ -74,7 +74,7 @@ STATE = ServerState(0, 0, adapter(5, 99), Scaling(1.0, "constant"))
 def test_the_gram_matrix_is_that_of_the_dense_steps() -> None:
     jobs, updates = cohort()
     vectors = torch.stack([dense(job, update) for job, update in zip(jobs, updates, strict=True)])
-    torch.testing.assert_close(gram(steps(jobs, updates)), vectors @ vectors.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gram(jobs, updates), vectors @ vectors.T, rtol=1e-10, atol=1e-10)
 
 
 def test_common_slices_are_those_that_everybody_has() -> None:
@@ -86,8 +86,8 @@ def test_common_slices_are_those_that_everybody_has() -> None:
     loud = replace(updates[4], adapter=Adapter({**updates[4].adapter.layers, "first": layer.with_factors(A, layer.B)},
                                                updates[4].adapter.tensors))  # fmt: skip
     other = [*updates[:4], loud, *updates[5:]]
-    torch.testing.assert_close(gram(steps(jobs, other, common=True)), gram(steps(jobs, updates, common=True)))
-    assert not torch.allclose(gram(steps(jobs, other)), gram(steps(jobs, updates)))
+    torch.testing.assert_close(gram(jobs, other, common=True), gram(jobs, updates, common=True))
+    assert not torch.allclose(gram(jobs, other), gram(jobs, updates))
 
 
 RULES = [NormBound(2.0), GeometricMedian(), Krum(1, keep=1), Krum(2)]
@@ -183,7 +183,7 @@ def test_multi_krum_drops_those_that_are_far_away_and_says_so() -> None:
 
 def test_krum_refuses_a_round_of_too_few() -> None:
     jobs, updates = cohort()
-    with pytest.raises(RunFailed, match="hostile = 3 needs 9 updates a round, got 8"):
+    with pytest.raises(TooFew, match="hostile = 3 needs 9 updates a round, got 8"):
         Krum(3).screen(STATE, jobs, updates)
 
 
@@ -206,6 +206,23 @@ def test_honest_large_ranks_are_not_shortened_for_their_rank() -> None:
     assert all(a is b for a, b in zip(NormBound(3.0).screen(STATE, jobs, updates).updates, updates, strict=True))
 
 
+def test_an_update_that_is_far_out_is_rejected_and_does_not_hold_the_mean_back() -> None:
+    jobs, updates = cohort((0.1, 0.1, 0.1, 50.0, 0.1, 0.1, 0.1, 0.1))
+    kept = NormBound(3.0, far=4.0).screen(STATE, jobs, updates)
+    assert kept.rejected == {"c3": "its step is more than 4 times as long as the median (guard.far)"}
+    assert (kept.shortened, kept.refused) == ({}, {})
+    assert [update.client for update in kept.updates] == ["c0", "c1", "c2", "c4", "c5", "c6", "c7"]
+
+
+def test_a_client_that_trains_longer_may_move_further() -> None:
+    """One pass over 100 examples in batches of 10 is ten steps, where the others take one: ten times the length is honest."""
+    jobs, updates = cohort((0.1,) * 5 + (0.7,), ranks=(3,) * 6)
+    steps = lambda num_examples: 10 if num_examples == 8 else 1  # noqa: E731 - the last client has 3 + 5 examples
+    assert list(NormBound(3.0, far=4.0).screen(STATE, jobs, updates).rejected) == ["c5"]
+    kept = NormBound(3.0, far=4.0, steps=steps).screen(STATE, jobs, updates)
+    assert (kept.rejected, kept.shortened) == ({}, {})
+
+
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +233,7 @@ class Hostile:
         self._engine, self._who, self._times = simulation.in_process(setting), who, times
         self.start, self.evaluate, self.close = self._engine.start, self._engine.evaluate, self._engine.close
 
-    def train(self, jobs, plan, mechanism=None) -> Iterator:
+    def train(self, jobs, plan, mechanism=None, deadline_s=None) -> Iterator:
         by_name = {job.client.name: job for job in jobs}
         for reply in self._engine.train(jobs, plan, mechanism):
             yield self._twisted(by_name[reply.client], reply) if reply.client == self._who else reply
@@ -231,17 +248,20 @@ class Hostile:
         return replace(reply, adapter=replace(reply.adapter, layers=layers))
 
 
-def accuracy(tmp_path: Path, rule: str, times: float, method: str = "raflora") -> float:
+OFF = {"norm": 0, "far": 0, "owner": 1}
+
+
+def accuracy(tmp_path: Path, rule: str, times: float, method: str = "raflora", guard: dict | None = None) -> float:
     from anyrank.federation import loop
     from anyrank.runs.folder import RunDir
 
     config = Config().replace(
         run={"rounds": 6}, model={"name": "digits-mlp"}, clients={"count": 10, "participation": 1.0}, method={"name": method},
-        robust={"rule": rule},
+        robust={"rule": rule}, guard=guard or {},
     )  # fmt: skip
     federation = simulation.build(config, engine=lambda setting: Hostile(setting, "client-7", times))
     try:
-        with RunDir.open(tmp_path / f"{rule}-{times}-{method}", config) as store:
+        with RunDir.open(tmp_path / f"{rule}-{times}-{method}-{bool(guard)}", config) as store:
             return loop.run(federation, store)["accuracy"]
     finally:
         federation.close()
@@ -252,15 +272,17 @@ def test_one_hostile_client_of_ten_ruins_a_run_and_not_one_under_a_rule(
     method: str, tmp_path: Path, monkeypatch, cache
 ) -> None:
     monkeypatch.setenv("ANYRANK_CACHE", str(cache))
-    honest = accuracy(tmp_path, "none", 1.0, method)
-    assert accuracy(tmp_path, "none", -300.0, method) < honest - 0.2
-    for rule in ("norm-bound", "geometric-median", "multi-krum"):
-        assert accuracy(tmp_path, rule, -300.0, method) > honest - 0.1, rule
+    honest = accuracy(tmp_path, "none", 1.0, method, OFF)
+    assert accuracy(tmp_path, "none", -300.0, method, OFF) < honest - 0.2
+    for rule in ("geometric-median", "multi-krum"):
+        assert accuracy(tmp_path, rule, -300.0, method, OFF) > honest - 0.1, rule
+    assert accuracy(tmp_path, "none", -300.0, method) > honest - 0.1, "the guard"
 
 
 REFUSED = {
-    "an unknown rule": ({"robust": {"rule": "mean"}}, "expected one of none, norm-bound"),
-    "a factor below one": ({"robust": {"rule": "norm-bound", "factor": 0.5}}, "robust.factor: expected a number of at least 1"),
+    "an unknown rule": ({"robust": {"rule": "mean"}}, "expected one of none, geometric-median"),
+    "a norm below one": ({"guard": {"norm": 0.5}}, "guard.norm: expected a number of at least 1, or 0 for no limit"),
+    "a rule of the guard": ({"robust": {"rule": "norm-bound"}}, "set guard.norm instead"),
     "noise at the server": (
         {"robust": {"rule": "geometric-median"}, "method": {"name": "rbla"},
          "privacy": {"level": "client", "noise_at": "server", "noise_multiplier": 1.0, "delta": 1e-4}},
@@ -275,10 +297,10 @@ REFUSED = {
 def test_a_rule_that_would_be_void_is_refused_in_one_line(what: str, monkeypatch, cache) -> None:
     monkeypatch.setenv("ANYRANK_CACHE", str(cache))
     sections, says = REFUSED[what]
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=says):  # the value alone, or together with the method
         simulation.build(Config().replace(model={"name": "digits-mlp"}, **sections)).close()
 
 
 def test_without_a_rule_nothing_is_done() -> None:
     jobs, updates = cohort()
-    assert rule_of(RobustConfig(), None).screen(STATE, jobs, updates).updates is updates
+    assert rule_of(Config().replace(guard=OFF), methods.make("raflora"), None).screen(STATE, jobs, updates).updates is updates

@@ -23,10 +23,9 @@ class InProcess:
 
     `stacking`: as `trainer.train_cohort` has it.
 
-    Whatever a client's training raises is its `Failure`, but for a `KeyboardInterrupt`, which stops the run, and a
-    `SystemExit`. A client that never returns holds up the round: within one process nothing can end it but the end of the
-    process, by Ctrl-C or SIGTERM, after which the run goes on from its last checkpoint. A fault that ends the process, in a
-    library of C or for want of memory, ends the run the same way.
+    Whatever a client's training raises is its `Failure`, apart from a `KeyboardInterrupt`, which stops the run. A client that
+    does not return within the deadline is interrupted (see `training.deadline`). A fault that ends the process itself, in a C
+    library or because the system is out of memory, ends the run; it continues from its last checkpoint with `--resume`.
     """
 
     model: LoraModel
@@ -37,8 +36,10 @@ class InProcess:
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
         return self.model.start(rank, scaling, seed)
 
-    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Iterator[ClientUpdate | Failure]:
-        return trainer.train_cohort(self.model, jobs, self.shards, plan, mechanism, self.stacking)
+    def train(
+        self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None, deadline_s: float | None = None
+    ) -> Iterator[ClientUpdate | Failure]:
+        return trainer.train_cohort(self.model, jobs, self.shards, plan, mechanism, self.stacking, deadline_s)
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         self.model.apply(adapter, merged)

@@ -10,7 +10,7 @@ import torch
 from anyrank import methods
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config
-from anyrank.errors import ConfigError, RunFailed, in_a_line
+from anyrank.errors import ConfigError, in_a_line
 from anyrank.federation.federation import Federation
 from anyrank.federation.standing import Standing
 from anyrank.messages.records import ClientUpdate, ServerState
@@ -50,30 +50,34 @@ def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
         )
 
 
+class Unhealthy(Exception):
+    """A merge that must not be kept; the text says why."""
+
+
 def merge(rule: Rule, method: methods.Method, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
     """The state after the round, all of whose numbers are finite: finite uploads may have a mean that is not.
 
-    Raises `RunFailed` that names the round, and the layer where one can be told.
+    Raises `Unhealthy` that names the layer where it can.
     """
     try:
         merged = rule.aggregate(method, state, updates)
     except (ArithmeticError, torch.linalg.LinAlgError) as error:
-        raise _overflown(state.round + 1, in_a_line(error)) from None
+        raise _overflown(in_a_line(error)) from None
     for adapter in (merged.adapter, *([merged.merged] if merged.merged else []), *merged.extra.values()):
         for name, layer in adapter.layers.items():
             if not math.isfinite(_largest(layer)):
-                raise _overflown(merged.round, f"layer {name}: its change may overflow")
+                raise _overflown(f"layer {name}: its change may overflow")
         for name, tensor in adapter.tensors.items():
             if not torch.isfinite(tensor).all():
-                raise _overflown(merged.round, f"tensor {name}: holds NaN or infinite values")
+                raise _overflown(f"tensor {name}: holds NaN or infinite values")
     return merged
 
 
-def check_loss(federation: Federation, round: int, standing: Standing) -> Standing:
-    """`standing` of the state after `round`. Raises `RunFailed` where the one model of all clients has no finite loss: nobody
-    could train on from it."""
+def check_loss(federation: Federation, standing: Standing) -> Standing:
+    """`standing` of a new state. Raises `Unhealthy` if the one model of all clients has no finite loss: nobody could train on
+    from it."""
     if not math.isfinite(standing.loss) and not federation.method.private:
-        raise _overflown(round, f"the loss is {standing.loss:g}")
+        raise _overflown(f"the loss is {standing.loss:g}")
     return standing
 
 
@@ -83,8 +87,8 @@ def _largest(layer: LoraLayer) -> float:
     return float(bound)
 
 
-def _overflown(round: int, what: str) -> RunFailed:
-    return RunFailed(
-        f"round {round}: what finite uploads merge to is not finite ({what}), and is not kept; lower train.learning_rate, or "
-        "leave out the client whose training diverges"
+def _overflown(what: str) -> Unhealthy:
+    return Unhealthy(
+        f"what finite uploads merge to is not finite ({what}), and is not kept; lower train.learning_rate, or leave out the "
+        "client whose training diverges"
     )

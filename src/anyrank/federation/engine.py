@@ -27,8 +27,11 @@ class Engine(Protocol):
         """The adapter that a run starts from, at `rank`."""
         ...
 
-    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Iterator[ClientUpdate | Failure]:
-        """The replies to `jobs`. `mechanism`: the privacy plan with its key, or `None`."""
+    def train(
+        self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None, deadline_s: float | None = None
+    ) -> Iterator[ClientUpdate | Failure]:
+        """The replies to `jobs`. `mechanism`: the privacy plan with its key, or `None`. `deadline_s`: seconds that a client has
+        from its download to its reply (`None`: no limit); one that takes longer is a `Failure` with the code `LATE`."""
         ...
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from anyrank import keys
 from anyrank.config.sections import Config
 from anyrank.federation.cohort import Population
 from anyrank.federation.engine import Engine
@@ -53,6 +54,17 @@ class Federation:
         population = self.population
         cohort = [(population.name(i), self.counted(int(population.sizes[i]))) for i in population.draw(round)]
         return {name: count for name, count in cohort if count}
+
+    def drops_out(self, client: str, round: int) -> bool:
+        """Whether the client sends nothing in `round`, as `clients.dropout` simulates it: drawn by seed, round and client."""
+        return self._happens("dropout", self.config.clients.dropout, client, round)
+
+    def is_late(self, client: str, round: int) -> bool:
+        """Whether the client's reply of `round` arrives one round late, as `clients.late` simulates it."""
+        return self._happens("late", self.config.clients.late, client, round)
+
+    def _happens(self, what: str, share: float, client: str, round: int) -> bool:
+        return share > 0 and bool(keys.rng(self.config.run.seed, what, round, client).random() < share)
 
     @property
     def upload_bound(self) -> float:

@@ -11,9 +11,14 @@ from anyrank.federation.standing import UNSCORED, Standing, of_global, of_person
 from anyrank.messages.records import Client, ServerState
 
 
-def measure(federation: Federation, state: ServerState, collected: Collected, standing: Standing | None) -> dict[str, Any]:
-    """The round's figures. In rounds that are not scored, accuracy and loss are `None` and the task's metrics are missing;
-    without a global model, spectra are `None`."""
+def measure(
+    federation: Federation, state: ServerState, collected: Collected, standing: Standing | None, idle: str = ""
+) -> dict[str, Any]:
+    """The round's figures; `idle`: why the round left the state as it was.
+
+    In rounds that are not scored, accuracy and loss are `None` and the task's metrics are missing; without a global model,
+    spectra are `None`.
+    """
     served = federation.method.served(state)
     figures = standing.figures() if standing else UNSCORED
     values = spectra(served["global"], state.merged) if "global" in served else None
@@ -29,7 +34,9 @@ def measure(federation: Federation, state: ServerState, collected: Collected, st
         "upload_bytes": collected.upload_bytes,
         "download_bytes": collected.download_bytes,
         "clients": collected.count("ok"),
-        "rejected": collected.count("rejected", "failed", "stray"),
+        "rejected": collected.count("rejected", "excluded", "failed", "stray"),
+        "shortened": sum(row["shortened"] is not None for row in collected.rows),
+        "idle": idle,
     }
 
 

@@ -59,6 +59,8 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
         "ranks": count_ranks(population.ranks),
         "examples": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
         "rejected": sum(row["rejected"] for row in metrics),
+        "shortened": sum(row.get("shortened", 0) for row in metrics),
+        "idle_rounds": sum(bool(row.get("idle")) for row in metrics),
         **federation.facts.table(),
         "versions": versions(),
         "platform": platform.platform(),

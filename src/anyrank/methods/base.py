@@ -123,6 +123,8 @@ class Method(ABC):
     pools_data: ClassVar[bool] = False
     # Whether clients weigh by their numbers of examples, so that other numbers are other weights.
     by_examples: ClassVar[bool] = True
+    # Whether a slice is averaged over the clients that have it, so that a single owner has all of the weight on it.
+    by_owners: ClassVar[bool] = False
     # Whether a layer's new factors need no other layer. A method with an `aggregate` of its own has to say so itself.
     by_layer: ClassVar[bool] = True
     # True for the reference lines that methods are compared with; no real federation would run them.
@@ -136,6 +138,10 @@ class Method(ABC):
     def prunes(self) -> bool:
         """Whether clients may lower their own ranks."""
         return False
+
+    def lone_weight(self, share: float) -> float:
+        """The weight of a client on a slice that no other client of the round has; `share`: its share of the examples."""
+        return 1.0 if self.by_owners else share
 
     def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
         """The state before round 1: `adapter` at the largest rank, A random and B zero, one for all clients."""

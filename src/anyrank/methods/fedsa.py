@@ -26,6 +26,7 @@ class FedSA(Method):
     summary = "mean of A, slice by slice over owners; every client keeps its own B and head"
     paper = "FedSA-LoRA, arXiv 2410.01463"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    by_owners = True
     private = frozenset({"B", "tensors"})
 
     def dispatch(self, state: ServerState, client: Client) -> Download:

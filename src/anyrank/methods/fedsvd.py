@@ -31,6 +31,7 @@ class FedSVD(Method):
     summary = "A frozen and common; mean of B, slice by slice over owners; then new A and B by SVD"
     paper = "FedSVD, arXiv 2505.12805"
     traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.NEVER, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    by_owners = True
     train = frozenset({"B"})
 
     def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:

@@ -30,6 +30,7 @@ class FFALoRA(Method):
     summary = "A frozen and common; mean of B, slice by slice over owners"
     paper = "FFA-LoRA, arXiv 2403.12313"
     traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    by_owners = True
     weights = staticmethod(slice_weights)
     train = frozenset({"B"})
     send = frozenset({"B"})

@@ -30,6 +30,7 @@ class LoRAFair(Method):
     summary = "mean of A, mean of B corrected towards the mean of products, slice by slice over owners"
     paper = "LoRA-FAIR, arXiv 2411.14961"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    by_owners = True
     rescale = "both"
 
     penalty: float = 0.01

@@ -37,6 +37,7 @@ class RaFLoRA(Method):
     summary = "mean of products, slice by slice over owners, SVD share"
     paper = "raFLoRA, arXiv 2602.13486"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.NEVER, gauge_free=Holds.EQUAL, stationary=Holds.ALWAYS)
+    by_owners = True
 
     split: Split = "singular-in-b"
     empty_slice: EmptySlice = "keep"

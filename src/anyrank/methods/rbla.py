@@ -25,6 +25,7 @@ class RBLA(Method):
     summary = "mean of A, mean of B, slice by slice over owners"
     paper = "RBLA, arXiv 2408.08699"
     traits = Traits(mixed_ranks=True, exact=Holds.NEVER, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    by_owners = True
     rescale = "both"
     weights = staticmethod(slice_weights)
 

@@ -25,6 +25,7 @@ class RoLoRA(Method):
     summary = "alternating: mean of B (odd rounds), mean of A (even), slice by slice over owners"
     paper = "RoLoRA, arXiv 2502.01755"
     traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
+    by_owners = True
     weights = staticmethod(slice_weights)
     train = frozenset({"B"})  # in round 1 and all other odd rounds
 

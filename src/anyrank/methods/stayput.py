@@ -64,6 +64,9 @@ class StayPut(Method):
 
     rescale = property(lambda self: "both" if self.split == "balanced" else "B")
 
+    def lone_weight(self, share: float) -> float:
+        return share ** (1 - self.tau)
+
     def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
         return super().init(widened(adapter, self.server_rank, scaling, seed), scaling, seed)
 

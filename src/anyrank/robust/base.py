@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from anyrank.errors import AnyRankError
 from anyrank.messages.records import ClientUpdate, Job, ServerState
 from anyrank.methods.base import Method
 
 
+class TooFew(AnyRankError):
+    """A round has fewer updates than a rule needs."""
+
+
 @dataclass(frozen=True)
 class Screened:
-    """The result of a screen: the updates that pass, and the reasons why others do not, `{client: reason}`."""
+    """The result of a screen: the updates that pass; the reasons why others do not, `{client: reason}`; and the updates that
+    pass with a shorter step, `{client: share of its step that counts}`.
+
+    What is `rejected` cannot be honest, and counts as an offence; what is `refused` may be.
+    """
 
     updates: Sequence[ClientUpdate]
     refused: Mapping[str, str] = field(default_factory=dict)
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    shortened: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,3 +43,26 @@ class Rule:
     def aggregate(self, method: Method, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         """The state after the round, from the updates that passed the screen."""
         return method.aggregate(state, updates)
+
+
+@dataclass(frozen=True)
+class Chain(Rule):
+    """Rules one after another: each screens what the one before let pass, and the last one aggregates."""
+
+    rules: tuple[Rule, ...]
+
+    def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
+        refused: dict[str, str] = {}
+        rejected: dict[str, str] = {}
+        shortened: dict[str, float] = {}
+        for rule in self.rules:
+            found = rule.screen(state, jobs, updates)
+            updates = found.updates
+            refused |= found.refused
+            rejected |= found.rejected
+            for client, share in found.shortened.items():
+                shortened[client] = shortened.get(client, 1.0) * share
+        return Screened(updates, refused, rejected, {name: share for name, share in shortened.items() if name not in refused})
+
+    def aggregate(self, method: Method, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+        return self.rules[-1].aggregate(method, state, updates) if self.rules else super().aggregate(method, state, updates)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from anyrank.messages.records import ClientUpdate, Job, ServerState
 from anyrank.robust.base import Rule, Screened
-from anyrank.robust.steps import gram, steps
+from anyrank.robust.steps import finite, gram
 
 _ITERATIONS = 500
 _SETTLED = 1e-9  # relative change of every weight at which the iteration ends
 _SMOOTHING = 1e-6  # of the median distance: below it, a step counts as the median itself
+_FAR = "geometric median: so far from the other updates that it has no weight"
 _SCALE = 1 << 50  # weights as whole numbers, which is what the methods weigh clients by; float64 has 53 bits
 
 
@@ -31,10 +32,16 @@ class GeometricMedian(Rule):
     """
 
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
+        updates = sorted(updates, key=lambda update: update.client)  # so that rounding does not follow the order of arrival
         if len(updates) < 2:
             return Screened(updates)
-        counts = torch.tensor([update.num_examples for update in updates], dtype=torch.float64)
-        weights = weiszfeld(gram(steps(jobs, updates)), counts / counts.sum())
+        products = gram(jobs, updates)
+        some = finite(products)
+        counts = torch.tensor([updates[k].num_examples for k in some], dtype=torch.float64)
+        if not some:
+            return Screened([], dict.fromkeys((update.client for update in updates), _FAR))
+        weights = torch.zeros(len(updates), dtype=torch.float64)
+        weights[some] = weiszfeld(products[some][:, some], counts / counts.sum())
         return reweighted(updates, weights)
 
 
@@ -69,5 +76,4 @@ def reweighted(updates: Sequence[ClientUpdate], weights: Tensor) -> Screened:
     """The updates, each counting by its weight: the largest as 2^50 examples. One that would not count as one is refused."""
     counts = [round(float(weight) / float(weights.max()) * _SCALE) for weight in weights]
     kept = [replace(update, num_examples=n) for update, n in zip(updates, counts, strict=True) if n]
-    reason = "geometric median: so far from the other updates that it has no weight"
-    return Screened(kept, {update.client: reason for update, n in zip(updates, counts, strict=True) if not n})
+    return Screened(kept, {update.client: _FAR for update, n in zip(updates, counts, strict=True) if not n})

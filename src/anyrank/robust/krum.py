@@ -7,15 +7,15 @@ larger ranks would else seem far away from all others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from anyrank.errors import RunFailed
 from anyrank.messages.records import ClientUpdate, Job, ServerState
-from anyrank.robust.base import Rule, Screened
-from anyrank.robust.steps import distances, gram, steps
+from anyrank.robust.base import Rule, Screened, TooFew
+from anyrank.robust.steps import distances, finite, gram
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Krum(Rule):
     """Keeps the `keep` updates of the least score, the sum of squared distances to the `K - hostile - 2` nearest others.
 
     `hostile`: how many clients of a round may be hostile; `keep` 0: all but the hostile ones (Multi-Krum), 1: Krum. Raises
-    `RunFailed` for a round of fewer than `2 hostile + 3` updates, for which the rule promises nothing.
+    `TooFew` for a round of fewer than `2 hostile + 3` updates, for which the rule promises nothing.
     """
 
     hostile: int = 1
@@ -32,12 +32,14 @@ class Krum(Rule):
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         least = 2 * self.hostile + 3
         if len(updates) < least:
-            raise RunFailed(
+            raise TooFew(
                 f"robust.rule: krum with robust.hostile = {self.hostile} needs {least} updates a round, got {len(updates)}; "
                 "raise clients.participation, or lower robust.hostile"
             )
-        found = scores(gram(steps(jobs, updates, common=True)), len(updates) - self.hostile - 2)
-        order = sorted(range(len(updates)), key=lambda k: (float(found[k]), updates[k].client))
+        updates = sorted(updates, key=lambda update: update.client)  # so that rounding does not follow the order of arrival
+        products = gram(jobs, updates, common=True)
+        found = scores(products, len(updates) - self.hostile - 2).tolist()
+        order = sorted(finite(products), key=lambda k: (found[k], updates[k].client))
         kept = set(order[: self.keep or len(updates) - self.hostile])
         reason = "krum: farther from the other updates than those that were kept"
         refused = {update.client: reason for k, update in enumerate(updates) if k not in kept}
@@ -45,6 +47,6 @@ class Krum(Rule):
 
 
 def scores(gram: Tensor, nearest: int) -> Tensor:
-    """`[K]`: the sum of squared distances of each step to its `nearest` others."""
-    away = distances(gram).fill_diagonal_(float("inf"))
+    """`[K]`: the sum of squared distances of each step to its `nearest` others; a step that is too long is infinitely far."""
+    away = distances(gram).nan_to_num(nan=math.inf, posinf=math.inf).fill_diagonal_(math.inf)
     return away.sort(dim=1).values[:, :nearest].sum(dim=1)

@@ -31,7 +31,7 @@ from anyrank.tasks.inputs import rows_of
 
 Rows = Sequence[int] | np.ndarray | torch.Tensor
 Split = Callable[[np.ndarray, int, np.random.Generator, Mapping[str, np.ndarray]], np.ndarray]
-_SECTIONS = ("run", "model", "data", "clients", "lora", "train", "privacy", "robust", "eval")
+_SECTIONS = ("run", "model", "data", "clients", "lora", "train", "privacy", "rounds", "guard", "robust", "eval")
 
 
 class Federation:
@@ -62,9 +62,9 @@ class Federation:
         `ranks`: of each client, by name, in a list, or one for all. `shards`: the training examples of each client, by the
         same names or in the same order, as indices `[n]` or a mask; or a function `(labels, clients, rng, columns)` that
         gives the client of each example `[n]`. Without `shards` the configuration's partition splits them. `method`: by name,
-        or a method object. `config`, or keywords `run`, `model`, `data`, `clients`, `lora`, `train`, `privacy`, `robust`
-        and `eval` with keys of that section, such as `train={"learning_rate": 1e-2}`, set everything else. If clients are
-        named, all take part in every round, unless `clients={"participation": ...}` is given.
+        or a method object. `config`, or keywords `run`, `model`, `data`, `clients`, `lora`, `train`, `privacy`, `rounds`,
+        `guard`, `robust` and `eval` with keys of that section, such as `train={"learning_rate": 1e-2}`, set everything else.
+        If clients are named, all take part in every round, unless `clients={"participation": ...}` is given.
 
         Raises `AnyRankError`, in one line, if the arguments do not fit together.
         """

@@ -176,9 +176,11 @@ class _Watch:
     def close(self) -> None:
         self._engine.close()
 
-    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Iterator[ClientUpdate | Failure]:
+    def train(
+        self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None, deadline_s: float | None = None
+    ) -> Iterator[ClientUpdate | Failure]:
         by_name = {job.client.name: job for job in jobs}
-        for reply in self._engine.train(jobs, plan, mechanism):
+        for reply in self._engine.train(jobs, plan, mechanism, deadline_s):
             if isinstance(reply, ClientUpdate):
                 self._read(by_name[reply.client], reply, plan, mechanism.plan)
             yield reply

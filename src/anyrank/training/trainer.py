@@ -16,6 +16,7 @@ from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job
 from anyrank.privacy.noise import Mechanism
 from anyrank.training import local, private_examples, private_upload, stacked
+from anyrank.training.deadline import Overdue, each, limited
 from anyrank.training.lora import LoraModel
 
 # The training function for each unit of privacy.
@@ -29,46 +30,61 @@ class ExamplesOf(Protocol):
 
 
 def train(
-    model: LoraModel, job: Job, examples: np.ndarray, plan: Plan, mechanism: Mechanism | None = None
+    model: LoraModel,
+    job: Job,
+    examples: np.ndarray,
+    plan: Plan,
+    mechanism: Mechanism | None = None,
+    deadline_s: float | None = None,
 ) -> ClientUpdate | Failure:
-    """One client's reply to `job`, after training on `examples` (indices `[n]`). Problems never raise an exception.
+    """One client's reply to `job`, after training on `examples` (indices `[n]`). Problems never raise an exception, apart from
+    a `KeyboardInterrupt`, which does not come from the client.
 
-    A private client reports no figures, and of a failure only the fact that it happened.
-
-    A `KeyboardInterrupt` or a `SystemExit` in it is none of the client's, and is raised.
+    A private client reports no figures, and of a failure only the fact that it happened. `deadline_s`: seconds after which the
+    training is interrupted.
     """
     began, client = time.perf_counter(), job.client.name
     torch.manual_seed(keys.key(plan.seed, "forward", plan.round, client))  # for a module that draws in its forward pass
     try:
-        if mechanism:
-            way = _PRIVATELY[mechanism.plan.level]
-            return way(model, client, job.download, job.num_examples, examples, plan, mechanism)
-        update = local.train(model, client, job.download, examples, plan)
-    except Exception as error:  # one client's failure does not stop the others, whatever its data and its module do
+        with limited(deadline_s):
+            if mechanism:
+                way = _PRIVATELY[mechanism.plan.level]
+                return way(model, client, job.download, job.num_examples, examples, plan, mechanism)
+            update = local.train(model, client, job.download, examples, plan)
+    except Overdue:
+        return Failure(client, Code.LATE, f"its training took longer than {deadline_s:g} s (rounds.deadline_s)")
+    except (Exception, SystemExit) as error:  # one client's failure does not stop the others, whatever its data and module do
         return _private_failure(client) if mechanism else _failure(client, error)
     return replace(update, metrics={**update.metrics, "seconds": time.perf_counter() - began})
 
 
 def train_cohort(
-    model: LoraModel, jobs: Sequence[Job], shards: ExamplesOf, plan: Plan, mechanism: Mechanism | None, stacking: str
+    model: LoraModel,
+    jobs: Sequence[Job],
+    shards: ExamplesOf,
+    plan: Plan,
+    mechanism: Mechanism | None,
+    stacking: str,
+    deadline_s: float | None = None,
 ) -> Iterator[ClientUpdate | Failure]:
     """The replies to `jobs`, with clients trained one after another or stacked.
 
     `stacking`: "auto" stacks clients if the model is small enough to be faster, "always" whenever it is possible, "never" does
     not. If stacked training fails, because of one client or because memory ran out, the clients without a reply train one by
-    one, so that only the client with the problem fails.
+    one, so that only the client with the problem fails. `deadline_s`: the time limit of each client's training.
     """
     replied: set[str] = set()
     if mechanism is None and _stacks(model, jobs, plan, stacking):
         try:
-            for reply in stacked.train(model, jobs, [shards[job.client.name] for job in jobs], plan):
+            together = stacked.train(model, jobs, [shards[job.client.name] for job in jobs], plan)
+            for reply in each(together, deadline_s and deadline_s * len(jobs)):
                 replied.add(reply.client)
                 yield reply
-        except Exception:  # a client may break it in any way: alone, it costs itself
+        except (Exception, SystemExit, Overdue):  # a client may break it in any way: alone, it costs itself
             model.leave_stack()
     for job in jobs:
         if job.client.name not in replied:
-            yield train(model, job, shards[job.client.name], plan, mechanism)
+            yield train(model, job, shards[job.client.name], plan, mechanism, deadline_s)
 
 
 def _stacks(model: LoraModel, jobs: Sequence[Job], plan: Plan, stacking: str) -> bool:
@@ -81,7 +97,7 @@ def _private_failure(client: str) -> Failure:
     return Failure(client, Code.PRIVATE, "private training failed; the reason stays with the client")
 
 
-def _failure(client: str, error: Exception) -> Failure:
+def _failure(client: str, error: BaseException) -> Failure:
     if isinstance(error, RunFailed):
         return Failure(client, Code.DIVERGED, str(error))
     if _out_of_memory(error):
@@ -89,6 +105,6 @@ def _failure(client: str, error: Exception) -> Failure:
     return Failure(client, Code.CRASHED, f"its training raised {in_a_line(error)}")
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch raises a special class on a GPU, and an ordinary error with a certain text on the CPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)

@@ -7,7 +7,7 @@ and flwr-datasets where these have one.
 
 from anyrank.config.sections.clients import RANK_ORDERS, ClientsConfig
 from anyrank.config.sections.data import INSTRUCTIONS, PARTITIONS, DataConfig, PartitionConfig
-from anyrank.config.sections.defence import RULES, RobustConfig
+from anyrank.config.sections.defence import RULES, GuardConfig, RobustConfig
 from anyrank.config.sections.method import MethodConfig
 from anyrank.config.sections.model import (
     DEVICES,
@@ -21,6 +21,7 @@ from anyrank.config.sections.model import (
     ModelConfig,
 )
 from anyrank.config.sections.privacy import ACCOUNTANTS, COUNTS, NOISE_AT, PRIVACY_LEVELS, PrivacyConfig
+from anyrank.config.sections.rounds import LATE, RoundsConfig
 from anyrank.config.sections.run import STACKINGS, RunConfig
 from anyrank.config.sections.scoring import EXTRACTS, SCORES, EvalConfig
 from anyrank.config.sections.training import OPTIMIZERS, SCALINGS, SCHEDULES, LoraConfig, TrainConfig
@@ -36,6 +37,7 @@ __all__ = [
     "HANDED_IN",
     "HEADS",
     "INSTRUCTIONS",
+    "LATE",
     "NOISE_AT",
     "OPTIMIZERS",
     "OWN_HEADS",
@@ -54,12 +56,14 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "GuardConfig",
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
     "PartitionConfig",
     "PrivacyConfig",
     "RobustConfig",
+    "RoundsConfig",
     "RunConfig",
     "TrainConfig",
 ]

@@ -9,10 +9,11 @@ from typing import Any
 
 from anyrank.config.sections.clients import ClientsConfig
 from anyrank.config.sections.data import DataConfig
-from anyrank.config.sections.defence import RobustConfig
+from anyrank.config.sections.defence import GuardConfig, RobustConfig
 from anyrank.config.sections.method import MethodConfig
 from anyrank.config.sections.model import HANDED_IN, OWN_HEADS, ModelConfig
 from anyrank.config.sections.privacy import PrivacyConfig
+from anyrank.config.sections.rounds import RoundsConfig
 from anyrank.config.sections.run import RunConfig
 from anyrank.config.sections.scoring import EvalConfig
 from anyrank.config.sections.training import LoraConfig, TrainConfig
@@ -44,6 +45,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     robust: RobustConfig = field(default_factory=RobustConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
