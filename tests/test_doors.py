@@ -647,7 +647,7 @@ def test_a_summary_nested_deep_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [2**63, -(2**63) - 1, hostile.nested(200), float("inf"), "\udcff", {"\ud800": 1}, ("\udcff",)]
+    "value", [2**63, -(2**63) - 1, hostile.nested(200), float("inf"), "\udcff", {"\ud800": 1}, ("\udcff",), None, object()]
 )
 def test_values_in_python_are_held_to_what_toml_holds(value: Any) -> None:
     for table in ({"run": {"name": value}}, {"lora": {"alpha": value}}, {"method": {"name": "rbla", "x": value}}):

@@ -10,6 +10,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def _check_values(table: Any) -> None:
             raise ValueError("expected whole numbers of at most 64 bits, got a larger one")
         elif isinstance(value, str) and not _is_unicode(value):
             raise ValueError(f"expected Unicode text, got {shortened(ascii(value), 100)}")
+        elif not isinstance(value, (str, int, float, date, time)):
+            raise ValueError(f"expected text, numbers, dates, lists and tables, got {type(value).__name__}")
 
 
 def _is_unicode(text: str) -> bool:
