@@ -33,6 +33,7 @@ from anyrank.data.split import held_out, ordered
 from anyrank.errors import AnyRankError, DataError, RunError, nearest, printable
 from anyrank.files import check_depth, parse_json, read_bounded, walk
 from anyrank.report import runs as reports
+from anyrank.runs.folder import RunDir
 from anyrank.runs.names import read_lines, read_object
 from oracle import LONGEST, Broken, contents, outcome, refusal, unchanged
 
@@ -608,6 +609,11 @@ def test_no_escape_of_the_command_line_comes_back_from_an_error(words: list[str]
     assert told == printable(told.rstrip("\n")) + "\n"
 
 
+def test_the_configuration_of_a_run_is_read_within_the_same_bounds(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"a." * 400_000 + b"a = 1")
+    assert "keys of at most 100 parts" in refusal(lambda: RunDir.check(tmp_path, Config(), resume=True), whole=tmp_path)
+
+
 # --- reports -----------------------------------------------------------------------------------------------------------
 
 REPORTED = {
@@ -618,6 +624,7 @@ REPORTED = {
     "lines nested 100,000 deep": ("metrics.jsonl", b'{"a":' * 100_000 + b"\n"),
     "clients nested 500 deep": ("clients.jsonl", b'{"round": 1, "client": ' + b"[" * 500 + b"]" * 500 + b"}\n"),
     "ranks that are no numbers": ("summary.json", b'{"ranks": {"x": 1, "2": "y", "4": 3}}'),
+    "a key of 400,000 parts": ("config.toml", b"a." * 400_000 + b"a = 1"),
     "a configuration nested 200 deep": ("config.toml", b"[run]\nname = " + b"[" * 200 + b"]" * 200),
     "a configuration with a number of 5,000 digits": ("config.toml", b"[run]\nrounds = " + b"9" * 5000),
 }

@@ -32,14 +32,14 @@ _MOST_DOTS, _BETWEEN = 100, re.compile(r"[\n=,{}\[\]]")  # of a key, which stand
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table in a TOML file; `ConfigError` where there is none. `what` it should be, in a word."""
     try:
-        return _parsed(read_bounded(path, _MOST_BYTES).decode("utf-8-sig"))  # some editors mark UTF-8
+        return parse_toml(read_bounded(path, _MOST_BYTES).decode("utf-8-sig"))  # some editors mark UTF-8
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a TOML {what}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {in_a_line(error)}") from None
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def parse_toml(text: str) -> dict[str, Any]:
     """The table in a TOML text. Raises `ValueError`, also for values that cannot be handled in a bounded time.
 
     tomllib takes time in the square of the number of dots in a key; and it reads whole numbers of any size, where TOML has 64
@@ -185,7 +185,7 @@ def _override(table: dict[str, Any], override: str) -> None:
     if not equals or not 2 <= len(keys) <= _MOST_DOTS or not all(keys):
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. train.learning_rate=1e-3")
     try:
-        value = _parsed(f"value = {text}")["value"]
+        value = parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: --set method.name=rbla
     except ValueError as error:

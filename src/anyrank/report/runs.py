@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from anyrank.config.tables import parse_toml
 from anyrank.errors import RunError, printable
-from anyrank.files import check_depth, parse_json, read_bounded
+from anyrank.files import parse_json, read_bounded
 from anyrank.report import words
 
 _MOST_BYTES = 1 << 30  # of one file of a run
@@ -190,12 +190,10 @@ def _instead(folder: Path) -> str:
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = _text(path)
-        table = tomllib.loads(text)
-        check_depth(table)
-        return text, table
+        return text, parse_toml(text)
     except FileNotFoundError:
         return "", {}
-    except (ValueError, RecursionError):
+    except ValueError:
         return text, {}  # shown as it stands: the run that wrote it is past
 
 
