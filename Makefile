@@ -3,7 +3,8 @@
 # make faults    fails each write of a run in each way, damages each of its files, and stops and kills commands and their
 #                workers at many more moments than the tests do (an hour)
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
-# make fuzz      hands the library spoiled adapters, words and replies for three minutes (FUZZ="--seconds 600 --seed 1" for others)
+# make fuzz      fuzzes the doors of the library by coverage for five minutes: adapters, configurations, data, run folders, replies
+#                (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
 #                starts of light commands (half a minute), and the checks of a round and of a merge (five minutes)
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-FUZZ   ?= --seconds 180 --seed 0
+FUZZ   ?= --seconds 300 --seed 0
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test mutants fuzz bench experiments faults lint clean
@@ -32,6 +33,7 @@ mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py
 
 fuzz: $(VENV)/.installed-test
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) --only-binary atheris -e '.[fuzz]' 2>/dev/null || true
 	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/.installed-test

@@ -1,131 +1,203 @@
-"""Hands the library as many spoiled inputs as there is time for: folders, words, replies (`make fuzz`).
+"""Hands the library as many spoiled inputs as there is time for, at each of its doors (`make fuzz`).
 
     python tests/fuzz.py --seconds 180 --seed 0
 
-Each case has a number of its own, from which it is made again: `--case folders:123`. What is neither done nor refused in one
-line, takes too long, or is done wrong is told with that number, and the exit status is 1.
+The time is shared by the doors of `tests/doors.py`: adapter, config, data, run and reply. With atheris (`pip install
+'anyrank[fuzz]'`), inputs that reach new code are kept and changed further, each door in a process of its own; without it they
+are drawn at random. What breaks the promise of `tests/oracle.py` is printed with its input, which `--case DOOR:FILE` hands in
+again (`--case DOOR:NUMBER`: the input that was drawn as this number), and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
+import importlib.util
+import json
 import math
+import os
 import random
-import shutil
+import re
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from anyrank.adapter.adapter import Adapter
-from anyrank.adapter.layer import LoraLayer
-from anyrank.adapter.stored import open_adapter
-from anyrank.aggregation.aggregates import aggregate_folders
-from anyrank.aggregation.inspect import inspect_folders
-from anyrank.cli import arguments
-from anyrank.errors import AnyRankError, printable
-from anyrank.federation.intake import collect
-from anyrank.messages.records import Client, ClientUpdate, Download, Job
-from hostile import hostile_reply, spoiled_folder, words, write_folder
-
-SOON = 2.0
-METHODS = ("rbla", "raflora", "flexlora", "flora", "zeropad", "hetlora", "stayput", "florist", "lora_fair", "fedex", "fedavg")
+DOOR_NAMES = ("adapter", "config", "data", "run", "reply")
+MEMORY_MB = 6000  # of a process, after which libFuzzer ends it
+HANG_S = 60  # of one input, after which libFuzzer ends the process
+LARGEST = 8192  # bytes of an input
 
 
-def folders(chance: random.Random, root: Path) -> str:
-    """Read in both ways, look into, merge with a good one: what is written is whole and finite."""
-    folder, good = spoiled_folder(root / "ada", chance), write_folder(root / "good")
-    loaded = tried(lambda: Adapter.load(folder))
-    opened = tried(lambda: open_adapter(folder))
-    assert loaded is None or opened.ranks == loaded.ranks, "two ways to read it differ"
-    tried(lambda: inspect_folders([folder]))
-    told = tried(lambda: aggregate_folders([folder, good], chance.choice(METHODS), root / "out", ranks=[1, 3]))
-    assert (told is not None) == (root / "out").exists(), "half of a merge was left"
-    for part in told["folders"] if told else ():
-        for layer in Adapter.load(root / "out" / part).layers.values():
-            assert math.isfinite(float(layer.delta().double().norm())), "a change that is not finite was written"
-    return "merged" if told else "refused"
+class Finds:
+    """The inputs that broke the promise, one for each kind, in a folder."""
+
+    def __init__(self, folder: Path, door: str) -> None:
+        self._folder, self._door = folder, door
+        self._kinds: set[str] = set()
+        self.outcomes: collections.Counter[str] = collections.Counter()
+
+    def try_one(self, data: bytes) -> None:
+        import doors
+
+        try:
+            self.outcomes[doors.enter(self._door, data)] += 1
+        except (Exception, MemoryError) as error:
+            self.outcomes["broken"] += 1
+            self._keep(data, error)
+
+    def _keep(self, data: bytes, error: BaseException) -> None:
+        steps = traceback.extract_tb((error.__cause__ or error).__traceback__)
+        kind = f"{type(error.__cause__ or error).__name__} at {Path(steps[-1].filename).name}:{steps[-1].lineno}"
+        if kind in self._kinds:
+            return
+        self._kinds.add(kind)
+        file = self._folder / f"{self._door}-{hashlib.sha256(data).hexdigest()[:12]}"
+        file.write_bytes(data)
+        print(f"FOUND --case {self._door}:{file}\n  {kind}: {error}", file=sys.stderr, flush=True)
+
+    def tell(self) -> None:
+        """One line of JSON for the process that started this one."""
+        told = {"door": self._door, "outcomes": dict(self.outcomes), "kinds": sorted(self._kinds)}
+        print("TOLD " + json.dumps(told), file=sys.stderr, flush=True)
 
 
-def typed(chance: random.Random, root: Path) -> str:
-    found = tried(lambda: arguments.updates([words(chance) for _ in range(3)]))
-    assert found is None or all(0 < count <= 2**53 for _, count in found), "a weight that is none was taken"
-    tried(lambda: arguments.ranks(words(chance)))
-    tried(lambda: arguments.options([words(chance)]))
-    return "refused" if found is None else "taken"
+# --- one door ----------------------------------------------------------------------------------------------------------
 
 
-def replies(chance: random.Random, root: Path) -> str:
-    """One honest reply, one hostile one: the honest one enters the round, the other is a row."""
-    layer = LoraLayer(torch.ones(2, 6), torch.zeros(5, 2), 1.0)
-    jobs = [Job(Client(name, 2), 3, lambda: Download(Adapter({"x": layer}), {"x": (0, 1)})) for name in ("ada", "eve")]
-    honest = ClientUpdate(Adapter({"x": layer.with_factors(layer.A, layer.B + 1)}), 3, "ada", {"loss": 1.0})
-    collected = collect(iter([honest, hostile_reply(jobs[1], chance)]), jobs, [], 1)
-    assert [update.client for update in collected.updates] == ["ada"], "a hostile reply entered the round"
-    row = next(row for row in collected.rows if row["client"] == "eve")
-    assert printable(row["reason"]) == row["reason"], "a reason that is not printable"
-    assert len(row["reason"]) < 3000, "a reason without end"
-    return row["status"]
+def quiet() -> None:
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
 
 
-def tried(act: Callable[[], object]) -> object:
-    """What `act` gives; `None` where it is refused as it should be."""
-    try:
-        return act()
-    except AnyRankError as error:
-        told = str(error)
-    assert told == printable(told), "an error that is not printable"
-    return None
+def guided(door: str, seconds: float, seed: int, folder: Path) -> None:
+    """Fuzz a door by coverage of the package alone. libFuzzer ends the process."""
+    import atheris
+
+    with atheris.instrument_imports(include=["anyrank"]):
+        import doors
+    quiet()
+    corpus, found = folder / "corpus" / door, Finds(folder, door)
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(doors.DOORS[door].seeds()):
+        (corpus / f"{number}").write_bytes(data)
+    ends = time.monotonic() + max(0.5, seconds - 1)
+
+    def one(data: bytes) -> None:
+        nonlocal ends
+        found.try_one(data)
+        if time.monotonic() > ends:  # once: libFuzzer ends the process without a word to Python
+            found.tell()
+            ends = math.inf
+
+    options = {"max_total_time": max(1, round(seconds)), "seed": seed + 1, "timeout": HANG_S, "rss_limit_mb": MEMORY_MB}
+    options |= {"max_len": LARGEST, "len_control": 0, "artifact_prefix": f"{folder}/{door}-"}
+    atheris.Setup([sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), str(corpus)], one)
+    atheris.Fuzz()
 
 
-DOORS = {"folders": folders, "typed": typed, "replies": replies}
+def drawn(door: str, number: int) -> bytes:
+    """Input `number` of a door, by chance: draws, or a valid input with some bytes spoiled."""
+    import doors
+    import hostile
+
+    chance = random.Random(number)
+    seed = chance.choice(doors.DOORS[door].seeds())
+    kept = seed[:2]  # how it is read, and of what kind it is
+    if seed[:1] == doors.CHANCE or door == "reply":
+        return kept + chance.randbytes(64)
+    return kept + hostile.spoiled_bytes(seed[2:], chance)
 
 
-def one(door: str, number: int) -> tuple[str, str]:
-    """The outcome of a case, and what is wrong with it, if anything."""
-    root = Path(tempfile.mkdtemp(prefix="anyrank-fuzz-"))
-    began = time.process_time()
-    try:
-        outcome = DOORS[door](random.Random(number), root)
-    except Exception:
-        return "wrong", traceback.format_exc(limit=-4)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-    took = time.process_time() - began
-    return outcome, f"took {took:.1f} s\n" if took > SOON else ""
+def unguided(door: str, seconds: float, seed: int, folder: Path) -> None:
+    quiet()
+    found, ends, number = Finds(folder, door), time.monotonic() + seconds, seed * 10**9
+    while time.monotonic() < ends:
+        found.try_one(drawn(door, number))
+        number += 1
+    found.tell()
+
+
+# --- all doors ---------------------------------------------------------------------------------------------------------
+
+
+def child(door: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Fuzz a door in a process of its own; returns what it told."""
+    seconds = str(asked.seconds / len(asked.doors))
+    command = [sys.executable, __file__, "--door", door, "--seconds", seconds, "--seed", str(asked.seed), "--out", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    told, last = {"door": door, "outcomes": {}, "kinds": []}, ""
+    for line in process.stderr:
+        if line.startswith("TOLD "):
+            told = json.loads(line[5:])
+        elif "cov:" in line:
+            last = line
+        elif line.startswith(("FOUND ", "  ")):
+            sys.stderr.write(line)
+        elif "ERROR: libFuzzer" in line:  # too slow, or too much memory: its input is in the folder
+            told["kinds"].append(line.strip())
+            sys.stderr.write(line)
+    process.wait()
+    figures = dict(re.findall(r"(cov|ft|corp): (\d+)", last))
+    count = re.match(r"#(\d+)", last)
+    if not told["outcomes"] and not told["kinds"]:
+        told["kinds"].append(f"ended with status {process.returncode} and told nothing")
+    return told | {"executions": int(count[1]) if count else sum(told["outcomes"].values()), **figures}
+
+
+def report(rows: list[dict[str, Any]], folder: Path) -> int:
+    for row in rows:
+        reached = f", {row['cov']} edges and {row['ft']} features reached, {row['corp']} inputs kept" if "cov" in row else ""
+        outcomes = ", ".join(f"{count} {what}" for what, count in sorted(row["outcomes"].items()))
+        print(f"{row['door']:8} {row['executions']:>8} inputs{reached}; {len(row['kinds'])} kinds of fault ({outcomes})")
+        for kind in row["kinds"]:
+            print(f"         {kind}")
+    faults = sum(len(row["kinds"]) for row in rows)
+    if faults:
+        print(f"{faults} faults; their inputs are in {folder}")
+    return 1 if faults else 0
+
+
+def again(case: str) -> int:
+    """Hand in one input again, with the whole stack where it breaks the promise."""
+    import doors
+
+    door, _, what = case.partition(":")
+    data = drawn(door, int(what)) if what.isdigit() else Path(what).read_bytes()
+    print(doors.enter(door, data))
+    return 0
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--seconds", type=float, default=60)
+    options.add_argument("--seconds", type=float, default=60, help="for all doors together")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--case", help="DOOR:NUMBER, one case alone")
+    options.add_argument("--case", help="DOOR:FILE or DOOR:NUMBER, one input alone")
+    options.add_argument("--doors", default=",".join(DOOR_NAMES), help="some of the doors")
+    options.add_argument("--out", type=Path, help="where inputs that break the promise go; a new temporary folder")
+    options.add_argument("--door", help=argparse.SUPPRESS)
     asked = options.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    asked.doors = asked.doors.split(",")
     if asked.case:
-        door, _, number = asked.case.partition(":")
-        print(*one(door, int(number)), sep="\n")
+        quiet()
+        return again(asked.case)
+    has_atheris = importlib.util.find_spec("atheris") is not None
+    if asked.door:
+        (guided if has_atheris else unguided)(asked.door, asked.seconds, asked.seed, asked.out)
         return 0
-    counts, found, ends = collections.Counter(), {}, time.monotonic() + asked.seconds
-    number = asked.seed * 10**9
-    while time.monotonic() < ends:
-        for door in DOORS:
-            outcome, wrong = one(door, number)
-            counts[f"{door} {outcome}"] += 1
-            if wrong and wrong not in found:
-                found[wrong] = f"{door}:{number}"
-                print(f"--case {found[wrong]}\n{wrong}", flush=True)
-        number += 1
-    told = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-    print(f"seed {asked.seed}, {asked.seconds:g} s: {len(found)} kinds of wrong; {told}")
-    return 1 if found else 0
+    if not has_atheris:
+        print("atheris is not installed (it has no wheel for every platform): inputs are drawn at random, without coverage")
+    folder = asked.out or Path(tempfile.mkdtemp(prefix="anyrank-fuzz-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("ANYRANK_CACHE", str(folder / "cache"))
+    return report([child(door, asked, folder) for door in asked.doors], folder)
 
 
 if __name__ == "__main__":

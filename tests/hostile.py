@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import struct
 import warnings
@@ -147,6 +148,134 @@ def spoiled_bytes(data: bytes, chance: random.Random) -> bytes:
             found[place:place] = found[place : place + length]
         elif chance.random() < 0.2:
             del found[place:]
+    return bytes(found)
+
+
+# --- values, files and folders ---------------------------------------------------------------------------------------
+
+
+class Chance(random.Random):
+    """Draws from given bytes, and zeros after them: what a fuzzer changes in the bytes is a change of the draws."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(0)
+        self._left = data
+
+    def getrandbits(self, bits: int) -> int:
+        size = (bits + 7) // 8
+        taken, self._left = self._left[:size].ljust(size, b"\0"), self._left[size:]
+        return int.from_bytes(taken, "little") & ((1 << bits) - 1)
+
+    def random(self) -> float:
+        return self.getrandbits(32) / 2**32
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+VALUES = (
+    None, True, -1, 0, 1, 2**63, 10**18, 10**400, 0.5, 1e308, -1e-320, math.nan, math.inf, "", "x" * 10_000, "\x1b[31m\n",
+    "\ud800", "\u202e", "\0", "..", "/", [], {}, [[]], ["x"], [1] * 1000, {"a": None}, nested(40), nested(200), "client-0", "1",
+)  # fmt: skip
+
+
+def spoiled_value(value: Any, chance: random.Random) -> Any:
+    """A value of lists and tables with one part of it replaced, taken out, or put in a second time."""
+    if isinstance(value, dict) and value and chance.random() < 0.9:
+        key = chance.choice(list(value))
+        deed = chance.randrange(6)
+        if deed == 0:
+            return {name: inner for name, inner in value.items() if name != key}
+        if deed == 1:
+            return value | {chance.choice(("x", key + " ", key.upper(), "", "\x1b[1m", "y" * 1000)): chance.choice(VALUES)}
+        return value | {key: spoiled_value(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.8:
+        at = chance.randrange(len(value))
+        deed = chance.randrange(4)
+        if deed == 0:
+            return value[:at] + value[at + 1 :]
+        if deed == 1:
+            return value + value[at:]
+        return [*value[:at], spoiled_value(value[at], chance), *value[at + 1 :]]
+    return chance.choice(VALUES)
+
+
+def spoiled_json(data: bytes, chance: random.Random) -> bytes:
+    """A JSON text, or JSON lines, with a part of a value that is not as it should be; other bytes are spoiled as bytes."""
+    lines = data.splitlines() if len(data.splitlines()) > 1 and not data.lstrip().startswith((b"{\n", b"[\n")) else [data]
+    at = chance.randrange(len(lines)) if lines else 0
+    try:
+        lines[at] = json.dumps(spoiled_value(json.loads(lines[at]), chance)).encode()
+    except (ValueError, IndexError, RecursionError):
+        return spoiled_bytes(data, chance)
+    return b"\n".join(lines) + b"\n"
+
+
+def spoiled_tree(folder: Path, chance: random.Random, most: int = 2) -> list[str]:
+    """Spoil one to `most` of the files at or below a folder; returns what was done, in words."""
+    told = []
+    for _ in range(chance.randint(1, most)):
+        files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+        if not files:
+            break
+        path, other = chance.choice(files), chance.choice(files)
+        name = chance.choice(list(_DEEDS))
+        _DEEDS[name](path, other, chance)
+        told.append(f"{path.relative_to(folder)}: {name}")
+    return told
+
+
+def _rewrite(change: Any) -> Any:
+    def deed(path: Path, other: Path, chance: random.Random) -> None:
+        if path.is_file() and not path.is_symlink():
+            path.write_bytes(change(path.read_bytes(), chance))
+
+    return deed
+
+
+def _put(make: Any) -> Any:
+    def deed(path: Path, other: Path, chance: random.Random) -> None:
+        path.unlink()
+        make(path, other)
+
+    return deed
+
+
+def _swap(path: Path, other: Path, chance: random.Random) -> None:
+    between = path.with_name("between")
+    path.rename(between)
+    if other != path:
+        other.rename(path)
+    between.rename(other)
+
+
+_DEEDS = {
+    "bytes": _rewrite(spoiled_bytes),
+    "value": _rewrite(spoiled_json),
+    "cut": _rewrite(lambda data, chance: data[: chance.randrange(len(data) + 1)]),
+    "bit": _rewrite(lambda data, chance: _flipped(data, chance)),
+    "again": _rewrite(lambda data, chance: data * 2),
+    "swap": _swap,
+    "gone": _put(lambda path, other: None),
+    "empty": _put(lambda path, other: path.touch()),
+    "folder": _put(lambda path, other: path.mkdir()),
+    "pipe": _put(lambda path, other: os.mkfifo(path)),
+    "zeros": _put(lambda path, other: path.symlink_to("/dev/zero")),
+    "itself": _put(lambda path, other: path.symlink_to(path)),
+    "link": _put(lambda path, other: path.symlink_to(other)),
+    "deep": _put(lambda path, other: path.write_bytes(b'{"a":' * 100_000)),
+    "no text": _put(lambda path, other: path.write_bytes(b"\xff\xfe\0")),
+}
+
+
+def _flipped(data: bytes, chance: random.Random) -> bytes:
+    found = bytearray(data)
+    if found:
+        found[chance.randrange(len(found))] ^= 1 << chance.randrange(8)
     return bytes(found)
 
 

@@ -82,7 +82,7 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["rounds", "rounds=3", "=3", "run..x=3"])
 def test_an_override_that_is_none_says_what_one_is(tmp_path: Path, override: str) -> None:
-    (tmp_path / "c.toml").write_text("")
+    (tmp_path / "c.toml").write_text("[run]\nrounds = 1\n")
     with pytest.raises(ConfigError, match=r"expected section.key=value"):
         load(tmp_path / "c.toml", [override])
 

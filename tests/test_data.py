@@ -138,7 +138,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     assert "cannot read" in refusal(DataConfig(source=str(tmp_path / "folder.csv")))
     (tmp_path / "latin.csv").write_bytes("text,label\ncafé,1\n".encode("latin-1"))
-    assert "not UTF-8" in refusal(DataConfig(source=str(tmp_path / "latin.csv")))
+    assert "not UTF-8 text (byte 14" in refusal(DataConfig(source=str(tmp_path / "latin.csv")))
 
 
 # --- held-out rows ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 
 _LONGEST = 2000  # characters of an error: names in it may be anybody's, and of any length
+_COMPARED, _COMPARED_LENGTH = 2000, 200  # names, and characters of each, that are compared with a misspelt one
 
 
 def printable(text: str) -> str:
@@ -86,5 +87,6 @@ def in_a_line(error: BaseException) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the known word nearest to `word`, or all known words if none is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    compared = [name for name in known[:_COMPARED] if len(name) <= _COMPARED_LENGTH]
+    close = difflib.get_close_matches(word[:_COMPARED_LENGTH], compared, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

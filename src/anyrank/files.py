@@ -1,4 +1,4 @@
-"""Every write of a run: files that appear whole or not at all, lines added to a log, folders.
+"""Every write of a run: files that appear whole or not at all, lines added to a log, folders. And bounded reads.
 
 Whatever the system refuses (a full disk, a quota, a read-only or broken one, a folder that is somebody else's) is one
 `RunFailed` in a line that names the file and how to go on. What stood there before stands there still.
@@ -7,12 +7,14 @@ Whatever the system refuses (a full disk, a quota, a read-only or broken one, a 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from anyrank import stopping
 from anyrank.errors import RunError, RunFailed
@@ -28,6 +30,8 @@ _REMEDIES = {
 }
 _WRONG = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # no such place can be
 _NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems on which a folder cannot be flushed
+DEEPEST = 32  # lists and tables within each other, in what others wrote
+_TOO_DEEP = f"lists and tables are nested more than {DEEPEST} deep"
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
@@ -91,22 +95,70 @@ def write_whole_text(path: Path, text: str) -> None:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a file. Raises `OSError`, in a line, where it is no file of bytes on a disk (a pipe would be waited for, a
-    device has no end) or holds more than `limit` bytes.
-    """
-    kind = os.stat(path).st_mode
+    """The bytes of a file. Raises `OSError` for a file of more than `limit` bytes, and what `check_regular` raises."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(f"expected at most {limit:,} bytes, got {size:,}")
+        return file.read(size)
+
+
+def check_regular(path: Path) -> None:
+    """Raise `OSError` unless `path` is a regular file: a read of a pipe may never return, and a device may have no end."""
+    try:
+        kind = os.stat(path).st_mode
+    except ValueError as error:  # a NUL character in the name, for example
+        raise FileNotFoundError(f"no file can have this name ({error})") from None
     if not stat.S_ISREG(kind):
         raise OSError(f"expected a file, got {_kind(kind)}")
-    with open(path, "rb") as file:
-        found = file.read(limit + 1)
-    if len(found) > limit:
-        raise OSError(f"expected at most {limit:,} bytes, got {os.stat(path).st_size:,}")
-    return found
 
 
 def _kind(mode: int) -> str:
     names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return names.get(stat.S_IFMT(mode), "a device")
+
+
+def walk(folder: Path, most: int = 10_000_000) -> Iterator[Path]:
+    """All that is at any depth below `folder` and is no folder, that of one folder in the order of names.
+
+    Names that begin with a dot are left out, and links to folders are not followed, so that a loop of links has an end. Raises
+    `OSError` for a folder that cannot be read, and for more than `most` files and folders.
+    """
+    waiting, found = [folder], 0
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            inside = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        found += len(inside)
+        if found > most:
+            raise OSError(f"expected at most {most:,} files and folders")
+        folders = [entry.path for entry in inside if entry.is_dir(follow_symlinks=False)]
+        waiting += map(Path, reversed(folders))
+        yield from (path for entry in inside if entry.path not in folders and not (path := Path(entry.path)).is_dir())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in a JSON text. Raises `ValueError` for what is no JSON, and for values that `check_depth` refuses."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raise `ValueError` for lists and tables that are nested too deep for functions that call themselves for each level."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [inner for each in level if isinstance(each, (dict, list, tuple)) for inner in _inner(each)]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def move(path: Path, to: Path) -> None:
@@ -173,13 +225,6 @@ def sweep(folder: Path) -> None:
         for path in contents(folder):
             if is_temporary(path) and path.is_file() and not path.is_symlink() and not _is_alive(int(path.name.split(".")[-2])):
                 path.unlink(missing_ok=True)
-
-
-def read_regular(path: Path) -> bytes:
-    """The bytes of a file. Raises `OSError`, also for what is no regular file: a pipe may never end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    return path.read_bytes()
 
 
 def _replace(path: Path, to: Path) -> None:

@@ -52,9 +52,11 @@ def _called() -> tuple[int, str]:
 
 def _usage(error) -> str:
     """A wrong call in one line; a call without a verb gets the help."""
+    from anyrank.errors import printable
+
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return ""
     verb = error.ctx.info_name if error.ctx and error.ctx.parent else ""
-    text = " ".join(error.format_message().split()).rstrip(".")
+    text = printable(" ".join(error.format_message().split()).rstrip("."))
     return f"{f'{verb}: ' if verb else ''}{text}; see anyrank {f'{verb} ' if verb else ''}--help"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
 from anyrank.config import explain
 from anyrank.config.sections import Config
-from anyrank.errors import ConfigError, in_a_line, nearest
-from anyrank.files import read_bounded
+from anyrank.errors import ConfigError, in_a_line, nearest, shortened
+from anyrank.files import check_depth, read_bounded
 
 # Sections that are planned but not supported by this version: an error, never ignored.
 _NOT_YET = {"track": "tracking to TensorBoard or MLflow"}
@@ -23,16 +26,59 @@ _PATHS = (
     *(("method", "file"), ("eval", "file")),
 )
 _MOST_BYTES = 1 << 20  # of a file of settings
+_MOST_DOTS, _BETWEEN = 100, re.compile(r"[\n=,{}\[\]]")  # of a key, which stands between two of these characters
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table in a TOML file; `ConfigError` where there is none. `what` it should be, in a word."""
     try:
-        return tomllib.loads(read_bounded(path, _MOST_BYTES).decode("utf-8-sig"))  # some editors mark UTF-8
+        return parse_toml(read_bounded(path, _MOST_BYTES).decode("utf-8-sig"))  # some editors mark UTF-8
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a TOML {what}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {in_a_line(error)}") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table in a TOML text. Raises `ValueError`, also for values that cannot be handled in a bounded time.
+
+    tomllib takes time in the square of the number of dots in a key; and it reads whole numbers of any size, where TOML has 64
+    bits.
+    """
+    if any(part.count(".") > _MOST_DOTS for part in _BETWEEN.split(text)):
+        raise ValueError(f"expected keys of at most {_MOST_DOTS} parts, got a longer one")
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("lists and tables are nested too deep") from None
+    _check_values(table)
+    return table
+
+
+def _check_values(table: Any) -> None:
+    """Raise `ValueError` for what no TOML file holds."""
+    check_depth(table)
+    waiting = [table]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif type(value) is int and not -(2**63) <= value < 2**63:
+            raise ValueError("expected whole numbers of at most 64 bits, got a larger one")
+        elif isinstance(value, str) and not _is_unicode(value):
+            raise ValueError(f"expected Unicode text, got {shortened(ascii(value), 100)}")
+        elif not isinstance(value, (str, int, float, date, time)):
+            raise ValueError(f"expected text, numbers, dates, lists and tables, got {type(value).__name__}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: how Python has a byte of the command line that is no UTF-8
+        return False
+    return True
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -42,6 +88,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     table = read_toml(path, "configuration")
+    if not any(table.values()):
+        raise ConfigError(
+            f"{path}: expected a configuration, got an empty file; give at least the base model, [model] name or path "
+            "(anyrank explain lists all keys)"
+        )
     for *sections, key in _PATHS:
         holder = table
         for section in sections:
@@ -56,9 +107,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _found(value: str, folder: Path) -> str:
     """The path `value` below `folder`, or else below `$ANYRANK_DATA`; unchanged if it exists in neither."""
     for base in (folder, *(Path(base) for base in [os.environ.get("ANYRANK_DATA")] if base)):
-        if not Path(value).is_absolute() and (base / value).exists():
+        if not Path(value).is_absolute() and _exists(base / value):
             return str((base / value).resolve())
     return value
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, for example: whoever reads it says so
+        return False
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -71,6 +129,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 def from_table(table: Mapping[str, Any]) -> Config:
     """The configuration in a parsed TOML table."""
+    try:
+        _check_values(table)
+    except ValueError as error:
+        raise ConfigError(f"configuration: {error}") from None
     for section, what in _NOT_YET.items():
         if section in table:
             raise ConfigError(
@@ -120,12 +182,14 @@ def _default(key: dataclasses.Field) -> Any:
 def _override(table: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
-    if not equals or len(keys) < 2 or not all(keys):
+    if not equals or not 2 <= len(keys) <= _MOST_DOTS or not all(keys):
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. train.learning_rate=1e-3")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        value = parse_toml(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: --set method.name=rbla
+    except ValueError as error:
+        raise ConfigError(f"--set {override}: {in_a_line(error)}") from None
     for name in keys[:-1]:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
@@ -165,6 +229,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     elif origin is not None:
         return dict(value)
     elif hint is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}: expected a finite number, got {value!r}")
         return float(value)
     elif type(value) is hint:
         return value

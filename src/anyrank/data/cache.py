@@ -50,7 +50,7 @@ def load(folder: Path, kind: str, key: Mapping[str, str], mapped: bool = False) 
             return None
         if mapped:
             return _open(path)[0]  # a new mapping, because the check has read every page of the first one
-    except (SafetensorError, OSError):
+    except Exception:  # a damaged file fails in any way, and counts as missing
         return None
     return {name: tensor.clone() for name, tensor in tensors.items()}
 

@@ -1,7 +1,7 @@
-"""Instructions: rows of a source as prompts and the completions that are learned, by a template, a chat, or a set's own format.
+"""Instructions: prompts and completions for training, made from the rows of a source.
 
-A template is a text with `{column}` fields. What stands before the completion's field is the prompt; that field and all
-after it is the completion, which is learned.
+A template is a text with `{column}` fields. The part before the field of the completion is the prompt. That field and all that
+follows it is the completion, which has the loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from anyrank import keys
 from anyrank.config.sections import DataConfig
-from anyrank.data import texts as sources
+from anyrank.data import rows as sources
 from anyrank.data.split import held_out, ordered
 from anyrank.errors import DataError, nearest
 
@@ -25,15 +25,16 @@ Row = Mapping[str, Any]
 Fields = Mapping[str, str]
 _SEED = 0  # which examples a limit keeps is the same for every run seed
 _DEFAULT_LABEL = "label"
-_CALCULATOR = re.compile(r"<<[^<>]*>>")  # what GSM8K's answers hand to a calculator, e.g. <<48/2=24>>
+_CALCULATOR = re.compile(r"<<[^<>]*>>")  # calculator annotations in GSM8K's answers, e.g. <<48/2=24>>
 _ANSWER_FORMAT = re.compile(r"Answer format: (\w+(?:/\w+)+)\s*$")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt and the completion to learn. The right answer is what is extracted from `reference`; `options` are the answers
-    to choose from, where there are such, and `choices` the completions that give them. `turns`: what was said before, where a
-    chat template writes the prompt.
+    """A prompt and the completion to train on.
+
+    The correct answer is extracted from `reference`. `options`: the answers to choose from, if there are any; `choices`: the
+    completion for each of them. `turns`: the earlier messages of a chat, if a chat template makes the prompt.
     """
 
     prompt: str
@@ -46,8 +47,8 @@ class Instruction:
 
 @dataclass(frozen=True, eq=False)
 class Instructions:
-    """Instructions with their `labels` `[n]` int64 in `label_names`; `columns`: other columns of the source, `[n]` of str each;
-    `score` and `extract`: how such are usually scored.
+    """Instructions with `labels` `[n]` int64, indices into `label_names`. `columns`: the other columns of the source, `[n]` of
+    str each. `score`, `extract`: the usual way to score instructions of this format.
     """
 
     items: tuple[Instruction, ...]
@@ -66,7 +67,7 @@ class Instructions:
         return replace(self, items=tuple(self.items[i] for i in index), labels=self.labels[index], columns=columns)
 
     def limited(self, number: int, key: str) -> Instructions:
-        """`number` of them drawn at random, the same ones for every run seed; all of them where it is 0."""
+        """`number` of them, drawn at random, the same for every run seed; all of them if it is 0."""
         if number > len(self):
             raise DataError(f"{key} = {number}: the source has only {len(self)} such examples; lower it, or leave it out")
         drawn = keys.rng(_SEED, "instructions", key).permutation(len(self))[:number]
@@ -75,14 +76,14 @@ class Instructions:
 
 @dataclass(frozen=True)
 class Template:
-    """A text with fields, `prompt` up to the completion's field and `learned` from there: literals and fields in turn."""
+    """A text with fields, as pairs of a literal and a field: `prompt` before the completion's field, `learned` from it on."""
 
     prompt: tuple[tuple[str, str], ...]
     learned: tuple[tuple[str, str], ...]
 
     @classmethod
     def parse(cls, text: str, completion: str) -> Template:
-        """The template `text`, whose completion begins with the field `completion`.
+        """The template `text`; its completion begins with the field `completion`. Raises `DataError`.
 
         >>> Template.parse("Q: {q}\\nA: {a}", "a").filled({"q": "1+1", "a": "2"})
         ('Q: 1+1\\nA: ', '2')
@@ -108,7 +109,7 @@ class Template:
         return tuple(name for _, name in (*self.prompt, *self.learned) if name)
 
     def filled(self, fields: Fields) -> tuple[str, str]:
-        """Prompt and completion with `fields` in them."""
+        """Prompt and completion with the values of `fields`."""
         prompt, learned = (
             "".join(literal + (fields[name] if name else "") for literal, name in part) for part in (self.prompt, self.learned)
         )
@@ -120,10 +121,11 @@ class Template:
 
 @dataclass(frozen=True)
 class Format:
-    """How rows of one kind read: the `columns` they must have, what `fields` of a template they give, the template that is
-    used where none is given (`chat`: as a message), the field that is the completion and the one with the right answer.
-    `variants` gives the options of a row and what the completion's field is for each; `score` and `extract`, how such are
-    usually scored.
+    """How to read the rows of one kind of data set.
+
+    `columns`: the columns that a row must have. `fields`: the values for a template. `template`, `chat`: the default template,
+    without and with a chat template. `completion`, `reference`: the fields of the completion and of the correct answer.
+    `variants`: the options of a row, and the value of the completion's field for each. `score`, `extract`: the usual scoring.
     """
 
     columns: tuple[str, ...]
@@ -146,7 +148,7 @@ def _no_options(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _columns(config: DataConfig) -> Format:
-    """Rows with a prompt and a completion, each in a column; `data.options` are the same for all."""
+    """Rows with a column of prompts and a column of completions; all rows have the options `data.options`."""
     options = config.options
 
     def variants(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -171,7 +173,7 @@ def without_calculator(answer: str) -> str:
 
 
 def _gsm8k(config: DataConfig) -> Format:
-    """Grade-school mathematics: `question`, and an `answer` in steps that ends in `#### number`; annotations are left out."""
+    """Grade-school mathematics: `question`, and an `answer` in steps that ends in `#### number`; annotations are removed."""
 
     def fields(row: Row) -> dict[str, str]:
         return _plain(row) | {"answer": without_calculator(sources.spelt(row["answer"]))}
@@ -182,7 +184,7 @@ def _gsm8k(config: DataConfig) -> Format:
 
 
 def answer_format(instruction: str) -> tuple[str, ...]:
-    """The options that an LLM-Adapters commonsense instruction ends in.
+    """The options at the end of a commonsense instruction of LLM-Adapters.
 
     >>> answer_format("Is ice cold?\\n\\nAnswer format: true/false")
     ('true', 'false')
@@ -199,7 +201,8 @@ def _commonsense(config: DataConfig) -> Format:
         return spelt | {"instruction": "\n".join(text for text in (spelt["instruction"], spelt["input"]) if text)}
 
     def variants(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        options, (head, answer, tail) = answer_format(fields["instruction"]), fields["output"].rpartition(fields["answer"])
+        options, given = answer_format(fields["instruction"]), fields["answer"]
+        head, answer, tail = fields["output"].rpartition(given) if given else ("", "", "")
         if not options:
             raise DataError("expected an instruction that ends with its options, 'Answer format: one/other'")
         if fields["answer"] not in options or not answer:
@@ -223,11 +226,11 @@ ROLES = ("system", "user", "assistant")
 
 
 def load_split(config: DataConfig) -> tuple[Instructions, Instructions]:
-    """Training and held-out instructions of the sources that `anyrank.data.load` reads.
+    """Training and held-out instructions, from the sources that `anyrank.data.texts.load` reads.
 
-    Held out are `data.test_source` or `data.test_split`, else `data.test_fraction` of the rows, label by label and the same for
-    every run seed. Labels are the column `data.label` where there is one, else the options of the rows (`true/false`), else all
-    alike. Raises `DataError` with the row's place.
+    Held out are `data.test_source` or `data.test_split`, or else `data.test_fraction` of the rows, stratified by label and the
+    same for every run seed. The label of a row is its column `data.label`, if there is one; else its options (`true/false`);
+    else all rows have one label. Raises `DataError` with the place of the row.
     """
     read = _read_messages if config.format == MESSAGES else _read_rows
     train = read(sources.training_rows(config), config)
@@ -250,7 +253,7 @@ def _divided(whole: Instructions, config: DataConfig) -> tuple[Instructions, Ins
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """Instructions with the name of each one's label."""
+    """Instructions, and the name of the label of each."""
 
     items: tuple[Instruction, ...]
     names: list[str]
@@ -304,7 +307,7 @@ def _instruction(row: tuple[str, Row], form: Format, template: Template, config:
 
 
 def _read_messages(rows: Sequence[tuple[str, Row]], config: DataConfig) -> _Read:
-    """Chats: a list of messages with `role` and `content`; the last one, of the assistant, is learned."""
+    """Chats: lists of messages with `role` and `content`; the last message, by the assistant, is the completion."""
     items = tuple(_chat(where, _having((where, row), (MESSAGES,), config)[MESSAGES]) for where, row in rows)
     return _Read(items, _names(rows, items, config), _others(rows, {MESSAGES}))
 
@@ -327,7 +330,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _names(rows: Sequence[tuple[str, Row]], items: Sequence[Instruction], config: DataConfig) -> list[str]:
-    """The name of each row's label."""
+    """The name of the label of each row."""
     wanted = str(config.label)
     if all(wanted in row for _, row in rows):
         return [sources.label_of(row, wanted, where) for where, row in rows]
@@ -337,6 +340,6 @@ def _names(rows: Sequence[tuple[str, Row]], items: Sequence[Instruction], config
 
 
 def _others(rows: Sequence[tuple[str, Row]], used: set[str]) -> dict[str, np.ndarray]:
-    """Columns that all rows have and no prompt or completion is made of."""
+    """The columns that all rows have and that are not used in a prompt or completion."""
     shared = [name for name in rows[0][1] if name not in used and all(name in row for _, row in rows)]
     return {name: np.array([sources.spelt(row[name]) for _, row in rows], dtype=object) for name in shared}

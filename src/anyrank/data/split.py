@@ -1,4 +1,4 @@
-"""Held-out examples, and the order of labels."""
+"""Which examples are held out, and the order of labels."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from anyrank import keys
 
-# The held-out examples of a file are the same for every run seed: runs that differ in their seed alone are then scored on
-# the same examples, so that their difference is one of training and comparisons over seeds are paired.
+# The held-out examples of a file are the same for every run seed: runs that differ only in their seed are scored on the same
+# examples, so that comparisons over seeds are paired.
 _SPLIT_SEED = 0
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
-    """The distinct names in order: by value where all are whole numbers, else by the alphabet.
+    """The distinct names in order: by value if all are whole numbers of at most 18 digits, else alphabetical.
 
     >>> ordered(["10", "9", "9"]), ordered(["b", "a", "10"])
     (('9', '10'), ('10', 'a', 'b'))
     """
     distinct = set(names)
-    whole = all(re.fullmatch(r"[+-]?[0-9]+", name) for name in distinct)
+    whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", name) for name in distinct)
     return tuple(sorted(distinct, key=lambda name: (int(name), name) if whole else name))
 
 
@@ -31,9 +31,10 @@ def _indices(names: Iterable[str], label_names: tuple[str, ...]) -> np.ndarray:
 
 
 def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows `[n]` bool are held out: per label the share's floor, the rest of the total by largest remainder.
+    """A mask `[n]` bool of the held-out rows: `fraction` of them, stratified by label.
 
-    The same for every run seed; every label keeps at least one row that is not held out.
+    Of each label, the share is rounded down; the rows that are then missing from the total go to the labels with the largest
+    remainders. The mask is the same for every run seed, and every label keeps at least one row that is not held out.
     """
     counts = np.bincount(labels)
     exact = counts * fraction
@@ -42,6 +43,7 @@ def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
     take[np.argsort(take - exact, kind="stable")[:missing]] += 1
     take = np.minimum(take, counts - 1)
     rng, chosen = keys.rng(_SPLIT_SEED, "test-split"), np.zeros(len(labels), dtype=bool)
-    for label, number in enumerate(take):
-        chosen[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
+    groups = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])  # the rows of each label, in their order
+    for rows, number in zip(groups, take, strict=True):
+        chosen[rng.permutation(rows)[:number]] = True
     return chosen

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tomllib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from anyrank.config.tables import parse_toml
 from anyrank.errors import RunError, printable
+from anyrank.files import parse_json, read_bounded
 from anyrank.report import words
 
+_MOST_BYTES = 1 << 30  # of one file of a run
 _COLUMNS = (
     "accuracy",
     "loss",
@@ -73,7 +75,8 @@ class Run:
         """How many registered clients have each rank; without a summary, counted over the clients that took part."""
         held = self.summary.get("ranks")
         if isinstance(held, Mapping) and held:
-            return {int(rank): int(count) for rank, count in sorted(held.items(), key=lambda item: int(item[0]))}
+            counts = {int(rank): count for rank, count in held.items() if re.fullmatch(r"[0-9]{1,9}", rank)}
+            return {rank: count for rank, count in sorted(counts.items()) if isinstance(count, int)}
         return dict(sorted(Counter(self.taking_part.ranks.values()).items()))
 
     @property
@@ -122,7 +125,7 @@ def read(folder: Path) -> Run:
     summary = _read_summary(folder / "summary.json")
     metrics, broken = _read_lines(folder / "metrics.jsonl")
     taking_part, broken_clients = _read_clients(folder / "clients.jsonl")
-    metrics = {int(row["round"]): row for row in metrics if finite(row.get("round")) is not None}  # a repeated round: its last
+    metrics = {int(row["round"]): row for row in metrics if _is_round(row.get("round"))}  # a repeated round: its last
     ordered = [metrics[number] for number in sorted(metrics)]
     single, by_label = _metrics(summary, config, ordered)
     method = summary.get("method") or section(config, "method").get("name") or folder.name
@@ -144,6 +147,11 @@ def read(folder: Path) -> Run:
         taking_part=taking_part,
         unreadable=broken + broken_clients,
     )
+
+
+def _is_round(value: Any) -> bool:
+    number = finite(value)
+    return number is not None and 0 <= number < 2**53
 
 
 def _metrics(
@@ -181,17 +189,27 @@ def _instead(folder: Path) -> str:
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        return text, tomllib.loads(text)
+        text = _text(path)
+        return text, parse_toml(text)
     except FileNotFoundError:
         return "", {}
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text, {}  # shown as it stands: the run that wrote it is past
+
+
+def _text(path: Path) -> str:
+    """The text of a file; bytes that are not UTF-8 are replaced. Raises `FileNotFoundError`, or `RunError` for other faults."""
+    try:
+        return read_bounded(path, _MOST_BYTES).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror or error}); correct that, or name other runs") from None
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = parse_json(_text(path))
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -208,7 +226,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     written when the run stopped: it is passed over and not counted.
     """
     try:
-        *lines, partial = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        *lines, partial = _text(path).split("\n")
     except FileNotFoundError:
         return [], 0
     rows = [_object(line) for line in lines if line.strip()]
@@ -237,7 +255,7 @@ def _read_clients(path: Path) -> tuple[TakingPart, int]:
 
 def _object(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
@@ -247,7 +265,8 @@ def _spectra(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     spectrum = row.get("spectrum")
     if not isinstance(spectrum, Mapping):
         return {}
-    return {str(layer): np.nan_to_num(np.array([_float(value) for value in values])) for layer, values in spectrum.items()}
+    listed = {str(layer): values for layer, values in spectrum.items() if isinstance(values, list)}
+    return {layer: np.nan_to_num(np.array([_float(value) for value in values])) for layer, values in listed.items()}
 
 
 def _combined(rounds: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -270,8 +289,13 @@ def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def finite(value: Any) -> float | None:
     """`value` as a float if it is a finite number, else `None`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _float(value: Any) -> float:

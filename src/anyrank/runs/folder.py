@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ import tomli_w
 
 from anyrank import files
 from anyrank.config.sections import Config
-from anyrank.config.tables import from_table, to_table
+from anyrank.config.tables import from_table, parse_toml, to_table
 from anyrank.errors import AnyRankError, RunError, in_a_line
 from anyrank.runs import identity, logs, seal
 from anyrank.runs.logs import Log, Mark
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from anyrank.adapter.adapter import Adapter
     from anyrank.messages.records import ServerState
 
+_CONFIG_BYTES = 16 << 20  # of a run's configuration, which may name each of many clients
 # What a comparison, or the demo, leaves beside the folders of its runs.
 _COMPARED = (COMPARISON, "report.html", "figure.png", "demo.toml")
 
@@ -351,7 +351,7 @@ def _of_comparison(entry: Path, parts: tuple[str, ...]) -> bool:
 
 def _stored_config(path: Path) -> Config:
     try:
-        return from_table(tomllib.loads(files.read_regular(path / CONFIG).decode("utf-8")))
+        return from_table(parse_toml(files.read_bounded(path / CONFIG, _CONFIG_BYTES).decode("utf-8")))
     except (AnyRankError, ValueError, TypeError, OSError, RecursionError) as error:
         reason = in_a_line(error)
         raise RunError(f"{path / CONFIG}: cannot be read back ({reason}); choose another --out") from None

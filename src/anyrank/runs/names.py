@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from anyrank.errors import RunError
-from anyrank.files import read_regular
+from anyrank.files import parse_json, read_bounded
 
 CONFIG, METRICS, CLIENTS, SUMMARY = "config.toml", "metrics.jsonl", "clients.jsonl", "summary.json"
 PRIVACY, LEDGER = "privacy.json", "privacy.jsonl"
 COMPARISON = "compare.json"
 CHECKPOINT, STATE, BEFORE = "checkpoint", "state.safetensors", "state-before.safetensors"
 IDENTITY, SEAL = "identity.json", "seal.json"
+MOST_BYTES = 1 << 30  # of one of these files: a log of a million rounds
 
 
 # How scikit-learn's functions of what is better when it is lower end; all others are better when they are higher.
@@ -36,11 +36,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     try:
-        for number, line in enumerate(read_regular(path).split(b"\n")[:-1], 1):  # noqa: B007 - told where it fails
+        for number, line in enumerate(read_bounded(path, MOST_BYTES).split(b"\n")[:-1], 1):  # noqa: B007 - told where it fails
             lines.append(_object(line))
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror or error}); correct that, or choose another --out") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise RunError(f"{path}, line {number}: damaged; restore the file, or start the run anew in another --out") from None
     return lines
 
@@ -48,14 +48,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises `RunError` for a file that is not there, cannot be read or holds something else."""
     try:
-        return _object(read_regular(path))
-    except (OSError, ValueError, RecursionError) as error:
+        return _object(read_bounded(path, MOST_BYTES))
+    except (OSError, ValueError) as error:
         reason = (error.strerror or error) if isinstance(error, OSError) else "damaged"
         raise RunError(f"{path}: cannot be read back ({reason}); restore the file, or choose another --out") from None
 
 
 def _object(text: bytes) -> dict[str, Any]:
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value

@@ -7,8 +7,9 @@ import json
 import os
 from pathlib import Path
 
+from anyrank.errors import RunError
 from anyrank.files import is_temporary, write_whole_text
-from anyrank.runs.names import CHECKPOINT, IDENTITY, SEAL
+from anyrank.runs.names import CHECKPOINT, IDENTITY, SEAL, read_object
 
 _NOT_SEALED = {SEAL, ".lock", "report.html"}
 
@@ -29,9 +30,9 @@ def fits(folder: Path) -> bool:
     if not os.path.lexists(folder / SEAL):
         return not os.path.lexists(folder / IDENTITY)
     try:
-        noted = json.loads((folder / SEAL).read_bytes())["files"]
+        noted = read_object(folder / SEAL)["files"]
         return bool(noted) and all(_digest(folder / name) == digest for name, digest in noted.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, RunError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass, field
 
 from anyrank.config.describe import COUNT, LATER, NATURAL, NOT_NEGATIVE, POSITIVE, key
@@ -10,6 +11,8 @@ from anyrank.config.sections.values import expect, one_of
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "staircase", "quantity", "column", "sampled")
 INSTRUCTIONS = ("columns", "messages", "gsm8k", "commonsense")
+_NO_DELIMITERS = ('"', "\r", "\n", "\0", "\ufeff")
+_NO_ENCODINGS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem")  # not of whole texts
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,19 @@ class DataConfig:
     header: bool = key(
         True, "Whether the first row of a table has the names of its columns. false: columns are numbered from 0."
     )
+    delimiter: str = key(
+        "",
+        "The character between the columns of a table. Empty: a comma in .csv files, a tab in .tsv files.",
+        "one character, or empty",
+        {"datasets": "sep"},
+        LATER,
+    )
+    encoding: str = key(
+        "utf-8",
+        "The encoding of text files: utf-8, utf-16, latin-1, cp1252, or another one that Python knows.",
+        "the name of a text encoding",
+        metadata=LATER,
+    )
     format: str = key(
         "columns",
         "What the rows of a causal-lm source contain: a prompt and a completion in columns, chat messages, or the columns of "
@@ -132,7 +148,20 @@ class DataConfig:
         expect(0 < self.test_fraction < 1, "data.test_fraction", "a number between 0 and 1", self.test_fraction)
         pair = not isinstance(self.text, tuple) or len(self.text) == 2
         expect(pair, "data.text", "one column, or a list of two for pairs of texts", self.text)
+        expect(bool(self.source), "data.source", "a file, a folder, a dataset on the hub or digits", self.source)
         one_of(self.format, INSTRUCTIONS, "data.format")
+        delimiter = len(self.delimiter) <= 1 and self.delimiter not in _NO_DELIMITERS
+        expect(delimiter, "data.delimiter", "one character that is no quote and no line break, or none", self.delimiter)
+        expect(_is_encoding(self.encoding), "data.encoding", "a text encoding, such as utf-8 or latin-1", self.encoding)
         expect(self.rotate in (0, 90, 180, 270), "data.rotate", "0, 90, 180 or 270 degrees", self.rotate)
         expect(self.train_examples >= 0, "data.train_examples", NATURAL, self.train_examples)
         expect(self.test_examples >= 0, "data.test_examples", NATURAL, self.test_examples)
+
+
+def _is_encoding(name: str) -> bool:
+    """Whether Python knows a text encoding of this name that reads the letters of a table."""
+    try:
+        known = codecs.lookup(name).name.replace("-", "_")
+        return known not in _NO_ENCODINGS and "a,b\n".encode(name).decode(name) == "a,b\n"
+    except (LookupError, ValueError):
+        return False
