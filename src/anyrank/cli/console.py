@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from anyrank.errors import printable
+from anyrank.errors import printable, shortened
+
+_LONGEST = 160  # characters of the reason of an idle round
 
 
 def shown(name: Any) -> str:
@@ -35,6 +37,7 @@ class Rounds:
 
     def __init__(self, total_rounds: int, title: str, quiet: bool = False) -> None:
         self._quiet, self._total, self._done, self._bytes, self._spoke = quiet, total_rounds, 0, 0, time.monotonic()
+        self._idle, self._last_idle = 0, ""
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -55,15 +58,23 @@ class Rounds:
     def __call__(self, who: str, metrics: Mapping[str, Any]) -> None:
         self._done += 1
         self._bytes += metrics["upload_bytes"] + metrics["download_bytes"]
-        note = f"{shown(who)} round {metrics['round']}"
-        figure = next((name for name in ("accuracy", "loss") if metrics[name] is not None), None)
-        note += f" · {figure} {metrics[figure]:.3f}" if figure else ""
-        note += f" · energy past min rank {metrics['collapse']:.3f}" if metrics["collapse"] is not None else ""
-        note += f" · {megabytes(self._bytes)} MB moved"
+        at = f"{shown(who)} round {metrics['round']}".strip()
+        idle = shortened(shown(metrics.get("idle") or ""), _LONGEST)
+        if idle:
+            self._idle, self._last_idle = self._idle + 1, f"{at}: {idle}"
+        told = f" · idle: {idle}" if idle else ""
+        note = f"{at}{told}{_figures(metrics)} · {megabytes(self._bytes)} MB moved"
         self._progress.update(self._task, advance=1, note=note)
         if not self._quiet and not err.is_terminal and (time.monotonic() - self._spoke > 5 or self._done == self._total):
             self._spoke = time.monotonic()
-            err.print(f"{self._title}: {self._done}/{self._total} rounds · {note}", soft_wrap=True)
+            so_far = f" · {self._idle} idle so far, the last in {self._last_idle}" if self._idle and not idle else ""
+            err.print(f"{self._title}: {self._done}/{self._total} rounds · {note}{so_far}", soft_wrap=True)
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    figure = next((name for name in ("accuracy", "loss") if metrics[name] is not None), None)
+    text = f" · {figure} {metrics[figure]:.3f}" if figure else ""
+    return text + (f" · energy past min rank {metrics['collapse']:.3f}" if metrics["collapse"] is not None else "")
 
 
 class Preparing:

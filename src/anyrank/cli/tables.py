@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -15,24 +16,53 @@ from anyrank.config.explain import Key
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
 
 Cell = Callable[[Mapping[str, Any]], str | Text]  # a row's text in one column
+_LEAST_NAME = 8  # columns of a method's name
 _WIDE = 110  # columns of a terminal that has room for more than the essentials
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table | Group:
+def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Group:
     """The final table of a comparison: means over seeds, with the best accuracy (or else the lowest loss) in bold.
 
-    If there are metrics, a second table below has them.
+    Tables below it have the metrics, and the disturbances, if there are any.
     """
     names = dict.fromkeys(name for row in rows for name, value in row["metrics"].items() if "mean" in value)
-    whole = _method_table(rows, title, _comparison_columns(rows))
-    if not names:
-        return whole
-    return Group(whole, _method_table(rows, "metrics", {shown(name): _metric_of(name) for name in names}))
+    metrics = {shown(name): _metric_of(name) for name in names}
+    tables = _method_tables(rows, title, _comparison_columns(rows)) + _method_tables(rows, "metrics", metrics)
+    told = "rounds and updates" + (", over all seeds" if max(row["seeds"] for row in rows) > 1 else "")
+    return Group(*tables, *disturbance_tables(rows, told))
+
+
+_DISTURBANCES = {"idle_rounds": "idle\nrounds", "shortened": "shortened\nsteps", "rejected": "updates\nnot used"}
+
+
+def disturbance_tables(rows: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
+    """A table of what went wrong with each method: idle rounds, shortened steps, updates that were not used. A count that is 0
+    for all methods has no column, and without any there is no table.
+    """
+    counts = {heading: key for key, heading in _DISTURBANCES.items() if any(row.get(key) for row in rows)}
+    columns = {heading: lambda row, key=key: f"{row[key]:,}" for heading, key in counts.items()}
+    return _method_tables(rows, title, columns)
+
+
+def _method_tables(rows: Sequence[Mapping[str, Any]], title: str, columns: Mapping[str, Cell]) -> list[Table]:
+    """A table with a row for each method; on a terminal too narrow for all columns, several, one below the other."""
+    names = max(cell_len(line) for row in rows for line in _label(row["label"]).split("\n"))
+    room = out.width - min(max(names, _LEAST_NAME), out.width // 3) - 4
+    parts: list[dict[str, Cell]] = []
+    left = 0
+    for heading, show in columns.items():
+        width = 3 + max(cell_len(line) for text in (heading, *map(show, rows)) for line in str(text).split("\n"))
+        if not parts or width > left:
+            parts.append({})
+            left = room
+        parts[-1][heading] = show
+        left -= width
+    return [_method_table(rows, "" if place else title, part) for place, part in enumerate(parts)]
 
 
 def _method_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Mapping[str, Cell]) -> Table:
-    table = Table(title=shown(title), title_justify="left", header_style="bold")
-    table.add_column("method", overflow="fold", min_width=8)
+    table = Table(title=shown(title) or None, title_justify="left", header_style="bold")
+    table.add_column("method", overflow="fold", min_width=_LEAST_NAME)
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -97,16 +127,22 @@ def _known(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, Any]], Any]) -> list[Table]:
-    """The final tables of a study, one per setting; `cells_of` formats its results as text."""
+def study_tables(
+    results: Mapping[str, Any],
+    cells_of: Callable[[Mapping[str, Any]], Any],
+    disturbed: Sequence[Sequence[Mapping[str, Any]]],
+) -> list[Table]:
+    """The final tables of a study, one per setting, and one below it if the setting was `disturbed`; `cells_of` formats its
+    results as text.
+    """
     tables = []
-    for title, headings, rows in cells_of(results):
+    for (title, headings, rows), counts in zip(cells_of(results), disturbed, strict=True):
         table = Table(title=shown(title), title_justify="left", header_style="bold")
         for place, heading in enumerate(headings):
             table.add_column(heading, justify="right" if place else "left", overflow="fold", min_width=None if place else 10)
         for row in rows:
             table.add_row(_label(row[0]), *row[1:], style="bold" if row[-1] == "best" else None)
-        tables.append(table)
+        tables += [table, *disturbance_tables(counts, f"{title}: rounds and updates, over all seeds")]
     return tables
 
 
@@ -145,6 +181,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
         **private,
         "rejected": str(summary["rejected"]),
+        **_disturbances(summary),
         "head": summary["head"],
         "examples": f"{megabytes(summary['inputs_bytes'])} MB, {_PLACES[summary['inputs_in']]}",
         "time": f"{summary['seconds']:.1f} s",
@@ -152,6 +189,13 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     for name, value in figures.items():
         table.add_row(name, value)
     return table
+
+
+def _disturbances(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of what the guard shortened and of idle rounds, if there are any."""
+    shortened, idle = summary.get("shortened", 0), summary.get("idle_rounds", 0)
+    rows = {"shortened": f"{shortened:,} steps"} if shortened else {}
+    return rows | ({"idle rounds": f"{idle:,} of {summary['rounds']:,}"} if idle else {})
 
 
 _MOST_LABELS = 3  # for a metric with a number for each label, this many of the lowest are shown

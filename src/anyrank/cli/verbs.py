@@ -194,6 +194,7 @@ def study(
     folder = out or Path("runs") / chosen.name
     from anyrank import report
     from anyrank.cli import console, tables
+    from anyrank.studies import comparison
 
     with console.Preparing("preparing", quiet=as_json) as preparing:
         studies.check(chosen, preparing, folder)
@@ -208,7 +209,8 @@ def study(
     if as_json:
         _print_json(results | {"out": str(folder)})
     else:
-        for table in tables.study_tables(results, studies.cells_of):
+        disturbed = [comparison.disturbed(setting.cells(folder)) for setting in chosen.settings]
+        for table in tables.study_tables(results, studies.cells_of, disturbed):
             console.out.print(table)
         console.out.print("\n".join(written), soft_wrap=True)
     _raise_failures(results["failures"], len(chosen.cells(folder)))

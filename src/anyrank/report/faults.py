@@ -11,9 +11,10 @@ from anyrank.errors import shortened
 from anyrank.report import words
 from anyrank.report.conduct import Conduct
 from anyrank.report.groups import Group
+from anyrank.report.runs import Run
 
 _MOST = 20  # rows of a table
-_LONGEST = 60  # characters of a client's name
+_LONGEST, _LONGEST_REASON = 60, 300  # characters of a client's name, and of a reason
 _COUNTS = ("used", "rejected", "shortened", "excluded", "failed", "rested", "stray")
 _MEANINGS = {
     "rejected": "the upload did not pass the checks",
@@ -88,21 +89,22 @@ def idle(groups: Sequence[Group]) -> dict[str, Any]:
     rows = []
     for group in groups:
         for run in group.runs:
+            seed = f", seed {run.seed}" if len(group.runs) > 1 and run.seed is not None else ""
             kinds: dict[str, list[int]] = defaultdict(list)
             for number, reason in run.idle.items():
                 kinds[re.sub(r"\d+", "0", reason.partition(";")[0])].append(number)
-            for rounds in kinds.values():
-                seed = f", seed {run.seed}" if len(group.runs) > 1 and run.seed is not None else ""
-                told = {"label": group.label + seed, "count": f"{len(rounds)} of {len(run.rounds)}"}
-                rows.append(
-                    told
-                    | {
-                        "rounds": words.few(_spans(rounds)),
-                        "reason": shortened(run.idle[rounds[0]], 300),
-                        "several": len(rounds) > 1,
-                    }
-                )
+            rows += [_idle_row(group.label + seed, rounds, run) for rounds in kinds.values()]
     return {"rows": rows[:_MOST], "more": max(len(rows) - _MOST, 0)}
+
+
+def _idle_row(label: str, rounds: Sequence[int], run: Run) -> dict[str, Any]:
+    return {
+        "label": label,
+        "count": f"{len(rounds)} of {len(run.rounds)}",
+        "rounds": words.few(_spans(rounds)),
+        "reason": shortened(run.idle[rounds[0]], _LONGEST_REASON),
+        "several": len(rounds) > 1,
+    }
 
 
 def _spans(rounds: Sequence[int]) -> list[str]:
