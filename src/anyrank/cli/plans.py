@@ -1,0 +1,79 @@
+"""The tables of `anyrank plan` and `anyrank privacy`: what a run would take, before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from anyrank.cli.console import megabytes, shown
+
+
+def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
+    """What a run would take: one table of its ranks, one of the whole."""
+    ranks = Table(title=f"{shown(figures['name'])}: {figures['method']}", title_justify="left", header_style="bold")
+    for heading in ("rank", "clients", "per round", "parameters", "MB up", "MB down", "ms / step"):
+        ranks.add_column(heading, justify="right", no_wrap=True)
+    for level in figures["levels"]:
+        step = "–" if level["step_s"] is None else f"{1e3 * level['step_s']:.1f}"
+        traffic = (f"{level[f'{way}load_bytes'] / 1e6:.3f}" for way in ("up", "down"))
+        counts = (f"{level['rank']}", f"{level['clients']:,}", f"{level['a_round']:.4g}", f"{level['trainable_parameters']:,}")
+        ranks.add_row(*counts, *traffic, step)
+    memory = {name.replace("_", " "): size for name, size in figures["memory_bytes"].items() if size}
+    rows = {
+        "task": figures["task"],
+        "clients": f"{figures['clients']:,} registered, {figures['cohort']:,} per round",
+        "rounds": f"{figures['rounds']:,}, of {figures['local_steps']:.4g} local steps",
+        "traffic per round": f"{_both_ways(figures, '_a_round')}, expected",
+        "traffic in total": f"{_both_ways(figures, '')}, expected",
+        "memory": f"{megabytes(sum(memory.values()))} MB: " + ", ".join(f"{k} {megabytes(v)}" for k, v in memory.items()),
+        **({"privacy": _promise(figures["privacy"])} if figures["privacy"] else {}),
+        "training": "not measured" if figures["training_s"] is None else _guess(figures),
+    }
+    whole = Table(show_header=False)
+    whole.add_column(style="dim")
+    whole.add_column()
+    for name, value in rows.items():
+        whole.add_row(name, value)
+    return [ranks, whole]
+
+
+def _promise(budget: Mapping[str, Any]) -> str:
+    noises = sorted(row["noise_multiplier"] for row in budget["counts"])
+    noise = f"{noises[0]:.4g}" if len(set(noises)) == 1 else f"{noises[0]:.4g} to {noises[-1]:.4g}"
+    return (
+        f"epsilon {budget['epsilon']:.4g} at delta {budget['delta']:g} for one {budget['level']}, noise multiplier {noise}"
+        f"{_where(budget)}, for {budget['max_rounds']} rounds per client"
+    )
+
+
+def _where(budget: Mapping[str, Any]) -> str:
+    return " at the server" if budget.get("noise_at") == "server" else ""
+
+
+def privacy_table(figures: Mapping[str, Any]) -> Table:
+    """The noise and epsilon of a run: a row for each number of examples that clients declare."""
+    title = f"epsilon {figures['epsilon']:.4g} at delta {figures['delta']:g} for one {figures['level']}"
+    title += f" ({figures['accountant']})" + (f", noise{_where(figures)}" if _where(figures) else "")
+    if "drawn" in figures:
+        least, most = figures["drawn"]["least"], figures["drawn"]["most"]
+        title = f"{shown(figures['name'])}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds per client; "
+        title += f"the seed draws each client in {least} to {most} rounds"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for heading in ("examples", "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in figures["counts"]:
+        counts = (f"{row['num_examples']:,}", f"{row['clients']:,}", f"{row['sampling_rate']:.4g}", f"{row['steps']:,}")
+        table.add_row(*counts, f"{row['noise_multiplier']:.4g}", f"{row['epsilon']:.4g}")
+    return table
+
+
+def _both_ways(figures: Mapping[str, Any], over: str) -> str:
+    return ", ".join(f"{megabytes(figures[f'{way}load_bytes{over}'])} MB {way}" for way in ("up", "down"))
+
+
+def _guess(figures: Mapping[str, Any]) -> str:
+    whole = figures["training_s"]
+    text = f"{whole:.0f} s" if whole < 600 else f"{whole / 3600:.1f} h"
+    return f"{text}, {figures['round_s']:.2g} s per round: estimated from one step of each rank, without scoring and merging"
