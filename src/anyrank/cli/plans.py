@@ -29,6 +29,7 @@ def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
         "traffic in total": f"{_both_ways(figures, '')}, expected",
         "memory": f"{megabytes(sum(memory.values()))} MB: " + ", ".join(f"{k} {megabytes(v)}" for k, v in memory.items()),
         **({"privacy": _promise(figures["privacy"])} if figures["privacy"] else {}),
+        "guard": _guard(figures["guard"], figures["cohort"]),
         "training": "not measured" if figures["training_s"] is None else _guess(figures),
     }
     whole = Table(show_header=False)
@@ -37,6 +38,32 @@ def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
     for name, value in rows.items():
         whole.add_row(name, value)
     return [ranks, whole]
+
+
+def _guard(guard: Mapping[str, Any], cohort: int) -> str:
+    """The limits on one client, and what a round needs, in one line."""
+    parts = [
+        _limits(guard),
+        f"{guard['rest']} rounds of rest after {guard['offences']} rejected uploads"
+        if guard["rest"] and guard["offences"]
+        else "",
+        f"rounds need {guard['uploads']:,} of {cohort:,} uploads",
+        f"deadline {guard['deadline_s']:g} s" if guard["deadline_s"] else "",
+        f"{guard['dropout']:.4g} of the clients send nothing" if guard["dropout"] else "",
+        "" if guard["rollback"] else "a merge that is not finite ends the run",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _limits(guard: Mapping[str, Any]) -> str:
+    if guard["off"]:
+        return f"no limit on steps ({guard['off']})"
+    limits = [
+        "" if guard["norm"] is None else f"steps at most {guard['norm']:g} x the median",
+        "" if guard["owner"] is None else f"single owners at most {guard['owner']:g}",
+        guard["rule"] or "",
+    ]
+    return ", ".join(limit for limit in limits if limit) or "no limit on steps (switched off)"
 
 
 def _promise(budget: Mapping[str, Any]) -> str:
