@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from anyrank.cli.console import megabytes, shown
+from anyrank.cli.folding import folded
 
 
 def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
     """What a run would take: one table of its ranks, one of the whole."""
-    ranks = Table(title=f"{shown(figures['name'])}: {figures['method']}", title_justify="left", header_style="bold")
-    for heading in ("rank", "clients", "per round", "parameters", "MB up", "MB down", "ms / step"):
-        ranks.add_column(heading, justify="right", no_wrap=True)
-    for level in figures["levels"]:
-        step = "–" if level["step_s"] is None else f"{1e3 * level['step_s']:.1f}"
-        traffic = (f"{level[f'{way}load_bytes'] / 1e6:.3f}" for way in ("up", "down"))
-        counts = (f"{level['rank']}", f"{level['clients']:,}", f"{level['a_round']:.4g}", f"{level['trainable_parameters']:,}")
-        ranks.add_row(*counts, *traffic, step)
+    ranks = folded(f"{figures['name']}: {figures['method']}", "rank", *_by_rank(figures["levels"]), justify="right")
     memory = {name.replace("_", " "): size for name, size in figures["memory_bytes"].items() if size}
     rows = {
         "task": figures["task"],
@@ -37,7 +31,20 @@ def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
     whole.add_column()
     for name, value in rows.items():
         whole.add_row(name, value)
-    return [ranks, whole]
+    return [*ranks, whole]
+
+
+def _by_rank(levels: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
+    """The names of the ranks, and the cells of each column."""
+    columns = {
+        "clients": [f"{level['clients']:,}" for level in levels],
+        "per round": [f"{level['a_round']:.4g}" for level in levels],
+        "parameters": [f"{level['trainable_parameters']:,}" for level in levels],
+        "MB up": [f"{level['upload_bytes'] / 1e6:.3f}" for level in levels],
+        "MB down": [f"{level['download_bytes'] / 1e6:.3f}" for level in levels],
+        "ms / step": ["–" if level["step_s"] is None else f"{1e3 * level['step_s']:.1f}" for level in levels],
+    }
+    return [f"{level['rank']}" for level in levels], columns
 
 
 def _guard(guard: Mapping[str, Any], cohort: int) -> str:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from anyrank.cli.console import megabytes, out, shown
+from anyrank.cli.folding import folded
 from anyrank.config.explain import Key
 
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
 
 Cell = Callable[[Mapping[str, Any]], str | Text]  # a row's text in one column
-_LEAST_NAME = 8  # columns of a method's name
 _WIDE = 110  # columns of a terminal that has room for more than the essentials
 
 
@@ -45,29 +44,9 @@ def disturbance_tables(rows: Sequence[Mapping[str, Any]], title: str) -> list[Ta
 
 
 def _method_tables(rows: Sequence[Mapping[str, Any]], title: str, columns: Mapping[str, Cell]) -> list[Table]:
-    """A table with a row for each method; on a terminal too narrow for all columns, several, one below the other."""
-    names = max(cell_len(line) for row in rows for line in _label(row["label"]).split("\n"))
-    room = out.width - min(max(names, _LEAST_NAME), out.width // 3) - 4
-    parts: list[dict[str, Cell]] = []
-    left = 0
-    for heading, show in columns.items():
-        width = 3 + max(cell_len(line) for text in (heading, *map(show, rows)) for line in str(text).split("\n"))
-        if not parts or width > left:
-            parts.append({})
-            left = room
-        parts[-1][heading] = show
-        left -= width
-    return [_method_table(rows, "" if place else title, part) for place, part in enumerate(parts)]
-
-
-def _method_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Mapping[str, Cell]) -> Table:
-    table = Table(title=shown(title) or None, title_justify="left", header_style="bold")
-    table.add_column("method", overflow="fold", min_width=_LEAST_NAME)
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(_label(row["label"]), *(show(row) for show in columns.values()))
-    return table
+    """Tables with a row for each method: one, or on a narrow terminal several."""
+    cells = {heading: [show(row) for row in rows] for heading, show in columns.items()}
+    return folded(title, "method", [_label(row["label"]) for row in rows], cells)
 
 
 def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
