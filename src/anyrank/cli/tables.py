@@ -121,7 +121,7 @@ def study_tables(
             table.add_column(heading, justify="right" if place else "left", overflow="fold", min_width=None if place else 10)
         for row in rows:
             table.add_row(_label(row[0]), *row[1:], style="bold" if row[-1] == "best" else None)
-        tables += [table, *disturbance_tables(counts, f"{title}: rounds and updates, over all seeds")]
+        tables += [table, *disturbance_tables(counts, "rounds and updates, over all seeds")]
     return tables
 
 
