@@ -6,7 +6,7 @@
 # make fuzz      hands the library spoiled adapters, words and replies for three minutes (FUZZ="--seconds 600 --seed 1" for others)
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
-#                and starts of light commands (half a minute)
+#                starts of light commands (half a minute), and the checks of a round and of a merge (five minutes)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
 # make lint      style and imports
 
@@ -38,6 +38,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/aggregate.py
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/defence.py
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py

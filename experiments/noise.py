@@ -69,7 +69,7 @@ def parts(noisy: Adapter, quiet: Adapter) -> dict[str, float]:
 
 def row(method: str, rank: int, steps: int, rounds: int, rate: float) -> str:
     """One line of the table: means over seeds."""
-    asked = (*OVERRIDES, f"train.local_steps={steps}", f"run.rounds={rounds}", f"train.learning_rate={rate:g}")
+    asked = (*OVERRIDES, *results.UNGUARDED, f"train.local_steps={steps}", f"run.rounds={rounds}", f"train.learning_rate={rate:g}")
     base = comparison.variant(configs.load(results.ROOT / "configs" / "fashion-mlp.toml", asked), f"{method}@{rank}")
     found = [parts(*after(base.replace(run={"seed": seed}))) for seed in SEEDS]
     mean = {key: statistics.fmean(each[key] for each in found) for key in found[0]}

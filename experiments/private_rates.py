@@ -109,7 +109,7 @@ def score(path: Path, overrides: tuple[str, ...], label: str) -> float:
     from anyrank.errors import RunFailed
     from anyrank.studies import comparison
 
-    chosen = comparison.variant(configs.load(path, overrides), label)
+    chosen = comparison.variant(configs.load(path, (*overrides, *results.UNGUARDED)), label)
     with tempfile.TemporaryDirectory() as out:
         try:
             return simulation.execute(chosen, Path(out) / "run")["last_accuracy"]

@@ -31,6 +31,7 @@ ranks = [1, 2, 8]
 local_steps = 3
 [guard]
 norm = 0
+far = 0
 owner = 1
 """
 TEXTS = ["where is my card", "what is the exchange rate", "top up failed again", "please help me", "pay the bill now"]
@@ -80,7 +81,7 @@ def instructions(*settings: str) -> Callable[[Path], list[str]]:
     return build
 
 
-GUARDED = ("guard.norm=1.5", "guard.owner=0.5")
+GUARDED = ("guard.norm=1.5", "guard.far=4", "guard.owner=0.5")
 PRIVATE = ("privacy.delta=1e-4", "train.optimizer=sgd", "train.learning_rate=0.05")
 RUNS: Mapping[str, Callable[[Path], list[str]]] = {
     "raflora": digits("raflora"),

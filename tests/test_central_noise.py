@@ -20,9 +20,9 @@ from anyrank import simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.cli.verbs import app
-from anyrank.config.sections import Config, PrivacyConfig, RobustConfig
+from anyrank.config.sections import Config, PrivacyConfig
 from anyrank.errors import ConfigError, RunFailed
-from anyrank.federation import intake, loop
+from anyrank.federation import asking, intake, loop
 from anyrank.federation.federation import Federation
 from anyrank.messages import change
 from anyrank.messages.plan import Plan, plan_round
@@ -63,7 +63,7 @@ class Fixed:
 
 def aggregated(method, state: ServerState, jobs: list[Job], updates: list[ClientUpdate], mechanism) -> ServerState:
     """The state after a round, as the loop makes it: what the rule lets pass, merged under its noise."""
-    rule = rule_of(RobustConfig(), mechanism)
+    rule = rule_of(Config(), method, mechanism)
     return rule.aggregate(method, state, rule.screen(state, jobs, updates).updates)
 
 
@@ -303,7 +303,7 @@ def config(**sections) -> Config:
 def built() -> Iterator[tuple[Federation, list[Job], Plan, Mechanism]]:
     """A federation in round 1, its jobs, how they train, and under what key."""
     made = simulation.build(config(train={"learning_rate": 5.0, "local_steps": 20}))
-    jobs, _ = loop.dispatch(made, loop.start(made), 1)
+    jobs, _ = asking.dispatch(made, loop.start(made), 1)
     yield made, jobs, plan_round(made.config.train, 1, 3, 0), Mechanism(made.privacy, b"k" * 32)
     made.close()
 

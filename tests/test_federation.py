@@ -17,7 +17,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config, PartitionConfig
 from anyrank.errors import ConfigError, ModelError, RunFailed
-from anyrank.federation import intake, loop
+from anyrank.federation import asking, intake, loop
 from anyrank.federation.cohort import Population
 from anyrank.federation.federation import Federation
 from anyrank.messages.plan import Plan, plan_round
@@ -305,7 +305,7 @@ def test_fedprox_holds_clients_nearer_to_where_they_started(tmp_path: Path) -> N
             MLP.replace(train={"proximal_mu": mu, "optimizer": "sgd", "learning_rate": 0.05, "local_steps": 30})
         )
         state = loop.start(built)
-        jobs, _ = loop.dispatch(built, state, 1)
+        jobs, _ = asking.dispatch(built, state, 1)
         plan = plan_round(built.config.train, 1, 3, 0)
         updates = list(built.engine.train(jobs, plan))
         built.close()

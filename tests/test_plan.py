@@ -69,7 +69,8 @@ def limits(**sections: dict) -> dict:
 def test_the_limits_on_one_client_are_those_that_hold_in_the_run() -> None:
     told = limits()
     assert (told["norm"], told["owner"], told["rule"], told["off"], told["uploads"]) == (4.0, 0.5, None, "", 1)
-    assert limits(guard={"norm": 0.0})["norm"] is None
+    none = limits(guard={"norm": 0.0, "far": 0.0})
+    assert (none["norm"], none["far"], none["off"]) == (None, None, "")
     assert limits(guard={"owner": 1.0})["owner"] is None
     assert limits(robust={"rule": "krum"})["rule"] == "krum"
     half = limits(clients={"participation": 0.5}, rounds={"share": 0.25})
@@ -80,7 +81,7 @@ def test_the_limits_on_one_client_are_those_that_hold_in_the_run() -> None:
     ("sections", "reason"),
     [
         ({"method": {"name": "local-only"}}, "local-only makes no mean of uploads"),
-        ({"method": {"name": "fedsa"}}, "fedsa makes no mean of uploads"),
+        ({"method": {"name": "centralized"}}, "centralized makes no mean of uploads"),
         (
             {
                 "method": {"name": "rbla"},
@@ -165,7 +166,8 @@ def test_the_tables_show_it_and_wrong_requests_are_one_line(tmp_path: Path) -> N
     assert "1,000 registered, 1 per round" in shown
     assert "not measured" in shown
     shown = " ".join(shown.replace("│", " ").split())
-    assert "guard steps at most 4 x the median, single owners at most 0.5;" in shown
+    assert "guard steps at most 4 x the median, more than" in shown
+    assert "x rejected, single owners at most 0.5;" in shown
     assert "5 rounds of rest after 3 rejected uploads; rounds need 1 of 1 uploads" in shown
     for change, message in (("clients.ranks=[2, 65]", "rank 65: expected at most 64"), ("trian.x=1", "did you mean 'train'")):
         refused = call("--set", change)

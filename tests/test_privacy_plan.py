@@ -189,7 +189,7 @@ def test_methods_that_the_plan_does_not_cover_are_refused(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["fedavg", "ffa_lora", "rolora", "fedsvd", "flora", "raflora", "rbla"])
 def test_methods_train_privately_whatever_they_train(method: str) -> None:
-    from anyrank.federation import loop
+    from anyrank.federation import asking, loop
     from anyrank.messages.plan import plan_round
     from anyrank.messages.records import ClientUpdate
     from anyrank.privacy.noise import Mechanism
@@ -197,7 +197,7 @@ def test_methods_train_privately_whatever_they_train(method: str) -> None:
     built = simulation.build(config(**DIGITS, method={"name": method}))
     state = loop.start(built)
     for round in (1, 2):
-        jobs, _ = loop.dispatch(built, state, round)
+        jobs, _ = asking.dispatch(built, state, round)
         plan, mechanism = plan_round(built.config.train, round, 2, 0), Mechanism(built.privacy, b"k" * 32)
         replies = list(built.engine.train(jobs, plan, mechanism))
         assert all(isinstance(reply, ClientUpdate) and reply.metrics == {} for reply in replies)

@@ -14,7 +14,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, RunFailed
-from anyrank.federation import loop
+from anyrank.federation import asking, loop
 from anyrank.messages.plan import plan_round
 from anyrank.messages.records import Download
 from anyrank.privacy.accountants import Spending, noise_for
@@ -144,7 +144,7 @@ def test_a_client_that_fails_sends_noise_like_any_other(monkeypatch) -> None:
         raise RunFailed("loss is nan at local step 2")
 
     built = simulation.build(config())
-    jobs, _ = loop.dispatch(built, loop.start(built), 1)
+    jobs, _ = asking.dispatch(built, loop.start(built), 1)
     monkeypatch.setattr(private_upload.local, "train", fails)
     plan, mechanism = plan_round(built.config.train, 1, 3, 0), Mechanism(built.privacy, b"k" * 32)
     replies = list(built.engine.train(jobs, plan, mechanism))

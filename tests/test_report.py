@@ -371,7 +371,7 @@ def test_rejections_are_grouped_by_reason_whoever_and_whenever(tmp_path):
 
 
 HOSTILE = ("<script>alert(1)</script>", "\x1b[31mred\x1b[0m", "a\u202eb", "", "n" * 5000, "c1", "c2")
-STATUSES = ("ok", "ok", "ok", "ok", "rejected", "excluded", "failed", "skipped")  # most of them well, as in life
+STATUSES = ("ok", "ok", "ok", "ok", "late", "rejected", "excluded", "failed", "skipped")  # most of them well, as in life
 
 
 @st.composite
@@ -385,6 +385,7 @@ def logs(draw) -> tuple[list[dict], dict[int, str]]:
             if draw(st.booleans()):  # folders of earlier versions do not have the key
                 row["shortened"] = draw(st.sampled_from((None, 0, 0.001, 0.25, 0.5, 1.0))) if status == "ok" else None
             rows += [row] + [client(number, name, 2, "stray") | {"rank": None}] * draw(st.integers(0, 2))
+            rows += [client(number, name, 2, "ok", "its reply of round 1 counts")] * draw(st.integers(0, 1))
     rounds = sorted({row["round"] for row in rows})
     idle = draw(st.lists(st.sampled_from(rounds), unique=True)) if rounds else []
     return rows, dict.fromkeys(sorted(idle), "no client sent a usable update; c1: sent nothing")
@@ -398,7 +399,7 @@ def recount(rows: list[dict], idle: dict[int, str]) -> dict[str, Counter]:
         counts["used"] += status == "ok" and row["round"] not in idle
         counts["rested"] += status == "skipped" and row["reason"].startswith("rests")
         counts["shortened"] += row.get("shortened") is not None
-        for name in ("rejected", "excluded", "failed", "stray"):
+        for name in ("rejected", "excluded", "failed", "late", "stray"):
             counts[name] += status == name
     return {name: counts for name, counts in found.items() if any(counts[key] for key in counts if key != "used")}
 

@@ -206,6 +206,23 @@ def test_honest_large_ranks_are_not_shortened_for_their_rank() -> None:
     assert all(a is b for a, b in zip(NormBound(3.0).screen(STATE, jobs, updates).updates, updates, strict=True))
 
 
+def test_an_update_that_is_far_out_is_rejected_and_does_not_hold_the_mean_back() -> None:
+    jobs, updates = cohort((0.1, 0.1, 0.1, 50.0, 0.1, 0.1, 0.1, 0.1))
+    kept = NormBound(3.0, far=4.0).screen(STATE, jobs, updates)
+    assert kept.rejected == {"c3": "its step is more than 4 times as long as the median (guard.far)"}
+    assert (kept.shortened, kept.refused) == ({}, {})
+    assert [update.client for update in kept.updates] == ["c0", "c1", "c2", "c4", "c5", "c6", "c7"]
+
+
+def test_a_client_that_trains_longer_may_move_further() -> None:
+    """One pass over 100 examples in batches of 10 is ten steps, where the others take one: ten times the length is honest."""
+    jobs, updates = cohort((0.1,) * 5 + (0.7,), ranks=(3,) * 6)
+    steps = lambda num_examples: 10 if num_examples == 8 else 1  # noqa: E731 - the last client has 3 + 5 examples
+    assert list(NormBound(3.0, far=4.0).screen(STATE, jobs, updates).rejected) == ["c5"]
+    kept = NormBound(3.0, far=4.0, steps=steps).screen(STATE, jobs, updates)
+    assert (kept.rejected, kept.shortened) == ({}, {})
+
+
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +248,7 @@ class Hostile:
         return replace(reply, adapter=replace(reply.adapter, layers=layers))
 
 
-OFF = {"norm": 0, "owner": 1}
+OFF = {"norm": 0, "far": 0, "owner": 1}
 
 
 def accuracy(tmp_path: Path, rule: str, times: float, method: str = "raflora", guard: dict | None = None) -> float:

@@ -17,7 +17,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
-from anyrank.federation import loop
+from anyrank.federation import asking, loop
 from anyrank.federation.federation import Federation
 from anyrank.messages.plan import plan_round
 from anyrank.messages.records import Client, ClientUpdate, Download, Failure, Job, Scaling
@@ -48,7 +48,7 @@ def replies(config: Config, stacking: str, round: int = 2) -> dict[str, ClientUp
 def _replies(built: Federation, config: Config, stacking: str, round: int) -> dict[str, ClientUpdate | Failure]:
     state = loop.start(built)
     for number in (1, round):
-        jobs, _ = loop.dispatch(built, state, number)
+        jobs, _ = asking.dispatch(built, state, number)
         plan = plan_round(config.train, number, 5, 0)
         engine = replace(built.engine, stacking=stacking if number == round else "never")
         got = list(engine.train(jobs, plan))
@@ -123,7 +123,7 @@ def test_a_stack_is_cut_where_memory_would_grow(monkeypatch: pytest.MonkeyPatch)
 def test_a_client_that_diverges_leaves_the_others_alone() -> None:
     """One client starts from factors so large that its loss overflows; the others end as they would without it."""
     built = simulation.build(MLP)
-    jobs, _ = loop.dispatch(built, loop.start(built), 1)
+    jobs, _ = asking.dispatch(built, loop.start(built), 1)
     layer = jobs[3].download.adapter.layers["fc1"]
     huge = layer.with_factors(layer.A * 1e30, layer.B + 1e30)
     download = replace(
@@ -225,7 +225,7 @@ def test_the_choice_is_a_matter_of_size_and_can_be_forced(tmp_path: Path) -> Non
 def test_losses_are_means_over_each_clients_own_batch() -> None:
     """Clients of 3 and 40 examples, batches of 16: the small one's mean is over its 3, repeats weigh nothing."""
     built = simulation.build(MLP)
-    jobs, _ = loop.dispatch(built, loop.start(built), 1)
+    jobs, _ = asking.dispatch(built, loop.start(built), 1)
     examples = [np.arange(3), np.arange(40)]
     pair = [replace(jobs[0], num_examples=3), replace(jobs[1], num_examples=40)]
     plan = plan_round(replace(MLP.train, local_steps=1), 1, 5, 0)

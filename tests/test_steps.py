@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, Scaling, ServerState
 from anyrank.robust import steps
 from anyrank.robust.geometric_median import GeometricMedian
-from anyrank.robust.krum import Krum
-from anyrank.robust.norm_bound import NormBound, shortened
-from anyrank.robust.steps import along, gram, norm, norms
+from anyrank.robust.krum import Krum, scores
+from anyrank.robust.norm_bound import Lengths, NormBound, measure, shortened
+from anyrank.robust.steps import along, finite, gram, norm, norms
 
 SHAPES = {"first": (7, 5), "second": (4, 6)}
 STATE = ServerState(0, 0, Adapter({}), Scaling(1.0, "constant"))
@@ -200,10 +201,42 @@ def test_a_long_step_is_cut_at_the_bound_as_it_is_stored(seed: int, power: float
     start = adapter(rank, seed, dtype)
     job, update = pair(start, plus(start, adapter(rank, seed + 1, dtype, 10**power)))
     bound = 0.05 * min(1.0, norm(job.download, update.adapter))
-    cut, share = shortened(job, update, bound)
+    cut, share = shortened(job, update, measure(job.download, update.adapter), Lengths(bound, math.inf))
     assert 0.999 * bound < norm(job.download, cut.adapter) <= bound
     assert 0 < share < 1
     assert cut.adapter.layers["first"].A.dtype == dtype
+
+
+@given(SEEDS, st.floats(0.1, 12), st.integers(1, 4))
+def test_a_long_change_of_factors_is_cut_in_their_own_units(seed: int, power: float, rank: int) -> None:
+    """`(g B, A / g)` is the same product, so that no step is long; a mean of factors would be moved by it all the same."""
+    start = adapter(rank, seed, torch.float64)
+    layer = start.layers["first"]
+    gauged = replace(start, layers=dict(start.layers, first=layer.with_factors(layer.A / 10**power, layer.B * 10**power)))
+    job, update = pair(start, gauged)
+    lengths = measure(job.download, update.adapter)
+    assert lengths.step < 1e-6 * lengths.change
+    bounds = Lengths(math.inf, 0.1 * lengths.change)
+    cut, share = shortened(job, update, lengths, bounds)
+    assert share == pytest.approx(0.1, rel=1e-6)
+    assert 0.999 * bounds.change < measure(job.download, cut.adapter).change <= bounds.change
+
+
+def test_what_stays_with_a_client_is_neither_measured_nor_moved() -> None:
+    """B and the head are the client's own: only the change of A counts, and is shortened."""
+    jobs, updates = cohort((0.1, 0.1, 0.1, 50.0), (3, 3, 3, 3), torch.float64)
+    own = [
+        Job(job.client, job.num_examples, partial(replace, job.download, private=frozenset({"B", "tensors"}))) for job in jobs
+    ]
+    kept = NormBound(3.0).screen(STATE, own, updates)
+    assert list(kept.shortened) == [updates[3].client]
+    before, after, cut = (each.adapter for each in (own[3].download, updates[3], kept.updates[3]))
+    for name, layer in cut.layers.items():
+        assert torch.equal(layer.B, after.layers[name].B)
+        moved, whole = layer.A - before.layers[name].A, after.layers[name].A - before.layers[name].A
+        torch.testing.assert_close(moved, kept.shortened[updates[3].client] * whole)
+    assert torch.equal(cut.tensors["head"], after.tensors["head"])
+    assert kept.updates[:3] == updates[:3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -277,6 +310,14 @@ def test_a_step_of_any_length_that_the_guard_lets_in_is_cut_or_refused(rule, siz
     for k in (0, 1, 3, 4, 5):
         assert f"c{k}" in by_name or isinstance(rule, Krum)
         assert f"c{k}" not in by_name or by_name[f"c{k}"].adapter is updates[k].adapter
+
+
+def test_a_distance_that_is_no_number_is_the_largest() -> None:
+    """Steps 0, 1 and one whose square is infinite: of two neighbours, each has that one, whose own distances are infinite."""
+    products = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, math.inf], [0.0, math.inf, math.inf]], dtype=torch.float64)
+    assert finite(products) == [0, 1]
+    assert scores(products, nearest=1).tolist() == [1.0, 1.0, math.inf]
+    assert scores(products, nearest=2).tolist() == [math.inf, math.inf, math.inf]
 
 
 def test_where_no_step_can_be_measured_nothing_is_left() -> None:

@@ -67,6 +67,7 @@ def _limits(guard: Mapping[str, Any]) -> str:
         return f"no limit on steps ({guard['off']})"
     limits = [
         "" if guard["norm"] is None else f"steps at most {guard['norm']:g} x the median",
+        "" if guard["far"] is None else f"more than {guard['far']:g} x rejected",
         "" if guard["owner"] is None else f"single owners at most {guard['owner']:g}",
         guard["rule"] or "",
     ]

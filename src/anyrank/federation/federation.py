@@ -57,8 +57,14 @@ class Federation:
 
     def drops_out(self, client: str, round: int) -> bool:
         """Whether the client sends nothing in `round`, as `clients.dropout` simulates it: drawn by seed, round and client."""
-        share = self.config.clients.dropout
-        return share > 0 and bool(keys.rng(self.config.run.seed, "dropout", round, client).random() < share)
+        return self._happens("dropout", self.config.clients.dropout, client, round)
+
+    def is_late(self, client: str, round: int) -> bool:
+        """Whether the client's reply of `round` arrives one round late, as `clients.late` simulates it."""
+        return self._happens("late", self.config.clients.late, client, round)
+
+    def _happens(self, what: str, share: float, client: str, round: int) -> bool:
+        return share > 0 and bool(keys.rng(self.config.run.seed, what, round, client).random() < share)
 
     @property
     def upload_bound(self) -> float:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from anyrank.errors import printable, shortened
 from anyrank.federation import guard
+from anyrank.federation.asking import Skipped
 from anyrank.messages.records import Client, ClientUpdate, Failure, Job
-from anyrank.privacy.ledger import SPENT, Ledger, Unlimited
 from anyrank.robust.base import Screened
 
 _LONGEST, _LONGEST_REASON = 100, 500  # letters of a name, and of a reason, that nobody here gave
-
-
-class Skipped(NamedTuple):
-    """A client of a cohort that does not train in the round, and the reason."""
-
-    client: Client
-    num_examples: int
-    reason: str
 
 
 @dataclass
@@ -75,11 +67,19 @@ class Collected:
         """The row of an unexpected reply."""
         self.rows.append(self._row(Client(name, 0), None, "stray", reason) | {"rank": None})
 
+    def carried(self, client: Client, num_examples: int, reason: str) -> None:
+        """The row of a reply of the round before; `reason`: why it is left out (empty: it counts)."""
+        status, told = ("late", f"its reply of round {self.round - 1} is left out: {reason}") if reason else ("ok", "")
+        self.rows.append(self._row(client, num_examples, status, told or f"its reply of round {self.round - 1} counts"))
+        self.rows.sort(key=lambda row: row["client"])
+
     def screened(self, screened: Screened) -> None:
         """Record whose updates a rule refused, and whose steps it shortened."""
         for row in self.rows:
             name = row["client"]
-            if row["status"] == "ok" and name in screened.refused:
+            if row["status"] == "ok" and name in screened.rejected:
+                row |= {"status": "rejected", "reason": screened.rejected[name]}
+            elif row["status"] == "ok" and name in screened.refused:
                 row |= {"status": "excluded", "reason": screened.refused[name]}
             elif row["status"] == "ok" and name in screened.shortened:
                 share = float(f"{screened.shortened[name]:.3g}")
@@ -88,20 +88,6 @@ class Collected:
     def _row(self, client: Client, num_examples: int | None, status: str, reason: str) -> dict[str, Any]:
         figures = {"num_examples": num_examples, "loss": None, "seconds": None, "shortened": None}
         return {"round": self.round, "client": client.name, "rank": client.rank, **figures, "status": status, "reason": reason}
-
-
-def charge(
-    ledger: Ledger | Unlimited, jobs: Sequence[Job], skipped: Sequence[Skipped], round: int
-) -> tuple[list[Job], list[Skipped]]:
-    """The jobs that privacy budgets allow, each charged; the other clients are skipped."""
-    left, spent = [], []
-    for job in jobs:
-        if ledger.has_left(job.client.name, round):
-            left.append(job)
-        else:
-            spent.append(Skipped(job.client, job.num_examples, SPENT))
-    ledger.charge(round, {job.client.name: job.num_examples for job in left})
-    return left, [*skipped, *spent]
 
 
 def collect(

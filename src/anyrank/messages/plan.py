@@ -21,6 +21,15 @@ class Plan:
     step_factor: int = 1
 
 
+def local_steps(config: TrainConfig, num_examples: int) -> int:
+    """The steps that a client with `num_examples` takes in a round, before any factor.
+
+    >>> local_steps(TrainConfig(local_epochs=2, batch_size=16), 40), local_steps(TrainConfig(local_steps=7), 40)
+    (6, 7)
+    """
+    return config.local_epochs * math.ceil(num_examples / config.batch_size) or config.local_steps
+
+
 def plan_round(config: TrainConfig, round: int, rounds: int, seed: int, step_factor: int = 1) -> Plan:
     """The plan of `round` (from 1): the learning rate falls over the rounds by the schedule, from the first to the last."""
     progress = (round - 1) / max(rounds - 1, 1)

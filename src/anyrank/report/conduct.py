@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RESTS = "rests until round "  # how the reason of a skipped client begins, if it rests after rejected uploads
-_STATUSES = {"ok": "used", "rejected": "rejected", "excluded": "excluded", "failed": "failed", "stray": "stray"}
+_STATUSES = {"ok": "used", "rejected": "rejected", "excluded": "excluded", "failed": "failed", "stray": "stray", "late": "late"}
 
 
 @dataclass
 class Conduct:
-    """One client's `counts`: used, rejected, shortened, excluded, failed, rested, stray; and `least`, the smallest share of a
+    """One client's `counts`: used, rejected, shortened, excluded, failed, rested, late, stray; and `least`, the smallest share of a
     shortened step that counted, 1 if no step was shortened. In an idle round, no update is used.
     """
 
@@ -57,16 +57,17 @@ def is_idle(row: Mapping[str, Any], idle: Container[int]) -> bool:
 def once(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows without those of a round that was repeated after a resume: its last rows count.
 
-    A client has one row in a round, and one more for each stray reply under its name.
+    The rows of a round are sorted by client. A client may have several: of its update, of stray replies under its name, and of
+    its late reply of the round before.
     """
     kept: dict[tuple[str, str, int], Mapping[str, Any]] = {}
-    strays: Counter[str] = Counter()
-    current = None
+    seen: Counter[str] = Counter()
+    before = ("", "")
     for row in rows:
         round, client = str(row.get("round")), str(row.get("client"))
-        if round != current:
-            current, strays = round, Counter()
-        stray = row.get("status") == "stray"
-        strays[client] += stray
-        kept[round, client, strays[client] if stray else 0] = row
+        if round != before[0] or client < before[1]:
+            seen = Counter()
+        kept[round, client, seen[client]] = row
+        seen[client] += 1
+        before = (round, client)
     return list(kept.values())

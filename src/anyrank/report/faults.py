@@ -15,12 +15,13 @@ from anyrank.report.runs import Run
 
 _MOST = 20  # rows of a table
 _LONGEST, _LONGEST_REASON = 60, 300  # characters of a client's name, and of a reason
-_COUNTS = ("used", "rejected", "shortened", "excluded", "failed", "rested", "stray")
+_COUNTS = ("used", "rejected", "shortened", "excluded", "failed", "late", "rested", "stray")
 _MEANINGS = {
     "rejected": "the upload did not pass the checks",
     "shortened": "the step was longer than guard.norm allows, and a part of it counted; smallest share: the smallest such part",
     "excluded": "left out by the rule of [robust]",
     "failed": "nothing came back, or the training failed",
+    "late": "the reply arrived after its round",
     "rested": "not asked for a while, after repeated rejections",
     "stray": "replies that nobody asked for",
 }
@@ -71,7 +72,7 @@ def _badness(client: str, each: Conduct) -> tuple[Any, ...]:
         -counts["shortened"],
         each.least,
         -counts["excluded"],
-        -counts["failed"] - counts["stray"],
+        -counts["failed"] - counts["late"] - counts["stray"],
         client,
     )
 

@@ -18,10 +18,13 @@ class TooFew(AnyRankError):
 class Screened:
     """The result of a screen: the updates that pass; the reasons why others do not, `{client: reason}`; and the updates that
     pass with a shorter step, `{client: share of its step that counts}`.
+
+    What is `rejected` cannot be honest, and counts as an offence; what is `refused` may be.
     """
 
     updates: Sequence[ClientUpdate]
     refused: Mapping[str, str] = field(default_factory=dict)
+    rejected: Mapping[str, str] = field(default_factory=dict)
     shortened: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -50,14 +53,16 @@ class Chain(Rule):
 
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         refused: dict[str, str] = {}
+        rejected: dict[str, str] = {}
         shortened: dict[str, float] = {}
         for rule in self.rules:
             found = rule.screen(state, jobs, updates)
             updates = found.updates
             refused |= found.refused
+            rejected |= found.rejected
             for client, share in found.shortened.items():
                 shortened[client] = shortened.get(client, 1.0) * share
-        return Screened(updates, refused, {name: share for name, share in shortened.items() if name not in refused})
+        return Screened(updates, refused, rejected, {name: share for name, share in shortened.items() if name not in refused})
 
     def aggregate(self, method: Method, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
         return self.rules[-1].aggregate(method, state, updates) if self.rules else super().aggregate(method, state, updates)

@@ -2,90 +2,153 @@
 
 Sun, Kairouz, Suresh and McMahan, "Can You Really Backdoor Federated Learning?", arXiv 1911.07963, section 4: norm clipping,
 here with a bound that follows the cohort.
+
+Two lengths are bounded. The step of the effective weights does not depend on how a product is written as factors. The change of
+the factors does, and methods that average factors depend on it: `(1e6 B, 1e-6 A)` is the same product as `(B, A)`, and its mean
+with other clients' factors is not.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
+from anyrank.messages.change import units
 from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
 from anyrank.robust.base import Rule, Screened
-from anyrank.robust.steps import along, norm, norms
+from anyrank.robust.steps import along, norm
 
 _CLASS = 3  # clients of one rank, from which on the median is theirs alone
 _SLACK = (0.0, *(10.0**-digits for digits in range(7, 0, -1)), 0.5, 0.75, 1.0)  # of the share: stored numbers are rounded
 
 
+class Lengths(NamedTuple):
+    """Of one update: the norm of its step (0 if a part of the product stays with the client), and of the change of the factors
+    and tensors that it sends, in the units of `anyrank.messages.change`."""
+
+    step: float
+    change: float
+
+    def within(self, bounds: Lengths) -> bool:
+        return self.step <= bounds.step and self.change <= bounds.change
+
+    def times(self, factor: float) -> Lengths:
+        return Lengths(factor * self.step, factor * self.change)
+
+
 @dataclass(frozen=True)
 class NormBound(Rule):
-    """A step longer than `factor` times the median of its rank class is shortened to that length.
+    """An update with a length of more than `factor` times the median is shortened to that length, and one of more than `far`
+    times the median is rejected (0: no limit).
 
-    Ranks are classes of their own where three clients or more hold one, since larger ranks take longer steps; others are
-    compared with the whole cohort. A step is shortened by moving its factors back towards the download.
+    An update that is shortened keeps its weight and holds the mean back; one that is rejected has none. Medians are taken of
+    the clients of one rank where three or more of the round hold it, since larger ranks take longer steps, else of the whole
+    round. A client that trains for more steps than the median (`steps`, by its number of examples) may move so much further.
+    Updates are shortened by moving their factors back towards the download. What stays with a client (`Download.private`) is
+    neither measured nor moved.
     """
 
     factor: float = 3.0
+    far: float = 0.0
+    steps: Callable[[int], int] = lambda num_examples: 1
 
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         if len(updates) < _CLASS:
             return Screened(updates)  # of two steps, neither is the outlier
-        found = norms(jobs, updates).tolist()
         by_name = {job.client.name: job for job in jobs}
-        ranks = [by_name[update.client].client.rank for update in updates]
-        kept, shares = [], {}
-        for update, length, rank in zip(updates, found, ranks, strict=True):
-            own = [other for other, held in zip(found, ranks, strict=True) if held == rank]
-            bound = self.factor * statistics.median(own if len(own) >= _CLASS else found)
-            if length > bound:
-                update, shares[update.client] = shortened(by_name[update.client], update, bound)
+        own = [by_name[update.client] for update in updates]
+        found = [_measured(job, update) for job, update in zip(own, updates, strict=True)]
+        median_steps = statistics.median(self.steps(update.num_examples) for update in updates)
+        kept, shares, rejected = [], {}, {}
+        for update, job, lengths in zip(updates, own, found, strict=True):
+            peers = [other for each, other in zip(own, found, strict=True) if each.client.rank == job.client.rank]
+            usual = _medians(peers if len(peers) >= _CLASS else found).times(
+                max(1, self.steps(update.num_examples) / median_steps)
+            )
+            if self.far and not lengths.within(usual.times(self.far)):
+                rejected[update.client] = f"its step is more than {self.far:g} times as long as the median (guard.far)"
+                continue
+            if self.factor and not lengths.within(bounds := usual.times(self.factor)):
+                update, shares[update.client] = shortened(job, update, lengths, bounds)
             kept.append(update)
-        return Screened(kept, {}, shares)
+        return Screened(kept, {}, rejected, shares)
 
 
-def shortened(job: Job, update: ClientUpdate, bound: float) -> tuple[ClientUpdate, float]:
-    """`update`, moved back towards what `job` sent until its step, as it is stored, is at most `bound` long; and the share of
-    the way that counts. Where the length reaches the bound, that is the longest such step, but for rounding. A step that is too
-    long to be measured does not count at all, share 0.
+def _medians(lengths: Sequence[Lengths]) -> Lengths:
+    return Lengths(*(statistics.median(column) for column in zip(*lengths, strict=True)))
+
+
+def _measured(job: Job, update: ClientUpdate) -> Lengths:
+    lengths = measure(job.download, update.adapter)
+    job.settle()
+    return lengths
+
+
+def measure(download: Download, trained: Adapter) -> Lengths:
+    """The lengths of the way from `download` to `trained`; infinite if their squares are not finite numbers."""
+    changes = [0.0]
+    for name, before in download.adapter.layers.items():
+        after, unit = trained.layers[name], units(before, download.rescale)
+        for factor in download.train - download.private:
+            start, end = getattr(before, factor), getattr(after, factor)
+            changes.append(unit[factor] * _distance(start[: after.rank] if factor == "A" else start[:, : after.rank], end))
+    tensors = {} if "tensors" in download.private else download.adapter.tensors
+    changes += [_distance(tensor, trained.tensors[name]) for name, tensor in tensors.items()]
+    return Lengths(0.0 if download.private else norm(download, trained), math.hypot(*changes))
+
+
+def _distance(start: Tensor, end: Tensor) -> float:
+    return float(torch.linalg.vector_norm(end.double() - start.double()))
+
+
+def shortened(job: Job, update: ClientUpdate, lengths: Lengths, bounds: Lengths) -> tuple[ClientUpdate, float]:
+    """`update`, of these `lengths`, moved back towards what `job` sent until it is within `bounds` as it is stored; and the
+    share of the way that counts. Apart from rounding, that is the longest such update. One that is too long to be measured
+    does not count at all, share 0.
     """
     download = job.download
-    share = _share(along(download, update.adapter), bound)
+    share = min(1.0, bounds.change / lengths.change) if lengths.change else 1.0
+    if lengths.step > bounds.step:
+        share = min(share, _share(along(download, update.adapter), bounds.step))
     for slack in _SLACK:
         counts = share * (1 - slack)
         moved = _part(download, update.adapter, counts)
-        if norm(download, moved) <= bound:
+        if measure(download, moved).within(bounds):
             break
     job.settle()
     return replace(update, adapter=moved), counts
 
 
 def _share(square: Sequence[float], bound: float) -> float:
-    """A share in [0, 1) at which the squared norm, `square[i] t^i` summed, passes `bound^2`, by bisection; 0 if it is no
-    number."""
+    """A share in [0, 1) at which the squared norm, `square[i] t^i` summed, passes `bound^2`, by bisection; near 0 if it is not
+    finite."""
     low, high = 0.0, 1.0
     while low < (share := (low + high) / 2) < high:
-        length = math.sqrt(max(0.0, sum(c * share**power for power, c in enumerate(square))))
-        low, high = (share, high) if length <= bound else (low, share)
-    return low if all(map(math.isfinite, square)) else 0.0
+        length = math.sqrt(max(sum(c * share**power for power, c in enumerate(square)), 0.0))
+        low, high = (share, high) if length <= bound else (low, share)  # NaN is not
+    return low
 
 
 def _part(download: Download, trained: Adapter, share: float) -> Adapter:
-    """`share` of the way from the download to `trained`, in each factor."""
-    layers = {}
+    """`share` of the way from the download to `trained`, in each factor and tensor that the client sends."""
+    layers, moves = {}, download.train - download.private
     for name, after in trained.layers.items():
         before = download.adapter.layers[name]
-        A, B = before.A[: after.rank], before.B[:, : after.rank]
-        layers[name] = after.with_factors(_between(A, after.A, share), _between(B, after.B, share))
+        A = _between(before.A[: after.rank], after.A, share) if "A" in moves else after.A
+        B = _between(before.B[:, : after.rank], after.B, share) if "B" in moves else after.B
+        layers[name] = after.with_factors(A, B)
+    if "tensors" in download.private:
+        return replace(trained, layers=layers)
     tensors = {name: _between(tensor, trained.tensors[name], share) for name, tensor in download.adapter.tensors.items()}
     return replace(trained, layers=layers, tensors=tensors)
 
 
 def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    if not share:
-        return start.clone()  # the difference of numbers near the largest one may be infinite, and 0 times that is no number
     return (start.double() + share * (end.double() - start.double())).to(start.dtype)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from anyrank.config.sections import Config, RobustConfig
 from anyrank.errors import ConfigError
+from anyrank.messages.plan import local_steps
 from anyrank.methods.base import Method
 from anyrank.privacy.noise import Mechanism
 from anyrank.robust.base import Chain, Rule
 from anyrank.robust.central_noise import CentralNoise
+from anyrank.robust.coordinates import Median, TrimmedMean, suitable, suits
 from anyrank.robust.geometric_median import GeometricMedian
 from anyrank.robust.krum import Krum
 from anyrank.robust.norm_bound import NormBound
@@ -20,22 +23,27 @@ _BUILT_IN: Mapping[str, Callable[[RobustConfig], tuple[Rule, ...]]] = {
     "geometric-median": lambda config: (GeometricMedian(),),
     "krum": lambda config: (Krum(config.hostile, keep=1),),
     "multi-krum": lambda config: (Krum(config.hostile, config.keep),),
+    "trimmed-mean": lambda config: (TrimmedMean(config.trim),),
+    "median": lambda config: (Median(),),
 }
+_BY_COORDINATES = ("trimmed-mean", "median")
 
 
 def rule_of(config: Config, method: Method, mechanism: Mechanism | None) -> Rule:
     """The rules of a run: the guard's, then the one of `[robust]`. `mechanism`: the privacy plan with its key, or `None`.
 
     Noise at the server is computed for public weights, and each upload is already limited by the clip norm: there, the noise
-    is the only rule. Methods that make no mean of uploads have none.
+    is the only rule. Where a part of each adapter stays with its client, the norm bound is; where nothing is merged, none is.
     """
     if mechanism and mechanism.plan.central:
         return CentralNoise(mechanism)
-    if method.private or method.pools_data:
-        return Rule()
-    guard, rules = config.guard, []
-    if guard.norm:
-        rules.append(NormBound(guard.norm))
+    guard = config.guard
+    bound = NormBound(guard.norm, guard.far, partial(local_steps, config.train))
+    rules: list[Rule] = [bound] if guard.norm or guard.far else []
+    if method.pools_data or not method.train - method.private:
+        return Chain(())
+    if method.private:
+        return Chain(tuple(rules))
     rules += _BUILT_IN[config.robust.rule](config.robust)
     if guard.owner < 1:
         rules.insert(len(rules) - bool(rules and overrides_aggregate(rules[-1])), SingleOwner(guard.owner, method.lone_weight))
@@ -62,4 +70,9 @@ def check(config: RobustConfig, method: Method, central: bool) -> None:
         raise ConfigError(
             f"robust.rule: the geometric median weighs clients by example counts, which {method.name} does not use; choose "
             "multi-krum"
+        )
+    if config.rule in _BY_COORDINATES and not suits(method):
+        raise ConfigError(
+            f"robust.rule: the {config.rule} is taken of single numbers of the factors, which {method.name} does not average; "
+            f"it is for {suitable()}; choose geometric-median or multi-krum"
         )

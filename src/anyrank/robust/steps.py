@@ -8,8 +8,8 @@ written by the changes of the factors instead, which are exact: slice by slice `
 same matrix. The form with the smaller terms is taken: under `(g B, A / g)` the terms of one of them grow with g.
 
 Memory. Factors are converted to float64 a part at a time (32 MB). Inner products are computed for two blocks of clients at a
-time, of 1,024 columns and 256 MB of downloads each at most, or of one client. For 100 clients of rank 64 and layers of
-4096 x 4096 that is about 100 MB, and two blocks of downloads, beside the uploads.
+time, of 1,024 columns and 256 MB of downloads each at most, or of one client. For layers of 4096 x 4096 and rank 64 that is
+about 150 MB, however many clients there are, and two blocks of downloads, beside the uploads.
 """
 
 from __future__ import annotations

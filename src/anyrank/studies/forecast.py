@@ -119,17 +119,18 @@ def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]]
 
 
 def _guard(built: Federation) -> dict[str, Any]:
-    """The limits on one client that hold in this run, and what a round needs. `norm`, `owner` and `rule` are `None` where there
+    """The limits on one client that hold in this run, and what a round needs. `norm`, `far`, `owner` and `rule` are `None` where there
     is no such limit; `off`: why there is none, whatever `[guard]` says, or empty.
     """
     config, cohort = built.config, built.population.cohort_size
     rule = rule_of(config, built.method, Mechanism(built.privacy) if built.privacy else None)
     rules = rule.rules if isinstance(rule, Chain) else ()
     return {
-        "norm": next((each.factor for each in rules if isinstance(each, NormBound)), None),
+        "norm": next((each.factor or None for each in rules if isinstance(each, NormBound)), None),
+        "far": next((each.far or None for each in rules if isinstance(each, NormBound)), None),
         "owner": next((each.most for each in rules if isinstance(each, SingleOwner)), None),
         "rule": config.robust.rule if config.robust.rule != "none" else None,
-        "off": _off(rule, config.method.name),
+        "off": _off(rule, config),
         "rollback": config.guard.rollback,
         "offences": config.guard.offences,
         "rest": config.guard.rest,
@@ -139,10 +140,12 @@ def _guard(built: Federation) -> dict[str, Any]:
     }
 
 
-def _off(rule: Rule, method: str) -> str:
+def _off(rule: Rule, config: Config) -> str:
     if isinstance(rule, CentralNoise):
         return "the noise at the server is computed for public weights"
-    return "" if isinstance(rule, Chain) else f"{method} makes no mean of uploads"
+    guard, void = config.guard, isinstance(rule, Chain) and not rule.rules
+    asked = guard.norm or guard.far or guard.owner < 1
+    return f"{config.method.name} makes no mean of uploads" if asked and void else ""
 
 
 def _steps(built: Federation) -> float:

@@ -44,6 +44,13 @@ class ClientsConfig:
         "a share of at least 0, below 1",
         metadata=LATER,
     )
+    late: float = key(
+        0.0,
+        "Share of the clients asked in a round whose replies arrive one round late, drawn at random; rounds.late says what "
+        "becomes of them.",
+        "a share of at least 0, below 1",
+        metadata=LATER,
+    )
 
     def __post_init__(self) -> None:
         expect(self.count >= 1, "clients.count", COUNT, self.count)
@@ -52,6 +59,7 @@ class ClientsConfig:
         for rank in self.ranks:
             expect(rank >= 1, "clients.ranks", "ranks of at least 1", rank)
         expect(0 <= self.dropout < 1, "clients.dropout", "a share of at least 0, below 1", self.dropout)
+        expect(0 <= self.late < 1, "clients.late", "a share of at least 0, below 1", self.late)
         one_of(self.rank_order, RANK_ORDERS, "clients.rank_order")
         if self.names:
             different = len(set(self.names)) == len(self.names) == self.count and all(self.names)

@@ -17,11 +17,17 @@ class GuardConfig:
     """`[guard]`: limits on the effect of one client. They are on by default; each can be switched off."""
 
     norm: float = key(
-        4.0,
+        3.0,
         "Longest step of a client, in multiples of the median step of the round; a longer step is shortened to it. Clients of "
         "one rank are compared with each other where three or more take part. 0: no limit.",
         "a number of at least 1, or 0",
         {"Flower": "clipping_norm"},
+        metadata=LATER,
+    )
+    far: float = key(
+        4.0,
+        "Length in the same multiples from which an update is not shortened but rejected. 0: none is.",
+        "a number of at least guard.norm, or 0",
         metadata=LATER,
     )
     owner: float = key(
@@ -42,6 +48,8 @@ class GuardConfig:
     def __post_init__(self) -> None:
         limit = self.norm == 0 or 1 <= self.norm < math.inf
         expect(limit, "guard.norm", "a number of at least 1, or 0 for no limit", self.norm)
+        far = self.far == 0 or max(1, self.norm) <= self.far < math.inf
+        expect(far, "guard.far", f"a number of at least 1 and guard.norm = {self.norm:g}, or 0 to reject none", self.far)
         expect(0 < self.owner <= 1, "guard.owner", "a share above 0, at most 1", self.owner)
         expect(self.offences >= 0, "guard.offences", NATURAL, self.offences)
         expect(self.rest >= 0, "guard.rest", NATURAL, self.rest)
