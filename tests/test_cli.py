@@ -119,7 +119,7 @@ def test_the_closing_table_of_a_run_counts_what_the_logs_have(anyrank, tmp_path:
 
 
 def test_a_run_without_trouble_has_no_row_of_it(anyrank) -> None:
-    told = figures_of(anyrank("run", "digits.toml", "--set", "guard.norm=0").stdout)
+    told = figures_of(anyrank("run", "digits.toml", "--set", "guard.norm=0", "--set", "guard.far=0").stdout)
     assert told["rejected"] == "0"
     assert not told.keys() & {"idle rounds", "shortened"}
 

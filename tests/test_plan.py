@@ -67,8 +67,15 @@ def limits(**sections: dict) -> dict:
 
 
 def test_the_limits_on_one_client_are_those_that_hold_in_the_run() -> None:
-    told = limits()
-    assert (told["norm"], told["owner"], told["rule"], told["off"], told["uploads"]) == (4.0, 0.5, None, "", 1)
+    told = limits(guard={"norm": 4.0, "far": 9.0, "owner": 0.5})
+    assert (told["norm"], told["far"], told["owner"], told["rule"], told["off"], told["uploads"]) == (
+        4.0,
+        9.0,
+        0.5,
+        None,
+        "",
+        1,
+    )
     none = limits(guard={"norm": 0.0, "far": 0.0})
     assert (none["norm"], none["far"], none["off"]) == (None, None, "")
     assert limits(guard={"owner": 1.0})["owner"] is None
@@ -162,12 +169,11 @@ def test_the_tables_show_it_and_wrong_requests_are_one_line(tmp_path: Path) -> N
         [sys.executable, "-m", "anyrank", "plan", "million.toml", "--no-measure", *more],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    shown = call("--set", "clients.count=1000").stdout
+    shown = call("--set", "clients.count=1000", "--set", "guard.norm=4", "--set", "guard.far=9").stdout
     assert "1,000 registered, 1 per round" in shown
     assert "not measured" in shown
     shown = " ".join(shown.replace("│", " ").split())
-    assert "guard steps at most 4 x the median, more than" in shown
-    assert "x rejected, single owners at most 0.5;" in shown
+    assert "guard steps at most 4 x the median, more than 9 x rejected, single owners at most 0.5;" in shown
     assert "5 rounds of rest after 3 rejected uploads; rounds need 1 of 1 uploads" in shown
     for change, message in (("clients.ranks=[2, 65]", "rank 65: expected at most 64"), ("trian.x=1", "did you mean 'train'")):
         refused = call("--set", change)
