@@ -13,7 +13,7 @@ _STATUSES = {"ok": "used", "rejected": "rejected", "excluded": "excluded", "fail
 
 @dataclass
 class Conduct:
-    """One client's `counts`: used, rejected, shortened, excluded, failed, rested, late, stray; and `least`, the smallest share of
+    """A client's `counts`: used, rejected, shortened, excluded, failed, rested, late, stray; and `least`, the smallest share of
     a shortened step that counted, 1 if no step was shortened. In an idle round, no update is used.
     """
 

@@ -119,7 +119,7 @@ def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]]
 
 
 def _guard(built: Federation) -> dict[str, Any]:
-    """The limits on one client that hold in this run, and what a round needs. `norm`, `far`, `owner` and `rule` are `None` where
+    """The limits on one client that hold in this run, and what a round needs. `norm`, `far`, `owner`, `rule` are `None` where
     there is no such limit; `off`: why there is none, whatever `[guard]` says, or empty.
     """
     config, cohort = built.config, built.population.cohort_size
