@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from anyrank.cli import console, tables
+from anyrank.cli.folding import folded
 from anyrank.errors import RunError
 from anyrank.runs.folder import remove_run
 
@@ -34,10 +38,12 @@ def test_run_leaves_every_file_of_the_contract(anyrank, tmp_path: Path) -> None:
         "seconds",
         "clients",
         "rejected",
+        "shortened",
+        "idle",
     }
     assert figures <= first.keys()
     client = json.loads((folder / "clients.jsonl").read_text().splitlines()[0])
-    assert {"round", "client", "rank", "num_examples", "loss", "seconds", "status", "reason", "shortened"} == client.keys()
+    assert {"round", "client", "rank", "num_examples", "loss", "seconds", "shortened", "status", "reason"} == client.keys()
     assert "accuracy" in done.stdout
 
 
@@ -73,6 +79,123 @@ def test_compare_shows_means_over_seeds_and_resumes_a_grid(anyrank, tmp_path: Pa
     refused = anyrank(*request)
     assert refused.returncode == 2
     assert "--resume" in refused.stderr
+
+
+# Clients drop out, rounds miss their quorum, and what is longer than the median is shortened.
+TROUBLE = (
+    "clients.dropout=0.4", "clients.participation=0.4", "rounds.share=0.6", "rounds.patience=8", "run.rounds=8", "guard.norm=1"
+)  # fmt: skip
+SETS = tuple(part for change in TROUBLE for part in ("--set", change))
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def recount(folder: Path) -> dict[str, int]:
+    """The disturbances of a run, from its logs."""
+    clients = lines(folder / "clients.jsonl")
+    return {
+        "idle_rounds": sum(row["idle"] != "" for row in lines(folder / "metrics.jsonl")),
+        "shortened": sum(row["shortened"] is not None for row in clients),
+        "rejected": sum(row["status"] in ("rejected", "excluded", "failed", "stray") for row in clients),
+    }
+
+
+def figures_of(text: str) -> dict[str, str]:
+    """The rows of a table of two columns, by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def test_the_closing_table_of_a_run_counts_what_the_logs_have(anyrank, tmp_path: Path) -> None:
+    done = anyrank("run", "digits.toml", *SETS, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    counts, told = recount(tmp_path / "run"), figures_of(done.stdout)
+    assert min(counts.values()) > 0, "the configuration is meant to cause all three"
+    assert told["idle rounds"] == f"{counts['idle_rounds']} of 8"
+    assert told["shortened"] == f"{counts['shortened']} steps"
+    assert told["rejected"] == str(counts["rejected"])
+
+
+def test_a_run_without_trouble_has_no_row_of_it(anyrank) -> None:
+    told = figures_of(anyrank("run", "digits.toml", "--set", "guard.norm=0", "--set", "guard.far=0").stdout)
+    assert told["rejected"] == "0"
+    assert not told.keys() & {"idle rounds", "shortened"}
+
+
+def test_a_comparison_and_a_study_count_over_all_seeds(anyrank, tmp_path: Path) -> None:
+    done = anyrank("compare", "digits.toml", "--methods", "rbla,raflora", "--seeds", "2", *SETS, "--out", "grid")
+    assert done.returncode == 0, done.stderr
+    rows = {row["label"]: row for row in json.loads((tmp_path / "grid" / "compare.json").read_text())["rows"]}
+    told = [line.replace("│", " ").split() for line in done.stdout.split("rounds and updates, over all seeds")[1].splitlines()]
+    for label, row in rows.items():
+        runs = [recount(tmp_path / "grid" / label / f"seed-{seed}") for seed in (0, 1)]
+        sums = {key: sum(run[key] for run in runs) for key in runs[0]}
+        assert {key: row[key] for key in sums} == sums
+        assert [label, *(str(sums[key]) for key in ("idle_rounds", "shortened", "rejected"))] in told
+
+    (tmp_path / "trouble.toml").write_text(
+        f'title = "t"\nclaim = "c"\nminutes = 1\nseeds = 1\nmethods = ["rbla"]\ncolumns = ["accuracy"]\n'
+        f'figure = "none"\nset = {json.dumps(TROUBLE)}\n[[setting]]\nname = "one"\nconfig = "digits.toml"\n'
+    )
+    done = anyrank("study", "trouble.toml", "--out", "study")
+    assert done.returncode == 0, done.stderr
+    below = done.stdout.split("rounds and updates, over all seeds")[1]
+    counts = recount(next((tmp_path / "study").rglob("summary.json")).parent)
+    cells = [str(counts[key]) for key in ("idle_rounds", "shortened", "rejected")]
+    assert ["rbla", *cells] in [line.replace("│", " ").split() for line in below.splitlines()]
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(40, 200),
+    st.lists(st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=40), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.data(),
+)
+def test_a_table_of_any_width_keeps_names_and_numbers_whole(width, names, count, data) -> None:
+    cells = [[str(data.draw(st.integers(10**8, 10**9))) for _ in names] for _ in range(count)]
+    columns = {f"column\n{place}": each for place, each in enumerate(cells)}
+    before = console.out.width
+    try:
+        console.out.width = width
+        with console.out.capture() as shown:
+            for table in folded("title", "name", names, columns):
+                console.out.print(table)
+    finally:
+        console.out.width = before
+    text = shown.get()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for number in (number for each in cells for number in each):
+        assert number in text
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
+    first = "".join(row[0] for row in rows)
+    assert first.startswith("".join(names)), "a long name goes on in the next line"
+
+
+def test_the_tables_show_summaries_of_earlier_versions() -> None:
+    rows = [{"label": "rbla"}, {"label": "raflora"}]
+    assert tables.disturbance_tables(rows, "nothing") == []
+
+
+@pytest.mark.parametrize("reason", ["no client sent a usable update", "\x1b[31mred\n\u202e[bold]x[/bold]", "long " * 100])
+def test_progress_tells_an_idle_round_in_one_line(reason: str, capsys) -> None:
+    figures = {"accuracy": 0.5, "loss": 1.0, "collapse": None, "upload_bytes": 0, "download_bytes": 0}
+    with console.Rounds(1, "one") as rounds:
+        rounds("raflora seed 0", figures | {"round": 1, "idle": reason})
+    with console.Rounds(2, "two") as rounds:
+        rounds("raflora seed 0", figures | {"round": 1, "idle": reason})
+        rounds("raflora seed 0", figures | {"round": 2, "idle": ""})
+    with console.Rounds(1, "three") as rounds:
+        rounds("", figures | {"round": 1})  # a round of an earlier version
+    now, later, calm = capsys.readouterr().err.splitlines()
+    begin = reason[:8].replace("\x1b", "\\x1b")
+    assert f"1/1 rounds · raflora seed 0 round 1 · idle: {begin}" in now
+    assert f"1 idle so far, the last in raflora seed 0 round 1: {begin}" in later
+    assert "idle" not in calm
+    assert all(line.isprintable() and len(line) < 300 for line in (now, later))
 
 
 def test_one_process_or_two_give_the_same_bytes(anyrank, tmp_path: Path) -> None:

@@ -62,6 +62,60 @@ def test_adapters_kept_for_private_clients_count_as_memory() -> None:
     assert drops["memory_bytes"]["kept_for_clients"] == 0
 
 
+def limits(**sections: dict) -> dict:
+    return forecast.cost(MLP.replace(**sections), measure=False)["guard"]
+
+
+def test_the_limits_on_one_client_are_those_that_hold_in_the_run() -> None:
+    told = limits(guard={"norm": 4.0, "far": 9.0, "owner": 0.5})
+    assert (told["norm"], told["far"], told["owner"], told["rule"], told["off"], told["uploads"]) == (
+        4.0,
+        9.0,
+        0.5,
+        None,
+        "",
+        1,
+    )
+    none = limits(guard={"norm": 0.0, "far": 0.0})
+    assert (none["norm"], none["far"], none["off"]) == (None, None, "")
+    assert limits(guard={"owner": 1.0})["owner"] is None
+    assert limits(robust={"rule": "krum"})["rule"] == "krum"
+    half = limits(clients={"participation": 0.5}, rounds={"share": 0.25})
+    assert half["uploads"] == 3  # a quarter of 10 of 20 clients, rounded up
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"method": {"name": "local-only"}}, "local-only makes no mean of uploads"),
+        ({"method": {"name": "centralized"}}, "centralized makes no mean of uploads"),
+        (
+            {
+                "method": {"name": "rbla"},
+                "privacy": {"level": "client", "epsilon": 8.0, "delta": 1e-3, "noise_at": "server"},
+            },
+            "the noise at the server is computed for public weights",
+        ),
+    ],
+)
+def test_why_there_is_no_limit_on_steps(sections: dict, reason: str) -> None:
+    told = limits(**sections)
+    assert (told["norm"], told["owner"], told["off"]) == (None, None, reason)
+    assert told["offences"] == 3, "uploads are checked all the same"
+
+
+def test_clients_that_drop_out_are_not_expected_to_upload(tmp_path: Path) -> None:
+    every = MLP.replace(method={"name": "rbla"}, clients={"participation": 1.0})
+    config = every.replace(clients={"participation": 1.0, "dropout": 0.25}, run={"rounds": 12})
+    told, full = (forecast.cost(each, measure=False) for each in (config, every.replace(run={"rounds": 12})))
+    assert told["upload_bytes"] == pytest.approx(0.75 * full["upload_bytes"])
+    assert told["download_bytes"] == full["download_bytes"]
+    made = simulation.execute(config, tmp_path / "run")
+    assert made["download_bytes"] == told["download_bytes"]
+    # 240 draws of ranks 2 to 32: one draw deviates by 0.43 x 16 kB at the root mean square, the sum by 240**0.5 times that
+    assert made["upload_bytes"] == pytest.approx(told["upload_bytes"], rel=0.2)
+
+
 MILLION = """
 [run]
 rounds = 1000
@@ -115,9 +169,12 @@ def test_the_tables_show_it_and_wrong_requests_are_one_line(tmp_path: Path) -> N
         [sys.executable, "-m", "anyrank", "plan", "million.toml", "--no-measure", *more],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    shown = call("--set", "clients.count=1000").stdout
+    shown = call("--set", "clients.count=1000", "--set", "guard.norm=4", "--set", "guard.far=9").stdout
     assert "1,000 registered, 1 per round" in shown
     assert "not measured" in shown
+    shown = " ".join(shown.replace("│", " ").split())
+    assert "guard steps at most 4 x the median, more than 9 x rejected, single owners at most 0.5;" in shown
+    assert "5 rounds of rest after 3 rejected uploads; rounds need 1 of 1 uploads" in shown
     for change, message in (("clients.ranks=[2, 65]", "rank 65: expected at most 64"), ("trian.x=1", "did you mean 'train'")):
         refused = call("--set", change)
         assert refused.returncode == 2

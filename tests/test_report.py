@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anyrank import report
-from anyrank.errors import RunError
+from anyrank.errors import RunError, printable, shortened
+from anyrank.federation.quarantine import Quarantine
+from anyrank.report import faults
 from anyrank.report.charts import energy_by_round
 from anyrank.report.figures import apart, thin
 from anyrank.report.groups import grouped
@@ -362,6 +368,172 @@ def test_rejections_are_grouped_by_reason_whoever_and_whenever(tmp_path):
         ["rejected", "2", "round …: client …: NaN in A", "raflora 2", "c1, c2", "1–2"],
         ["skipped", "1", "has no examples", "raflora 1", "c1", "3"],
     ]
+
+
+HOSTILE = ("<script>alert(1)</script>", "\x1b[31mred\x1b[0m", "a\u202eb", "", "n" * 5000, "c1", "c2")
+STATUSES = ("ok", "ok", "ok", "ok", "late", "rejected", "excluded", "failed", "skipped")  # most of them well, as in life
+
+
+@st.composite
+def logs(draw) -> tuple[list[dict], dict[int, str]]:
+    """Rows of clients.jsonl as a server writes them, a row for each client of each round, and strays; and the idle rounds."""
+    rows = []
+    for number in range(1, draw(st.integers(1, 6)) + 1):
+        for name in sorted(draw(st.lists(st.sampled_from(HOSTILE), unique=True))):
+            status, rests = draw(st.sampled_from(STATUSES)), draw(st.booleans())
+            row = client(number, name, 2, status, "rests until round 9: 3 of its uploads were rejected" if rests else "other")
+            if draw(st.booleans()):  # folders of earlier versions do not have the key
+                row["shortened"] = draw(st.sampled_from((None, 0, 0.001, 0.25, 0.5, 1.0))) if status == "ok" else None
+            rows += [row] + [client(number, name, 2, "stray") | {"rank": None}] * draw(st.integers(0, 2))
+            rows += [client(number, name, 2, "ok", "its reply of round 1 counts")] * draw(st.integers(0, 1))
+    rounds = sorted({row["round"] for row in rows})
+    idle = draw(st.lists(st.sampled_from(rounds), unique=True)) if rounds else []
+    return rows, dict.fromkeys(sorted(idle), "no client sent a usable update; c1: sent nothing")
+
+
+def recount(rows: list[dict], idle: dict[int, str]) -> dict[str, Counter]:
+    """What is to be shown of each client, counted row by row."""
+    found: dict[str, Counter] = {}
+    for row in rows:
+        status, counts = row["status"], found.setdefault(row["client"], Counter())
+        counts["used"] += status == "ok" and row["round"] not in idle
+        counts["rested"] += status == "skipped" and row["reason"].startswith("rests")
+        counts["shortened"] += row.get("shortened") is not None
+        for name in ("rejected", "excluded", "failed", "late", "stray"):
+            counts[name] += status == name
+    return {name: counts for name, counts in found.items() if any(counts[key] for key in counts if key != "used")}
+
+
+def run_of(folder: Path, rows: list[dict], idle: dict[int, str]) -> Path:
+    last = max([row["round"] for row in rows], default=1)
+    return write_run(folder / "run", clients=rows, metrics=[metric(n, 0.5, idle=idle.get(n, "")) for n in range(1, last + 1)])
+
+
+@settings(max_examples=100)
+@given(logs())
+def test_the_table_of_clients_counts_what_the_log_has(log):
+    rows, idle = log
+    with tempfile.TemporaryDirectory() as folder:
+        run = read(run_of(Path(folder), rows, idle))
+    table, expected = faults.conduct(grouped([run])[0]), recount(rows, idle)
+    told = {row["client"]: dict(zip(table["columns"], row["cells"], strict=True)) for row in table["rows"]}
+    assert told.keys() == {shortened(name, 60) for name in expected}
+    for name, counts in expected.items():
+        cells = told[shortened(name, 60)]
+        assert {key: int(cells.get(key, 0)) for key in counts} == counts
+        shares = [row["shortened"] for row in rows if row["client"] == name and row.get("shortened") is not None]
+        if shares:
+            assert float(cells["smallest share"].split()[0]) / 100 == pytest.approx(min(shares), rel=0.05, abs=6e-4)
+    worst = [int(dict(zip(table["columns"], row["cells"], strict=True)).get("rejected", 0)) for row in table["rows"]]
+    assert worst == sorted(worst, reverse=True)
+    whole = faults.idle(grouped([run])[0])
+    assert sum(int(row["count"].split()[0]) for row in whole["rows"]) == len(idle)
+    used = sum(run.taking_part.used.values())
+    assert used == sum(row["status"] == "ok" and row["round"] not in idle for row in rows)
+
+
+@settings(max_examples=8)
+@given(logs())
+def test_any_log_makes_a_page_on_which_names_are_text(log):
+    rows, idle = log
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_of(Path(folder), rows, idle)
+        html = report.build([run], Path(folder) / "report.html").read_text()
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not {"\x1b", "\u202e"} & set(html)
+    for name in recount(rows, idle):
+        assert printable(shortened(name, 60)) in page.text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(("round", "client", "status", "reason", "shortened"), JSON))))
+def test_a_log_of_anything_at_all_is_counted_without_a_fault(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        run = read(write_run(Path(folder) / "run", clients=rows))
+    assert len(faults.conduct(grouped([run])[0])["rows"]) <= 20
+
+
+def test_the_worst_clients_come_first_and_many_are_cut_off_with_a_word(tmp_path):
+    rows = [client(1, f"c{number:02}", 2, "failed", "sent nothing") for number in range(23)]
+    rows += [client(number, "liar", 2, "rejected", "NaN") for number in (1, 2)]
+    rows += [client(1, "slow", 2) | {"shortened": 0.5}, client(1, "loud", 2) | {"shortened": 0.25}, client(1, "good", 2)]
+    page = build(tmp_path, write_run(tmp_path / "run", clients=rows))
+    head, *table = next(table for table in page.tables if table[0][0] == "client")
+    assert head == ["client", "used", "rejected", "shortened", "smallest share", "failed"]
+    assert table[:3] == [
+        ["liar", "0", "2", "0", "–", "0"],
+        ["loud", "1", "0", "1", "25.0 %", "0"],
+        ["slow", "1", "0", "1", "50.0 %", "0"],
+    ]
+    assert [row[0] for row in table[3:]] == [f"c{number:02}" for number in range(17)]  # 20 rows in all
+    assert "6 more, in clients.jsonl" in page.text  # 26 clients with anything to report
+
+
+def test_a_client_is_one_row_over_seeds_and_methods(tmp_path):
+    rows = [client(1, "c1", 2, "rejected", "NaN"), client(2, "c1", 2)]
+    runs = [write_run(tmp_path / "a", clients=rows), write_run(tmp_path / "b", seed=1, clients=rows)]
+    runs.append(write_run(tmp_path / "c", label="rbla", clients=rows[1:]))
+    page = build(tmp_path, *runs)
+    table = next(table for table in page.tables if table[0][0] == "client")
+    assert table == [["client", "used", "rejected", "methods"], ["c1", "3", "2", "raflora 2"]]
+
+
+def test_a_stray_reply_does_not_hide_the_update_of_its_sender(tmp_path):
+    rows = [client(1, "c1", 2), client(1, "c1", 2, "stray", "a second reply in this round: the first one counts")]
+    page = build(tmp_path, write_run(tmp_path / "run", clients=rows))
+    assert next(table for table in page.tables if table[0][0] == "client")[1] == ["c1", "1", "1"]
+
+
+def test_rows_of_a_round_that_was_repeated_after_a_resume_count_once(tmp_path):
+    one = [client(1, "c1", 2, "failed"), client(1, "c2", 2, "stray"), client(1, "c2", 2, "stray")]
+    page = build(tmp_path, write_run(tmp_path / "run", clients=[*one, client(2, "c1", 2, "failed"), *one]))
+    table = next(table for table in page.tables if table[0][0] == "client")
+    assert table == [["client", "used", "failed", "stray"], ["c1", "0", "2", "0"], ["c2", "0", "0", "2"]]
+
+
+def test_a_rest_is_known_by_the_words_of_the_quarantine(tmp_path):
+    bad = client(1, "c1", 2, "rejected", "NaN")
+    reason = Quarantine(1, 3, [bad]).reason("c1", 2)
+    rows = [bad, client(2, "c1", 2, "skipped", reason), client(2, "c2", 2, "skipped", "has no examples")]
+    page = build(tmp_path, write_run(tmp_path / "run", clients=rows))
+    table = next(table for table in page.tables if table[0][0] == "client")
+    assert table == [["client", "used", "rejected", "rested"], ["c1", "0", "1", "1"]]  # to have no examples is no fault
+
+
+def test_idle_rounds_are_told_by_kind_with_a_ring_on_each_learning_chart(tmp_path):
+    reasons = {2: "2 of 9 clients sent a usable update, 3 are needed; c1: sent nothing", 4: "the merge is not finite"}
+    reasons |= {3: "1 of 8 clients sent a usable update, 3 are needed; c7: NaN", 6: "no client sent a usable update"}
+    rows = [metric(number, 0.5, idle=reasons.get(number, "")) for number in range(1, 7)]
+    page = build(tmp_path, write_run(tmp_path / "run", metrics=rows))
+    table = next(table for table in page.tables if table[0][1] == "idle")
+    assert table[1:] == [
+        ["raflora", "2 of 6", "2–3", reasons[2]],
+        ["raflora", "1 of 6", "4", reasons[4]],
+        ["raflora", "1 of 6", "6", reasons[6]],
+    ]
+    assert "Rings: rounds that were idle." in page.text
+    calm = build(tmp_path / "calm", write_run(tmp_path / "calm" / "run", metrics=[row | {"idle": ""} for row in rows]))
+    uses = [sum(tag == "use" for tag, _ in each.tags) for each in (page, calm)]
+    assert uses[0] - uses[1] == 2 * len(reasons)  # accuracy and loss
+    assert "idle" not in calm.text.lower()
+
+
+def test_a_folder_of_an_earlier_version_has_neither(tmp_path):
+    run = write_run(tmp_path / "run", clients=[client(1, "a", 2), client(1, "d", 4)])
+    assert "shortened" not in (run / "clients.jsonl").read_text()
+    assert "idle" not in (run / "metrics.jsonl").read_text()
+    page = build(tmp_path, run)
+    assert not [table for table in page.tables if table[0][0] == "client"]
+    assert "idle" not in page.text.lower()
+    assert "None: every update that arrived was used." in page.text
 
 
 def test_privacy_is_shown_just_where_it_was_spent(tmp_path):

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from anyrank.errors import printable
+from anyrank.errors import printable, shortened
+
+_LONGEST = 160  # characters of the reason of an idle round
+_LEAST_NOTE = 20  # columns beside a progress bar, however narrow the terminal
 
 
 def shown(name: Any) -> str:
@@ -35,8 +39,9 @@ class Rounds:
 
     def __init__(self, total_rounds: int, title: str, quiet: bool = False) -> None:
         self._quiet, self._total, self._done, self._bytes, self._spoke = quiet, total_rounds, 0, 0, time.monotonic()
+        self._idle, self._last_idle = 0, ""
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=_bar()), MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False), console=err, disable=quiet or not err.is_terminal,
         )  # fmt: skip
@@ -55,15 +60,36 @@ class Rounds:
     def __call__(self, who: str, metrics: Mapping[str, Any]) -> None:
         self._done += 1
         self._bytes += metrics["upload_bytes"] + metrics["download_bytes"]
-        note = f"{shown(who)} round {metrics['round']}"
-        figure = next((name for name in ("accuracy", "loss") if metrics[name] is not None), None)
-        note += f" · {figure} {metrics[figure]:.3f}" if figure else ""
-        note += f" · energy past min rank {metrics['collapse']:.3f}" if metrics["collapse"] is not None else ""
-        note += f" · {megabytes(self._bytes)} MB moved"
-        self._progress.update(self._task, advance=1, note=note)
+        at = f"{shown(who)} round {metrics['round']}".strip()
+        idle = shortened(shown(metrics.get("idle") or ""), _LONGEST)
+        if idle:
+            self._idle, self._last_idle = self._idle + 1, f"{at}: {idle}"
+        told = f" · idle: {idle}" if idle else ""
+        note = f"{at}{told}{_figures(metrics)} · {megabytes(self._bytes)} MB moved"
+        self._progress.update(self._task, advance=1, note=self._fitting(note))
         if not self._quiet and not err.is_terminal and (time.monotonic() - self._spoke > 5 or self._done == self._total):
             self._spoke = time.monotonic()
-            err.print(f"{self._title}: {self._done}/{self._total} rounds · {note}", soft_wrap=True)
+            so_far = f" · {self._idle} idle so far, the last in {self._last_idle}" if self._idle and not idle else ""
+            err.print(f"{self._title}: {self._done}/{self._total} rounds · {note}{so_far}", soft_wrap=True)
+
+    def _fitting(self, note: str) -> str:
+        """The beginning of `note` that fits on the line beside the title, the bar, the count of rounds and the time left."""
+        spaces, clock = 4, 7
+        taken = cell_len(self._title) + _bar() + 2 * len(str(self._total)) + 1 + clock + spaces
+        text = Text(note)
+        text.truncate(max(err.width - taken, _LEAST_NOTE), overflow="ellipsis")
+        return text.plain
+
+
+def _bar() -> int:
+    """Columns of a progress bar."""
+    return 24 if err.width >= 110 else 8
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    figure = next((name for name in ("accuracy", "loss") if metrics[name] is not None), None)
+    text = f" · {figure} {metrics[figure]:.3f}" if figure else ""
+    return text + (f" · energy past min rank {metrics['collapse']:.3f}" if metrics["collapse"] is not None else "")
 
 
 class Preparing:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anyrank.cli.console import megabytes, out, shown
+from anyrank.cli.folding import folded
 from anyrank.config.explain import Key
 
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
@@ -18,26 +19,34 @@ Cell = Callable[[Mapping[str, Any]], str | Text]  # a row's text in one column
 _WIDE = 110  # columns of a terminal that has room for more than the essentials
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table | Group:
+def comparison_table(rows: Sequence[Mapping[str, Any]], title: str) -> Group:
     """The final table of a comparison: means over seeds, with the best accuracy (or else the lowest loss) in bold.
 
-    If there are metrics, a second table below has them.
+    Tables below it have the metrics, and the disturbances, if there are any.
     """
     names = dict.fromkeys(name for row in rows for name, value in row["metrics"].items() if "mean" in value)
-    whole = _method_table(rows, title, _comparison_columns(rows))
-    if not names:
-        return whole
-    return Group(whole, _method_table(rows, "metrics", {shown(name): _metric_of(name) for name in names}))
+    metrics = {shown(name): _metric_of(name) for name in names}
+    tables = _method_tables(rows, title, _comparison_columns(rows)) + _method_tables(rows, "metrics", metrics)
+    told = "rounds and updates" + (", over all seeds" if max(row["seeds"] for row in rows) > 1 else "")
+    return Group(*tables, *disturbance_tables(rows, told))
 
 
-def _method_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Mapping[str, Cell]) -> Table:
-    table = Table(title=shown(title), title_justify="left", header_style="bold")
-    table.add_column("method", overflow="fold", min_width=8)
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(_label(row["label"]), *(show(row) for show in columns.values()))
-    return table
+_DISTURBANCES = {"idle_rounds": "idle\nrounds", "shortened": "shortened\nsteps", "rejected": "updates\nnot used"}
+
+
+def disturbance_tables(rows: Sequence[Mapping[str, Any]], title: str) -> list[Table]:
+    """A table of what went wrong with each method: idle rounds, shortened steps, updates that were not used. A count that is 0
+    for all methods has no column, and without any there is no table.
+    """
+    counts = {heading: key for key, heading in _DISTURBANCES.items() if any(row.get(key) for row in rows)}
+    columns = {heading: lambda row, key=key: f"{row[key]:,}" for heading, key in counts.items()}
+    return _method_tables(rows, title, columns)
+
+
+def _method_tables(rows: Sequence[Mapping[str, Any]], title: str, columns: Mapping[str, Cell]) -> list[Table]:
+    """Tables with a row for each method: one, or on a narrow terminal several."""
+    cells = {heading: [show(row) for row in rows] for heading, show in columns.items()}
+    return folded(title, "method", [_label(row["label"]) for row in rows], cells)
 
 
 def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
@@ -97,16 +106,22 @@ def _known(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, Any]], Any]) -> list[Table]:
-    """The final tables of a study, one per setting; `cells_of` formats its results as text."""
+def study_tables(
+    results: Mapping[str, Any],
+    cells_of: Callable[[Mapping[str, Any]], Any],
+    disturbed: Sequence[Sequence[Mapping[str, Any]]],
+) -> list[Table]:
+    """The final tables of a study, one per setting, and one below it if the setting was `disturbed`; `cells_of` formats its
+    results as text.
+    """
     tables = []
-    for title, headings, rows in cells_of(results):
+    for (title, headings, rows), counts in zip(cells_of(results), disturbed, strict=True):
         table = Table(title=shown(title), title_justify="left", header_style="bold")
         for place, heading in enumerate(headings):
             table.add_column(heading, justify="right" if place else "left", overflow="fold", min_width=None if place else 10)
         for row in rows:
             table.add_row(_label(row[0]), *row[1:], style="bold" if row[-1] == "best" else None)
-        tables.append(table)
+        tables += [table, *disturbance_tables(counts, "rounds and updates, over all seeds")]
     return tables
 
 
@@ -145,6 +160,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
         **private,
         "rejected": str(summary["rejected"]),
+        **_disturbances(summary),
         "head": summary["head"],
         "examples": f"{megabytes(summary['inputs_bytes'])} MB, {_PLACES[summary['inputs_in']]}",
         "time": f"{summary['seconds']:.1f} s",
@@ -152,6 +168,13 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     for name, value in figures.items():
         table.add_row(name, value)
     return table
+
+
+def _disturbances(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of what the guard shortened and of idle rounds, if there are any."""
+    shortened, idle = summary.get("shortened", 0), summary.get("idle_rounds", 0)
+    rows = {"shortened": f"{shortened:,} steps"} if shortened else {}
+    return rows | ({"idle rounds": f"{idle:,} of {summary['rounds']:,}"} if idle else {})
 
 
 _MOST_LABELS = 3  # for a metric with a number for each label, this many of the lowest are shown
@@ -226,75 +249,6 @@ def _inspection_table(title: str, columns: Sequence[str], levels: Sequence[str])
 def _figures(entry: Mapping[str, Any], levels: Sequence[str]) -> list[str]:
     past = " ".join(f"{entry['energy_past'][level]:.2f}" for level in levels)
     return [f"{entry['norm']:.4g}", f"{entry['effective_rank']:.2f}", past]
-
-
-def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
-    """What a run would take: one table of its ranks, one of the whole."""
-    ranks = Table(title=f"{shown(figures['name'])}: {figures['method']}", title_justify="left", header_style="bold")
-    for heading in ("rank", "clients", "per round", "parameters", "MB up", "MB down", "ms / step"):
-        ranks.add_column(heading, justify="right", no_wrap=True)
-    for level in figures["levels"]:
-        step = "–" if level["step_s"] is None else f"{1e3 * level['step_s']:.1f}"
-        traffic = (f"{level[f'{way}load_bytes'] / 1e6:.3f}" for way in ("up", "down"))
-        counts = (f"{level['rank']}", f"{level['clients']:,}", f"{level['a_round']:.4g}", f"{level['trainable_parameters']:,}")
-        ranks.add_row(*counts, *traffic, step)
-    memory = {name.replace("_", " "): size for name, size in figures["memory_bytes"].items() if size}
-    rows = {
-        "task": figures["task"],
-        "clients": f"{figures['clients']:,} registered, {figures['cohort']:,} per round",
-        "rounds": f"{figures['rounds']:,}, of {figures['local_steps']:.4g} local steps",
-        "traffic per round": f"{_both_ways(figures, '_a_round')}, expected",
-        "traffic in total": f"{_both_ways(figures, '')}, expected",
-        "memory": f"{megabytes(sum(memory.values()))} MB: " + ", ".join(f"{k} {megabytes(v)}" for k, v in memory.items()),
-        **({"privacy": _promise(figures["privacy"])} if figures["privacy"] else {}),
-        "training": "not measured" if figures["training_s"] is None else _guess(figures),
-    }
-    whole = Table(show_header=False)
-    whole.add_column(style="dim")
-    whole.add_column()
-    for name, value in rows.items():
-        whole.add_row(name, value)
-    return [ranks, whole]
-
-
-def _promise(budget: Mapping[str, Any]) -> str:
-    noises = sorted(row["noise_multiplier"] for row in budget["counts"])
-    noise = f"{noises[0]:.4g}" if len(set(noises)) == 1 else f"{noises[0]:.4g} to {noises[-1]:.4g}"
-    return (
-        f"epsilon {budget['epsilon']:.4g} at delta {budget['delta']:g} for one {budget['level']}, noise multiplier {noise}"
-        f"{_where(budget)}, for {budget['max_rounds']} rounds per client"
-    )
-
-
-def _where(budget: Mapping[str, Any]) -> str:
-    return " at the server" if budget.get("noise_at") == "server" else ""
-
-
-def privacy_table(figures: Mapping[str, Any]) -> Table:
-    """The noise and epsilon of a run: a row for each number of examples that clients declare."""
-    title = f"epsilon {figures['epsilon']:.4g} at delta {figures['delta']:g} for one {figures['level']}"
-    title += f" ({figures['accountant']})" + (f", noise{_where(figures)}" if _where(figures) else "")
-    if "drawn" in figures:
-        least, most = figures["drawn"]["least"], figures["drawn"]["most"]
-        title = f"{shown(figures['name'])}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds per client; "
-        title += f"the seed draws each client in {least} to {most} rounds"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for heading in ("examples", "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in figures["counts"]:
-        counts = (f"{row['num_examples']:,}", f"{row['clients']:,}", f"{row['sampling_rate']:.4g}", f"{row['steps']:,}")
-        table.add_row(*counts, f"{row['noise_multiplier']:.4g}", f"{row['epsilon']:.4g}")
-    return table
-
-
-def _both_ways(figures: Mapping[str, Any], over: str) -> str:
-    return ", ".join(f"{megabytes(figures[f'{way}load_bytes{over}'])} MB {way}" for way in ("up", "down"))
-
-
-def _guess(figures: Mapping[str, Any]) -> str:
-    whole = figures["training_s"]
-    text = f"{whole:.0f} s" if whole < 600 else f"{whole / 3600:.1f} h"
-    return f"{text}, {figures['round_s']:.2g} s per round: estimated from one step of each rank, without scoring and merging"
 
 
 def section_table(sections: Mapping[str, str]) -> Table:

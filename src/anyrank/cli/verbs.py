@@ -135,14 +135,14 @@ def plan(
     from anyrank.cli import arguments
 
     chosen = arguments.configuration(config, overrides)
-    from anyrank.cli import console, tables
+    from anyrank.cli import console, plans
     from anyrank.studies import forecast
 
     with console.Preparing("preparing", quiet=as_json) as preparing:
         figures = forecast.cost(chosen, measure, preparing)
     if as_json:
         return _print_json(figures)
-    for table in tables.plan_tables(figures):
+    for table in plans.plan_tables(figures):
         console.out.print(table)
 
 
@@ -194,6 +194,7 @@ def study(
     folder = out or Path("runs") / chosen.name
     from anyrank import report
     from anyrank.cli import console, tables
+    from anyrank.studies import comparison
 
     with console.Preparing("preparing", quiet=as_json) as preparing:
         studies.check(chosen, preparing, folder)
@@ -208,7 +209,8 @@ def study(
     if as_json:
         _print_json(results | {"out": str(folder)})
     else:
-        for table in tables.study_tables(results, studies.cells_of):
+        disturbed = [comparison.disturbed(setting.cells(folder)) for setting in chosen.settings]
+        for table in tables.study_tables(results, studies.cells_of, disturbed):
             console.out.print(table)
         console.out.print("\n".join(written), soft_wrap=True)
     _raise_failures(results["failures"], len(chosen.cells(folder)))
@@ -357,7 +359,7 @@ def privacy(
 
     Example: [cyan]anyrank privacy --examples 1000 --batch-size 50 --steps 400 --epsilon 6[/cyan]
     """
-    from anyrank.cli import arguments, console, tables
+    from anyrank.cli import arguments, console, plans
 
     if config is None:
         figures = arguments.budget(examples, batch_size, steps, epsilon, noise_multiplier, delta, accountant)
@@ -367,7 +369,7 @@ def privacy(
             figures = _budget_of(chosen, preparing)
     if as_json:
         return _print_json(figures)
-    console.out.print(tables.privacy_table(figures))
+    console.out.print(plans.privacy_table(figures))
 
 
 @app.command()

@@ -17,17 +17,27 @@ from anyrank.report.style import cut, heat_gradient, partition_colors
 
 
 def learning(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Accuracy, where there is one, and loss over the rounds."""
-    spread, shown = _spread_note(groups), []
+    """Accuracy, where there is one, and loss over the rounds, with a ring at each idle round."""
+    spread, shown = _spread_note(groups) + _ring_note(groups), []
     if tells_accuracy(groups):
-        accuracy = [group.series("accuracy", "start_accuracy") for group in groups]
+        accuracy = [_ringed(group, "accuracy") for group in groups]
         alt = "Accuracy of the global model over the rounds, one line per method"
         told = f"Higher is better: accuracy of the global model on held-out examples after each round{spread}"
         shown.append(_chart(figures.lines(accuracy, "Accuracy, %", "round", alt, percent=True), told + _zoom_note(accuracy)))
-    loss = [group.series("loss", "start_loss") for group in groups]
+    loss = [_ringed(group, "loss") for group in groups]
     alt = "Loss of the global model over the rounds, one line per method"
     told = f"Lower is better: loss of the global model on {'the same' if shown else 'held-out'} examples{spread}"
     return [*shown, _chart(figures.lines(loss, "Loss", "round", alt), told + _zoom_note(loss))]
+
+
+def _ringed(group: Group, name: str) -> Series:
+    return replace(group.series(name, f"start_{name}"), rings=np.array(group.idle, dtype=float))
+
+
+def _ring_note(groups: Sequence[Group]) -> str:
+    idle = [group for group in groups if group.idle]
+    seeds = " with any of the seeds" if any(len(group.runs) > 1 for group in idle) else ""
+    return f" Rings: rounds that were idle{seeds}." if idle else ""
 
 
 def metrics(groups: Sequence[Group]) -> dict[str, Any] | None:

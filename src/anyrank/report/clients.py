@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from anyrank.errors import shortened
 from anyrank.report import words
 from anyrank.report.groups import Group
 from anyrank.report.runs import Run, finite
@@ -71,7 +72,7 @@ def rejections(groups: Sequence[Group]) -> dict[str, Any]:
     rows = []
     for (status, reason), hits in ordered[:_MOST_REASONS]:
         by_label = Counter(label for label, _ in hits)
-        clients = sorted({row["client"] for _, row in hits})
+        clients = sorted({shortened(row["client"], 60) for _, row in hits})
         labels = ", ".join(f"{label} {times}" for label, times in by_label.most_common())
         span = _span([row for _, row in hits])
         rows.append(

@@ -6,7 +6,7 @@ Nothing in a chart depends on the clock or on a random id: the same numbers give
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +26,16 @@ _STEPS = (1, 2, 2.5, 5, 10)
 
 @dataclass(frozen=True)
 class Series:
-    """One label's line: `x`, `mean` and `std` `[n]`; `std` is 0 if there is one seed."""
+    """One label's line: `x`, `mean` and `std` `[n]`; `std` is 0 if there is one seed. `rings`: where on x
+    the line has a ring.
+    """
 
     label: str
     style: Style
     x: np.ndarray
     mean: np.ndarray
     std: np.ndarray
+    rings: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def thin(n: int) -> np.ndarray:
@@ -228,6 +231,7 @@ def _draw_lines(
     ax = figure.add_axes((rect[0] / wide, rect[1] / tall, rect[2] / wide, rect[3] / tall))
     for line in series:
         _draw_line(ax, line, paint, log)
+        _draw_rings(ax, line, paint)
     if log:
         _log_axis(ax, series)
     else:
@@ -260,6 +264,15 @@ def _draw_line(ax: Axes, line: Series, paint: Paint, log: bool) -> None:
     if (std > 0).any():
         low = np.maximum(mean - std, mean / 10) if log else mean - std
         ax.fill_between(x, low, mean + std, color=color, alpha=0.16, linewidth=0)
+
+
+def _draw_rings(ax: Axes, line: Series, paint: Paint) -> None:
+    at = line.rings[line.rings <= line.x[-1]] if len(line.x) else line.x
+    at = at[thin(len(at))]
+    if len(at):
+        ring = {"marker": "o", "markersize": 5, "markerfacecolor": paint.surface, "markeredgewidth": 1.2}
+        color = paint.hues[line.style.hue]
+        ax.plot(at, np.interp(at, line.x, line.mean), linestyle="", markeredgecolor=color, **ring)
 
 
 def _log_axis(ax: Axes, series: Sequence[Series]) -> None:

@@ -54,6 +54,11 @@ class Group:
     def rounds(self) -> int:
         return max((int(run.rounds[-1]) for run in self.runs if len(run.rounds)), default=0)
 
+    @property
+    def idle(self) -> list[int]:
+        """The rounds that were idle with any of the seeds."""
+        return sorted({number for run in self.runs for number in run.idle})
+
     def stat(self, name: str) -> Stat | None:
         return _stat([value for run in self.runs if (value := run.final(name)) is not None])
 

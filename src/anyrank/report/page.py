@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from anyrank.report import charts, clients, words
+from anyrank.report import charts, clients, faults, words
 from anyrank.report.groups import Group, Stat, metric_names, seed_count, tells_accuracy
 from anyrank.report.runs import Run
 from anyrank.report.style import DARK, LIGHT
@@ -32,6 +32,8 @@ def contents(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
         "traffic": charts.traffic(groups),
         "federations": clients.federations(groups),
         "rejections": clients.rejections(groups),
+        "conduct": faults.conduct(groups),
+        "idle": faults.idle(groups),
         "privacy": charts.privacy(groups),
         "configs": [
             (group.label, group.runs[0].seed, group.runs[0].config_text) for group in groups if group.runs[0].config_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from anyrank.config.tables import parse_toml
 from anyrank.errors import RunError, printable
 from anyrank.files import parse_json, read_bounded
-from anyrank.report import words
+from anyrank.report import conduct, words
 
 _MOST_BYTES = 1 << 30  # of one file of a run
 _COLUMNS = (
@@ -34,20 +34,22 @@ _COLUMNS = (
 @dataclass(frozen=True)
 class TakingPart:
     """What clients.jsonl says, in short: each client's `ranks`; by rank how many updates were `used` and the examples of
-    each client and round, `sizes`; and the rows of updates that were `unused`.
+    each client and round, `sizes`; the rows of updates that were `unused`; and the `conduct` of each client.
     """
 
     ranks: Mapping[str, int]
     used: Mapping[int, int]
     sizes: Mapping[int, Sequence[float]]
     unused: Sequence[Mapping[str, Any]]
+    conduct: Mapping[str, conduct.Conduct]
 
 
 @dataclass(frozen=True)
 class Run:
     """One run folder: one method, one seed. `columns` `{name: [rounds]}`, NaN where a round has no such value, those of the
     task's `metrics` among them; `by_label`: the last numbers of those that have one for each label, `{name: {label: number}}`;
-    `spectrum` `[rounds, r]`: singular values combined over layers by root-sum-square; `layers`: the last round's, apart.
+    `spectrum` `[rounds, r]`: singular values combined over layers by root-sum-square; `layers`: the last round's, apart;
+    `idle`: the reasons of the rounds that left the state as it was, `{round: reason}`.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Run:
     spectrum: np.ndarray
     layers: Mapping[str, np.ndarray]
     taking_part: TakingPart
+    idle: Mapping[int, str]
     unreadable: int
 
     @property
@@ -124,9 +127,10 @@ def read(folder: Path) -> Run:
     config_text, config = _read_config(folder / "config.toml")
     summary = _read_summary(folder / "summary.json")
     metrics, broken = _read_lines(folder / "metrics.jsonl")
-    taking_part, broken_clients = _read_clients(folder / "clients.jsonl")
     metrics = {int(row["round"]): row for row in metrics if _is_round(row.get("round"))}  # a repeated round: its last
     ordered = [metrics[number] for number in sorted(metrics)]
+    idle = {number: str(metrics[number]["idle"]) for number in sorted(metrics) if metrics[number].get("idle")}
+    taking_part, broken_clients = _read_clients(folder / "clients.jsonl", idle)
     single, by_label = _metrics(summary, config, ordered)
     method = summary.get("method") or section(config, "method").get("name") or folder.name
     seed = summary.get("seed", section(config, "run").get("seed"))
@@ -145,6 +149,7 @@ def read(folder: Path) -> Run:
         spectrum=_combined([_spectra(row) for row in ordered]),
         layers=_spectra(ordered[-1]) if ordered else {},
         taking_part=taking_part,
+        idle=idle,
         unreadable=broken + broken_clients,
     )
 
@@ -235,22 +240,23 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return good + ([last] if last else []), len(rows) - len(good)
 
 
-def _read_clients(path: Path) -> tuple[TakingPart, int]:
-    """The summary of clients.jsonl, and how many of its lines could not be read."""
+def _read_clients(path: Path, idle: Container[int]) -> tuple[TakingPart, int]:
+    """The summary of clients.jsonl, and how many of its lines could not be read. In `idle` rounds, no update is used."""
     rows, broken = _read_lines(path)
     ranks: dict[str, int] = {}
     used: Counter[int] = Counter()
     sizes: dict[int, list[float]] = defaultdict(list)
     unused = []
-    for row in {(row.get("round"), str(row.get("client"))): row for row in rows}.values():  # a repeated round: its last
+    rows = conduct.once(rows)
+    for row in rows:
         client, rank, size = str(row.get("client")), row.get("rank"), finite(row.get("num_examples"))
         if isinstance(rank, int):
             ranks[client] = rank
-            used[rank] += row.get("status") == "ok"
+            used[rank] += row.get("status") == "ok" and not conduct.is_idle(row, idle)
             sizes[rank] += [size] if size else []
         if row.get("status") not in ("ok", None):
             unused.append(row | {"client": client})
-    return TakingPart(ranks, used, sizes, unused), broken
+    return TakingPart(ranks, used, sizes, unused, conduct.tally(rows, idle)), broken
 
 
 def _object(line: str) -> dict[str, Any] | None:

@@ -13,10 +13,16 @@ from anyrank import devices, simulation
 from anyrank.config.sections import Config
 from anyrank.federation import loop
 from anyrank.federation.federation import Federation
+from anyrank.federation.quorum import Quorum
 from anyrank.messages.plan import plan_round
 from anyrank.messages.records import Client, Download, Job, ServerState, factor_bytes, tensor_bytes
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
+from anyrank.robust.base import Chain, Rule
+from anyrank.robust.central_noise import CentralNoise
+from anyrank.robust.norm_bound import NormBound
+from anyrank.robust.owners import SingleOwner
+from anyrank.robust.rules import rule_of
 from anyrank.studies import budget
 
 
@@ -85,11 +91,12 @@ def _job(built: Federation, state: ServerState, rank: int) -> Job | None:
 
 def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]], activations: int) -> dict[str, Any]:
     config, rounds = built.config, built.config.run.rounds
-    up = sum(level["a_round"] * level["upload_bytes"] for level in levels)
+    answering = 1 - config.clients.dropout  # the others get a download and send nothing
+    up = answering * sum(level["a_round"] * level["upload_bytes"] for level in levels)
     down = sum(level["a_round"] * level["download_bytes"] for level in levels)
     steps = _steps(built)
     timed = [level for level in levels if level["step_s"] is not None]
-    round_s = sum(level["a_round"] * level["step_s"] for level in timed) * steps if timed else None
+    round_s = answering * sum(level["a_round"] * level["step_s"] for level in timed) * steps if timed else None
     return {
         "name": config.run.name,
         "method": config.method.name,
@@ -105,9 +112,40 @@ def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]]
         "download_bytes": round(down * rounds),
         "memory_bytes": _memory(built, state, levels) | {"activations": activations},
         "privacy": budget.of_run(built) if built.privacy else None,
+        "guard": _guard(built),
         "round_s": round_s,
         "training_s": round_s * rounds if timed else None,
     }
+
+
+def _guard(built: Federation) -> dict[str, Any]:
+    """The limits on one client that hold in this run, and what a round needs. `norm`, `far`, `owner`, `rule` are `None` where
+    there is no such limit; `off`: why there is none, whatever `[guard]` says, or empty.
+    """
+    config, cohort = built.config, built.population.cohort_size
+    rule = rule_of(config, built.method, Mechanism(built.privacy) if built.privacy else None)
+    rules = rule.rules if isinstance(rule, Chain) else ()
+    return {
+        "norm": next((each.factor or None for each in rules if isinstance(each, NormBound)), None),
+        "far": next((each.far or None for each in rules if isinstance(each, NormBound)), None),
+        "owner": next((each.most for each in rules if isinstance(each, SingleOwner)), None),
+        "rule": config.robust.rule if config.robust.rule != "none" else None,
+        "off": _off(rule, config),
+        "rollback": config.guard.rollback,
+        "offences": config.guard.offences,
+        "rest": config.guard.rest,
+        "uploads": Quorum(config.rounds.least, config.rounds.share).needed(cohort),
+        "deadline_s": config.rounds.deadline_s or None,
+        "dropout": config.clients.dropout,
+    }
+
+
+def _off(rule: Rule, config: Config) -> str:
+    if isinstance(rule, CentralNoise):
+        return "the noise at the server is computed for public weights"
+    guard, void = config.guard, isinstance(rule, Chain) and not rule.rules
+    asked = guard.norm or guard.far or guard.owner < 1
+    return f"{config.method.name} makes no mean of uploads" if asked and void else ""
 
 
 def _steps(built: Federation) -> float:
