@@ -110,7 +110,7 @@ class Frame:
             if type(array) not in (np.ndarray, np.memmap):  # others may hold more than numbers, as a mask
                 raise FrameError(f"frame, array {name}: expected a NumPy array, got {type(array).__name__}")
             dtype = self.dtype(name)
-            if dtype not in DTYPES or (dtype == "bfloat16" and array.dtype != np.uint16):
+            if dtype not in DTYPES or (dtype == "bfloat16" and array.dtype.newbyteorder("=") != np.uint16):
                 raise FrameError(f"frame, array {name}: expected one of {', '.join(DTYPES)}, got {array.dtype}")
             check_shape(name, list(array.shape), DTYPES[dtype].itemsize)
         unknown = sorted(self.bfloat16 - self.arrays.keys())
