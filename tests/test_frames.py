@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -311,7 +312,7 @@ def test_the_lengths_of_a_frame_are_refused_before_anything_is_read() -> None:
         refused(SMALL, f"expected at most {limit} bytes, got a frame of {len(SMALL)}", limit)
     from_bytes(SMALL, len(SMALL))
     refused(hostile.sealed(header(), b"", arrays=2**64 - 1), "expected at most 1073741824 bytes, got a frame of 18446744073709")
-    refused(hostile.sealed(header(), b"", header=2**24 + 1), "header: expected at most 16777216 bytes, got 16777217")
+    refused(hostile.sealed(header(), b"", header=2**23 + 1), "header: expected at most 8388608 bytes, got 8388609")
     refused(hostile.sealed(header(), b"", version=2), "expected version 1, got 2; use one version of anyrank")
     refused(b"PK\x03\x04" + SMALL[4:], "expected the first bytes b'ANYRANK', got b'PK.*this is not a frame")
     refused(b"", "the beginning: expected 24 bytes, got 0; it was cut short")
@@ -349,7 +350,7 @@ def test_too_many_arrays_are_refused_in_both_directions() -> None:
         (lambda: Header("k", body={"a": b"x"}), "got b'x'"),
         (lambda: Header("k", round=-1), "round: expected a whole number"),
         (lambda: Header(None), "kind: expected at most 512 printable characters, got None"),
-        (lambda: to_bytes(Frame(Header("k", body={"a": "x" * 2**24}), {})), "header: expected at most 16777216 bytes, got"),
+        (lambda: to_bytes(Frame(Header("k", body={"a": "x" * 2**24}), {})), "header: expected at most 8388608 bytes, got"),
     ],
 )  # fmt: skip
 def test_what_no_frame_can_hold_is_not_written(make: Callable[[], Any], reason: str) -> None:
@@ -419,7 +420,7 @@ def peak(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     ("text", "arrays", "lengths"),
     [
-        (b"{", b"", {"header": 2**24}),
+        (b"{", b"", {"header": 2**23}),
         (header(arrays=[["x", "int8", [2**40]]]), b"", {"arrays": 2**40}),
         (header(arrays=[["x", "float64", [2**20, 2**20]]]), bytes(100), {"arrays": 2**43}),
         (header(arrays=[["x", "int8", [MEGABYTE]], ["y", "int8", [2**40]]]), bytes(MEGABYTE + 5), {"arrays": 2**40 + MEGABYTE}),
@@ -435,6 +436,19 @@ def test_a_frame_that_boasts_costs_what_it_has(text: bytes, arrays: bytes, lengt
 
     attempt()
     assert peak(attempt) < 3 * len(data) + MEGABYTE
+
+
+@pytest.mark.parametrize("unit", [b"[],", b"[[]],", b'"ab",', b"1.5,", b"{},", b'{"a":1},'])
+def test_a_header_costs_a_bounded_multiple_of_its_bytes(unit: bytes) -> None:
+    """Small things take many more bytes in Python than in JSON; of empty lists there may be only so many."""
+    text = header().replace(b"{}", b'{"a":[' + unit * (3_000_000 // len(unit)) + b"0]}")
+    data = hostile.sealed(text, b"")
+
+    def attempt() -> None:
+        with contextlib.suppress(FrameError):
+            from_bytes(data, LIMIT)
+
+    assert peak(attempt) < 20 * len(text)
 
 
 def test_a_frame_that_boasts_is_refused_in_little_address_space() -> None:

@@ -19,7 +19,6 @@ announces more than it has costs no more than it has. How long a stream may take
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import struct
@@ -34,6 +33,7 @@ from anyrank.messages.limits import (
     LARGEST,
     MOST_ARRAYS,
     MOST_HEADER_BYTES,
+    check_header,
     check_json,
     check_name,
     check_shape,
@@ -157,9 +157,7 @@ def write(stream: Writable, frame: Frame) -> int:
 
 def to_bytes(frame: Frame) -> bytes:
     """The frame as bytes."""
-    stream = io.BytesIO()
-    write(stream, frame)
-    return stream.getvalue()
+    return b"".join(pieces(frame))
 
 
 def _encode(frame: Frame) -> bytes:
@@ -167,8 +165,7 @@ def _encode(frame: Frame) -> bytes:
     arrays = [[name, frame.dtype(name), list(array.shape)] for name, array in frame.arrays.items()]
     values = (header.kind, header.run, header.round, header.client, dict(header.body), arrays)
     text = json.dumps(dict(zip(_KEYS, values, strict=True)), allow_nan=False, separators=(",", ":"), default=dict).encode()
-    if len(text) > MOST_HEADER_BYTES:
-        raise FrameError(f"frame, header: expected at most {MOST_HEADER_BYTES} bytes, got {len(text)}")
+    check_header(text)
     return text
 
 
@@ -266,6 +263,7 @@ def _array(source: _Source, name: str, dtype: str, shape: list[int]) -> np.ndarr
 
 def _decode(data: bytes, array_bytes: int) -> tuple[Header, dict[str, tuple[str, list[int]]]]:
     """The header, and `{name: (dtype, shape)}` of the arrays, which together have exactly `array_bytes`."""
+    check_header(data)
     try:
         table = json.loads(data.decode(), object_pairs_hook=_table, parse_constant=_constant)
     except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8

@@ -8,12 +8,23 @@ from typing import Any
 
 from anyrank.errors import FrameError, printable, shortened
 
-MOST_HEADER_BYTES = 1 << 24
+MOST_HEADER_BYTES = 1 << 23
+# In a header: an empty list or table is two bytes of JSON, and in Python it takes 64 and more.
+MOST_LISTS, MOST_TABLES = 1 << 19, 1 << 13
 MOST_ARRAYS = 100_000
 MOST_DIMENSIONS = 8
 LONGEST_NAME = 512
 DEEPEST = 16  # levels of lists and tables in the body
 LARGEST = 1 << 62  # of an integer, and of an array's bytes
+
+
+def check_header(text: bytes) -> None:
+    """Refuse a header that is too large, or would be once it is decoded."""
+    if len(text) > MOST_HEADER_BYTES:
+        raise FrameError(f"frame, header: expected at most {MOST_HEADER_BYTES} bytes, got {len(text)}")
+    for what, mark, most in (("lists", b"[", MOST_LISTS), ("tables", b"{", MOST_TABLES)):
+        if (count := text.count(mark)) > most:
+            raise FrameError(f"frame, header: expected at most {most} {what}, got {count}")
 
 
 def check_name(name: Any) -> None:
@@ -41,18 +52,19 @@ def check_json(body: Mapping[str, Any]) -> None:
     """Refuse what JSON does not hold exactly, or what is nested deeper than `DEEPEST`."""
     waiting: list[tuple[Any, int]] = [(body, 1)]
     while waiting:
-        value, depth = waiting.pop()
+        holder, depth = waiting.pop()
         if depth > DEEPEST:
             raise FrameError(f"frame, body: expected at most {DEEPEST} levels, got more")
-        if isinstance(value, Mapping):
-            odd = next((key for key in value if not isinstance(key, str)), "")
+        if isinstance(holder, Mapping):
+            odd = next((key for key in holder if not isinstance(key, str)), "")
             if odd != "":
                 raise FrameError(f"frame, body: expected names as keys, got {told(odd)}")
-            waiting += [(each, depth + 1) for each in value.values()]
-        elif isinstance(value, (list, tuple)):
-            waiting += [(each, depth + 1) for each in value]
-        elif not _is_plain(value):
-            raise FrameError(f"frame, body: expected text, finite numbers below 2^62, true, false or null, got {told(value)}")
+        for value in holder.values() if isinstance(holder, Mapping) else holder:
+            if isinstance(value, (Mapping, list, tuple)):
+                waiting.append((value, depth + 1))
+            elif not _is_plain(value):
+                expected = "text, finite numbers below 2^62, true, false or null"
+                raise FrameError(f"frame, body: expected {expected}, got {told(value)}")
 
 
 def _is_plain(value: Any) -> bool:
