@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -538,6 +539,16 @@ def test_tensors_that_are_not_contiguous_arrive_as_they_were() -> None:
     frame = sent(download)
     assert same_adapters(wire.download_of(frame).adapter, adapter)
     assert frame.array_bytes == download.download_bytes() == 4 * (3 * 5 + 4 * 3 + 6)
+
+
+def test_a_download_without_layers_arrives_as_it_was() -> None:
+    """A head alone, an empty sum, and a client's ranks in a mapping that cannot be copied."""
+    download = Download(Adapter({}, {"head": torch.ones(2)}), {}, merged=Adapter({}))
+    client = Client("ada", 3, MappingProxyType({"q": 2}))
+    job = wire.job_of(through(wire.download_frame(download, PLAN, client, 17)))
+    assert same_adapters(job.download.adapter, download.adapter)
+    assert job.download.merged.layers == {}
+    assert job.client == Client("ada", 3, {"q": 2})
 
 
 def test_what_is_received_is_the_receivers_own() -> None:

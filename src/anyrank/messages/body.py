@@ -166,8 +166,6 @@ def _pack_factor(packing: Packing, place: str, name: str, tensor: Tensor, factor
 def unpack(parts: Parts, prefix: str, table: Any, absent: frozenset[str], own: Adapter | None, reduced: str = "") -> Adapter:
     """The adapter of a table; what `absent` names is taken from the site's `own`."""
     layers, tensors, config = fields(f"{prefix}adapter", table, layers=dict, tensors=dict, config=dict)
-    if not layers:
-        raise FrameError(f"{prefix}adapter: expected at least one layer, got none")
     if absent and own is None:
         raise FrameError(f"download: {', '.join(sorted(absent))} are not sent; expected the site's own adapter, got none")
     found = {name: _unpack_layer(parts, prefix, name, entry, absent, own, reduced) for name, entry in layers.items()}

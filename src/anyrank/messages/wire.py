@@ -75,7 +75,7 @@ def download_frame(
         body.pack(packing, "merged-", merged, BOTH, reduced)
     values = {
         "plan": dataclasses.asdict(plan),
-        "client": dataclasses.asdict(client) | {"layer_ranks": dict(client.layer_ranks)},
+        "client": {"name": client.name, "rank": client.rank, "layer_ranks": dict(client.layer_ranks)},
         "num_examples": num_examples,
         "adapter": body.describe(download.adapter),
         "slices": {name: _short(slices) for name, slices in download.slices.items()},
