@@ -551,6 +551,21 @@ def test_a_download_without_layers_arrives_as_it_was() -> None:
     assert job.client == Client("ada", 3, {"q": 2})
 
 
+def test_a_frame_from_an_engine_that_hands_over_arrays_may_hold_them_in_any_layout() -> None:
+    """Engines with a transport of their own take header and arrays apart; what they give back need not lie in order."""
+    download = full(world(), train=frozenset("B"))
+    sent = wire.download_frame(download, PLAN, Client("ada", 3), 17)
+    for layout in (
+        lambda a: np.array(a, order="F"),
+        lambda a: a[::-1].copy()[::-1] if a.ndim else a,
+        lambda a: a.astype(a.dtype.newbyteorder(">")),
+        lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+    ):
+        arrays = {name: layout(array) for name, array in sent.arrays.items()}
+        frame = Frame(Header(**json.loads(json.dumps(dataclasses.asdict(sent.header)))), arrays, sent.bfloat16)
+        assert same_adapters(wire.download_of(frame).adapter, download.adapter)
+
+
 def test_what_is_received_is_the_receivers_own() -> None:
     download = full(world())
     frame = wire.download_frame(download, PLAN, Client("ada", 3), 17)

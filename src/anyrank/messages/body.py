@@ -113,13 +113,13 @@ class Parts:
         return self.left.pop(name)
 
     def tensor(self, name: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
-        """The array as a tensor of that type and of one of `shapes`; it shares the array's memory."""
+        """The array as a tensor of that type and of one of `shapes`; it shares the array's memory, where torch can use that."""
         array, kind = self.array(name), self.frame.dtype(name)
         if TYPES.get(kind) != dtype or array.shape not in shapes:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             got = f"{kind} of shape {list(array.shape)}"
             raise FrameError(f"{self.frame.header.kind}, {name}: expected {NAMES[dtype]} of shape {expected}, got {got}")
-        array = array if array.flags.writeable else array.copy()
+        array = np.require(array, array.dtype.newbyteorder("="), ["C_CONTIGUOUS", "WRITEABLE", "ALIGNED"])
         if dtype == torch.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)

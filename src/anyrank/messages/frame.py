@@ -113,6 +113,8 @@ class Frame:
             if dtype not in DTYPES or (dtype == "bfloat16" and array.dtype.newbyteorder("=") != np.uint16):
                 raise FrameError(f"frame, array {name}: expected one of {', '.join(DTYPES)}, got {array.dtype}")
             check_shape(name, list(array.shape), DTYPES[dtype].itemsize)
+            if dtype == "bool" and array.size and (largest := array.view(np.uint8).max()) > 1:
+                raise FrameError(f"frame, array {name}: expected bool numbers 0 and 1, got {largest}")
         unknown = sorted(self.bfloat16 - self.arrays.keys())
         if unknown:
             raise FrameError(f"frame, bfloat16: expected names of its arrays, got {told(unknown[0])}")
@@ -256,8 +258,6 @@ class _Source:
 def _array(source: _Source, name: str, dtype: str, shape: list[int]) -> np.ndarray:
     stored = DTYPES[dtype]
     held = source.take(math.prod(shape) * stored.itemsize, f"array {name}")
-    if dtype == "bool" and held.size and held.max() > 1:
-        raise FrameError(f"frame, array {name}: expected bool numbers 0 and 1, got {held.max()}")
     return held.view(stored).reshape(shape).astype(stored.newbyteorder("="), copy=False)
 
 
