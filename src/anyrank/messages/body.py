@@ -119,7 +119,8 @@ class Parts:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             got = f"{kind} of shape {list(array.shape)}"
             raise FrameError(f"{self.frame.header.kind}, {name}: expected {NAMES[dtype]} of shape {expected}, got {got}")
-        array = np.require(array, array.dtype.newbyteorder("="), ["C_CONTIGUOUS", "WRITEABLE", "ALIGNED"])
+        if not (array.flags.carray and array.dtype.isnative and min(array.strides, default=0) >= 0):
+            array = np.array(array, array.dtype.newbyteorder("="), order="C")
         if dtype == torch.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
