@@ -71,10 +71,10 @@ def ways(sent: Download, folder: Path) -> dict[str, Callable[[], Any]]:
     frame = wire.update_frame(update, sent)
     data, tensors = framing.to_bytes(frame), sent.adapter.state_dict()
     plain = save(tensors)
-    used = bytearray(len(data))
+    numbers, used = np.frombuffer(data, np.uint8), np.zeros(len(data), np.uint8)
     write_file(folder / "frame", frame)
     return {
-        "memory copy, memory in use": lambda: used.__setitem__(slice(None), data),
+        "memory copy, memory in use": lambda: np.copyto(used, numbers),
         "memory copy, fresh memory": lambda: fresh_copy(data),
         "SHA-256 alone": lambda: sha256(data),
         "SHA-256, and a copy to fresh memory": lambda: (sha256(data), fresh_copy(data)),
@@ -95,9 +95,7 @@ def main() -> None:
     options.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     asked = options.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}")
     sent = download(asked.modules, asked.rank, getattr(torch, asked.dtype))
     size = sent.upload_bytes() / 1e6
     with tempfile.TemporaryDirectory() as folder:
