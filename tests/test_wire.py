@@ -135,7 +135,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 METHODS = sorted(name for name, kind in REGISTRY.items() if kind.__module__.startswith("anyrank.methods"))
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {name: (name, {}, {}) for name in METHODS}
-PRIVATE = {"level": "example", "epsilon": 8.0, "delta": 1e-4}
+PRIVATE = {"level": "example", "noise_multiplier": 1.0, "delta": 1e-4}
 RUNS |= {
     "stayput, every option": ("stayput", {"true_point": True, "rotate": True, "momentum": 0.5, "server_rank": 12}, {}),
     "stayput, balanced": ("stayput", {"split": "balanced"}, {}),
