@@ -46,7 +46,7 @@ from anyrank.simulation.building import in_process
 from anyrank.training import trainer
 
 LIMIT = 1 << 24
-PLAN = Plan(TrainConfig(), learning_rate=1e-3, round=2, seed=7)
+PLAN = Plan(TrainConfig("sgd", momentum=0.5, local_epochs=2), learning_rate=1e-3, round=2, seed=7, step_factor=3)
 
 
 def through(frame: Frame) -> Frame:
@@ -606,6 +606,14 @@ def test_int8_errs_by_at_most_half_a_step_of_its_slice(data: Any, dtype: torch.d
         assert ((x - y).abs() <= step / 2 + unit).all()
     assert frame.array_bytes == download.download_bytes("int8")
     assert same_adapters(wire.download_of(frame).adapter, download.adapter), "what is trained is exact"
+
+
+def test_int8_holds_the_smallest_numbers_that_there_are() -> None:
+    """In units of 2^-1074: 190 / 127 is 1.496, and the smallest step whose 127 reach 190 is 2; 190 = 95 * 2, 127 = 127 * 1."""
+    unit = 2.0**-1074
+    layer = LoraLayer(torch.tensor([[190.0, -96.0], [127.0, 1.0]], dtype=torch.float64) * unit, torch.zeros(1, 2).double(), 1.0)
+    got = wire.download_of(sent(full(world(), merged=Adapter({"x": layer})), reduced="int8")).merged.layers["x"]
+    assert same(got.A, layer.A)
 
 
 @given(st.lists(st.floats(min_value=-3e38, max_value=3e38), min_size=6, max_size=6))
