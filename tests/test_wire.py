@@ -637,8 +637,8 @@ def test_fewer_bits_are_fewer_bytes_by_the_count() -> None:
         bare = full(adapter).download_bytes()
         counted = [download.download_bytes(reduced) - bare for reduced in ("", "bfloat16", "int8")]
         assert counted == [27 * width, 27 * min(width, 2), 27 + 2 * 3 * 8]
-    exact = wire.download_of(sent(download, reduced="bfloat16"))
-    assert same_adapters(exact.merged, download.merged), "two bytes stay as they are"
+        if width == 2:  # two bytes stay as they are
+            assert same_adapters(wire.download_of(sent(download, reduced="bfloat16")).merged, download.merged)
 
 
 def test_numbers_that_fewer_bits_cannot_hold_are_refused() -> None:
