@@ -77,14 +77,15 @@ class Sites:
     def close(self) -> None:
         self.inner.close()
 
-    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: Any = None) -> Iterator[ClientUpdate | Failure]:
+    def train(self, jobs: Sequence[Job], plan: Plan, mechanism: Any = None, *more: Any) -> Iterator[ClientUpdate | Failure]:
         sent = {job.client.name: through(self.sent(job, plan)) for job in jobs}
         at_sites = [wire.job_of(sent[job.client.name], self.own(sent[job.client.name])) for job in jobs]
         plans = {json.dumps(dataclasses.asdict(wire.plan_of(each))) for each in sent.values()}
         assert plans == {json.dumps(dataclasses.asdict(plan))}
         downloads, theirs = ({job.client.name: job.download for job in each} for each in (jobs, at_sites))
         plan = wire.plan_of(through(wire.plan_frame(plan)))
-        for reply in trainer.train_cohort(self.inner.model, at_sites, self.inner.shards, plan, mechanism, self.inner.stacking):
+        engine = self.inner
+        for reply in trainer.train_cohort(engine.model, at_sites, engine.shards, plan, mechanism, engine.stacking, *more):
             assert isinstance(reply, ClientUpdate), str(reply)
             self.store[reply.client] = reply.adapter
             frame = through(wire.update_frame(reply, theirs[reply.client], "run", plan.round))
