@@ -42,6 +42,7 @@ NEVER = {
     "runs.folder": ("torch",),
     "methods.registry": ("torch", "numpy"),
     "methods.catalog": ("torch", "numpy"),
+    "messages.frame": ("torch",),
 }
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded
     "torch": {

@@ -72,6 +72,10 @@ class RunFailed(AnyRankError):
     """A run, or one client's training, cannot continue. The last checkpoint remains."""
 
 
+class FrameError(AnyRankError):
+    """A frame cannot be written, or what was received is not the frame that was expected."""
+
+
 def in_a_line(error: BaseException) -> str:
     r"""Somebody else's error in one line: its kind and the first line that it says; one of ours in its own words.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.errors import AdapterError, ConfigError
+from anyrank.messages.reduction import Reduced, nbytes
 
 BOTH = frozenset({"A", "B"})
 EVERYTHING = BOTH | {"tensors"}
@@ -97,8 +98,10 @@ class Download:
     pruning: Pruning | None = None
     rescale: Literal["B", "both"] = "B"
 
-    def download_bytes(self) -> int:
-        merged = factor_bytes(self.merged, BOTH) if self.merged else 0
+    def download_bytes(self, reduced: Reduced = "") -> int:
+        """Bytes of the download; `reduced`: how the sum in the base model is sent, exactly by default."""
+        layers = self.merged.layers.values() if self.merged else ()
+        merged = sum(nbytes(factor, layer.rank, reduced) for layer in layers for factor in (layer.A, layer.B))
         return self._travelling(self.adapter, self.send) + merged
 
     def upload_bytes(self, adapter: Adapter | None = None) -> int:
