@@ -195,16 +195,22 @@ def test_a_run_is_never_overwritten(workplace: Path, whole: dict[str, bytes]) ->
     assert files(workplace / "whole") == whole
 
 
-NAMED = {"model.path": "base", "model.file": "task.py", "data.test_source": "test.csv", "eval.file": "metric.py"}
+NAMED = {
+    "model.path": "base",
+    "model.file": "task.py",
+    "data.test_source": "test.csv",
+    "data.partition.file": "split.py",
+    "eval.file": "metric.py",
+}
 
 
-@pytest.mark.parametrize("key", [*NAMED, "data.partition.file"])
+@pytest.mark.parametrize("key", NAMED)
 def test_a_base_model_or_code_file_that_changed_since_is_named(key: str, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
     for name in ("task.py", "test.csv", "metric.py", "split.py"):
         (tmp_path / name).write_text("one")
-    path = tmp_path / NAMED.get(key, "split.py")
+    path = tmp_path / NAMED[key]
     section, _, field = key.rpartition(".")
     keys = {field: str(path)} if section != "data.partition" else {"partition": PartitionConfig(kind="own", file=str(path))}
     config = Config().replace(**{section.split(".")[0]: keys})
