@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ class NormBound(Rule):
 
     factor: float = 3.0
     far: float = 0.0
-    steps: Callable[[int], int] = lambda num_examples: 1
+    steps: Callable[[int], int] = field(default=lambda num_examples: 1, repr=False)
 
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         if len(updates) < _CLASS:
