@@ -18,7 +18,7 @@ from anyrank.data.partition import ByName
 from anyrank.engines.inprocess import InProcess
 from anyrank.errors import AnyRankError, ConfigError, RunFailed
 from anyrank.federation import cohort, loop
-from anyrank.federation.checks import check_private, check_ranks
+from anyrank.federation.checks import check_private, check_ranks, check_rounds
 from anyrank.federation.engine import Engine
 from anyrank.federation.federation import Federation
 from anyrank.federation.standing import MOST_CLIENTS, Labels
@@ -95,7 +95,8 @@ def build(
         step_factor, shards = population.cohort_size, partition.pooled(shards)
         population = population.pooled(len(shards[0]))
     privacy = plan_privacy(config, population.sizes)
-    rules.check(config.robust, method, privacy is not None and privacy.central)
+    check_rounds(config, population, privacy)
+    rules.check(config.robust, method, privacy is not None and privacy.central, population.cohort_size)
     if privacy:
         check_private(privacy, method)
         if privacy.central:
