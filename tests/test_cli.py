@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from anyrank.cli import console, tables
 from anyrank.cli.folding import folded
 from anyrank.errors import RunError
-from anyrank.runs.folder import remove_run
+from anyrank.runs.removal import remove_run
 
 
 def test_run_leaves_every_file_of_the_contract(anyrank, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ from anyrank.messages.records import ClientUpdate, Scaling, ServerState
 from anyrank.privacy import noise
 from anyrank.runs import identity
 from anyrank.runs.checkpoint import load, save_state
-from anyrank.runs.folder import RunDir, remove_run
+from anyrank.runs.folder import RunDir
+from anyrank.runs.removal import remove_run
 from test_federation import Script, build, rows
 
 WHOLE = os.environ.get("ANYRANK_FAULTS") == "all"

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +23,15 @@ import tomli_w
 
 from anyrank import files
 from anyrank.config.sections import Config
-from anyrank.config.tables import from_table, parse_toml, to_table
-from anyrank.errors import AnyRankError, RunError, in_a_line
-from anyrank.runs import identity, logs, seal
+from anyrank.config.tables import to_table
+from anyrank.errors import RunError
+from anyrank.runs import identity, lock, logs, seal
 from anyrank.runs.logs import Log, Mark
+from anyrank.runs.matching import check_config, check_same, stored_config
 from anyrank.runs.names import (
     BEFORE,
     CHECKPOINT,
     CLIENTS,
-    COMPARISON,
     CONFIG,
     IDENTITY,
     LEDGER,
@@ -45,49 +44,20 @@ from anyrank.runs.names import (
     read_object,
 )
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns where it has no lock of the system: `RunDir` says what follows
-    from filelock import FileLock, SoftFileLock, Timeout
-
 if TYPE_CHECKING:
     from anyrank.adapter.adapter import Adapter
     from anyrank.messages.records import ServerState
 
-_CONFIG_BYTES = 16 << 20  # of a run's configuration, which may name each of many clients
-# What a comparison, or the demo, leaves beside the folders of its runs.
-_COMPARED = (COMPARISON, "report.html", "figure.png", "demo.toml")
-
 
 class RunDir:
-    """One run's folder, locked while it is open, so that two processes never write one run.
-
-    The lock is the system's (`fcntl`, `msvcrt`), which frees it when the process ends, however it ends. Where the system or
-    the folder's file system has none, the lock is the file itself: it stays when the process is killed. It names its process,
-    and newer versions of filelock take it over where that process is gone from this machine; else the error says to delete it.
-    """
+    """One run's folder, locked while it is open, so that two processes never write one run."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self.config = config
         self._logs: dict[str, Log] = {}
         self._ledger: Mark | None = None  # as the checkpoint has it that the run went on from
-        self._lock = FileLock(path / ".lock", thread_local=False)
-        of_the_system = not isinstance(self._lock, SoftFileLock)
-        with files.naming(path / ".lock"):
-            files.reached("lock", path / ".lock")
-            free = self._take(0 if of_the_system else 0.5)
-        if not free:
-            left = "" if of_the_system else f"; if there is none, it was killed: delete {path / '.lock'}"
-            raise RunError(f"{path}: another process is writing this run; wait for it, or choose another --out{left}")
-
-    def _take(self, timeout_s: float) -> bool:
-        """Take the lock, unless another process has it. What a killed process left is cleared by one attempt and taken by the
-        next."""
-        try:
-            self._lock.acquire(timeout=timeout_s)
-        except Timeout:  # an `OSError`, which says nothing of the disk
-            return False
-        return True
+        self._lock = lock.take(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: Config, resume: bool = False) -> RunDir:
@@ -106,7 +76,7 @@ class RunDir:
 
     def _begin(self) -> None:
         """Write down what the run is of, and take back that it is finished where it is to have more rounds."""
-        if (self.path / CONFIG).exists() and _stored_config(self.path).run.rounds != self.config.run.rounds:
+        if (self.path / CONFIG).exists() and stored_config(self.path).run.rounds != self.config.run.rounds:
             files.remove(self.path / SUMMARY)
             files.remove(self.path / SEAL)
         if not os.path.lexists(self.path / IDENTITY):
@@ -127,7 +97,7 @@ class RunDir:
         if begun:
             if not resume:
                 raise RunError(f"{path}: contains a run already; continue it with --resume, or choose another --out")
-            _same_config(path, config)
+            check_config(path, config)
             identity.check(path, config)
 
     def close(self) -> None:
@@ -228,7 +198,7 @@ class RunDir:
         stored = read_object(path)
         if not isinstance(stored.get("plan"), dict) or not re.fullmatch(r"[0-9a-f]*", str(stored.get("key"))):
             raise RunError(f"{path}: damaged; restore the file, or start the run anew in another --out")
-        _same("privacy", path, stored["plan"], plan)
+        check_same("privacy", path, stored["plan"], plan)
         return stored["key"]
 
     def charges(self) -> list[dict[str, Any]]:
@@ -273,141 +243,3 @@ class _Unusable(Exception):
 def _is_start(entry: Path) -> bool:
     """Whether a killed process may have left it before there was a run: a lock, a temporary file, or what a run depends on."""
     return entry.name.startswith(".") or entry.name == IDENTITY
-
-
-def is_finished(path: Path) -> bool:
-    """Whether the run in the folder came to its end."""
-    return (path / SUMMARY).is_file()
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The folder if it holds a run, else the runs below it: in a comparison's own order, or sorted, at most two levels down."""
-    if (folder / CONFIG).is_file():
-        return [folder]
-    if (folder / COMPARISON).is_file():
-        listed = read_object(folder / COMPARISON).get("runs")
-        if not isinstance(listed, list) or not all(isinstance(run, str) for run in listed):
-            raise RunError(f"{folder / COMPARISON}: expected a list of runs in it; name the run folders one by one")
-        return [folder / run for run in listed if (folder / run / CONFIG).is_file()]
-    found = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
-    if not found:
-        raise RunError(f"{folder}: expected a run folder or a folder of runs ({CONFIG} in it), found none")
-    return found
-
-
-def is_done(path: Path, config: Config) -> bool:
-    """Whether the run in the folder came to its end by this configuration, and its files are what it left.
-
-    Raises what `RunDir.check` raises for a run that cannot be gone on with.
-    """
-    if not is_finished(path):
-        return False
-    RunDir.check(path, config, resume=True)
-    return _stored_config(path).run.rounds == config.run.rounds and seal.fits(path)
-
-
-def remove_run(path: Path) -> None:
-    """Delete a folder of runs as a comparison leaves it, or an empty one; `RunError` where anything else lies in it too.
-
-    Each file goes by its name, and no link is followed, so that nothing goes that a run does not write.
-    """
-    if not os.path.lexists(path):
-        return
-    if path.is_symlink() or not path.is_dir():
-        raise RunError(f"{path}: expected a folder of runs, or no such folder, got a file; choose another --out")
-    found = sorted(path.rglob("*"), reverse=True)  # what is in a folder stands before it
-    marked = not found or (path / COMPARISON).is_file()
-    strangers = [entry for entry in found if not (marked and _of_comparison(entry, entry.relative_to(path).parts))]
-    if strangers:
-        first = min(strangers, key=lambda entry: (entry.is_dir(), len(entry.parts), entry))  # a file says most
-        raise RunError(
-            f"{path}: expected a folder with nothing but runs, got {first.relative_to(path)} in it, which is not deleted; "
-            "choose another --out"
-        )
-    with files.naming(path):
-        for entry in found:
-            entry.rmdir() if entry.is_dir() else entry.unlink()
-        path.rmdir()
-
-
-# What a comparison leaves, by depth below its folder: METHOD/SEED are runs, in which adapters have folders of their own.
-_IN_RUN = {CONFIG, METRICS, CLIENTS, SUMMARY, PRIVACY, LEDGER, IDENTITY, SEAL, "report.html", "labels.json", ".lock"}
-_IN_ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "README.md"}
-_FOLDER = re.compile(rf"{CHECKPOINT}|adapter(-[\w-]+)?|base-update")
-
-
-def _of_comparison(entry: Path, parts: tuple[str, ...]) -> bool:
-    """Whether a comparison made what lies at `parts` below its folder."""
-    *above, name = parts
-    if entry.is_symlink():
-        return False
-    if entry.is_dir():
-        runs = [entry] if len(parts) == 2 else list(entry.iterdir()) if len(parts) == 1 else []
-        begun = runs and all((run / CONFIG).is_file() for run in runs)
-        return bool(begun) or (len(parts) == 3 and bool(_FOLDER.fullmatch(name)))
-    known = {0: set(_COMPARED), 2: _IN_RUN, 3: {STATE, BEFORE} if CHECKPOINT in above else _IN_ADAPTER}
-    return files.is_temporary(entry) or name in known.get(len(above), ())
-
-
-def _stored_config(path: Path) -> Config:
-    try:
-        return from_table(parse_toml(files.read_bounded(path / CONFIG, _CONFIG_BYTES).decode("utf-8")))
-    except (AnyRankError, ValueError, TypeError, OSError, RecursionError) as error:
-        reason = in_a_line(error)
-        raise RunError(f"{path / CONFIG}: cannot be read back ({reason}); choose another --out") from None
-
-
-def _same_config(path: Path, config: Config) -> None:
-    _same("", path, to_table(_grown(path, _stored_config(path), config.run.rounds)), to_table(config))
-
-
-def _grown(path: Path, stored: Config, rounds: int) -> Config:
-    """`stored` with more rounds, where its first rounds would have been the same with so many."""
-    if rounds <= stored.run.rounds:
-        return stored
-    asked = f"{path}: was started with run.rounds = {stored.run.rounds}, not {rounds}"
-    if stored.train.schedule != "constant":
-        raise RunError(
-            f"{asked}, and its learning rates depend on run.rounds by train.schedule = {stored.train.schedule!r}; "
-            "only with 'constant' may rounds be added: choose another --out"
-        )
-    if stored.privacy.level != "none":
-        raise RunError(f"{asked}, and its noise was worked out for these rounds; choose another --out")
-    return stored.replace(run={"rounds": rounds})
-
-
-def _same(what: str, path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise `RunError` that names the first key by which a run's configuration or plan is not the one it began with."""
-    theirs, ours = _flat(stored, what and f"{what} plan: "), _flat(wanted, what and f"{what} plan: ")
-    for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key):
-            if key.endswith(".handed_in"):
-                raise _handed_in(key, path, theirs.get(key), ours.get(key))
-            raise RunError(
-                f"{path}: was started with {key} = {theirs.get(key)!r}, not {ours.get(key)!r}; "
-                "resume with the configuration in the folder, or choose another --out"
-            )
-
-
-_GIVEN = {"model": "task", "data.partition": "shards", "method": "method"}  # what a program hands in, by the table it is of
-
-
-def _handed_in(key: str, path: Path, theirs: Any, ours: Any) -> RunError:
-    """Which part of what a program handed in is not what the run began with."""
-    what = _GIVEN[key.removesuffix(".handed_in")]
-    if not theirs or not ours:
-        began = f"was started with a {what} that a program handed in, not with" if theirs else "was not started with"
-        return RunError(f"{path}: {began} this {what}; continue it in the way it was started, or choose another folder")
-    parts = [old.split()[0] for old, new in zip(theirs, ours, strict=False) if old != new] if what == "task" else []
-    differs = f" (its {', '.join(parts)})" if parts else ""
-    return RunError(
-        f"{path}: was started with another {what} than the given one{differs}; pass the one of the run's start, or choose "
-        "another folder"
-    )
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

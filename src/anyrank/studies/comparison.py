@@ -13,7 +13,8 @@ from anyrank import simulation
 from anyrank.algebra import spectra
 from anyrank.errors import RunError
 from anyrank.files import contents, is_temporary, make_folder, sweep, write_whole_text
-from anyrank.runs.folder import RunDir, is_done
+from anyrank.runs.finding import is_done
+from anyrank.runs.folder import RunDir
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
 from anyrank.studies.grid import OnRound, finished, run_cells
 from anyrank.studies.variants import Cell, folder, make_cells, variant

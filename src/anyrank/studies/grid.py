@@ -16,7 +16,7 @@ from typing import Any
 
 from anyrank import simulation, stopping
 from anyrank.errors import AnyRankError, RunFailed, in_a_line
-from anyrank.runs.folder import is_done
+from anyrank.runs.finding import is_done
 from anyrank.studies import worker
 from anyrank.studies.variants import Cell
 

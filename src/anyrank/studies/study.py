@@ -37,7 +37,7 @@ from anyrank.config.sections import Config
 from anyrank.config.tables import read_toml
 from anyrank.errors import AnyRankError, ConfigError, nearest
 from anyrank.files import make_folder, sweep, write_whole_text
-from anyrank.runs.folder import is_done
+from anyrank.runs.finding import is_done
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
 from anyrank.studies import variants
 from anyrank.studies.variants import Cell
