@@ -281,6 +281,7 @@ def test_what_the_demo_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / out / "rbla" / "seed-0").mkdir(parents=True)
         for name in ("compare.json", "report.html", "figure.png", "demo.toml", "rbla/seed-0/config.toml"):
             (tmp_path / out / name).write_text("")
+        (tmp_path / out / "compare.json").write_text('{"runs": ["rbla/seed-0"]}')
     (tmp_path / "mine" / "rbla" / "notes.txt").write_text("")
     (tmp_path / "empty").mkdir()
     for out in ("demo", "empty", "absent"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anyrank.config.sections import Config
-from anyrank.errors import RunError
+from anyrank.errors import AnyRankError, RunError
 from anyrank.runs import seal
 from anyrank.runs.folder import RunDir
 from anyrank.runs.matching import stored_config
@@ -33,11 +33,12 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def is_done(path: Path, config: Config) -> bool:
-    """Whether the run in the folder came to its end by this configuration, and its files are what it left.
-
-    Raises what `RunDir.check` raises for a run that cannot be gone on with.
-    """
+    """Whether the run in the folder came to its end by this configuration and the files that this names, and its own files are
+    what it left. What else it is, `RunDir.check` says."""
     if not is_finished(path):
         return False
-    RunDir.check(path, config, resume=True)
-    return stored_config(path).run.rounds == config.run.rounds and seal.fits(path)
+    try:
+        RunDir.check(path, config, resume=True)
+        return stored_config(path).run.rounds == config.run.rounds and seal.fits(path)
+    except AnyRankError:
+        return False

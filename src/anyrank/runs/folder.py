@@ -1,12 +1,11 @@
-"""The run folder: what a run writes, how it is read back, and how a killed run goes on.
+"""The run folder: what a run writes, how it is read back, and how a killed run continues.
 
-Logs are appended first, the checkpoint follows, each in one step that happens or does not. On resume the checkpoint
-rules: it has the lengths and digests of the logs as they were, and what was added after is dropped, since those rounds are
-run again. There are two checkpoints, of the last two rounds: where the last one is damaged, or the logs are shorter than it
-has them, the one before is gone on from.
+Logs are appended first, the checkpoint follows, each in one step that happens or does not. On resume the checkpoint decides: it
+has the lengths and digests of the logs, and what was added after it is removed, because those rounds are run again. There are
+two checkpoints, of the last two rounds. If the last one is damaged, or the logs are shorter than it has them, the run continues
+from the one before it.
 
-No torch here but for the checkpoint itself, which is loaded where a run goes on: whether a folder may be used, and which
-runs lie in it, is answered without.
+Torch is loaded only with a checkpoint, when a run continues. Whether a folder may be used is answered without it.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ from anyrank.runs.names import (
 if TYPE_CHECKING:
     from anyrank.adapter.adapter import Adapter
     from anyrank.messages.records import ServerState
+    from anyrank.runs.checkpoint import Stored
 
 
 class RunDir:
@@ -57,17 +57,19 @@ class RunDir:
         self.config = config
         self._logs: dict[str, Log] = {}
         self._ledger: Mark | None = None  # as the checkpoint has it that the run went on from
+        self._mark = ""
         self._lock = lock.take(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: Config, resume: bool = False) -> RunDir:
-        """A new run folder, or (with `resume`) one to go on with; made if there is none yet. Raises what `check` raises."""
+        """A new run folder, or (with `resume`) one that continues; made if there is none yet. Raises what `check` raises."""
         path = Path(path)
         cls.check(path, config, resume)
         files.make_folder(path)
         run = cls(path, config)
         try:
-            run._sweep()
+            for folder in (path, *(entry for entry in files.contents(path) if entry.is_dir())):
+                files.sweep(folder)
             run._begin()
         except BaseException:
             run.close()
@@ -75,20 +77,23 @@ class RunDir:
         return run
 
     def _begin(self) -> None:
-        """Write down what the run is of, and take back that it is finished where it is to have more rounds."""
-        if (self.path / CONFIG).exists() and stored_config(self.path).run.rounds != self.config.run.rounds:
+        """Note what a new run begins with."""
+        if not os.path.lexists(self.path / CONFIG):
+            identity.note(self.path, self.config)
+            files.write_whole_text(self.path / CONFIG, tomli_w.dumps(to_table(self.config)))
+        self._mark = identity.mark(self.path)
+
+    def _grow(self) -> None:
+        """If the run is to have more rounds than before, remove what says that it is finished, then write that down."""
+        if stored_config(self.path).run.rounds != self.config.run.rounds:
             files.remove(self.path / SUMMARY)
             files.remove(self.path / SEAL)
-        if not os.path.lexists(self.path / IDENTITY):
-            found = json.dumps(identity.of(self.config), indent=2) + "\n"
-            files.write_whole_text(self.path / IDENTITY, found)
-        files.write_whole_text(self.path / CONFIG, tomli_w.dumps(to_table(self.config)))
+            files.write_whole_text(self.path / CONFIG, tomli_w.dumps(to_table(self.config)))
 
     @staticmethod
     def check(path: Path, config: Config, resume: bool = False) -> None:
-        """Raise `RunError` where the folder is of something else, holds a run although `resume` is not asked for, or holds
-        one of another configuration, or of files that have changed since. More rounds than before may be asked for. Writes
-        nothing."""
+        """Raise `RunError` if the folder holds something else, a run although `resume` is not given, or a run of another
+        configuration or of files that have changed since. More rounds than before may be given. Writes nothing."""
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: expected a folder for the run, got a file; choose another --out")
         begun = os.path.lexists(path / CONFIG)
@@ -98,6 +103,7 @@ class RunDir:
             if not resume:
                 raise RunError(f"{path}: contains a run already; continue it with --resume, or choose another --out")
             check_config(path, config)
+            _check_noted(path)
             identity.check(path, config)
 
     def close(self) -> None:
@@ -110,10 +116,10 @@ class RunDir:
         self.close()
 
     def restore(self) -> ServerState | None:
-        """The state after the last whole round, with the logs cut back to it; `None` where no round was finished.
+        """The state after the last whole round, with the logs cut back to it; `None` if no round was finished.
 
-        Where the last checkpoint is damaged, or the logs are not what it has them to be, that is told on stderr in a line,
-        and the one before is taken. Raises `RunError` where that cannot be, either.
+        If the last checkpoint is damaged or of another run, or the logs are not as it has them, one line on stderr says so,
+        and the checkpoint before it is used. Raises `RunError` if that cannot be used either, or if both were removed.
         """
         state, marks, reasons = None, dict.fromkeys((METRICS, CLIENTS), Mark(0, "")), []
         for name in (STATE, BEFORE):
@@ -125,14 +131,21 @@ class RunDir:
                     reasons.append(str(reason))
         if reasons and not state:
             raise RunError(reasons[0])
+        if not state and any(row.get("round") != 1 for row in self.metrics()):  # round 1 is logged before its checkpoint
+            missing = f"is missing, and {METRICS} has rounds that led to it"
+            raise RunError(f"{self.path / CHECKPOINT / STATE}: {missing}; restore it, or start the run anew in another --out")
+        if state and state.round > self.config.run.rounds:
+            had = f"expected at most run.rounds = {self.config.run.rounds} rounds in it, got {state.round}"
+            raise RunError(f"{self.path / CHECKPOINT / name}: {had}; set run.rounds to that, or choose another --out")
         if state and name == BEFORE:
             files.move(self.path / CHECKPOINT / BEFORE, self.path / CHECKPOINT / STATE)
-            for reason in reasons:  # none where a kill came between the steps that put a new one in place
-                told = f"{reason.split('; ')[0]}; going on from the checkpoint before, of round {state.round}"
-                sys.stderr.write(f"anyrank: {told}\n")
+            for reason in reasons:  # none if the process was killed between the two steps that put a new one in place
+                used = f"{reason.split('; ')[0]}; going on from the checkpoint before, of round {state.round}"
+                sys.stderr.write(f"anyrank: {used}\n")
         for name in (METRICS, CLIENTS):
             logs.cut_to(self.path / name, marks[name])
         self._logs, self._ledger = {}, marks.get(LEDGER)
+        self._grow()
         return state
 
     def _stored(self, path: Path) -> tuple[ServerState, dict[str, Mark]]:
@@ -141,6 +154,7 @@ class RunDir:
 
         try:
             stored = checkpoint.load(path)
+            self._check_of_this_run(path, stored)
             marks = dict(stored.marks or {})
             for name in (METRICS, CLIENTS):
                 marks[name] = marks.get(name) or logs.mark_of_rounds(self.path / name, stored.state.round)
@@ -151,6 +165,14 @@ class RunDir:
             raise _Unusable(str(error)) from None
         return stored.state, marks
 
+    def _check_of_this_run(self, path: Path, stored: Stored) -> None:
+        """Raise `RunError` for a checkpoint of another run."""
+        note = self.path / IDENTITY
+        if stored.run and not self._mark:
+            raise RunError(f"{note}: is missing; restore the file, or start the run anew in another --out")
+        if stored.run is not None and stored.run != self._mark:
+            raise RunError(f"{path}: is of another run than {note}; restore both, or start the run anew in another --out")
+
     def commit(self, state: ServerState, metrics: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
         """Log the round that led to `state`, then make `state` the checkpoint."""
         from anyrank.runs import checkpoint
@@ -160,11 +182,11 @@ class RunDir:
         marks = {name: self._log(name).mark() for name in (METRICS, CLIENTS, LEDGER) if (self.path / name).exists()}
         folder = self.path / CHECKPOINT
         files.make_folder(folder)
-        checkpoint.save_state(state, folder / STATE, marks, folder / BEFORE)
+        checkpoint.save_state(state, folder / STATE, marks, folder / BEFORE, self._mark)
 
     def finish(self, adapters: Mapping[str, Adapter], summary: Mapping[str, Any]) -> None:
-        """Write the adapters by folder name, then the summary, whose presence says that the run is done, and last of all the
-        digests of what it left."""
+        """Write the adapters by folder name, then the summary, whose presence says that the run is finished, and last the
+        digests of these files."""
         for name, adapter in adapters.items():
             adapter.save(self.path / name)
         files.write_whole_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -204,7 +226,7 @@ class RunDir:
     def charges(self) -> list[dict[str, Any]]:
         """All charges of the privacy ledger. They are never cut back: what was begun may have been released.
 
-        Only a last line that a kill cut off goes: whom it would have charged had not begun to train.
+        Only a last line that a kill cut off is removed: the clients that it would have charged had not begun to train.
         """
         path = self.path / LEDGER
         rows = read_lines(path)
@@ -213,7 +235,7 @@ class RunDir:
         return rows
 
     def check_charges(self) -> None:
-        """Raise `RunError` where the ledger does not begin as it was at the checkpoint that the run goes on from."""
+        """Raise `RunError` if the ledger does not begin as it was at the checkpoint that the run continues from."""
         if self._ledger:
             logs.check(self.path / LEDGER, self._ledger)
 
@@ -229,17 +251,18 @@ class RunDir:
             self._logs[name] = Log(self.path / name)
         return self._logs[name]
 
-    def _sweep(self) -> None:
-        """Remove temporary files that a killed process left behind, in the folder and in those of its adapters."""
-        for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            if files.is_temporary(leftover) and not leftover.is_dir():
-                files.remove(leftover)
-
 
 class _Unusable(Exception):
-    """A checkpoint that cannot be gone on from; its text says why."""
+    """A checkpoint that the run cannot continue from; its text says why."""
+
+
+def _check_noted(path: Path) -> None:
+    """Raise `RunError` if a run without a checkpoint has no note of what it began with. Where there is a checkpoint, that has
+    the digest of the note, or is of a version that wrote none."""
+    if not any(os.path.lexists(path / name) for name in (IDENTITY, f"{CHECKPOINT}/{STATE}", f"{CHECKPOINT}/{BEFORE}")):
+        raise RunError(f"{path / IDENTITY}: is missing; restore the file, or start the run anew in another --out")
 
 
 def _is_start(entry: Path) -> bool:
-    """Whether a killed process may have left it before there was a run: a lock, a temporary file, or what a run depends on."""
+    """Whether a killed process may have left it before there was a run: a lock, a temporary file, or the note."""
     return entry.name.startswith(".") or entry.name == IDENTITY

@@ -16,6 +16,7 @@ _CONFIG_BYTES = 16 << 20  # of a run's configuration, which may name each of man
 
 
 def stored_config(path: Path) -> Config:
+    """The configuration in the run folder `path`. Raises `RunError` where it cannot be read."""
     try:
         return from_table(parse_toml(files.read_bounded(path / CONFIG, _CONFIG_BYTES).decode("utf-8")))
     except (AnyRankError, ValueError, TypeError, OSError, RecursionError) as error:
@@ -24,13 +25,17 @@ def stored_config(path: Path) -> Config:
 
 
 def check_config(path: Path, config: Config) -> None:
-    check_same("", path, to_table(_grown(path, stored_config(path), config.run.rounds)), to_table(config))
+    """Raise `RunError` that names the first key by which the configuration in the run folder is another one. The run may be
+    given more rounds, as `check_grown` has it."""
+    stored, rounds = stored_config(path), config.run.rounds
+    if rounds > stored.run.rounds:
+        check_grown(path, stored, rounds)
+        stored = stored.replace(run={"rounds": rounds})
+    check_same("", path, to_table(stored), to_table(config))
 
 
-def _grown(path: Path, stored: Config, rounds: int) -> Config:
-    """`stored` with more rounds, where its first rounds would have been the same with so many."""
-    if rounds <= stored.run.rounds:
-        return stored
+def check_grown(path: Path, stored: Config, rounds: int) -> None:
+    """Raise `RunError` if with so many rounds the first ones would not have been those of the configuration `stored`."""
     asked = f"{path}: was started with run.rounds = {stored.run.rounds}, not {rounds}"
     if stored.train.schedule != "constant":
         raise RunError(
@@ -38,13 +43,12 @@ def _grown(path: Path, stored: Config, rounds: int) -> Config:
             "only with 'constant' may rounds be added: choose another --out"
         )
     if stored.privacy.level != "none":
-        raise RunError(f"{asked}, and its noise was worked out for these rounds; choose another --out")
-    return stored.replace(run={"rounds": rounds})
+        raise RunError(f"{asked}, and its noise was computed for these rounds; choose another --out")
 
 
 def check_same(what: str, path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise `RunError` that names the first key by which a run's configuration or plan is not the one it began with."""
-    theirs, ours = _flat(stored, what and f"{what} plan: "), _flat(wanted, what and f"{what} plan: ")
+    theirs, ours = flat(stored, what and f"{what} plan: "), flat(wanted, what and f"{what} plan: ")
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key):
             if key.endswith(".handed_in"):
@@ -72,8 +76,13 @@ def _handed_in(key: str, path: Path, theirs: Any, ours: Any) -> RunError:
     )
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A table of tables as one, with dotted keys, each with `prefix` before it.
+
+    >>> flat({"run": {"seed": 0}})
+    {'run.seed': 0}
+    """
+    found: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
