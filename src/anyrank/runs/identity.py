@@ -56,8 +56,10 @@ def note(folder: Path, config: Config) -> None:
 
 def mark(folder: Path) -> str:
     """The digest of the note, which the run's checkpoints have too. Empty if a version before this one began the run."""
+    if not os.path.lexists(folder / IDENTITY):
+        return ""
     try:
-        return hashlib.sha256(read_bounded(folder / IDENTITY, MOST_BYTES)).hexdigest() if os.path.lexists(folder / IDENTITY) else ""
+        return hashlib.sha256(read_bounded(folder / IDENTITY, MOST_BYTES)).hexdigest()
     except OSError as error:
         raise RunError(f"{folder / IDENTITY}: cannot be read ({error.strerror or error}); restore the file") from None
 
