@@ -34,7 +34,7 @@ MANY = os.environ.get("ANYRANK_FAULTS") == "all"
 KILLS = int(os.environ.get("ANYRANK_KILLS", 300 if MANY else 24))
 SEED = int(os.environ.get("ANYRANK_KILLS_SEED", 0))
 EVENTS = 10**9 if MANY else 3  # write events of each command at which it is killed
-MOST = 5  # kills of one command before it is left alone
+MOST = 3  # kills of one command before it is left alone
 FRESH = 12  # every so many processes, one that is started afresh
 LONGEST_S = 300.0  # of any process, however busy the machine
 KINDS = {**RUNS, **{name: (*words, "--jobs", "1") for name, words in GRIDS.items()}}
