@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyrank import simulation, stopping
 from anyrank.errors import AnyRankError, RunFailed, in_a_line
@@ -27,7 +27,7 @@ _PATIENCE = 5.0  # seconds from the end of a worker's connection to the end of i
 def run_cells(cells: Sequence[Cell], jobs: int, on_round: OnRound | None = None) -> list[dict[str, Any]]:
     """Run the cells, `jobs` at a time; each continues where it stopped. Returns those that failed, as `Results.failures`."""
     run = _run_in_turn if jobs == 1 or len(cells) <= 1 else _run_parallel
-    reasons = [_why_not_done(cell, reason) for cell, reason in zip(cells, run(cells, jobs, on_round), strict=True)]
+    reasons = [_why_not_done(cell, end) for cell, end in zip(cells, run(cells, jobs, on_round), strict=True)]
     failed = [(cell, reason) for cell, reason in zip(cells, reasons, strict=True) if reason]
     return [{"label": cell.label, "seed": cell.config.run.seed, "reason": reason} for cell, reason in failed]
 
@@ -41,11 +41,15 @@ def finished(cells: Sequence[Cell], failures: Sequence[Mapping[str, Any]]) -> li
     return left
 
 
-def _why_not_done(cell: Cell, reason: str) -> str:
-    """Why a cell has no results, by what its folder holds: a process may be killed after its run has ended, and a file of the
-    run may be changed while others train. Empty if it has them. `reason`: what was reported."""
+def _why_not_done(cell: Cell, end: _End) -> str:
+    """Why a cell has no results; empty if it has them. A process may be killed after its run has ended, and a file of the run
+    may be changed while others train: what the folder holds decides. An error that the run reported stands."""
+    if end.reason and not end.died:
+        return end.reason
+    if is_done(cell.out, cell.config):
+        return ""
     changed = "its files, or those that its configuration names, were changed since it ended; go on by --resume"
-    return "" if is_done(cell.out, cell.config) else reason or f"{cell.out}: {changed}"
+    return end.reason or f"{cell.out}: {changed}"
 
 
 def failed(failure: Mapping[str, Any]) -> str:
@@ -53,8 +57,15 @@ def failed(failure: Mapping[str, Any]) -> str:
     return f"{failure['label']} seed {failure['seed']}: {failure['reason']}"
 
 
-def _run_in_turn(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) -> list[str]:
-    return [_run(cell, on_round) for cell in cells]
+class _End(NamedTuple):
+    """How a cell ended: the `reason` why it failed, empty if it did not; whether its process `died`."""
+
+    reason: str
+    died: bool = False
+
+
+def _run_in_turn(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) -> list[_End]:
+    return [_End(_run(cell, on_round)) for cell in cells]
 
 
 def _run(cell: Cell, on_round: OnRound | None) -> str:
@@ -110,16 +121,16 @@ class _Worker:
         with contextlib.suppress(OSError):  # the process is dead: `read` reports it
             self.connection.send(cell)
 
-    def read(self, on_round: OnRound | None) -> str | None:
-        """Read what the process sent: pass a round on (`None`), or return how the cell ended, as `_run` does."""
+    def read(self, on_round: OnRound | None) -> _End | None:
+        """Read what the process sent: pass a round on (`None`), or return how the cell ended."""
         try:
             kind, what = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(_PATIENCE)
             stopping.stop_all([self.process])
-            return _death(self.process.exitcode)
+            return _End(_death(self.process.exitcode), died=True)
         if kind == "ended":
-            return what
+            return _End(what)
         if on_round:
             on_round(*what)
         return None
@@ -133,12 +144,12 @@ def _death(code: int | None) -> str:
     return f"its process ended {how}; go on by --resume, with fewer --jobs where memory is short"
 
 
-def _run_parallel(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) -> list[str]:
+def _run_parallel(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) -> list[_End]:
     """Spread the cells over worker processes, and pass their rounds on as they end. A process that dies is replaced. Where the
     system starts no further process, those that run do the rest.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    left, reasons = deque(range(len(cells))), [""] * len(cells)
+    left, ends = deque(range(len(cells))), [_End("")] * len(cells)
     idle: list[_Worker] = []
     busy: dict[Connection, _Worker] = {}
     try:
@@ -149,16 +160,16 @@ def _run_parallel(cells: Sequence[Cell], jobs: int, on_round: OnRound | None) ->
                 except OSError as error:
                     if busy:
                         break
-                    reasons[left.popleft()] = f"no process can be started for it ({in_a_line(error)}); go on by --resume"
+                    ends[left.popleft()] = _End(f"no process can be started for it ({in_a_line(error)}); go on by --resume")
                     continue
                 busy[chosen.connection] = chosen
                 chosen.begin(left[0], cells[left.popleft()])
             for connection in wait(list(busy)) if busy else ():  # without any, it would wait for ever
-                reason = busy[connection].read(on_round)
-                if reason is not None:
+                end = busy[connection].read(on_round)
+                if end is not None:
                     ended = busy.pop(connection)
-                    reasons[ended.place] = reason
+                    ends[ended.place] = end
                     idle.append(ended)
-        return reasons
+        return ends
     finally:
         stopping.stop_all([each.process for each in (*idle, *busy.values())])
