@@ -77,7 +77,7 @@ def demo(
     from anyrank.cli.demo import CONFIG
     from anyrank.config.tables import to_table
     from anyrank.files import write_whole_text
-    from anyrank.runs.folder import remove_run
+    from anyrank.runs.removal import remove_run
 
     jobs, cells = arguments.jobs(jobs), arguments.cells(CONFIG, methods, seeds, out)
     remove_run(out)
@@ -415,7 +415,7 @@ def report(
 
     Example: [cyan]anyrank report runs/demo[/cyan]
     """
-    from anyrank.runs.folder import find_runs
+    from anyrank.runs.finding import find_runs
 
     found = [run for folder in runs for run in find_runs(folder)]
     from anyrank import report as reports

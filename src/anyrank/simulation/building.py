@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.progress import Progress
 from anyrank.robust import central_noise, rules
 from anyrank.runs.folder import RunDir
-from anyrank.runs.names import METRICS
+from anyrank.runs.removal import remove_start
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.load import load_task
 from anyrank.tasks.place import where_it_is
@@ -146,8 +145,8 @@ def execute(
         except RunFailed:
             raise
         except AnyRankError:
-            if new and not (out / METRICS).exists():  # wrong before round 1: the request is to be mended, not resumed
-                shutil.rmtree(out, ignore_errors=True)
+            if new:  # wrong before round 1: the request has to be corrected, and there is nothing to resume
+                remove_start(out)
             raise
         finally:
             built.close()

@@ -12,8 +12,10 @@ from typing import Any
 from anyrank import simulation
 from anyrank.algebra import spectra
 from anyrank.errors import RunError
-from anyrank.files import contents, is_temporary, make_folder, sweep, write_whole_text
-from anyrank.runs.folder import RunDir, is_done
+from anyrank.files import contents, make_folder, sweep, write_whole_text
+from anyrank.runs import lock
+from anyrank.runs.finding import is_done
+from anyrank.runs.folder import RunDir
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
 from anyrank.studies.grid import OnRound, finished, run_cells
 from anyrank.studies.variants import Cell, folder, make_cells, variant
@@ -35,7 +37,7 @@ def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: expected a folder for the runs, got a file; choose another --out")
-    if not (resume and (out / COMPARISON).exists()) and any(not is_temporary(path) for path in contents(out)):
+    if not (resume and (out / COMPARISON).exists()) and any(not path.name.startswith(".") for path in contents(out)):
         raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
     check_begun(cells)
     for cell in {cell.label: cell for cell in reversed(cells)}.values():
@@ -51,14 +53,16 @@ def check_begun(cells: Sequence[Cell]) -> None:
 def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> Results:
     """Run every cell that is not finished yet, `jobs` at a time, then write and return the results.
 
-    A failed run does not stop the others. Raises `RunFailed` if all runs failed.
+    A failed run does not stop the others. Raises `RunFailed` if all runs failed, and `RunError` if another process is writing
+    in `out`.
     """
     make_folder(out)
-    sweep(out)
-    _write(out, cells, Results([], []))
-    failures = run_cells([cell for cell in cells if not is_done(cell.out, cell.config)], jobs, on_round)
-    results = Results(table(finished(cells, failures)), failures)
-    _write(out, cells, results)
+    with lock.holding(out, "this comparison"):
+        sweep(out)
+        _write(out, cells, Results([], []))
+        failures = run_cells([cell for cell in cells if not is_done(cell.out, cell.config)], jobs, on_round)
+        results = Results(table(finished(cells, failures)), failures)
+        _write(out, cells, results)
     return results
 
 

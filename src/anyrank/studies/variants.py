@@ -34,12 +34,24 @@ def make_cells(config: Config, methods: Sequence[str], seeds: int, out: Path) ->
         raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
     if not methods or len(set(methods)) != len(methods):
         raise ConfigError(f"--methods: expected different methods, comma-separated, got {', '.join(methods) or 'none'}")
+    _check_folders(methods)
     cells = []
     for label in methods:
         chosen = variant(config, label)
         for seed in range(config.run.seed, config.run.seed + seeds):
             cells.append(Cell(label, chosen.replace(run={"seed": seed}), out / folder(label) / f"seed-{seed}"))
     return cells
+
+
+def _check_folders(labels: Sequence[str]) -> None:
+    """Raise `ConfigError` for labels that differ in case alone: on macOS and Windows their runs would have one folder."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(label.casefold(), label)
+        if other != label:
+            raise ConfigError(
+                f"--methods: {other} and {label} differ in case alone, and so would their folders; write one of them"
+            )
 
 
 def folder(label: str, windows: bool = os.name == "nt") -> str:
