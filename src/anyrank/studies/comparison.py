@@ -18,7 +18,7 @@ from anyrank.runs.finding import is_done
 from anyrank.runs.folder import RunDir
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
 from anyrank.studies.grid import OnRound, finished, run_cells
-from anyrank.studies.variants import Cell, folder, make_cells, variant
+from anyrank.studies.variants import Cell, disturbances, folder, make_cells, variant
 
 __all__ = ["Results", "check", "execute", "folder", "make_cells", "table", "variant"]
 
@@ -87,22 +87,6 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         rows.append(row | disturbances(summaries))
     for figure in ("accuracy", "last_accuracy", "loss"):
         _pair(rows, figure, {label: _by_seed(cells, label, figure) for label in dict.fromkeys(cell.label for cell in cells)})
-    return rows
-
-
-def disturbances(summaries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Over all runs: updates that were not used, steps that were shortened, and rounds that were idle. Runs of versions that
-    did not count them have none.
-    """
-    return {key: sum(summary.get(key, 0) for summary in summaries) for key in ("rejected", "shortened", "idle_rounds")}
-
-
-def disturbed(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The disturbances of each method's finished runs, `{label, rejected, shortened, idle_rounds}`."""
-    rows = []
-    for label in dict.fromkeys(cell.label for cell in cells):
-        done = [cell.out / SUMMARY for cell in cells if cell.label == label and is_done(cell.out, cell.config)]
-        rows.append({"label": label} | disturbances([json.loads(path.read_text(encoding="utf-8")) for path in done]))
     return rows
 
 

@@ -251,7 +251,7 @@ def _row(study: Study, label: str, cells: Sequence[Cell]) -> dict[str, Any]:
         known = [value for value in values if value is not None]
         mean = statistics.fmean(known) if known else None
         columns[name] = {"values": values, "mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None}
-    return {"label": label, "columns": columns}
+    return {"label": label, "columns": columns} | variants.disturbances([run[0] for run in runs if run])
 
 
 def _pair(rows: Sequence[dict[str, Any]], name: str) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anyrank import config as configs
 from anyrank.config.sections import Config
@@ -105,3 +106,10 @@ def check_folder(out: Path, resume: bool) -> None:
     held = out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())
     if held and not (resume and (out / COMPARISON).exists()):
         raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
+
+
+def disturbances(summaries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Over all runs: updates that were not used, steps that were shortened, and rounds that were idle. Runs of versions that
+    did not count them have none.
+    """
+    return {key: sum(summary.get(key, 0) for summary in summaries) for key in ("rejected", "shortened", "idle_rounds")}
