@@ -217,9 +217,9 @@ def test_an_update_that_is_far_out_is_rejected_and_does_not_hold_the_mean_back()
 def test_a_client_that_trains_longer_may_move_further() -> None:
     """One pass over 100 examples in batches of 10 is ten steps, where the others take one: ten times the length is honest."""
     jobs, updates = cohort((0.1,) * 5 + (0.7,), ranks=(3,) * 6)
-    steps = lambda num_examples: 10 if num_examples == 8 else 1  # noqa: E731 - the last client has 3 + 5 examples
+    reach = lambda num_examples: 10 if num_examples == 8 else 1  # noqa: E731 - the last client has 3 + 5 examples
     assert list(NormBound(3.0, far=4.0).screen(STATE, jobs, updates).rejected) == ["c5"]
-    kept = NormBound(3.0, far=4.0, steps=steps).screen(STATE, jobs, updates)
+    kept = NormBound(3.0, far=4.0, reach=reach).screen(STATE, jobs, updates)
     assert (kept.rejected, kept.shortened) == ({}, {})
 
 
@@ -289,6 +289,16 @@ REFUSED = {
         "is computed for public weights",
     ),
     "no mean of uploads": ({"robust": {"rule": "krum"}, "method": {"name": "fedsa"}}, "fedsa makes no mean of uploads"),
+    "more than a round has": (
+        {"robust": {"rule": "krum", "hostile": 2}, "clients": {"count": 20, "participation": 0.25}},
+        "krum with robust.hostile = 2 needs 7 updates a round, but 5 clients are asked; raise clients.participation",
+    ),
+    "a quorum that no round has": ({"rounds": {"least": 6}}, "rounds.least: expected at most 5, the clients that are asked"),
+    "late replies under noise at the server": (
+        {"rounds": {"late": "carry"}, "method": {"name": "rbla"},
+         "privacy": {"level": "client", "noise_at": "server", "noise_multiplier": 1.0, "delta": 1e-4}},
+        "rounds.late: with privacy.noise_at = 'server'",
+    ),
     "weights by norms": ({"robust": {"rule": "geometric-median"}, "method": {"name": "hetlora"}}, "which hetlora does not use"),
 }  # fmt: skip
 

@@ -36,6 +36,11 @@ class Rule:
     the same arguments give the same result, and no argument is changed.
     """
 
+    @property
+    def least(self) -> int:
+        """The number of updates that the rule needs."""
+        return 0
+
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         """`updates` came back from `jobs`, which started from `state`."""
         return Screened(updates)

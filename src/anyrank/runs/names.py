@@ -36,7 +36,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     try:
-        for number, line in enumerate(read_bounded(path, MOST_BYTES).split(b"\n")[:-1], 1):  # noqa: B007 - told where it fails
+        for number, line in enumerate(read_bounded(path, MOST_BYTES).split(b"\n")[:-1], 1):  # noqa: B007 - the message names it
             lines.append(_object(line))
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror or error}); correct that, or choose another --out") from None
