@@ -4,8 +4,8 @@
 #                times at random (ANYRANK_KILLS, ANYRANK_KILLS_SEED), and stops commands and workers (one to two hours; most of
 #                it waits for the disk: TMPDIR=/dev/shm takes a memory disk)
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
-# make fuzz      fuzzes the doors of the library by coverage for five minutes: adapters, configurations, data, run folders, replies
-#                (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
+# make fuzz      fuzzes the doors of the library by coverage for five minutes: adapters, configurations, data, run folders, replies,
+#                frames (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
 #                starts of light commands (half a minute), and the checks of a round and of a merge (five minutes)
