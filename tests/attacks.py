@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -183,10 +183,18 @@ def assembled(times: float = 1.0, turns: int = 5) -> Reply:
 
 
 def collusion(times: float) -> Reply:
-    """All hostile clients send the same: on each slice, the opposite of the honest clients' mean change, `times` as large."""
+    """All hostile clients send the same: on each slice, the opposite of the honest clients' mean change, made as long as `times`
+    the median of the honest clients' changes.
+
+    Whoever knows the limit of the guard stays just below it.
+    """
 
     def reply(scene: Scene, name: str) -> ClientUpdate:
-        return _rewritten(scene, name, lambda layer, factor: -times * _spread(scene, name, layer, factor)[0])
+        layers = scene.replies[name].adapter.layers
+        mean = {(layer, factor): _spread(scene, name, layer, factor)[0] for layer in layers for factor in "AB"}
+        length = times * median(_length(scene.change(other, *key) for key in mean) for other in scene.honest)
+        longer = length / (_length(mean.values()) or 1.0)
+        return _rewritten(scene, name, lambda layer, factor: -longer * mean[layer, factor])
 
     return reply
 
@@ -238,7 +246,7 @@ ATTACKS: Mapping[str, Attack] = {
     "gauge": Attack(gauge(1e4)),
     "rank inflation": Attack(inflation(10), inflates=True),
     "assembled factors": Attack(assembled()),
-    "collusion": Attack(collusion(4)),
+    "collusion": Attack(collusion(3.9)),
     "little is enough": Attack(little(1.5)),
     "label flip": Attack(honest, flipped),
     "backdoor": Attack(honest, backdoored),
@@ -270,6 +278,10 @@ def _rewritten(scene: Scene, name: str, change: Callable[[str, str], Tensor]) ->
 def _long(direction: Tensor, length: float) -> Tensor:
     norm = float(direction.norm())
     return direction * (length / norm) if norm else direction
+
+
+def _length(parts: Iterable[Tensor]) -> float:
+    return math.hypot(*(float(part.norm()) for part in parts))
 
 
 def _median_norm(scene: Scene, layer: str, factor: str) -> float:

@@ -16,7 +16,9 @@ from anyrank.config.sections import Config
 from anyrank.errors import RunFailed
 from anyrank.federation import loop
 from anyrank.federation.federation import Federation
+from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Failure, Job, ServerState
+from anyrank.privacy.noise import Mechanism
 from anyrank.runs.folder import RunDir
 from anyrank.tasks.base import Examples, TensorInputs
 
@@ -31,8 +33,10 @@ class Hostile:
         self.start, self.evaluate, self.close = engine.start, engine.evaluate, engine.close
         self.profile, self.model = engine.profile, engine.model
 
-    def train(self, jobs: Sequence[Job], plan: Any, mechanism: Any = None, **limits: Any) -> Iterator[ClientUpdate | Failure]:
-        replies = {reply.client: reply for reply in self._engine.train(jobs, plan, mechanism, **limits)}
+    def train(
+        self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None, deadline_s: float | None = None
+    ) -> Iterator[ClientUpdate | Failure]:
+        replies = {reply.client: reply for reply in self._engine.train(jobs, plan, mechanism, deadline_s)}
         usable = {name: reply for name, reply in replies.items() if isinstance(reply, ClientUpdate)}
         scene = Scene(plan.round, plan.seed, {job.client.name: job for job in jobs}, usable, self._hostile)
         for name, reply in replies.items():
@@ -58,7 +62,7 @@ def poisoned(setting: simulation.Setting, hostile: Sequence[str], data: Data | N
     inputs, labels = [train.inputs.values], [train.labels]
     count = len(train)
     for name in hostile:
-        rows = torch.from_numpy(np.asarray(setting.shards[name]))
+        rows = torch.from_numpy(np.array(setting.shards[name]))
         spoiled = data(train.inputs.values[rows], train.labels[rows], keys.generator(setting.config.run.seed, "spoiled", name))
         own[name] = np.arange(count, count + len(rows))
         inputs.append(spoiled[0])
