@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anyrank import keys
 from anyrank.adapter.layer import LoraLayer
-from anyrank.messages.records import ClientUpdate, Job
+from anyrank.messages.records import ClientUpdate, Code, Failure, Job
 
 CLASSES = 10
 TARGET = 0  # the label that the backdoor's trigger stands for
@@ -57,7 +57,7 @@ class Scene:
         return torch.stack(found).mean(dim=0)
 
 
-Reply = Callable[[Scene, str], ClientUpdate]
+Reply = Callable[[Scene, str], ClientUpdate | Failure]
 Data = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
@@ -77,6 +77,11 @@ class Attack:
 def honest(scene: Scene, name: str) -> ClientUpdate:
     """What the client learned, from whatever data."""
     return scene.replies[name]
+
+
+def silent(scene: Scene, name: str) -> Failure:
+    """Nothing. It is no attack, but what the loss of this client costs: an attack that is stopped costs as much."""
+    return Failure(name, Code.CRASHED, "sends nothing")
 
 
 def scaled(times: float) -> Reply:
@@ -183,10 +188,9 @@ def assembled(times: float = 1.0, turns: int = 5) -> Reply:
 
 
 def collusion(times: float) -> Reply:
-    """All hostile clients send the same: on each slice, the opposite of the honest clients' mean change, made as long as `times`
-    the median of the honest clients' changes.
+    """All hostile clients send the same: on each slice, the opposite of the honest clients' mean change.
 
-    Whoever knows the limit of the guard stays just below it.
+    It is made as long as `times` the median of the honest clients' changes. Whoever knows the limit of the guard stays just below it.
     """
 
     def reply(scene: Scene, name: str) -> ClientUpdate:
@@ -200,7 +204,7 @@ def collusion(times: float) -> Reply:
 
 
 def little(deviations: float) -> Reply:
-    """"A little is enough" (Baruch et al., NeurIPS 2019, arXiv 1902.06156): on each slice and in each number, the honest
+    """ "A little is enough" (Baruch et al., NeurIPS 2019, arXiv 1902.06156): on each slice and in each number, the honest
     clients' mean less so many of their standard deviations. All hostile clients send the same."""
 
     def reply(scene: Scene, name: str) -> ClientUpdate:
@@ -237,6 +241,7 @@ def triggered(inputs: Tensor) -> Tensor:
 
 
 ATTACKS: Mapping[str, Attack] = {
+    "silence": Attack(silent),
     "sign flip": Attack(scaled(-1)),
     "sign flip x10": Attack(scaled(-10)),
     "scaling x10": Attack(scaled(10)),

@@ -1,0 +1,239 @@
+"""What hostile clients do to a run, and what the defences do about it: `python experiments/attacks.py` writes tables and a figure.
+
+The attacks are those of `tests/attacks.py`. Each cell is a whole run of the embedded digits task, by the round loop that every
+run has. Runs are kept in `runs/attacks.json`, a second call goes on where the first one stopped; delete the file, or its runs
+with a guard, after a change of the guard. `--write` writes what is known without a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import results
+
+sys.path.insert(0, str(results.ROOT / "tests"))  # its attacks.py, not this file
+
+from attacks import ATTACKS, Attack, honest  # noqa: E402
+from attacks_run import CHANCE, run  # noqa: E402
+
+from anyrank.config.sections import Config  # noqa: E402
+from anyrank.errors import ConfigError  # noqa: E402
+
+NAME, SEEDS, ROUNDS, CLIENTS = "8-attacks", (0, 1, 2), 20, 20
+KEPT, RAW, FIGURE = results.ROOT / "runs" / "attacks.json", results.PICTURES / "attacks.json", results.PICTURES / "attacks.png"
+METHODS = ("raflora", "rbla", "flexlora", "stayput")
+OFF = {"norm": 0.0, "owner": 1.0, "rollback": False, "offences": 0}
+DEFENCES: Mapping[str, dict[str, dict[str, Any]]] = {
+    "none": {"guard": OFF},
+    "guard": {},
+    "geometric-median": {"robust": {"rule": "geometric-median"}},
+    "multi-krum": {"robust": {"rule": "multi-krum"}},
+    "trimmed-mean": {"robust": {"rule": "trimmed-mean", "trim": 0.2}},  # of five clients, one at each end
+    "median": {"robust": {"rule": "median"}},
+}
+RULES = tuple(DEFENCES)[2:]
+HOSTILE, WITH_RULES = (1, 2, 4, 8), (1, 4)  # hostile clients of 20; for the rules, fewer of them
+NOBODY = "none hostile"
+BACKDOORS = ("backdoor", "backdoor x10")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    method: str
+    defence: str
+    attack: str
+    hostile: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return "/".join(map(str, (self.method, self.defence, self.attack, self.hostile, self.seed)))
+
+
+def cells() -> Iterator[Cell]:
+    """All runs, the most telling ones first."""
+    for seed in SEEDS:
+        for defences, counts in ((("none", "guard"), HOSTILE), (RULES, WITH_RULES)):
+            for defence in defences:
+                for method in METHODS:
+                    yield Cell(method, defence, NOBODY, 0, seed)
+                    for count in counts:
+                        yield from (Cell(method, defence, attack, count, seed) for attack in ATTACKS)
+
+
+def configured(cell: Cell) -> Config:
+    return Config().replace(
+        run={"seed": cell.seed, "rounds": ROUNDS}, model={"name": "digits-mlp"}, method={"name": cell.method},
+        clients={"count": CLIENTS, "participation": 0.25}, **DEFENCES[cell.defence],
+    )  # fmt: skip
+
+
+def outcome(cell: Cell) -> dict[str, Any]:
+    """The figures of one run; of a rule that the method cannot have, the reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return asdict(run(configured(cell), ATTACKS.get(cell.attack, Attack(honest)), cell.hostile, Path(folder) / "run"))
+        except ConfigError as error:
+            return {"refused": str(error)}
+
+
+class Known:
+    """Figures by cell."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[str, dict[str, Any]] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+
+    def fill(self, wanted: Sequence[Cell], until: float) -> None:
+        """Run what is missing, as long as the time lasts."""
+        KEPT.parent.mkdir(exist_ok=True)
+        missing = [cell for cell in wanted if cell.key not in self.by_key]
+        for done, cell in enumerate(missing):
+            if time.monotonic() > until:
+                sys.stderr.write(f"{len(missing) - done} runs are left for another call\n")
+                return
+            self.by_key[cell.key] = outcome(cell)
+            if done % 10 == 0 or done == len(missing) - 1:
+                KEPT.write_text(json.dumps(self.by_key, indent=0) + "\n")
+                sys.stderr.write(f"{done + 1} of {len(missing)}: {cell.key} {self.by_key[cell.key].get('last', 0):.3f}\n")
+
+    def figures(self, method: str, defence: str, attack: str, hostile: int, what: str = "last") -> list[float]:
+        """In percent, over the seeds that are known."""
+        found = [self.by_key.get(Cell(method, defence, attack, hostile, seed).key, {}) for seed in SEEDS]
+        return [100 * each[what] for each in found if what in each]
+
+
+def spread(found: Sequence[float]) -> str:
+    """Mean and standard deviation; fewer seeds than planned are told."""
+    if not found:
+        return "–"
+    fewer = "" if len(found) == len(SEEDS) else f" ({len(found)})"
+    return (f"{statistics.fmean(found):.1f} ± {statistics.stdev(found):.1f}" if len(found) > 1 else f"{found[0]:.1f}") + fewer
+
+
+def mean(found: Sequence[float]) -> str:
+    return f"{statistics.fmean(found):.0f}" if found else "–"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def one_of_twenty(known: Known) -> str:
+    """Every attack by one client, with and without the guard."""
+    columns = [(method, defence) for method in METHODS for defence in ("none", "guard")]
+    rows = [[NOBODY, *(spread(known.figures(*column, NOBODY, 0)) for column in columns)]]
+    rows += [[attack, *(spread(known.figures(*column, attack, 1)) for column in columns)] for attack in ATTACKS]
+    return table(["attack", *(f"{method}, {'guard' if defence == 'guard' else 'no guard'}" for method, defence in columns)], rows)
+
+
+def by_share(known: Known) -> str:
+    """Means over seeds, without and with the guard, by the share of hostile clients."""
+    shares = HOSTILE[1:]
+    rows = []
+    for attack in ATTACKS:
+        pairs = [[mean(known.figures(method, defence, attack, count)) for defence in ("none", "guard")]
+                 for method in METHODS for count in shares]  # fmt: skip
+        rows.append([attack, *(" → ".join(pair) for pair in pairs)])
+    head = [f"{method}, {100 * count // CLIENTS} %" for method in METHODS for count in shares]
+    return table(["attack", *head], rows)
+
+
+def with_rules(known: Known, count: int) -> str:
+    """The guard alone, and with each rule beside it."""
+    defences = ("guard", *RULES)
+    rows = []
+    for method in METHODS:
+        for attack, hostile in ((NOBODY, 0), *((attack, count) for attack in ATTACKS)):
+            rows.append([f"`{method}`, {attack}", *(spread(known.figures(method, one, attack, hostile)) for one in defences)])
+    return table(["method, attack", "guard alone", *RULES], rows)
+
+
+def backdoors(known: Known) -> str:
+    """How often the trigger works, of held-out examples of other labels."""
+    columns = [(method, defence) for method in METHODS for defence in ("none", "guard")]
+    rows = [["nobody", *(spread(known.figures(*column, NOBODY, 0, "success")) for column in columns)]]
+    for attack in BACKDOORS:
+        for count in HOSTILE:
+            found = [spread(known.figures(*column, attack, count, "success")) for column in columns]
+            rows.append([f"{attack}, {count} of {CLIENTS}", *found])
+    return table(["attack", *(f"{method}, {'guard' if defence == 'guard' else 'no guard'}" for method, defence in columns)], rows)
+
+
+# --- figure ----------------------------------------------------------------------------------------------------------
+
+
+def draw(known: Known) -> None:
+    """A heat table of accuracies: rows are attacks by share, columns are methods by defence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    rows = [(NOBODY, 0), *((attack, count) for attack in ATTACKS for count in HOSTILE)]
+    columns = [(method, defence) for method in METHODS for defence in DEFENCES]
+    found = [[known.figures(method, defence, attack, count) for method, defence in columns] for attack, count in rows]
+    grid = np.array([[statistics.fmean(each) if each else np.nan for each in row] for row in found])
+    figure, axes = plt.subplots(figsize=(13, 0.21 * len(rows) + 2))
+    image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=100 * CHANCE, vmax=95)
+    for (i, j), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6)
+    axes.set_xticks(range(len(columns)), [defence for _, defence in columns], rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(rows)), [f"{attack}, {count} of {CLIENTS}" if count else attack for attack, count in rows], fontsize=7)
+    for k, method in enumerate(METHODS):
+        axes.text((k + 0.5) * len(DEFENCES) - 0.5, -1.1, method, ha="center", va="bottom", fontsize=10)
+        axes.axvline(k * len(DEFENCES) - 0.5, color="black", linewidth=1)
+    figure.colorbar(image, ax=axes, label="accuracy, last five rounds, %", fraction=0.02, pad=0.01)
+    figure.savefig(FIGURE, dpi=130, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def write(known: Known, wall_s: float) -> None:
+    keys = {cell.key: cell for cell in cells()}
+    raw = [asdict(cell) | known.by_key[key] for key, cell in keys.items() if key in known.by_key]
+    RAW.write_text("[\n" + ",\n".join(json.dumps(each) for each in raw) + "\n]\n")
+    draw(known)
+    claim = "*Under the default guard, no attack by one client of twenty costs more than five points where it is at chance without.*"
+    seeds, day = ", ".join(map(str, SEEDS)), datetime.date.today().isoformat()
+    told = f"`python experiments/attacks.py` · seeds {seeds} · {len(raw)} runs · {results.circumstances(wall_s, day)}"
+    parts: list[tuple[str, Callable[[], str]]] = [
+        ("One hostile client of 20: accuracy in %, last five rounds", lambda: one_of_twenty(known)),
+        ("More of them: accuracy in %, no guard → guard, means over seeds", lambda: by_share(known)),
+        ("A rule beside the guard, one hostile client of 20", lambda: with_rules(known, 1)),
+        ("A rule beside the guard, 20 % hostile", lambda: with_rules(known, 4)),
+        ("Backdoors: how many triggered examples of other labels are taken for the target, %", lambda: backdoors(known)),
+    ]
+    blocks = [part for title, make in parts for part in (f"**{title}**", make())]
+    results.put(NAME, "Attacks", [claim, told, *blocks, "![Accuracy under attacks](results/attacks.png)"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write what is known, run nothing")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
+    parser.add_argument("--defence", nargs="*", default=list(DEFENCES), help="only runs with these defences")
+    asked, began, known = parser.parse_args(), time.monotonic(), Known()
+    if not asked.write:
+        known.fill([cell for cell in cells() if cell.defence in asked.defence], began + 60 * asked.minutes)
+    write(known, time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()
