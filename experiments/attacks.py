@@ -1,4 +1,4 @@
-"""What hostile clients do to a run, and what the defences do about it: `python experiments/attacks.py` writes tables and a figure.
+"""What hostile clients do to a run, and what defences do about it: `python experiments/attacks.py` writes tables and a figure.
 
 The attacks are those of `tests/attacks.py`. Each cell is a whole run of the embedded digits task, by the round loop that every
 run has. Runs are kept in `runs/attacks.json`, a second call goes on where the first one stopped; delete the file, or its runs
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,12 @@ import results
 
 sys.path.insert(0, str(results.ROOT / "tests"))  # its attacks.py, not this file
 
-from attacks import ATTACKS, Attack, honest  # noqa: E402
-from attacks_run import CHANCE, run  # noqa: E402
+from anyrank.config.sections import Config
+from anyrank.errors import ConfigError
+from attacks import ATTACKS, Attack, honest
+from attacks_run import CHANCE, run
 
-from anyrank.config.sections import Config  # noqa: E402
-from anyrank.errors import ConfigError  # noqa: E402
-
-NAME, SEEDS, ROUNDS, CLIENTS = "8-attacks", (0, 1, 2), 20, 20
+NAME, SEEDS, ROUNDS, CLIENTS = "8-attacks", (0, 1, 2), 40, 20
 KEPT, RAW, FIGURE = results.ROOT / "runs" / "attacks.json", results.PICTURES / "attacks.json", results.PICTURES / "attacks.png"
 METHODS = ("raflora", "rbla", "flexlora", "stayput")
 OFF = {"norm": 0.0, "owner": 1.0, "rollback": False, "offences": 0}
@@ -62,15 +62,21 @@ class Cell:
         return "/".join(map(str, (self.method, self.defence, self.attack, self.hostile, self.seed)))
 
 
-def cells() -> Iterator[Cell]:
+def cells() -> list[Cell]:
     """All runs, the most telling ones first."""
-    for seed in SEEDS:
-        for defences, counts in ((("none", "guard"), HOSTILE), (RULES, WITH_RULES)):
-            for defence in defences:
-                for method in METHODS:
-                    yield Cell(method, defence, NOBODY, 0, seed)
-                    for count in counts:
-                        yield from (Cell(method, defence, attack, count, seed) for attack in ATTACKS)
+    blocks = [
+        (("none", "guard"), (1,), SEEDS),
+        (("none", "guard"), HOSTILE[1:], SEEDS[:1]),
+        (RULES, WITH_RULES, SEEDS[:1]),
+        (("none", "guard"), HOSTILE[1:], SEEDS[1:]),
+        (RULES, WITH_RULES, SEEDS[1:]),
+    ]
+    found: dict[Cell, None] = {}
+    for defences, counts, seeds in blocks:
+        for seed, defence, method in itertools.product(seeds, defences, METHODS):
+            found[Cell(method, defence, NOBODY, 0, seed)] = None
+            found |= {Cell(method, defence, attack, count, seed): None for count in counts for attack in ATTACKS}
+    return list(found)
 
 
 def configured(cell: Cell) -> Config:
@@ -134,12 +140,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def titled(column: tuple[str, str]) -> str:
+    method, defence = column
+    return f"{method}, {'no guard' if defence == 'none' else defence}"
+
+
 def one_of_twenty(known: Known) -> str:
     """Every attack by one client, with and without the guard."""
     columns = [(method, defence) for method in METHODS for defence in ("none", "guard")]
     rows = [[NOBODY, *(spread(known.figures(*column, NOBODY, 0)) for column in columns)]]
     rows += [[attack, *(spread(known.figures(*column, attack, 1)) for column in columns)] for attack in ATTACKS]
-    return table(["attack", *(f"{method}, {'guard' if defence == 'guard' else 'no guard'}" for method, defence in columns)], rows)
+    return table(["attack", *map(titled, columns)], rows)
 
 
 def by_share(known: Known) -> str:
@@ -172,7 +183,7 @@ def backdoors(known: Known) -> str:
         for count in HOSTILE:
             found = [spread(known.figures(*column, attack, count, "success")) for column in columns]
             rows.append([f"{attack}, {count} of {CLIENTS}", *found])
-    return table(["attack", *(f"{method}, {'guard' if defence == 'guard' else 'no guard'}" for method, defence in columns)], rows)
+    return table(["attack", *map(titled, columns)], rows)
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------
@@ -196,7 +207,8 @@ def draw(known: Known) -> None:
         if not np.isnan(value):
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6)
     axes.set_xticks(range(len(columns)), [defence for _, defence in columns], rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(rows)), [f"{attack}, {count} of {CLIENTS}" if count else attack for attack, count in rows], fontsize=7)
+    names = [f"{attack}, {count} of {CLIENTS}" if count else attack for attack, count in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
     for k, method in enumerate(METHODS):
         axes.text((k + 0.5) * len(DEFENCES) - 0.5, -1.1, method, ha="center", va="bottom", fontsize=10)
         axes.axvline(k * len(DEFENCES) - 0.5, color="black", linewidth=1)
@@ -206,21 +218,20 @@ def draw(known: Known) -> None:
 
 
 def write(known: Known, wall_s: float) -> None:
-    keys = {cell.key: cell for cell in cells()}
-    raw = [asdict(cell) | known.by_key[key] for key, cell in keys.items() if key in known.by_key]
+    raw = [asdict(cell) | known.by_key[cell.key] for cell in cells() if cell.key in known.by_key]
     RAW.write_text("[\n" + ",\n".join(json.dumps(each) for each in raw) + "\n]\n")
     draw(known)
-    claim = "*Under the default guard, no attack by one client of twenty costs more than five points where it is at chance without.*"
+    claim = "*Under the default guard, one hostile client of 20 costs at most five points where it brings the model to chance.*"
     seeds, day = ", ".join(map(str, SEEDS)), datetime.date.today().isoformat()
     told = f"`python experiments/attacks.py` · seeds {seeds} · {len(raw)} runs · {results.circumstances(wall_s, day)}"
-    parts: list[tuple[str, Callable[[], str]]] = [
-        ("One hostile client of 20: accuracy in %, last five rounds", lambda: one_of_twenty(known)),
-        ("More of them: accuracy in %, no guard → guard, means over seeds", lambda: by_share(known)),
-        ("A rule beside the guard, one hostile client of 20", lambda: with_rules(known, 1)),
-        ("A rule beside the guard, 20 % hostile", lambda: with_rules(known, 4)),
-        ("Backdoors: how many triggered examples of other labels are taken for the target, %", lambda: backdoors(known)),
-    ]
-    blocks = [part for title, make in parts for part in (f"**{title}**", make())]
+    parts = {
+        "One hostile client of 20: accuracy in %, last five rounds": one_of_twenty(known),
+        "More of them: accuracy in %, no guard → guard, means over seeds": by_share(known),
+        "A rule beside the guard, one hostile client of 20": with_rules(known, 1),
+        "A rule beside the guard, 20 % hostile": with_rules(known, 4),
+        "Backdoors: how many triggered examples of other labels are taken for the target, %": backdoors(known),
+    }
+    blocks = [part for title, rows in parts.items() for part in (f"**{title}**", rows)]
     results.put(NAME, "Attacks", [claim, told, *blocks, "![Accuracy under attacks](results/attacks.png)"])
 
 

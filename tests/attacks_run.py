@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from attacks import CLASSES, TARGET, Attack, Data, Scene, triggered
 
 from anyrank import keys, simulation
 from anyrank.config.sections import Config
@@ -21,6 +20,7 @@ from anyrank.messages.records import ClientUpdate, Failure, Job, ServerState
 from anyrank.privacy.noise import Mechanism
 from anyrank.runs.folder import RunDir
 from anyrank.tasks.base import Examples, TensorInputs
+from attacks import CLASSES, TARGET, Attack, Data, Scene, triggered
 
 CHANCE = 1 / CLASSES
 
