@@ -32,7 +32,7 @@ from attacks_run import CHANCE, run
 NAME, SEEDS, ROUNDS, CLIENTS = "8-attacks", (0, 1, 2), 40, 20
 KEPT, RAW, FIGURE = results.ROOT / "runs" / "attacks.json", results.PICTURES / "attacks.json", results.PICTURES / "attacks.png"
 METHODS = ("raflora", "rbla", "flexlora", "stayput")
-OFF = {"norm": 0.0, "owner": 1.0, "rollback": False, "offences": 0}
+OFF = {"norm": 0.0, "far": 0.0, "owner": 1.0, "rollback": False, "offences": 0}
 DEFENCES: Mapping[str, dict[str, dict[str, Any]]] = {
     "none": {"guard": OFF},
     "guard": {},

@@ -264,7 +264,7 @@ def test_an_engine_replaces_the_replies_of_hostile_clients_alone(scene: Scene) -
 
 # --- in a run --------------------------------------------------------------------------------------------------------
 
-OFF = {"norm": 0.0, "owner": 1.0, "rollback": False, "offences": 0}
+OFF = {"norm": 0.0, "far": 0.0, "owner": 1.0, "rollback": False, "offences": 0}
 HELD = ("scaling x1000", "sign flip x10", "noise", "NaN", "gauge", "rank inflation", "assembled factors")
 
 
