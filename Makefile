@@ -49,6 +49,7 @@ experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/noise.py
 	$(BIN)/python experiments/alpha.py
 	$(BIN)/python experiments/private_rates.py
+	$(BIN)/python experiments/attacks.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix src tests

@@ -265,27 +265,36 @@ def test_an_engine_replaces_the_replies_of_hostile_clients_alone(scene: Scene) -
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 OFF = {"norm": 0.0, "far": 0.0, "owner": 1.0, "rollback": False, "offences": 0}
-HELD = ("scaling x1000", "sign flip x10", "noise", "NaN", "gauge", "rank inflation", "assembled factors")
+REJECTED = ("scaling x1000", "sign flip x10", "noise", "NaN", "gauge", "rank inflation")
+METHODS = ("raflora", "rbla", "flexlora", "stayput")
 
 
 def outcome(method: str, attack: Attack, hostile: int, out: Path, **sections: dict) -> Outcome:
-    config = Config().replace(run={"seed": 2, "rounds": 30}, model={"name": "digits-mlp"}, method={"name": method}, **sections)
+    config = Config().replace(run={"seed": 2, "rounds": 20}, model={"name": "digits-mlp"}, method={"name": method}, **sections)
     return run(config, attack, hostile, out)
 
 
-@pytest.mark.parametrize("method", ["raflora", "rbla", "flexlora", "stayput"])
-def test_one_hostile_client_of_twenty_ruins_a_run_without_the_guard_and_not_with_it(
+@pytest.mark.parametrize("method", METHODS)
+def test_one_hostile_client_of_twenty_ruins_a_run_without_the_guard_and_counts_for_nothing_with_it(
     method: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mean of the last five rounds; 20 clients of ranks 2 to 32, five a round, Dirichlet 0.5. At chance without the guard (ten
-    classes), at most 5 points lost with it.
+    """Accuracies are means of the last five rounds, chance is 0.1; 20 clients of ranks 2 to 32, five a round, Dirichlet 0.5.
 
-    This is seed 2. SEEDS
+    Under the default guard each of these attacks ends, to the last digit, as if the client had sent nothing, and no honest
+    upload is rejected. What it costs is what the client's examples are worth: here (seed 2) 3 points at most. Over the seeds 0
+    to 4 it is 0.9 (raflora), 2.8 (rbla), 2.0 (flexlora) and 1.9 points (stayput) on average, and 6.5 at most (rbla, seed 0).
+    After 40 rounds it is less: docs/results.md.
     """
     monkeypatch.setenv("ANYRANK_CACHE", str(cache))
-    alone = outcome(method, Attack(honest), 0, tmp_path / "honest").last
-    ruined = outcome(method, ATTACKS["scaling x1000"], 1, tmp_path / "ruined", guard=OFF).last
-    assert alone > 0.8
-    assert ruined < CHANCE + 0.1
-    for attack in HELD:
-        assert outcome(method, ATTACKS[attack], 1, tmp_path / attack).last > alone - 0.05, attack
+    alone = outcome(method, Attack(honest), 0, tmp_path / "honest")
+    ruined = outcome(method, ATTACKS["scaling x1000"], 1, tmp_path / "ruined", guard=OFF)
+    silence = outcome(method, ATTACKS["silence"], 1, tmp_path / "silence")
+    assert alone.last > 0.75
+    assert ruined.last < CHANCE + 0.1
+    assert silence.last > alone.last - 0.05
+    assert "rejected" not in alone.rows["honest"]
+    for attack in REJECTED:
+        found = outcome(method, ATTACKS[attack], 1, tmp_path / attack)
+        assert (found.last, found.final) == (silence.last, silence.final), attack
+        assert "rejected" in found.rows["hostile"], attack
+        assert found.rows["honest"].keys() <= {"ok", "shortened"}, attack
