@@ -150,6 +150,16 @@ def test_rank_inflation_works_on_slices_that_nobody_else_has(scene: Scene) -> No
         assert float(got.norm() / wanted.norm()) == pytest.approx(1, abs=0.1)
 
 
+def by_b_alone(scene: Scene, name: str, layer: str) -> float:
+    """How far the product goes against the cohort's mean step if A stays and B moves as far as it may: `s b |against A^T|`.
+
+    `b`: the median norm of the change of B; `against`: `-M` over the norm that M has in both layers.
+    """
+    before, against = scene.before(name, layer), -scene.mean_step(layer) / mean_step(scene).norm()
+    b = np.median([float(scene.change(other, layer, "B").norm()) for other in scene.honest])
+    return before.scaling * float(b) * float((against @ before.A.double().T).norm())
+
+
 def test_assembled_factors_look_benign_and_their_product_does_not(scene: Scene) -> None:
     """Each factor moves no farther than the median client's does; the product goes farther against the cohort than that of a
     client who flips its own change, and the products of hostile clients of ranks 2 and 32 point the same way."""
@@ -159,7 +169,9 @@ def test_assembled_factors_look_benign_and_their_product_does_not(scene: Scene) 
         for key in FACTORS:
             median = np.median([float(scene.change(other, *key).norm()) for other in scene.honest])
             assert float(change(scene, update, *key).norm()) <= median * (1 + 1e-3)
-        assert step(scene, update) @ against > 1.5 * (step(scene, scaled(-1)(scene, name)) @ against)
+        gain = step(scene, update) @ against
+        assert gain > 1.5 * (step(scene, scaled(-1)(scene, name)) @ against)
+        assert gain > 1.05 * sum(by_b_alone(scene, name, layer) for layer in LAYERS)
     first, second = (step(scene, update) for update in sent.values())
     together = float(first @ second / first.norm() / second.norm())
     honest_pairs = gram([scene.jobs[name] for name in scene.honest], [scene.replies[name] for name in scene.honest])
