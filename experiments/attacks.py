@@ -64,12 +64,14 @@ class Cell:
 
 def cells() -> list[Cell]:
     """All runs, the most telling ones first."""
+    pair, first, others = ("none", "guard"), SEEDS[:1], SEEDS[1:]
     blocks = [
-        (("none", "guard"), (1,), SEEDS),
-        (("none", "guard"), HOSTILE[1:], SEEDS[:1]),
-        (RULES, WITH_RULES, SEEDS[:1]),
-        (("none", "guard"), HOSTILE[1:], SEEDS[1:]),
-        (RULES, WITH_RULES, SEEDS[1:]),
+        (pair, (1,), SEEDS[:2]),
+        (pair, (4, 8), first),
+        (RULES, (4,), first),
+        (pair, HOSTILE, SEEDS),
+        (RULES, WITH_RULES, first),
+        (RULES, WITH_RULES, others),
     ]
     found: dict[Cell, None] = {}
     for defences, counts, seeds in blocks:
