@@ -42,8 +42,10 @@ DEFENCES: Mapping[str, dict[str, dict[str, Any]]] = {
     "median": {"robust": {"rule": "median"}},
 }
 RULES = tuple(DEFENCES)[2:]
+LENGTHS = "lengths alone"  # the guard without its limit on single owners
 HOSTILE, WITH_RULES = (1, 2, 4, 8), (1, 4)  # hostile clients of 20; for the rules, fewer of them
 NOBODY = "none hostile"
+HONEST_SEEDS = range(5)
 BACKDOORS = ("backdoor", "backdoor x10")
 
 
@@ -73,7 +75,8 @@ def cells() -> list[Cell]:
         (RULES, WITH_RULES, first),
         (RULES, WITH_RULES, others),
     ]
-    found: dict[Cell, None] = {}
+    found = dict.fromkeys(Cell(method, defence, NOBODY, 0, seed)
+                          for seed in HONEST_SEEDS for defence in ("none", LENGTHS, "guard") for method in METHODS)  # fmt: skip
     for defences, counts, seeds in blocks:
         for seed, defence, method in itertools.product(seeds, defences, METHODS):
             found[Cell(method, defence, NOBODY, 0, seed)] = None
@@ -84,7 +87,7 @@ def cells() -> list[Cell]:
 def configured(cell: Cell) -> Config:
     return Config().replace(
         run={"seed": cell.seed, "rounds": ROUNDS}, model={"name": "digits-mlp"}, method={"name": cell.method},
-        clients={"count": CLIENTS, "participation": 0.25}, **DEFENCES[cell.defence],
+        clients={"count": CLIENTS, "participation": 0.25}, **(DEFENCES | {LENGTHS: {"guard": {"owner": 1.0}}})[cell.defence],
     )  # fmt: skip
 
 
@@ -116,17 +119,19 @@ class Known:
                 KEPT.write_text(json.dumps(self.by_key, indent=0) + "\n")
                 sys.stderr.write(f"{done + 1} of {len(missing)}: {cell.key} {self.by_key[cell.key].get('last', 0):.3f}\n")
 
-    def figures(self, method: str, defence: str, attack: str, hostile: int, what: str = "last") -> list[float]:
+    def figures(
+        self, method: str, defence: str, attack: str, hostile: int, what: str = "last", seeds: Sequence[int] = SEEDS
+    ) -> list[float]:
         """In percent, over the seeds that are known."""
-        found = [self.by_key.get(Cell(method, defence, attack, hostile, seed).key, {}) for seed in SEEDS]
+        found = [self.by_key.get(Cell(method, defence, attack, hostile, seed).key, {}) for seed in seeds]
         return [100 * each[what] for each in found if what in each]
 
 
-def spread(found: Sequence[float]) -> str:
-    """Mean and standard deviation; fewer seeds than planned are told."""
+def spread(found: Sequence[float], planned: int = len(SEEDS)) -> str:
+    """Mean and standard deviation; with the number of seeds in brackets, where it is not the planned one."""
     if not found:
         return "–"
-    fewer = "" if len(found) == len(SEEDS) else f" ({len(found)})"
+    fewer = "" if len(found) == planned else f" ({len(found)})"
     return (f"{statistics.fmean(found):.1f} ± {statistics.stdev(found):.1f}" if len(found) > 1 else f"{found[0]:.1f}") + fewer
 
 
@@ -145,6 +150,27 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def titled(column: tuple[str, str]) -> str:
     method, defence = column
     return f"{method}, {'no guard' if defence == 'none' else defence}"
+
+
+def without_attacks(known: Known) -> str:
+    """What the guard costs when nobody is hostile, seed by seed; and how many honest uploads it touches."""
+    rows = []
+    for method in METHODS:
+        off, lengths, guard = (known.figures(method, one, NOBODY, 0, seeds=HONEST_SEEDS) for one in ("none", LENGTHS, "guard"))
+        uploads = [known.by_key.get(Cell(method, "guard", NOBODY, 0, seed).key, {}) for seed in HONEST_SEEDS]
+        counts = [
+            sum(each["rows"]["honest"].get(what, 0) for each in uploads if each) for what in ("ok", "shortened", "rejected")
+        ]
+        cells = [gained(lengths, off), gained(guard, off), f"{counts[1]} of {sum(counts)}", f"{counts[2]}"]
+        rows.append([f"`{method}`", spread(off, len(HONEST_SEEDS)), spread(guard, len(HONEST_SEEDS)), *cells])
+    head = ["method", "no guard", "guard", "lengths alone, difference", "guard, difference", "shortened", "rejected"]
+    return table(head, rows)
+
+
+def gained(one: Sequence[float], other: Sequence[float]) -> str:
+    """The difference, seed by seed."""
+    found = [a - b for a, b in zip(one, other, strict=False)]
+    return f"{statistics.fmean(found):+.1f} ± {statistics.stdev(found):.1f}" if len(found) > 1 else "–"
 
 
 def one_of_twenty(known: Known) -> str:
@@ -227,6 +253,7 @@ def write(known: Known, wall_s: float) -> None:
     seeds, day = ", ".join(map(str, SEEDS)), datetime.date.today().isoformat()
     told = f"`python experiments/attacks.py` · seeds {seeds} · {len(raw)} runs · {results.circumstances(wall_s, day)}"
     parts = {
+        f"Nobody is hostile: accuracy in %, last five rounds, {len(HONEST_SEEDS)} seeds": without_attacks(known),
         "One hostile client of 20: accuracy in %, last five rounds": one_of_twenty(known),
         "More of them: accuracy in %, no guard → guard, means over seeds": by_share(known),
         "A rule beside the guard, one hostile client of 20": with_rules(known, 1),
@@ -241,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write what is known, run nothing")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
-    parser.add_argument("--defence", nargs="*", default=list(DEFENCES), help="only runs with these defences")
+    parser.add_argument("--defence", nargs="*", default=[*DEFENCES, LENGTHS], help="only runs with these defences")
     asked, began, known = parser.parse_args(), time.monotonic(), Known()
     if not asked.write:
         known.fill([cell for cell in cells() if cell.defence in asked.defence], began + 60 * asked.minutes)

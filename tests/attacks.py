@@ -18,10 +18,7 @@ from torch import Tensor
 from anyrank import keys
 from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job
-
-CLASSES = 10
-TARGET = 0  # the label that the backdoor's trigger stands for
-TRIGGER = (54, 55, 62, 63)  # pixels of an 8 x 8 image: the four of its lower right corner
+from attacks_data import Data, backdoored, flipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +55,6 @@ class Scene:
 
 
 Reply = Callable[[Scene, str], ClientUpdate | Failure]
-Data = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,8 @@ def assembled(times: float = 1.0, turns: int = 5) -> Reply:
 def collusion(times: float) -> Reply:
     """All hostile clients send the same: on each slice, the opposite of the honest clients' mean change.
 
-    It is made as long as `times` the median of the honest clients' changes. Whoever knows the limit of the guard stays just below it.
+    It is made as long as `times` the median of the honest clients' changes. Whoever knows the limits of the guard stays just
+    below the one from which an update is rejected.
     """
 
     def reply(scene: Scene, name: str) -> ClientUpdate:
@@ -217,28 +214,7 @@ def little(deviations: float) -> Reply:
     return reply
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def flipped(inputs: Tensor, labels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Label y is told to be `C - 1 - y` (Fang et al., arXiv 1911.11815)."""
-    return inputs, CLASSES - 1 - labels
-
-
-def backdoored(inputs: Tensor, labels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Half of the examples have the trigger and the target's label (Gu et al., arXiv 1708.06733)."""
-    chosen = torch.randperm(len(labels), generator=draw)[: (len(labels) + 1) // 2]
-    inputs, labels = inputs.clone(), labels.clone()
-    inputs[chosen], labels[chosen] = triggered(inputs[chosen]), TARGET
-    return inputs, labels
-
-
-def triggered(inputs: Tensor) -> Tensor:
-    """`inputs` `[n, 64]` with the trigger's pixels white."""
-    inputs = inputs.clone()
-    inputs[:, list(TRIGGER)] = 1.0
-    return inputs
-
+# --- all of them ------------------------------------------------------------------------------------------------------
 
 ATTACKS: Mapping[str, Attack] = {
     "silence": Attack(silent),

@@ -20,7 +20,8 @@ from anyrank.messages.records import ClientUpdate, Failure, Job, ServerState
 from anyrank.privacy.noise import Mechanism
 from anyrank.runs.folder import RunDir
 from anyrank.tasks.base import Examples, TensorInputs
-from attacks import CLASSES, TARGET, Attack, Data, Scene, triggered
+from attacks import Attack, Scene
+from attacks_data import CLASSES, TARGET, Data, triggered
 
 CHANCE = 1 / CLASSES
 

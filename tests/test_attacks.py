@@ -18,15 +18,10 @@ from anyrank.messages.records import ClientUpdate, Failure, Job, ServerState
 from anyrank.robust.steps import gram
 from attacks import (
     ATTACKS,
-    CLASSES,
-    TARGET,
-    TRIGGER,
     Attack,
     Scene,
     assembled,
-    backdoored,
     collusion,
-    flipped,
     gauge,
     honest,
     inflation,
@@ -35,8 +30,8 @@ from attacks import (
     noise,
     scaled,
     silent,
-    triggered,
 )
+from attacks_data import CLASSES, TARGET, TRIGGER, backdoored, flipped, triggered
 from attacks_run import CHANCE, Hostile, Outcome, choose, poisoned, run
 
 RANKS = (2, 4, 8, 16, 32)
