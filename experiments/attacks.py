@@ -46,6 +46,8 @@ LENGTHS = "lengths alone"  # the guard without its limit on single owners
 HOSTILE, WITH_RULES = (1, 2, 4, 8), (1, 4)  # hostile clients of 20; for the rules, fewer of them
 NOBODY = "none hostile"
 HONEST_SEEDS = range(5)
+# For the rules: what the guard does not reject, and one that it does.
+PASSING = ("scaling x1000", "sign flip", "assembled factors", "collusion", "little is enough", "label flip", "backdoor")
 BACKDOORS = ("backdoor", "backdoor x10")
 
 
@@ -69,8 +71,9 @@ def cells() -> list[Cell]:
     pair, first, others = ("none", "guard"), SEEDS[:1], SEEDS[1:]
     blocks = [
         (pair, (1,), SEEDS[:2]),
-        (pair, (4, 8), first),
+        (pair, (4,), first),
         (RULES, (4,), first),
+        (pair, (8,), first),
         (pair, HOSTILE, SEEDS),
         (RULES, WITH_RULES, first),
         (RULES, WITH_RULES, others),
@@ -80,7 +83,8 @@ def cells() -> list[Cell]:
     for defences, counts, seeds in blocks:
         for seed, defence, method in itertools.product(seeds, defences, METHODS):
             found[Cell(method, defence, NOBODY, 0, seed)] = None
-            found |= {Cell(method, defence, attack, count, seed): None for count in counts for attack in ATTACKS}
+            attacks = PASSING if defence in RULES else ATTACKS
+            found |= {Cell(method, defence, attack, count, seed): None for count in counts for attack in attacks}
     return list(found)
 
 
@@ -198,7 +202,7 @@ def with_rules(known: Known, count: int) -> str:
     defences = ("guard", *RULES)
     rows = []
     for method in METHODS:
-        for attack, hostile in ((NOBODY, 0), *((attack, count) for attack in ATTACKS)):
+        for attack, hostile in ((NOBODY, 0), *((attack, count) for attack in PASSING)):
             rows.append([f"`{method}`, {attack}", *(spread(known.figures(method, one, attack, hostile)) for one in defences)])
     return table(["method, attack", "guard alone", *RULES], rows)
 
