@@ -42,6 +42,7 @@ DEFENCES: Mapping[str, dict[str, dict[str, Any]]] = {
     "median": {"robust": {"rule": "median"}},
 }
 RULES = tuple(DEFENCES)[2:]
+UNKNOWN, NEAR_CHANCE = "–", 20
 LENGTHS = "lengths alone"  # the guard without its limit on single owners
 HOSTILE, WITH_RULES = (1, 2, 4, 8), (1, 4)  # hostile clients of 20; for the rules, fewer of them
 NOBODY = "none hostile"
@@ -134,21 +135,24 @@ class Known:
 def spread(found: Sequence[float], planned: int = len(SEEDS)) -> str:
     """Mean and standard deviation; with the number of seeds in brackets, where it is not the planned one."""
     if not found:
-        return "–"
+        return UNKNOWN
     fewer = "" if len(found) == planned else f" ({len(found)})"
     return (f"{statistics.fmean(found):.1f} ± {statistics.stdev(found):.1f}" if len(found) > 1 else f"{found[0]:.1f}") + fewer
 
 
 def mean(found: Sequence[float]) -> str:
-    return f"{statistics.fmean(found):.0f}" if found else "–"
+    return f"{statistics.fmean(found):.0f}" if found else UNKNOWN
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Without the rows and columns of which nothing is known yet."""
+    rows = [row for row in rows if set(row[1:]) != {UNKNOWN}]
+    kept = [k for k in range(len(head)) if k == 0 or any(row[k] != UNKNOWN for row in rows)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line[k] for k in kept)} |" for line in lines) if rows else ""
 
 
 def titled(column: tuple[str, str]) -> str:
@@ -174,7 +178,7 @@ def without_attacks(known: Known) -> str:
 def gained(one: Sequence[float], other: Sequence[float]) -> str:
     """The difference, seed by seed."""
     found = [a - b for a, b in zip(one, other, strict=False)]
-    return f"{statistics.fmean(found):+.1f} ± {statistics.stdev(found):.1f}" if len(found) > 1 else "–"
+    return f"{statistics.fmean(found):+.1f} ± {statistics.stdev(found):.1f}" if len(found) > 1 else UNKNOWN
 
 
 def one_of_twenty(known: Known) -> str:
@@ -185,6 +189,23 @@ def one_of_twenty(known: Known) -> str:
     return table(["attack", *map(titled, columns)], rows)
 
 
+def kept_promise(known: Known) -> str:
+    """The largest loss under the guard where one client, without it, brings the model to chance."""
+    lost = {}
+    for method, attack in itertools.product(METHODS, ATTACKS):
+        bare, guarded = (known.figures(method, defence, attack, 1) for defence in ("none", "guard"))
+        if bare and guarded and statistics.fmean(bare) <= NEAR_CHANCE:
+            pairs = zip(known.figures(method, "guard", NOBODY, 0), guarded, strict=False)
+            lost[f"{method}, {attack}"] = statistics.fmean(a - b for a, b in pairs)
+    if not lost:
+        return ""
+    worst = max(lost, key=lost.__getitem__)
+    return (
+        f"{len(lost)} pairs of a method and an attack end at {NEAR_CHANCE} % or less without the guard (chance is 10 %). With it, "
+        f"the largest of their mean losses, seed by seed, is {lost[worst]:.1f} points ({worst})."
+    )
+
+
 def by_share(known: Known) -> str:
     """Means over seeds, without and with the guard, by the share of hostile clients."""
     shares = HOSTILE[1:]
@@ -192,7 +213,7 @@ def by_share(known: Known) -> str:
     for attack in ATTACKS:
         pairs = [[mean(known.figures(method, defence, attack, count)) for defence in ("none", "guard")]
                  for method in METHODS for count in shares]  # fmt: skip
-        rows.append([attack, *(" → ".join(pair) for pair in pairs)])
+        rows.append([attack, *(UNKNOWN if set(pair) == {UNKNOWN} else " → ".join(pair) for pair in pairs)])
     head = [f"{method}, {100 * count // CLIENTS} %" for method in METHODS for count in shares]
     return table(["attack", *head], rows)
 
@@ -229,8 +250,9 @@ def draw(known: Known) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    rows = [(NOBODY, 0), *((attack, count) for attack in ATTACKS for count in HOSTILE)]
     columns = [(method, defence) for method in METHODS for defence in DEFENCES]
+    rows = [(NOBODY, 0), *itertools.product(ATTACKS, HOSTILE)]
+    rows = [row for row in rows if any(known.figures(*column, *row) for column in columns)]
     found = [[known.figures(method, defence, attack, count) for method, defence in columns] for attack, count in rows]
     grid = np.array([[statistics.fmean(each) if each else np.nan for each in row] for row in found])
     figure, axes = plt.subplots(figsize=(13, 0.21 * len(rows) + 2))
@@ -264,8 +286,9 @@ def write(known: Known, wall_s: float) -> None:
         "A rule beside the guard, 20 % hostile": with_rules(known, 4),
         "Backdoors: how many triggered examples of other labels are taken for the target, %": backdoors(known),
     }
-    blocks = [part for title, rows in parts.items() for part in (f"**{title}**", rows)]
-    results.put(NAME, "Attacks", [claim, told, *blocks, "![Accuracy under attacks](results/attacks.png)"])
+    blocks = [part for title, rows in parts.items() if rows for part in (f"**{title}**", rows)]
+    lines = [claim, told, kept_promise(known), *blocks, "![Accuracy under attacks](results/attacks.png)"]
+    results.put(NAME, "Attacks", [line for line in lines if line])
 
 
 def main() -> None:
