@@ -11,6 +11,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import heat
 import results
 
 sys.path.insert(0, str(results.ROOT / "tests"))  # its attacks.py, not this file
@@ -201,8 +203,8 @@ def kept_promise(known: Known) -> str:
         return ""
     worst = max(lost, key=lost.__getitem__)
     return (
-        f"{len(lost)} pairs of a method and an attack end at {NEAR_CHANCE} % or less without the guard (chance is 10 %). With it, "
-        f"the largest of their mean losses, seed by seed, is {lost[worst]:.1f} points ({worst})."
+        f"{len(lost)} pairs of a method and an attack end at {NEAR_CHANCE} % or less without the guard (chance is 10 %). "
+        f"With it, the largest of their mean losses, seed by seed, is {lost[worst]:.1f} points ({worst})."
     )
 
 
@@ -220,12 +222,14 @@ def by_share(known: Known) -> str:
 
 def with_rules(known: Known, count: int) -> str:
     """The guard alone, and with each rule beside it."""
-    defences = ("guard", *RULES)
     rows = []
     for method in METHODS:
         for attack, hostile in ((NOBODY, 0), *((attack, count) for attack in PASSING)):
-            rows.append([f"`{method}`, {attack}", *(spread(known.figures(method, one, attack, hostile)) for one in defences)])
-    return table(["method, attack", "guard alone", *RULES], rows)
+            cells = [spread(known.figures(method, rule, attack, hostile)) for rule in RULES]
+            if set(cells) != {UNKNOWN}:
+                rows.append([f"`{method}`, {attack}", spread(known.figures(method, "guard", attack, hostile)), *cells])
+    attacked = any(NOBODY not in row[0] for row in rows)
+    return table(["method, attack", "guard alone", *RULES], rows) if attacked else ""
 
 
 def backdoors(known: Known) -> str:
@@ -239,36 +243,16 @@ def backdoors(known: Known) -> str:
     return table(["attack", *map(titled, columns)], rows)
 
 
-# --- figure ----------------------------------------------------------------------------------------------------------
-
-
 def draw(known: Known) -> None:
-    """A heat table of accuracies: rows are attacks by share, columns are methods by defence."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    columns = [(method, defence) for method in METHODS for defence in DEFENCES]
+    """A heat table of accuracies: rows are attacks by share, columns are defences by method."""
+    columns = list(itertools.product(METHODS, DEFENCES))
     rows = [(NOBODY, 0), *itertools.product(ATTACKS, HOSTILE)]
     rows = [row for row in rows if any(known.figures(*column, *row) for column in columns)]
-    found = [[known.figures(method, defence, attack, count) for method, defence in columns] for attack, count in rows]
-    grid = np.array([[statistics.fmean(each) if each else np.nan for each in row] for row in found])
-    figure, axes = plt.subplots(figsize=(13, 0.21 * len(rows) + 2))
-    image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=100 * CHANCE, vmax=95)
-    for (i, j), value in np.ndenumerate(grid):
-        if not np.isnan(value):
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6)
-    axes.set_xticks(range(len(columns)), [defence for _, defence in columns], rotation=60, ha="right", fontsize=7)
+    means = [[statistics.fmean(known.figures(*column, *row) or [math.nan]) for column in columns] for row in rows]
     names = [f"{attack}, {count} of {CLIENTS}" if count else attack for attack, count in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
-    for k, method in enumerate(METHODS):
-        axes.text((k + 0.5) * len(DEFENCES) - 0.5, -1.1, method, ha="center", va="bottom", fontsize=10)
-        axes.axvline(k * len(DEFENCES) - 0.5, color="black", linewidth=1)
-    figure.colorbar(image, ax=axes, label="accuracy, last five rounds, %", fraction=0.02, pad=0.01)
-    figure.savefig(FIGURE, dpi=130, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+    heat.draw(
+        FIGURE, means, names, {method: list(DEFENCES) for method in METHODS}, 100 * CHANCE, "accuracy, last five rounds, %"
+    )
 
 
 def write(known: Known, wall_s: float) -> None:
