@@ -261,7 +261,8 @@ def write(known: Known, wall_s: float) -> None:
     draw(known)
     claim = "*Under the default guard, one hostile client of 20 costs at most five points where it brings the model to chance.*"
     seeds, day = ", ".join(map(str, SEEDS)), datetime.date.today().isoformat()
-    told = f"`python experiments/attacks.py` · seeds {seeds} · {len(raw)} runs · {results.circumstances(wall_s, day)}"
+    runs = sum("last" in each for each in raw)
+    told = f"`python experiments/attacks.py` · seeds {seeds} · {runs} runs · {results.circumstances(wall_s, day)}"
     parts = {
         f"Nobody is hostile: accuracy in %, last five rounds, {len(HONEST_SEEDS)} seeds": without_attacks(known),
         "One hostile client of 20: accuracy in %, last five rounds": one_of_twenty(known),
