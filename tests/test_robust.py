@@ -18,7 +18,7 @@ from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, Scaling, ServerState
-from anyrank.robust.base import Rule, TooFew
+from anyrank.robust.base import Chain, Rule, TooFew
 from anyrank.robust.geometric_median import GeometricMedian, weiszfeld
 from anyrank.robust.krum import Krum, scores
 from anyrank.robust.norm_bound import NormBound
@@ -185,6 +185,16 @@ def test_krum_refuses_a_round_of_too_few() -> None:
     jobs, updates = cohort()
     with pytest.raises(TooFew, match="hostile = 3 needs 9 updates a round, got 8"):
         Krum(3).screen(STATE, jobs, updates)
+
+
+def test_what_the_guard_rejects_is_one_hostile_client_less_for_krum() -> None:
+    """Five uploads are what Krum needs for one hostile client. The guard rejects one: of the other four, none is left out."""
+    jobs, updates = cohort((0.1, 0.1, 50.0, 0.1, 0.1), ranks=(3,) * 5)
+    kept = Chain((NormBound(3.0, far=4.0), Krum(1))).screen(STATE, jobs, updates)
+    assert (list(kept.rejected), kept.refused) == (["c2"], {})
+    assert len(kept.updates) == 4
+    with pytest.raises(TooFew):  # without the guard, the same four are too few
+        Krum(1).screen(STATE, jobs, kept.updates)
 
 
 # --- the norm bound ---------------------------------------------------------------------------------------------------

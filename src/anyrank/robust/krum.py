@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -32,6 +32,9 @@ class Krum(Rule):
     @property
     def least(self) -> int:
         return 2 * self.hostile + 3
+
+    def without(self, hostile: int) -> Krum:
+        return replace(self, hostile=max(0, self.hostile - hostile))
 
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         if len(updates) < self.least:
