@@ -58,12 +58,12 @@ def parts(built: Any) -> dict[str, float]:
     factors in training with gradients and AdamW's moments, and a step's activations; `saved`: what of these a forward pass
     keeps for its backward pass.
     """
-    from anyrank.federation import loop
+    from anyrank.federation import asking, loop
     from anyrank.messages.plan import plan_round
     from anyrank.messages.records import BOTH, factor_bytes
 
     model, state = built.engine.model, loop.start(built)
-    jobs, _ = loop.dispatch(built, state, 1)
+    jobs, _ = asking.dispatch(built, state, 1)
     plan = plan_round(built.config.train, 1, built.config.run.rounds, built.config.run.seed)
     saved = _Saved({parameter.untyped_storage().data_ptr() for parameter in model.module.parameters()})
     with allocations() as found, torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda kept: kept.tensor):

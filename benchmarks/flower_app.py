@@ -76,7 +76,7 @@ def by_flower(rounds: int) -> float:
 
     @server_app.main()
     def serve(grid, context):
-        from anyrank.federation import loop
+        from anyrank.federation import asking
         from anyrank.messages.records import ClientUpdate
 
         built, engine = world(rounds)
@@ -84,7 +84,7 @@ def by_flower(rounds: int) -> float:
         while len(nodes := sorted(grid.get_node_ids())) < len(built.population):
             pass
         for round in range(1, rounds + 1):
-            jobs, _ = loop.dispatch(built, state, round)
+            jobs, _ = asking.dispatch(built, state, round)
             messages = [
                 Message(
                     content=RecordDict({

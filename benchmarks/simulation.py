@@ -158,7 +158,7 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from anyrank import simulation
-    from anyrank.federation import loop
+    from anyrank.federation import asking, loop
     from anyrank.messages.plan import plan_round
     from anyrank.tasks.text.features import RaggedInputs
     from anyrank.training import local
@@ -166,7 +166,7 @@ def floor(size: str, data: Path | None) -> dict[str, float]:
     torch.set_num_threads(1)
     built = simulation.build(configuration(size, 1, data))
     model, state = built.engine.model, loop.start(built)
-    jobs, _ = loop.dispatch(built, state, 1)
+    jobs, _ = asking.dispatch(built, state, 1)
     plan = plan_round(built.config.train, 1, 1, 0)
     inputs, total = model.task.train.inputs, 0
     for job in jobs:

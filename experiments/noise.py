@@ -21,7 +21,7 @@ from anyrank import config as configs
 from anyrank import simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.config.sections import Config
-from anyrank.federation import loop
+from anyrank.federation import asking, loop
 from anyrank.federation.federation import Federation
 from anyrank.messages.plan import plan_round
 from anyrank.privacy.noise import Mechanism
@@ -48,7 +48,7 @@ def after(config: Config) -> tuple[Adapter, Adapter]:
 def _run(built: Federation, privacy: Mechanism) -> Adapter:
     state, run = loop.start(built), built.config.run
     while state.round < run.rounds:
-        jobs, _ = loop.dispatch(built, state, state.round + 1)
+        jobs, _ = asking.dispatch(built, state, state.round + 1)
         plan = plan_round(built.config.train, state.round + 1, run.rounds, run.seed)
         state = built.method.aggregate(state, list(built.engine.train(jobs, plan, privacy)))
     return state.adapter
@@ -69,7 +69,8 @@ def parts(noisy: Adapter, quiet: Adapter) -> dict[str, float]:
 
 def row(method: str, rank: int, steps: int, rounds: int, rate: float) -> str:
     """One line of the table: means over seeds."""
-    asked = (*OVERRIDES, *results.UNGUARDED, f"train.local_steps={steps}", f"run.rounds={rounds}", f"train.learning_rate={rate:g}")
+    asked = (f"train.local_steps={steps}", f"run.rounds={rounds}", f"train.learning_rate={rate:g}")
+    asked = (*OVERRIDES, *results.UNGUARDED, *asked)
     base = comparison.variant(configs.load(results.ROOT / "configs" / "fashion-mlp.toml", asked), f"{method}@{rank}")
     found = [parts(*after(base.replace(run={"seed": seed}))) for seed in SEEDS]
     mean = {key: statistics.fmean(each[key] for each in found) for key in found[0]}

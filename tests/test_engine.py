@@ -12,7 +12,7 @@ from torch import nn
 
 from anyrank import simulation
 from anyrank.config.sections import Config, PartitionConfig
-from anyrank.federation import loop
+from anyrank.federation import asking, loop
 from anyrank.federation.federation import Federation
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job
 from anyrank.tasks.base import Examples, Task
@@ -64,7 +64,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 def replies(federation: Federation) -> list[ClientUpdate | Failure]:
-    jobs, _ = loop.dispatch(federation, loop.start(federation), 1)
+    jobs, _ = asking.dispatch(federation, loop.start(federation), 1)
     return list(federation.engine.train(jobs, federation.plan(1)))
 
 
@@ -105,7 +105,7 @@ def test_who_stops_the_process_is_not_taken_for_a_client_that_failed(engine: str
 def test_the_same_jobs_give_the_same_replies_bit_for_bit_in_any_company(engine: str) -> None:
     federation = built(engine, run={"stacking": "never"})
     state = loop.start(federation)
-    jobs, _ = loop.dispatch(federation, state, 1)
+    jobs, _ = asking.dispatch(federation, state, 1)
     together = {reply.client: reply for reply in federation.engine.train(jobs, federation.plan(1))}
     for job in jobs:
         (alone,) = federation.engine.train([job], federation.plan(1))
@@ -156,7 +156,7 @@ def test_a_closed_engine_leaves_the_module_as_it_was(engine: str) -> None:
 
 def test_a_profile_times_each_client_and_counts_what_a_step_keeps(engine: str) -> None:
     federation = built(engine, run={"stacking": "never"})
-    jobs, _ = loop.dispatch(federation, loop.start(federation), 1)
+    jobs, _ = asking.dispatch(federation, loop.start(federation), 1)
     profile = federation.engine.profile(jobs, federation.plan(1))
     assert profile.step_s.keys() == {job.client.name for job in jobs}
     assert all(seconds > 0 for seconds in profile.step_s.values())

@@ -183,7 +183,7 @@ def test_multi_krum_drops_those_that_are_far_away_and_says_so() -> None:
 
 def test_krum_refuses_a_round_of_too_few() -> None:
     jobs, updates = cohort()
-    with pytest.raises(TooFew, match="hostile = 3 needs 9 updates a round, got 8"):
+    with pytest.raises(TooFew, match="with 3 hostile clients, Krum needs 9 updates a round, got 8"):
         Krum(3).screen(STATE, jobs, updates)
 
 
@@ -302,6 +302,13 @@ REFUSED = {
     "more than a round has": (
         {"robust": {"rule": "krum", "hostile": 2}, "clients": {"count": 20, "participation": 0.25}},
         "krum with robust.hostile = 2 needs 7 updates a round, but 5 clients are asked; raise clients.participation",
+    ),
+    "a key of another rule": ({"robust": {"hostile": 2}}, "robust.hostile: expected no value, because this key is only for"),
+    "a share of another rule": ({"robust": {"rule": "median", "trim": 0.2}}, "robust.trim: expected no value"),
+    "a deadline under noise at the server": (
+        {"rounds": {"deadline_s": 5.0}, "method": {"name": "rbla"},
+         "privacy": {"level": "client", "noise_at": "server", "noise_multiplier": 1.0, "delta": 1e-4}},
+        "rounds.deadline_s: with privacy.noise_at = 'server'",
     ),
     "a quorum that no round has": ({"rounds": {"least": 6}}, "rounds.least: expected at most 5, the clients that are asked"),
     "late replies under noise at the server": (

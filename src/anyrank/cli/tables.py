@@ -155,7 +155,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         "clients": f"{summary['clients']} registered, {summary['cohort']} per round, ranks {', '.join(summary['ranks'])}",
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
         **private,
-        "rejected": str(summary["rejected"]),
+        "updates not used": str(summary["rejected"]),
         **_disturbances(summary),
         "head": summary["head"],
         "examples": f"{megabytes(summary['inputs_bytes'])} MB, {_PLACES[summary['inputs_in']]}",

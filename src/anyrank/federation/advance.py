@@ -37,10 +37,12 @@ def advance(
     config, round = federation.config, state.round + 1
     quorum = Quorum(config.rounds.least, config.rounds.share)
     try:
-        offenders = collected.count("rejected") + max(0, len(jobs) - asked)
-        screened = rule.without(offenders).screen(state, jobs, collected.updates)
-        collected.screened(screened)
-        idle = quorum.lacking(len(screened.updates), asked, collected.rows)
+        idle = quorum.lacking(rule.usable(jobs, collected.updates), asked, collected.rows)
+        if not idle:
+            offenders = collected.count("rejected") + max(0, len(jobs) - asked)
+            screened = rule.without(offenders).screen(state, jobs, collected.updates)
+            collected.screened(screened)
+            idle = "" if screened.updates or not jobs else f"{config.robust.rule} left no update"
         if not idle:
             after = merge(rule, federation.method, state, screened.updates)
             scored = check_loss(federation, score(federation, after)) if federation.scores(round) else None

@@ -34,6 +34,11 @@ def check_rounds(config: Config, population: Population, plan: PrivacyPlan | Non
             f"rounds.least: expected at most {asked}, the clients that are asked in a round, got {config.rounds.least}; raise "
             "clients.participation, or lower rounds.least"
         )
+    if config.rounds.deadline_s and plan and plan.central and not plan.secure:
+        raise ConfigError(
+            "rounds.deadline_s: with privacy.noise_at = 'server', a round that is repeated after a stop has the same noise and "
+            "must have the same uploads, which a clock does not promise; use 0, or privacy.secure = true"
+        )
     if config.rounds.late == "carry" and plan and plan.central:
         raise ConfigError(
             "rounds.late: with privacy.noise_at = 'server', a client's upload counts in the round for which it was charged; "

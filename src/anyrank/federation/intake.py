@@ -10,8 +10,8 @@ from typing import Any
 from anyrank.errors import printable, shortened
 from anyrank.federation import guard
 from anyrank.federation.asking import Skipped
-from anyrank.messages.records import Client, ClientUpdate, Failure, Job
-from anyrank.robust.base import Screened
+from anyrank.messages.records import Client, ClientUpdate, Failure, Job, ServerState
+from anyrank.robust.base import Rule, Screened
 
 _LONGEST, _LONGEST_REASON = 100, 500  # letters of a name, and of a reason, that nobody here gave
 
@@ -72,6 +72,12 @@ class Collected:
         status, told = ("late", f"its reply of round {self.round - 1} is left out: {reason}") if reason else ("ok", "")
         self.rows.append(self._row(client, num_examples, status, told or f"its reply of round {self.round - 1} counts"))
         self.rows.sort(key=lambda row: row["client"])
+
+    def limit(self, rule: Rule, state: ServerState, jobs: Sequence[Job]) -> None:
+        """Let `rule` shorten or reject the updates that arrived, and record it."""
+        screened = rule.screen(state, jobs, self.updates)
+        self.updates = list(screened.updates)
+        self.screened(screened)
 
     def screened(self, screened: Screened) -> None:
         """Record whose updates a rule refused, and whose steps it shortened."""

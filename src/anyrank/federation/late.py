@@ -18,7 +18,8 @@ from anyrank.federation.federation import Federation
 from anyrank.federation.intake import Collected
 from anyrank.messages.records import Client, ClientUpdate, Job, ServerState
 
-_MARK = "late: "  # of the entries of `ServerState.extra` that hold such replies between two rounds
+# Begins the entries of `ServerState.extra` that hold such replies between two rounds. No name of a client has this character.
+_MARK = "late\x1f"
 
 
 def split(state: ServerState) -> tuple[ServerState, dict[str, Adapter]]:

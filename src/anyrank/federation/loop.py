@@ -18,7 +18,7 @@ from anyrank.federation.quorum import Patience
 from anyrank.federation.summary import summarize
 from anyrank.messages.records import Scaling, ServerState
 from anyrank.privacy.ledger import open_ledger
-from anyrank.robust.rules import rule_of
+from anyrank.robust.rules import bound_of, rule_of
 from anyrank.runs.folder import RunDir
 
 
@@ -36,10 +36,11 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
     while state.round < config.run.rounds:
         began, round = time.perf_counter(), state.round + 1
         mechanism = ledger.mechanism()
-        rule, plan = rule_of(config, method, mechanism), federation.plan(round)
-        work = ask(federation, ledger, quarantine, state)
+        bound, rule = (make(config, method, mechanism) for make in (bound_of, rule_of))
+        work, plan = ask(federation, ledger, quarantine, state), federation.plan(round)
         replies = federation.engine.train(work.answering, plan, mechanism, config.rounds.deadline_s or None)
         collected = collect(replies, work.asked, work.skipped, round, federation.upload_bound)
+        collected.limit(bound, state, work.jobs)
         jobs, held = late.exchange(federation, state, work, held, collected)
         advanced = advance(federation, rule, state, jobs, len(work.asked), collected)
         state, end = advanced.state, advanced.standing
@@ -50,6 +51,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         if on_round:
             on_round(metrics)
         patience = patience.after(round, advanced.idle)
+    patience.check(state.round, str(store.metrics()[-1].get("idle", "")))  # for a run that failed in its last round
     end = end or score(federation, state)  # for a run that was interrupted between its last round and its end
     summary = summarize(federation, before, end, store.metrics()) | ledger.summary(state.round)
     store.finish(shares(federation, state), summary)

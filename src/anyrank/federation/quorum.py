@@ -55,9 +55,12 @@ class Patience:
 
     def after(self, round: int, idle: str) -> Patience:
         """After a round that was idle for the reason `idle`, or was not (empty). Raises `RunFailed` when patience is over."""
-        if not idle:
-            return replace(self, idle=0)
-        if self.idle + 1 >= self.most:
-            times = f" ({self.idle + 1} rounds in a row were idle)" if self.idle else ""
+        now = replace(self, idle=self.idle + 1 if idle else 0)
+        now.check(round, idle)
+        return now
+
+    def check(self, round: int, idle: str) -> None:
+        """Raise `RunFailed` if patience is over after `round`, which was idle for the reason `idle`."""
+        if self.idle >= self.most:
+            times = f" ({self.idle} rounds in a row were idle)" if self.idle > 1 else ""
             raise RunFailed(f"round {round}: {idle}{times}")
-        return replace(self, idle=self.idle + 1)

@@ -162,7 +162,7 @@ _OTHERS = (
     ("up, MB", "upload_bytes", 1, 1e-6, False),
     ("down, MB", "download_bytes", 1, 1e-6, False),
     ("time, s", "seconds", 1, 1, False),
-    ("rejected", "rejected", 0, 1, False),
+    ("not used", "rejected", 0, 1, False),
 )
 
 

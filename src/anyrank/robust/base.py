@@ -41,6 +41,10 @@ class Rule:
         """The number of updates that the rule needs."""
         return 0
 
+    def usable(self, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> int:
+        """How many usable updates a round has, for its quorum."""
+        return len(updates)
+
     def without(self, hostile: int) -> Rule:
         """The rule for a round from which so many hostile clients were kept out already."""
         return self
@@ -59,6 +63,10 @@ class Chain(Rule):
     """Rules one after another: each screens what the one before let pass, and the last one aggregates."""
 
     rules: tuple[Rule, ...]
+
+    @property
+    def least(self) -> int:
+        return max((rule.least for rule in self.rules), default=0)
 
     def without(self, hostile: int) -> Chain:
         return Chain(tuple(rule.without(hostile) for rule in self.rules))

@@ -39,8 +39,8 @@ class Krum(Rule):
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         if len(updates) < self.least:
             raise TooFew(
-                f"robust.rule: krum with robust.hostile = {self.hostile} needs {self.least} updates a round, got "
-                f"{len(updates)}; raise clients.participation, or lower robust.hostile"
+                f"robust.rule: with {self.hostile} hostile clients, Krum needs {self.least} updates a round, got "
+                f"{len(updates)}; raise clients.participation, or lower robust.hostile, in a new run"
             )
         updates = sorted(updates, key=lambda update: update.client)  # so that rounding does not follow the order of arrival
         products = gram(jobs, updates, common=True)

@@ -25,7 +25,7 @@ from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
 from anyrank.robust.base import Rule, Screened
 from anyrank.robust.steps import along, norm
 
-_CLASS = 3  # clients of one rank, from which on the median is theirs alone
+FEWEST = 3  # updates that have a median: of a round, or of one rank
 _SLACK = (0.0, *(10.0**-digits for digits in range(7, 0, -1)), 0.5, 0.75, 1.0)  # of the share: stored numbers are rounded
 
 
@@ -60,7 +60,7 @@ class NormBound(Rule):
     reach: Callable[[int], float] = field(default=lambda num_examples: 1.0, repr=False)
 
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
-        if len(updates) < _CLASS:
+        if len(updates) < FEWEST:
             return Screened(updates)  # of two steps, neither is the outlier
         by_name = {job.client.name: job for job in jobs}
         own = [by_name[update.client] for update in updates]
@@ -70,7 +70,7 @@ class NormBound(Rule):
         kept, shares, rejected = [], {}, {}
         for update, job, lengths, reach in zip(updates, own, found, reaches, strict=True):
             peers = [other for each, other in zip(own, found, strict=True) if each.client.rank == job.client.rank]
-            usual = _medians(peers if len(peers) >= _CLASS else found).times(max(1.0, reach / usual_reach))
+            usual = _medians(peers if len(peers) >= FEWEST else found).times(max(1.0, reach / usual_reach))
             if self.far and not lengths.within(usual.times(self.far)):
                 rejected[update.client] = f"its step is more than {self.far:g} times as long as the median (guard.far)"
                 continue

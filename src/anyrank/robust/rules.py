@@ -29,25 +29,38 @@ _BUILT_IN: Mapping[str, Callable[[RobustConfig], tuple[Rule, ...]]] = {
 _BY_COORDINATES = ("trimmed-mean", "median")
 
 
-def rule_of(config: Config, method: Method, mechanism: Mechanism | None) -> Rule:
-    """The rules of a run: the guard's, then the one of `[robust]`. `mechanism`: the privacy plan with its key, or `None`.
+def bound_of(config: Config, method: Method, mechanism: Mechanism | None) -> Rule:
+    """The limit on the length of each update, which is applied to all that arrive in a round. `mechanism`: the privacy plan
+    with its key, or `None`.
 
-    Noise at the server is computed for public weights, and each upload is already limited by the clip norm: there, the noise
-    is the only rule. Where a part of each adapter stays with its client, the norm bound is; where nothing is merged, none is.
+    With noise at the server, there is none: each upload is limited by the clip norm already, and the noise is computed for
+    public weights. Nor is there where nothing is merged.
+    """
+    guard = config.guard
+    if (mechanism and mechanism.plan.central) or not merges(method) or not (guard.norm or guard.far):
+        return Rule()
+    return NormBound(guard.norm, guard.far, partial(_reach, config, mechanism))
+
+
+def rule_of(config: Config, method: Method, mechanism: Mechanism | None) -> Rule:
+    """The rules between the updates within their length and the method's aggregate: the one of `[robust]`, and the guard's
+    limit on single owners. With noise at the server, the noise is the only rule; where a part of each adapter stays with its
+    client, there is none.
     """
     if mechanism and mechanism.plan.central:
         return CentralNoise(mechanism)
-    guard = config.guard
-    bound = NormBound(guard.norm, guard.far, partial(_reach, config, mechanism))
-    rules: list[Rule] = [bound] if guard.norm or guard.far else []
-    if method.pools_data or not method.train - method.private:
+    if not merges(method) or method.private:
         return Chain(())
-    if method.private:
-        return Chain(tuple(rules))
-    rules += _BUILT_IN[config.robust.rule](config.robust)
-    if guard.owner < 1:
-        rules.insert(len(rules) - bool(rules and overrides_aggregate(rules[-1])), SingleOwner(guard.owner, method.lone_weight))
+    rules = [*_BUILT_IN[config.robust.rule](config.robust)]
+    if config.guard.owner < 1:
+        owner = SingleOwner(config.guard.owner, method.lone_weight)
+        rules.insert(len(rules) - bool(rules and overrides_aggregate(rules[-1])), owner)
     return Chain(tuple(rules))
+
+
+def merges(method: Method) -> bool:
+    """Whether the method makes a mean of anything that clients upload."""
+    return not method.pools_data and bool(method.train - method.private)
 
 
 def _reach(config: Config, mechanism: Mechanism | None, num_examples: int) -> float:

@@ -52,7 +52,7 @@ class Federation:
         ranks: Mapping[str, int] | Sequence[int] | int | None = None,
         shards: Mapping[str, Rows] | Sequence[Rows] | Split | None = None,
         method: str | Mapping[str, Any] | Method | type[Method] | None = None,
-        rounds: int | None = None,
+        rounds: int | Mapping[str, Any] | None = None,
         seed: int | None = None,
         config: Config | None = None,
         **sections: Mapping[str, Any],
@@ -64,6 +64,7 @@ class Federation:
         gives the client of each example `[n]`. Without `shards` the configuration's partition splits them. `method`: by name,
         or a method object. `config`, or keywords `run`, `model`, `data`, `clients`, `lora`, `train`, `privacy`, `rounds`,
         `guard`, `robust` and `eval` with keys of that section, such as `train={"learning_rate": 1e-2}`, set everything else.
+        `rounds` as a number is how many there are, with keys it is the section: `run={"rounds": 30}, rounds={"least": 3}`.
         If clients are named, all take part in every round, unless `clients={"participation": ...}` is given.
 
         Raises `AnyRankError`, in one line, if the arguments do not fit together.
@@ -74,6 +75,8 @@ class Federation:
             raise ConfigError("Federation: expected a task, or config=...; anyrank.load('config.toml') reads a file")
         self.task = task
         self._shards: Any = None
+        if isinstance(rounds, Mapping):
+            sections, rounds = {**sections, "rounds": rounds}, None
         shards = list(shards) if isinstance(shards, (ValuesView, Iterator)) else shards
         _check_given(task, config, ranks, shards, rounds, seed, sections)
         chosen = _configured(config, sections)

@@ -16,13 +16,14 @@ from anyrank.federation.federation import Federation
 from anyrank.federation.quorum import Quorum
 from anyrank.messages.plan import plan_round
 from anyrank.messages.records import Client, Download, Job, ServerState, factor_bytes, tensor_bytes
+from anyrank.methods import Method
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
 from anyrank.robust.base import Chain, Rule
 from anyrank.robust.central_noise import CentralNoise
-from anyrank.robust.norm_bound import NormBound
+from anyrank.robust.norm_bound import FEWEST, NormBound
 from anyrank.robust.owners import SingleOwner
-from anyrank.robust.rules import rule_of
+from anyrank.robust.rules import bound_of, merges, rule_of
 from anyrank.studies import budget
 
 
@@ -123,29 +124,33 @@ def _guard(built: Federation) -> dict[str, Any]:
     there is no such limit; `off`: why there is none, whatever `[guard]` says, or empty.
     """
     config, cohort = built.config, built.population.cohort_size
-    rule = rule_of(config, built.method, Mechanism(built.privacy) if built.privacy else None)
+    mechanism = Mechanism(built.privacy) if built.privacy else None
+    bound, rule = (make(config, built.method, mechanism) for make in (bound_of, rule_of))
+    limited = isinstance(bound, NormBound)
     rules = rule.rules if isinstance(rule, Chain) else ()
     return {
-        "norm": next((each.factor or None for each in rules if isinstance(each, NormBound)), None),
-        "far": next((each.far or None for each in rules if isinstance(each, NormBound)), None),
+        "norm": (bound.factor or None) if limited else None,
+        "far": (bound.far or None) if limited else None,
         "owner": next((each.most for each in rules if isinstance(each, SingleOwner)), None),
         "rule": config.robust.rule if config.robust.rule != "none" else None,
-        "off": _off(rule, config),
+        "off": _off(bound, rule, config, cohort, built.method),
         "rollback": config.guard.rollback,
         "offences": config.guard.offences,
         "rest": config.guard.rest,
-        "uploads": Quorum(config.rounds.least, config.rounds.share).needed(cohort),
+        "uploads": max(Quorum(config.rounds.least, config.rounds.share).needed(cohort), rule.least),
         "deadline_s": config.rounds.deadline_s or None,
         "dropout": config.clients.dropout,
     }
 
 
-def _off(rule: Rule, config: Config) -> str:
+def _off(bound: Rule, rule: Rule, config: Config, cohort: int, method: Method) -> str:
+    """Why no step is limited, although `[guard]` asks for it."""
     if isinstance(rule, CentralNoise):
         return "the noise at the server is computed for public weights"
-    guard, void = config.guard, isinstance(rule, Chain) and not rule.rules
-    asked = guard.norm or guard.far or guard.owner < 1
-    return f"{config.method.name} makes no mean of uploads" if asked and void else ""
+    if not merges(method) and (config.guard.norm or config.guard.far or config.guard.owner < 1):
+        return f"{config.method.name} makes no mean of uploads"
+    few = isinstance(bound, NormBound) and cohort < FEWEST
+    return f"fewer than {FEWEST} clients a round, of which there is no median" if few else ""
 
 
 def _steps(built: Federation) -> float:

@@ -55,8 +55,8 @@ def _by_signal(seconds: float) -> Iterator[None]:
             raise Overdue
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), _AGAIN_S)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
         yield
     finally:
         while signal.getsignal(signal.SIGALRM) is over:
@@ -70,20 +70,25 @@ def _by_signal(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _by_thread(seconds: float) -> Iterator[None]:
-    thread, done, lock = ctypes.c_ulong(threading.get_ident()), threading.Event(), threading.Lock()
+    thread, done = ctypes.c_ulong(threading.get_ident()), threading.Event()
 
     def watch() -> None:
         wait = seconds
         while not done.wait(wait):
-            with lock:
-                if not done.is_set():
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Overdue))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Overdue))
             wait = _AGAIN_S
 
-    threading.Thread(target=watch, name="deadline", daemon=True).start()
+    watcher = threading.Thread(target=watch, name="deadline", daemon=True)
     try:
+        watcher.start()
         yield
     finally:
-        with lock:
-            done.set()
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # one that was set and not raised yet
+        ended = False
+        while not ended:  # the exception may come in here, too
+            try:
+                done.set()
+                watcher.join()
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # one that was set and is not raised yet
+                ended = True
+            except Overdue:
+                continue

@@ -71,13 +71,14 @@ def train_cohort(
 
     `stacking`: "auto" stacks clients if the model is small enough to be faster, "always" whenever it is possible, "never" does
     not. If stacked training fails, because of one client or because memory ran out, the clients without a reply train one by
-    one, so that only the client with the problem fails. `deadline_s`: the time limit of each client's training.
+    one, so that only the client with the problem fails. `deadline_s`: the time limit of each client's training; clients in a
+    stack share one, from reply to reply, so that one that hangs costs the round twice that time.
     """
     replied: set[str] = set()
     if mechanism is None and _stacks(model, jobs, plan, stacking):
         try:
             together = stacked.train(model, jobs, [shards[job.client.name] for job in jobs], plan)
-            for reply in each(together, deadline_s and deadline_s * len(jobs)):
+            for reply in each(together, deadline_s):
                 replied.add(reply.client)
                 yield reply
         except (Exception, SystemExit, Overdue):  # a client may break it in any way: alone, it costs itself

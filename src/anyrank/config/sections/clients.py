@@ -63,4 +63,5 @@ class ClientsConfig:
         one_of(self.rank_order, RANK_ORDERS, "clients.rank_order")
         if self.names:
             different = len(set(self.names)) == len(self.names) == self.count and all(self.names)
+            expect("\x1f" not in "".join(self.names), "clients.names", "names without the character \\x1f", list(self.names))
             expect(different, "clients.names", f"{self.count} different names, one per client", list(self.names))

@@ -11,6 +11,8 @@ from anyrank.errors import ConfigError
 
 RULES = ("none", "geometric-median", "krum", "multi-krum", "trimmed-mean", "median")
 
+_READ_BY = {"hostile": ("krum", "multi-krum"), "keep": ("multi-krum",), "trim": ("trimmed-mean",)}  # others ignore the key
+
 
 @dataclass(frozen=True)
 class GuardConfig:
@@ -65,6 +67,7 @@ class RobustConfig:
         "nearest to the others count (krum, multi-krum), or each number is averaged without its extremes (trimmed-mean) or is "
         "the median of the clients' numbers (median).",
         RULES,
+        {"elsewhere": "byzantine, defense, attack, malicious"},
         metadata=LATER,
     )
     hostile: int = key(1, "For krum and multi-krum: how many clients of a round may be hostile.", NATURAL, metadata=LATER)
@@ -83,3 +86,7 @@ class RobustConfig:
         expect(self.hostile >= 0, "robust.hostile", NATURAL, self.hostile)
         expect(self.keep >= 0, "robust.keep", NATURAL, self.keep)
         expect(0 <= self.trim < 0.5, "robust.trim", "a share of at least 0, below 0.5", self.trim)
+        for name, rules in _READ_BY.items():
+            value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
+            users = f"no value, because this key is only for {' and '.join(rules)}"
+            expect(value == usual or self.rule in rules, f"robust.{name}", users, value)

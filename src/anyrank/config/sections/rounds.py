@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from anyrank.config.describe import COUNT, LATER, NOT_NEGATIVE, key
 from anyrank.config.sections.values import expect, one_of
 
 LATE = ("drop", "carry")
+_SHORTEST_S, _LONGEST_S = 0.01, 10_000_000
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RoundsConfig:
         1,
         "Number of usable uploads that a round needs. With fewer, the state stays as it was: the round is idle.",
         COUNT,
-        {"Flower": "min_fit_clients, min_train_nodes", "NVFlare": "min_clients"},
+        {"Flower": "min_fit_clients, min_train_nodes", "NVFlare": "min_clients", "elsewhere": "quorum"},
         metadata=LATER,
     )
     share: float = key(
@@ -30,10 +30,11 @@ class RoundsConfig:
     )
     deadline_s: float = key(
         0.0,
-        "Seconds that a client has for its training in a round; one that takes longer sends nothing. 0: no limit. Rounds in "
-        "which the deadline decides are not reproducible.",
+        "Seconds that a client has for its training in a round; one that takes longer sends nothing. Clients in a stack share "
+        "one limit and train one by one if it is exceeded. 0: no limit. Rounds in which the deadline decides are not "
+        "reproducible.",
         NOT_NEGATIVE,
-        {"Flower": "round_timeout", "NVFlare": "train_timeout"},
+        {"Flower": "round_timeout", "NVFlare": "train_timeout", "elsewhere": "timeout"},
         metadata=LATER,
     )
     late: str = key(
@@ -52,6 +53,7 @@ class RoundsConfig:
     def __post_init__(self) -> None:
         expect(self.least >= 1, "rounds.least", COUNT, self.least)
         expect(0 <= self.share <= 1, "rounds.share", "a share from 0 to 1", self.share)
-        expect(0 <= self.deadline_s < math.inf, "rounds.deadline_s", "seconds, at least 0", self.deadline_s)
+        limit = self.deadline_s == 0 or _SHORTEST_S <= self.deadline_s <= _LONGEST_S
+        expect(limit, "rounds.deadline_s", f"{_SHORTEST_S:g} to {_LONGEST_S:,} seconds, or 0 for no limit", self.deadline_s)
         one_of(self.late, LATE, "rounds.late")
         expect(self.patience >= 1, "rounds.patience", COUNT, self.patience)
