@@ -258,6 +258,15 @@ def test_the_federation_from_python_runs_in_under_twenty_lines(tmp_path: Path) -
     assert set(Adapter.load(tmp_path / "for-south").ranks.values()) == {1}
 
 
+def test_the_hostile_client_of_the_example_ruins_what_the_guard_keeps(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "hostile_client.py")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    without, guarded = map(float, re.findall(r"0\.\d{3}", done.stdout))
+    assert guarded > without + 0.2
+
+
 def test_the_notebook_is_the_script_and_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = json.loads((ROOT / "examples" / "own_module.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
