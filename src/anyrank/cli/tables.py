@@ -11,7 +11,7 @@ from rich.text import Text
 
 from anyrank.cli.console import megabytes, out, shown
 from anyrank.cli.folding import folded
-from anyrank.config.explain import Key
+from anyrank.config.explain import Key, bracketed
 
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
 
@@ -257,7 +257,7 @@ def section_table(sections: Mapping[str, str]) -> Table:
     table.add_column("section", no_wrap=True)
     table.add_column("meaning")
     for name, doc in sections.items():
-        table.add_row(Text(f"[{name}]"), Text(doc))  # as it is: brackets are no markup here
+        table.add_row(Text(bracketed(name)), Text(doc))  # as it is: brackets are no markup here
     return table
 
 

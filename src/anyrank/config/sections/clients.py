@@ -19,7 +19,7 @@ class ClientsConfig:
     )
     participation: float = key(
         0.25,
-        "Share of the clients that are drawn each round.",
+        "Share of the clients that are drawn each round. With [[sites]], all of them, unless the configuration has this key.",
         "a share above 0, at most 1",
         {"Flower": "fraction_fit, fraction_train"},
     )
