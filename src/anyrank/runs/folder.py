@@ -26,7 +26,7 @@ from anyrank import files
 from anyrank.config.sections import Config
 from anyrank.config.tables import from_table, parse_toml, to_table
 from anyrank.errors import AnyRankError, RunError, in_a_line
-from anyrank.runs import identity, logs, seal
+from anyrank.runs import identity, logs, seal, sites
 from anyrank.runs.logs import Log, Mark
 from anyrank.runs.names import (
     BEFORE,
@@ -193,10 +193,11 @@ class RunDir:
         checkpoint.save_state(state, folder / STATE, marks, folder / BEFORE)
 
     def finish(self, adapters: Mapping[str, Adapter], summary: Mapping[str, Any]) -> None:
-        """Write the adapters by folder name, then the summary, whose presence says that the run is done, and last of all the
-        digests of what it left."""
+        """Write the adapters by folder name and the scores of named sites, then the summary, whose presence says that the run
+        is done, and last of all the digests of what it left."""
         for name, adapter in adapters.items():
             adapter.save(self.path / name)
+        sites.write(self.path, summary)
         files.write_whole_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
         seal.write(self.path)
 

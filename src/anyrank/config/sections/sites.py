@@ -104,7 +104,7 @@ def check_data(data: DataConfig) -> None:
         value = getattr(data, name)
         if value != getattr(usual, name):
             raise ConfigError(
-                f"data.{name} = {value!r}: is for one source of all clients, and each of the [[sites]] has its own; leave it out"
+                f"data.{name} = {value!r}: is for one source of all clients, and the [[sites]] have one each; leave it out"
             )
 
 

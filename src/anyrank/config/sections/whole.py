@@ -68,7 +68,7 @@ class Config:
             raise ConfigError(f"model.head: '{self.model.head}' is only for {_TEXT}; use trained or frozen")
 
     def _take_sites(self) -> None:
-        """Put the sites in order, and their names and ranks into `clients`. Raises `ConfigError` for keys that say otherwise."""
+        """Put the sites in order, and their names and ranks into `clients`. `ConfigError` for keys that say otherwise."""
         if self.model.file or self.model.task == HANDED_IN:
             raise ConfigError(
                 "sites: a task of your own reads its examples itself; divide them by data.partition, or by shards"
