@@ -138,8 +138,8 @@ def audit_table(verdict: Mapping[str, Any]) -> Table:
     return table
 
 
-def run_table(summary: Mapping[str, Any]) -> Table:
-    """The closing table of one run."""
+def run_table(summary: Mapping[str, Any]) -> Group:
+    """The closing table of one run, and one with a row for each named site."""
     title = f"{shown(summary['name'])}: {summary['method']}, {summary['rounds']} rounds"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="dim")
@@ -159,6 +159,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         "clients": f"{summary['clients']} registered, {summary['cohort']} per round, ranks {', '.join(summary['ranks'])}",
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
         **private,
+        **_site_rows(summary),
         "rejected": str(summary["rejected"]),
         **_disturbances(summary),
         "head": summary["head"],
@@ -167,7 +168,31 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     }
     for name, value in figures.items():
         table.add_row(name, value)
-    return table
+    return Group(table, *_site_tables(summary))
+
+
+def _site_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """A row for each named site: its rank, examples, and scores on its own held-out examples."""
+    sites = summary.get("sites", {})
+    if not sites:
+        return []
+    rows = list(sites.values())
+    cells = {
+        "rank": [str(row["rank"]) for row in rows],
+        "examples": [f"{row['train_examples']:,}" for row in rows],
+        "accuracy": [_known(row["accuracy"]) for row in rows],
+        "loss": ["–" if row["loss"] is None else f"{row['loss']:.4f}" for row in rows],
+        "held out": ["–" if row["test_examples"] is None else f"{row['test_examples']:,}" for row in rows],
+    }
+    return folded("sites, on their own held-out examples", "site", [shown(name) for name in sites], cells)
+
+
+def _site_rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The worst site and the spread over sites, if sites have accuracies of their own."""
+    if summary.get("worst_site") is None:
+        return {}
+    worst, spread = summary["worst_client_accuracy"], summary["client_accuracy_std"]
+    return {"worst site": f"{shown(summary['worst_site'])}, {worst:.4f}; standard deviation over sites {spread:.4f}"}
 
 
 def _disturbances(summary: Mapping[str, Any]) -> dict[str, str]:
