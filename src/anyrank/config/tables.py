@@ -16,7 +16,7 @@ from typing import Any
 
 from anyrank.config import explain
 from anyrank.config.sections import Config, SiteConfig
-from anyrank.config.sections.sites import OF_SITES
+from anyrank.config.sections.sites import OF_SITES, is_folder_name
 from anyrank.errors import ConfigError, in_a_line, nearest, shortened
 from anyrank.files import check_depth, read_bounded
 
@@ -100,6 +100,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             holder = holder.get(section) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and isinstance(holder.get(key), str) and holder[key]:
             holder[key] = _found(holder[key], path.parent)
+    data = table.get("data")
+    if isinstance(data, dict) and isinstance(data.get("source"), list):
+        data["source"] = [_found(file, path.parent) if isinstance(file, str) and file else file for file in data["source"]]
     for site in table["sites"] if isinstance(table.get("sites"), list) else ():
         for key in ("source", "test_source"):
             if isinstance(site, dict) and isinstance(site.get(key), str) and site[key]:
@@ -149,9 +152,38 @@ def from_table(table: Mapping[str, Any]) -> Config:
         known = {"name", "file", "handed_in"}
         options = {key: value for key, value in method.items() if key not in known}
         table["method"] = {key: value for key, value in method.items() if key in known} | {"options": options}
+    if isinstance(table.get("data"), Mapping) and isinstance(table["data"].get("source"), (list, tuple)):
+        table = _with_files(table)
     if "sites" in table:
         table = _with_sites(table)
     return _build(Config, table, "")
+
+
+def _with_files(table: dict[str, Any]) -> dict[str, Any]:
+    """`table` with a site for each file in `data.source`: named after the file, with the ranks of `clients.ranks` in order."""
+    files, clients = table["data"]["source"], table.get("clients", {})
+    if "sites" in table:
+        raise ConfigError(
+            "data.source: a list of files makes a site of each, and [[sites]] are there too; leave one of them out"
+        )
+    if not files or not all(isinstance(file, str) and file for file in files):
+        raise ConfigError(f"data.source: expected a file, or a list of at least one file, got {shortened(repr(files), 200)}")
+    if not isinstance(clients, Mapping):
+        raise ConfigError(f"clients: expected a table of keys, got {clients!r}")
+    ranks = _typed(tuple[int, ...], clients.get("ranks", Config().clients.ranks), "clients.ranks")
+    if not ranks:
+        raise ConfigError("clients.ranks: expected at least one rank, got []")
+    names = [Path(file).stem for file in files]
+    wrong = next((name for name in names if not is_folder_name(name)), None)
+    if wrong is not None:
+        raise ConfigError(f"data.source: a file's name names its client, and {wrong!r} cannot; rename it, or use [[sites]]")
+    sites = [
+        {"name": name, "rank": ranks[place % len(ranks)], "source": file}
+        for place, (name, file) in enumerate(zip(names, files, strict=True))
+    ]
+    data = {key: value for key, value in table["data"].items() if key != "source"}
+    clients = {key: value for key, value in clients.items() if key != "ranks"}
+    return table | {"sites": sites, "data": data, "clients": clients}
 
 
 def _with_sites(table: dict[str, Any]) -> dict[str, Any]:
