@@ -25,6 +25,7 @@ from anyrank.errors import AnyRankError, ConfigError, DataError, RunError
 from anyrank.federation.standing import Labels, Sites, of_global, of_personal
 from anyrank.messages.records import Scores
 from anyrank.simulation.building import build
+from anyrank.studies.variants import variant
 from anyrank.tasks.load import load_task
 
 transformers = pytest.importorskip("transformers")
@@ -424,6 +425,13 @@ def test_a_list_of_files_makes_a_client_of_each(tmp_path) -> None:
     assert from_table(to_table(config)) == config
 
 
+def test_a_comparison_may_set_one_rank_for_all_sites(world) -> None:
+    chosen = variant(world.config, "fedavg@8")
+    assert {one.name: one.rank for one in chosen.sites} == dict.fromkeys(RANKS, 8)
+    assert chosen.clients.ranks == (8, 8, 8)
+    assert variant(chosen, "stayput").sites == chosen.sites
+
+
 A = {"name": "a", "source": "a.csv"}
 WRONG = [
     ({"sites": []}, "sites: expected a table [[sites]] for each site, got []"),
@@ -448,7 +456,10 @@ WRONG = [
     ({"sites": [A], "data": {"source": ["b.csv"]}}, "data.source: a list of files makes a site of each"),
     ({"data": {"source": []}}, "data.source: expected a file, or a list of at least one file, got []"),
     ({"data": {"source": ["x/a.csv", "y/a.csv"]}}, "sites: expected different names"),
-    ({"data": {"source": [".csv", "b.csv"]}}, "data.source: a file's name names its client, and '.csv' cannot"),
+    (
+        {"data": {"source": [".csv", "b.csv"]}},
+        "data.source: each file's name names a client, and '.csv' cannot be the name of a folder",
+    ),
 ]
 
 
@@ -461,6 +472,9 @@ def test_a_wrong_configuration_is_told_in_one_line(wrong: dict, says: str) -> No
 
 
 NAMES = [
+    "global",
+    "start",
+    "all-data",
     "",
     " a",
     "a ",
@@ -481,7 +495,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
+def test_a_name_that_no_folder_can_have_or_that_means_something_else_is_refused(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         SiteConfig(name, 4, "a.csv")
     assert "sites: name" in str(error.value)

@@ -16,7 +16,7 @@ from typing import Any
 
 from anyrank.config import explain
 from anyrank.config.sections import Config, SiteConfig
-from anyrank.config.sections.sites import OF_SITES, is_folder_name
+from anyrank.config.sections.sites import OF_SITES, fault_of
 from anyrank.errors import ConfigError, in_a_line, nearest, shortened
 from anyrank.files import check_depth, read_bounded
 
@@ -174,9 +174,11 @@ def _with_files(table: dict[str, Any]) -> dict[str, Any]:
     if not ranks:
         raise ConfigError("clients.ranks: expected at least one rank, got []")
     names = [Path(file).stem for file in files]
-    wrong = next((name for name in names if not is_folder_name(name)), None)
+    wrong = next((name for name in names if fault_of(name)), None)
     if wrong is not None:
-        raise ConfigError(f"data.source: a file's name names its client, and {wrong!r} cannot; rename it, or use [[sites]]")
+        raise ConfigError(
+            f"data.source: each file's name names a client, and {wrong!r} {fault_of(wrong)}; rename it, or use [[sites]]"
+        )
     sites = [
         {"name": name, "rank": ranks[place % len(ranks)], "source": file}
         for place, (name, file) in enumerate(zip(names, files, strict=True))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from anyrank.config.sections import ClientsConfig, Config, is_folder_name
-from anyrank.config.sections.sites import alike
+from anyrank.config.sections import ClientsConfig, Config
+from anyrank.config.sections.sites import alike, fault_of
 from anyrank.data import partition, sites
 from anyrank.errors import ConfigError, DataError
 from anyrank.federation.cohort import Population
@@ -29,17 +29,17 @@ def dealt(config: Config, task: Task) -> tuple[Any, ClientsConfig]:
 
 def _named(clients: ClientsConfig, values: tuple[str, ...], column: str) -> ClientsConfig:
     names = clients.names or values
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for name in names:
-        if not is_folder_name(name) or alike(name) in seen:
-            what = "has the same letters as another" if is_folder_name(name) else "cannot be the name of a folder"
-            told = f"the value {name!r} of column {column!r} names a client, and {what}; rename it, or give clients.names"
-            raise (
-                ConfigError(f"clients.names: {name!r} {what}; rename it")
-                if clients.names
-                else DataError(f"data.partition.column: {told}")
+        fault = fault_of(name) or ("differs from another only in case or accents" if alike(name) in seen else "")
+        if fault and clients.names:
+            raise ConfigError(f"clients.names: {name!r} {fault}; rename it")
+        if fault:
+            raise DataError(
+                f"data.partition.column: the value {name!r} of column {column!r} names a client, and {fault}; rename it, or "
+                "give clients.names"
             )
-        seen[alike(name)] = name
+        seen.add(alike(name))
     order = "cycled" if clients.rank_order == "shuffled" else clients.rank_order
     return dataclasses.replace(clients, names=names, rank_order=order)
 

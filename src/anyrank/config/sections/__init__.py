@@ -24,7 +24,7 @@ from anyrank.config.sections.privacy import ACCOUNTANTS, COUNTS, NOISE_AT, PRIVA
 from anyrank.config.sections.rounds import LATE, RoundsConfig
 from anyrank.config.sections.run import STACKINGS, RunConfig
 from anyrank.config.sections.scoring import EXTRACTS, SCORES, EvalConfig
-from anyrank.config.sections.sites import SiteConfig, is_folder_name
+from anyrank.config.sections.sites import SiteConfig
 from anyrank.config.sections.training import OPTIMIZERS, SCALINGS, SCHEDULES, LoraConfig, TrainConfig
 from anyrank.config.sections.whole import READ_BY, Config
 
@@ -68,5 +68,4 @@ __all__ = [
     "RunConfig",
     "SiteConfig",
     "TrainConfig",
-    "is_folder_name",
 ]

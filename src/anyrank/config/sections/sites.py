@@ -16,6 +16,7 @@ from anyrank.errors import ConfigError, printable, shortened
 AUTO = "auto"
 _LONGEST = 100  # bytes of a name: it is the name of a folder
 _NAME = f"a name of printable characters that a folder can have, of at most {_LONGEST} bytes"
+_TAKEN = frozenset({"all-data", "global", "start"})  # of models and clients that are nobody's own
 _NOT_IN_FOLDERS = frozenset('/\\:*?"<>|')
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
@@ -39,7 +40,8 @@ class SiteConfig:
     )
 
     def __post_init__(self) -> None:
-        expect(is_folder_name(self.name), "sites: name", _NAME, shortened(self.name, 100))
+        fault = fault_of(self.name)
+        expect(not fault, "sites: name", f"{_NAME}, other than {', '.join(sorted(_TAKEN))}", shortened(self.name, 100))
         where = f"sites.{self.name}"
         if self.rank == AUTO:
             raise ConfigError(
@@ -57,7 +59,14 @@ class SiteConfig:
         return {name: path for name, path in named.items() if path}
 
 
-def is_folder_name(name: str) -> bool:
+def fault_of(name: str) -> str:
+    """Why no site may have this name, in words; empty if it may."""
+    if name in _TAKEN:
+        return "has a meaning of its own in a run"
+    return "" if _is_folder_name(name) else "cannot be the name of a folder"
+
+
+def _is_folder_name(name: str) -> bool:
     """Whether every usual system can have a folder of this name, and a terminal can show it."""
     plain = printable(name) == name and not _NOT_IN_FOLDERS & set(name) and name == name.strip()
     device = name.partition(".")[0].casefold() in _DEVICES

@@ -17,7 +17,7 @@ from anyrank.config.sections.privacy import PrivacyConfig
 from anyrank.config.sections.rounds import RoundsConfig
 from anyrank.config.sections.run import RunConfig
 from anyrank.config.sections.scoring import EvalConfig
-from anyrank.config.sections.sites import SiteConfig, check_data, clients_of, in_order
+from anyrank.config.sections.sites import OF_SITES, SiteConfig, check_data, clients_of, in_order
 from anyrank.config.sections.training import LoraConfig, TrainConfig
 from anyrank.config.sections.values import expect
 from anyrank.errors import ConfigError
@@ -81,6 +81,14 @@ class Config:
     def site_files(self) -> dict[str, str]:
         """The files that the sites name, by dotted key."""
         return {name: path for site in self.sites for name, path in site.files.items()}
+
+    def at_rank(self, rank: int) -> Config:
+        """A copy in which all clients, or sites, have one rank."""
+        if not self.sites:
+            return self.replace(clients={"ranks": (rank,)})
+        usual = {name: getattr(ClientsConfig(), name) for name in OF_SITES}
+        sites = tuple(dataclasses.replace(site, rank=rank) for site in self.sites)
+        return dataclasses.replace(self, sites=sites, clients=dataclasses.replace(self.clients, **usual))
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys of some sections changed: `config.replace(run={"seed": 1})`."""
