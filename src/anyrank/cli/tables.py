@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from anyrank.cli import sites
 from anyrank.cli.console import megabytes, out, shown
 from anyrank.cli.folding import folded
 from anyrank.config.explain import Key, bracketed
@@ -159,7 +160,7 @@ def run_table(summary: Mapping[str, Any]) -> Group:
         "clients": f"{summary['clients']} registered, {summary['cohort']} per round, ranks {', '.join(summary['ranks'])}",
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
         **private,
-        **_site_rows(summary),
+        **sites.rows(summary),
         "rejected": str(summary["rejected"]),
         **_disturbances(summary),
         "head": summary["head"],
@@ -168,31 +169,7 @@ def run_table(summary: Mapping[str, Any]) -> Group:
     }
     for name, value in figures.items():
         table.add_row(name, value)
-    return Group(table, *_site_tables(summary))
-
-
-def _site_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """A row for each named site: its rank, examples, and scores on its own held-out examples."""
-    sites = summary.get("sites", {})
-    if not sites:
-        return []
-    rows = list(sites.values())
-    cells = {
-        "rank": [str(row["rank"]) for row in rows],
-        "examples": [f"{row['train_examples']:,}" for row in rows],
-        "accuracy": [_known(row["accuracy"]) for row in rows],
-        "loss": ["–" if row["loss"] is None else f"{row['loss']:.4f}" for row in rows],
-        "held out": ["–" if row["test_examples"] is None else f"{row['test_examples']:,}" for row in rows],
-    }
-    return folded("sites, on their own held-out examples", "site", [shown(name) for name in sites], cells)
-
-
-def _site_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The worst site and the spread over sites, if sites have accuracies of their own."""
-    if summary.get("worst_site") is None:
-        return {}
-    worst, spread = summary["worst_client_accuracy"], summary["client_accuracy_std"]
-    return {"worst site": f"{shown(summary['worst_site'])}, {worst:.4f}; standard deviation over sites {spread:.4f}"}
+    return Group(table, *sites.tables(summary))
 
 
 def _disturbances(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from anyrank.config import explain
+from anyrank.config.filelist import with_files
 from anyrank.config.sections import Config, SiteConfig
-from anyrank.config.sections.sites import OF_SITES, fault_of
+from anyrank.config.sections.sites import OF_SITES
 from anyrank.errors import ConfigError, in_a_line, nearest, shortened
 from anyrank.files import check_depth, read_bounded
 
@@ -153,39 +154,10 @@ def from_table(table: Mapping[str, Any]) -> Config:
         options = {key: value for key, value in method.items() if key not in known}
         table["method"] = {key: value for key, value in method.items() if key in known} | {"options": options}
     if isinstance(table.get("data"), Mapping) and isinstance(table["data"].get("source"), (list, tuple)):
-        table = _with_files(table)
+        table = with_files(table)
     if "sites" in table:
         table = _with_sites(table)
     return _build(Config, table, "")
-
-
-def _with_files(table: dict[str, Any]) -> dict[str, Any]:
-    """`table` with a site for each file in `data.source`: named after the file, with the ranks of `clients.ranks` in order."""
-    files, clients = table["data"]["source"], table.get("clients", {})
-    if "sites" in table:
-        raise ConfigError(
-            "data.source: a list of files makes a site of each, and [[sites]] are there too; leave one of them out"
-        )
-    if not files or not all(isinstance(file, str) and file for file in files):
-        raise ConfigError(f"data.source: expected a file, or a list of at least one file, got {shortened(repr(files), 200)}")
-    if not isinstance(clients, Mapping):
-        raise ConfigError(f"clients: expected a table of keys, got {clients!r}")
-    ranks = _typed(tuple[int, ...], clients.get("ranks", Config().clients.ranks), "clients.ranks")
-    if not ranks:
-        raise ConfigError("clients.ranks: expected at least one rank, got []")
-    names = [Path(file).stem for file in files]
-    wrong = next((name for name in names if fault_of(name)), None)
-    if wrong is not None:
-        raise ConfigError(
-            f"data.source: each file's name names a client, and {wrong!r} {fault_of(wrong)}; rename it, or use [[sites]]"
-        )
-    sites = [
-        {"name": name, "rank": ranks[place % len(ranks)], "source": file}
-        for place, (name, file) in enumerate(zip(names, files, strict=True))
-    ]
-    data = {key: value for key, value in table["data"].items() if key != "source"}
-    clients = {key: value for key, value in clients.items() if key != "ranks"}
-    return table | {"sites": sites, "data": data, "clients": clients}
 
 
 def _with_sites(table: dict[str, Any]) -> dict[str, Any]:
