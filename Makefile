@@ -1,10 +1,11 @@
 # make demo      the main job, on data that comes with the dependencies
 # make test      everything that is tested
-# make faults    fails each write of a run in each way, damages each of its files, and stops and kills commands and their
-#                workers at many more moments than the tests do (an hour)
+# make faults    fails each write of six kinds of run in each way, damages each of its files, kills it at each write and 300
+#                times at random (ANYRANK_KILLS, ANYRANK_KILLS_SEED), and stops commands and workers (one to two hours; most of
+#                it waits for the disk: TMPDIR=/dev/shm takes a memory disk)
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
-# make fuzz      fuzzes the doors of the library by coverage for five minutes: adapters, configurations, data, run folders, replies
-#                (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
+# make fuzz      fuzzes the doors of the library by coverage for five minutes: adapters, configurations, data, run folders, replies,
+#                frames (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
 #                starts of light commands (half a minute), and the checks of a round and of a merge (five minutes)
@@ -27,7 +28,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
 
 faults: $(VENV)/.installed-test
-	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q -rP tests/test_faults.py tests/test_processes.py
+	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q -rP tests/test_faults.py tests/test_kills.py \
+		tests/test_processes.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py
@@ -47,6 +49,7 @@ experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/noise.py
 	$(BIN)/python experiments/alpha.py
 	$(BIN)/python experiments/private_rates.py
+	$(BIN)/python experiments/attacks.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix src tests

@@ -32,7 +32,7 @@ def main() -> None:
 
 def run(name: str) -> tuple[float, str]:
     """Run one study by its command; returns the wall time in seconds and the day it ended."""
-    from anyrank.runs.folder import is_finished
+    from anyrank.runs.finding import is_finished
     from anyrank.studies import study as studies
 
     out = RUNS / "papers" / name

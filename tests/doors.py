@@ -1,4 +1,4 @@
-"""The four doors of the library, each as a function of bytes that a stranger chose.
+"""The doors of the library, each as a function of bytes that a stranger chose.
 
 `enter(data, root)` makes an input of the bytes in the empty folder `root`, hands it in, and judges what comes of it by
 `tests/oracle.py`. It returns what came of it in a word, and raises `oracle.Broken` where the promise is broken. The first byte
@@ -29,6 +29,7 @@ import tomli_w
 import torch
 
 import hostile
+import hostile_frames
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.adapter.stored import open_adapter
@@ -38,9 +39,11 @@ from anyrank.config import Config, DataConfig, from_table, identity, load, to_ta
 from anyrank.data import images, instructions, texts
 from anyrank.errors import printable
 from anyrank.federation.intake import collect
+from anyrank.messages import frame as framing
 from anyrank.messages.records import Client, ClientUpdate, Download, Job
 from anyrank.report import runs as reports
-from anyrank.runs.folder import RunDir, find_runs, is_done
+from anyrank.runs.finding import find_runs, is_done
+from anyrank.runs.folder import RunDir
 from anyrank.simulation import building
 from oracle import Broken, contents, outcome, unchanged
 
@@ -362,12 +365,31 @@ def reply(data: bytes, root: Path) -> str:
     return next(row["status"] for row in rows if row["client"] == "eve")
 
 
+def frame(data: bytes, root: Path) -> str:
+    """Read bytes as a frame and as each record; a header and arrays by themselves are given the digest that belongs to them."""
+    del root
+    if data[:1] == CHANCE:
+        return hostile_frames.frames(hostile_frames.spoiled_frame(hostile.Chance(data[1:])))
+    if data[1:2] == b"\0":
+        return hostile_frames.frames(data[2:])
+    text, _, numbers = data[2:].partition(b"\0")
+    return hostile_frames.frames(hostile_frames.sealed(text, numbers))
+
+
+def _frame_seeds() -> list[bytes]:
+    whole = [framing.to_bytes(each) for each in hostile_frames.good_frames()]
+    parts = [hostile_frames.unsealed(each) for each in whole]
+    unsealed = [BYTES + b"\1" + json.dumps(header).encode() + b"\0" + numbers for header, numbers in parts]
+    return [*(BYTES + b"\0" + each for each in whole), *unsealed, *draws(8)]
+
+
 DOORS = {
     "adapter": Door(adapter, _adapter_seeds),
     "config": Door(config, _config_seeds),
     "data": Door(data, _data_seeds),
     "run": Door(run, _run_seeds),
     "reply": Door(reply, lambda: draws(16)),
+    "frame": Door(frame, _frame_seeds),
 }
 
 

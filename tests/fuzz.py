@@ -2,7 +2,7 @@
 
     python tests/fuzz.py --seconds 180 --seed 0
 
-The time is shared by the doors of `tests/doors.py`: adapter, config, data, run and reply. With atheris (`pip install
+The time is shared by the doors of `tests/doors.py`: adapter, config, data, run, reply and frame. With atheris (`pip install
 'anyrank[fuzz]'`), inputs that reach new code are kept and changed further, each door in a process of its own; without it they
 are drawn at random. What breaks the promise of `tests/oracle.py` is printed with its input, which `--case DOOR:FILE` hands in
 again (`--case DOOR:NUMBER`: the input that was drawn as this number), and the exit status is 1.

@@ -40,6 +40,7 @@ PRIVATE = (
     ("tests/test_privacy_run.py",),
 )
 CENTRAL = (("tests/test_central_noise.py",),)
+DEFENCE = (("tests/test_rounds.py", "tests/test_robust.py", "tests/test_steps.py", "tests/test_coordinates.py"),)
 SIDE_BY_SIDE = (("tests/test_forward.py", "tests/test_stacked.py"),)
 ATTENTION = (("tests/test_attention.py", "tests/test_packed.py"),)
 
@@ -403,7 +404,7 @@ MISTAKES = (
     ),
     Mistake(
         "training that is not charged",
-        "federation/intake.py",
+        "federation/asking.py",
         "    ledger.charge(round, {job.client.name: job.num_examples for job in left})\n",
         "",
         PRIVATE,
@@ -514,6 +515,34 @@ MISTAKES = (
         'self.mechanism.draws(round, "server")',
         "__import__('numpy').random.default_rng(round)",
         CENTRAL,
+    ),
+    # limits on one client, and rounds that end
+    Mistake(
+        "a single owner has all of the weight", "robust/owners.py", "owners[name][j] == 1", "owners[name][j] == 0", DEFENCE
+    ),
+    Mistake("factors of any length", "robust/norm_bound.py", " and self.change <= bounds.change", "", DEFENCE),
+    Mistake("far updates are shortened alone", "robust/norm_bound.py", "if self.far and", "if False and", DEFENCE),
+    Mistake(
+        "the longest step instead of the median", "robust/norm_bound.py", "statistics.median(column)", "max(column)", DEFENCE
+    ),
+    Mistake("no further for more steps", "robust/norm_bound.py", "max(1.0, reach / usual_reach)", "1.0", DEFENCE),
+    Mistake("what stays with a client is moved", "robust/norm_bound.py", 'if "B" in moves else after.B', "", DEFENCE),
+    Mistake(
+        "a quorum of one less",
+        "federation/quorum.py",
+        "usable >= self.needed(asked)",
+        "usable + 1 >= self.needed(asked)",
+        DEFENCE,
+    ),
+    Mistake(
+        "patience without an end", "federation/quorum.py", "return replace(self, idle=self.idle + 1)", "return self", DEFENCE
+    ),
+    Mistake("a rest of one round less", "federation/quarantine.py", "round + self._rest)", "round + self._rest - 1)", DEFENCE),
+    Mistake("late replies are forgotten", "federation/late.py", "return held if carried else {}", "return {}", DEFENCE),
+    Mistake("nothing is trimmed", "robust/coordinates.py", "numbers[..., cut : count - cut]", "numbers[...]", DEFENCE),
+    Mistake("Krum by all distances", "robust/krum.py", "[:, :nearest]", "[:, :]", DEFENCE),
+    Mistake(
+        "the mean instead of the median", "robust/geometric_median.py", "shares / away.clamp_min(floor)", "shares", DEFENCE
     ),
     # clients side by side
     Mistake(

@@ -40,6 +40,8 @@ NEVER = {
     "algebra.names": ("torch", "numpy"),
     "stopping": ("torch", "numpy", "typer"),
     "runs.folder": ("torch",),
+    "runs.finding": ("torch",),
+    "runs.removal": ("torch",),
     "methods.registry": ("torch", "numpy"),
     "methods.catalog": ("torch", "numpy"),
     "messages.frame": ("torch",),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from anyrank.cli import console, tables
 from anyrank.cli.folding import folded
 from anyrank.errors import RunError
-from anyrank.runs.folder import remove_run
+from anyrank.runs.removal import remove_run
 
 
 def test_run_leaves_every_file_of_the_contract(anyrank, tmp_path: Path) -> None:
@@ -281,6 +281,7 @@ def test_what_the_demo_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / out / "rbla" / "seed-0").mkdir(parents=True)
         for name in ("compare.json", "report.html", "figure.png", "demo.toml", "rbla/seed-0/config.toml"):
             (tmp_path / out / name).write_text("")
+        (tmp_path / out / "compare.json").write_text('{"runs": ["rbla/seed-0"]}')
     (tmp_path / "mine" / "rbla" / "notes.txt").write_text("")
     (tmp_path / "empty").mkdir()
     for out in ("demo", "empty", "absent"):

@@ -313,10 +313,10 @@ def test_an_upload_that_a_method_hands_on_is_not_changed() -> None:
 def test_methods_that_average_no_numbers_are_refused_in_one_line(rule: str, name: str) -> None:
     config = RobustConfig(rule=rule)
     if name in SUITABLE:
-        rules.check(config, methods.make(name), central=False)
+        rules.check(config, methods.make(name), central=False, cohort=5)
         return
     with pytest.raises(ConfigError) as error:
-        rules.check(config, methods.make(name), central=False)
+        rules.check(config, methods.make(name), central=False, cohort=5)
     assert "\n" not in str(error.value)
     assert name in str(error.value)
     assert methods.make(name).private or ", ".join(SUITABLE) in str(error.value)

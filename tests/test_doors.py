@@ -89,7 +89,12 @@ def test_the_oracle_sees_what_did_not_stay_whole(tmp_path: Path) -> None:
 
 def test_every_door_takes_its_valid_inputs() -> None:
     """Else the doors would be tried with nothing that gets past the first check."""
-    for name, first, word in (("adapter", 2, "merged"), ("config", 2, "read"), ("data", len(doors.sources()), "read")):
+    for name, first, word in (
+        ("adapter", 2, "merged"),
+        ("config", 2, "read"),
+        ("data", len(doors.sources()), "read"),
+        ("frame", 8, "read"),
+    ):
         assert [doors.enter(name, seed) for seed in doors.DOORS[name].seeds()[:first]] == [word] * first
     whole = [doors.enter("run", hostile_free(which)) for which in (0, 1)]
     assert whole == [f"round {doors.ROUNDS}", "round 2"]
@@ -119,6 +124,12 @@ def _spoiled(door: str) -> st.SearchStrategy[bytes]:
 @bounded
 def test_an_adapter_folder_is_merged_whole_or_refused(data: bytes) -> None:
     doors.enter("adapter", data)
+
+
+@given(data=st.deferred(lambda: _spoiled("frame")))
+@bounded
+def test_a_frame_is_read_as_what_it_says_or_refused(data: bytes) -> None:
+    doors.enter("frame", data)
 
 
 @given(data=st.deferred(lambda: _spoiled("config")))

@@ -192,7 +192,7 @@ def opens_text(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     owner = getattr(getattr(call.func, "value", None), "id", "")
     if name in ("read_text", "write_text"):
-        return True
+        return isinstance(call.func, ast.Attribute)  # else a function of ours, which calls one that is looked at
     if name in ("open", "fdopen") and owner in ("", "os", "gzip", "bz2", "lzma", "io") and (owner, name) != ("os", "open"):
         given = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
         mode = given[0].value if given and isinstance(given[0], ast.Constant) else "r" if not given else None
@@ -212,6 +212,7 @@ NOT_EVERYWHERE = {
     *("os.sched_getaffinity", "os.sched_setaffinity", "os.getppid", "os.fork", "os.killpg", "os.setsid", "os.uname"),
     *("os.getuid", "os.chown", "os.mkfifo", "os.posix_fadvise", "os.sysconf", "os.rename", "signal.SIGKILL", "signal.SIGALRM"),
 }
+ASKED_FOR = {("training/deadline.py", "signal.SIGALRM")}  # what a file looks for before it calls it
 ONLY_POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "msvcrt", "winreg"}
 
 
@@ -220,7 +221,9 @@ def test_nothing_is_called_that_not_every_system_has() -> None:
     for path in sorted((SOURCE / "anyrank").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert f"{node.value.id}.{node.attr}" not in NOT_EVERYWHERE, f"{path}:{node.lineno}"
+                called = f"{node.value.id}.{node.attr}"
+                asked = (path.relative_to(SOURCE / "anyrank").as_posix(), called) in ASKED_FOR
+                assert called not in NOT_EVERYWHERE or asked, f"{path}:{node.lineno}"
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not ONLY_POSIX & set(names), f"{path}:{node.lineno}"

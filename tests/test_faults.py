@@ -5,16 +5,13 @@ A sample of all faults is tried here; `make faults` tries every one of them.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import itertools
 import json
 import os
 import random
 import re
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,10 +22,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import kinds_of_run
 from anyrank import files, report
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.cli import main
 from anyrank.config.sections import Config
 from anyrank.errors import RunError
 from anyrank.federation import guard, loop
@@ -36,41 +33,18 @@ from anyrank.messages.records import ClientUpdate, Scaling, ServerState
 from anyrank.privacy import noise
 from anyrank.runs import identity
 from anyrank.runs.checkpoint import load, save_state
-from anyrank.runs.folder import RunDir, remove_run
+from anyrank.runs.folder import RunDir
+from anyrank.runs.removal import remove_run
+from kinds_of_run import GRIDS, RUNS, adapters, command
 from test_federation import Script, build, rows
 
 WHOLE = os.environ.get("ANYRANK_FAULTS") == "all"
 SAMPLE = 6  # faults of each kind and command where not all are tried
-COMMON = """
-[run]
-name = "faults"
-rounds = 3
-[model]
-name = "digits-mlp"
-[clients]
-count = 4
-participation = 0.5
-ranks = [1, 2]
-[train]
-local_steps = 1
-batch_size = 16
-"""
-PRIVATE = """
-[data.partition]
-kind = "iid"
-[method]
-name = "ffa_lora"
-[privacy]
-level = "example"
-epsilon = 3.0
-delta = 1e-5
-"""
-CONFIGS = {"open.toml": COMMON, "private.toml": COMMON + PRIVATE}
-COMMANDS = {
-    "run": ("run", "open.toml", "--json"),
-    "private": ("run", "private.toml", "--json"),
-    "compare": ("compare", "open.toml", "--methods", "rbla,raflora", "--jobs", "1", "--json"),
+COMMANDS = {  # kinds of run that differ in what they keep
+    **RUNS,
+    "compare": (*GRIDS["compare"], "--jobs", "1"),
 }
+DAMAGED = ("raflora", "fedsa", "example", "compare")
 KINDS = ("ENOSPC", "EIO", "EACCES", "short")
 
 
@@ -95,27 +69,6 @@ class Fault:
             raise OSError(getattr(errno, self.kind, errno.ENOSPC), "as the test wants it", str(path))
 
 
-def command(folder: Path, *arguments: str) -> tuple[int, str]:
-    """A command in this process: its status, and what it said on stderr. Whatever it raises else would be a traceback."""
-    said, before = io.StringIO(), (sys.argv, Path.cwd())
-    sys.argv = ["anyrank", *arguments]
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            main()
-    except SystemExit as done:
-        return done.code or 0, said.getvalue()
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-    return 0, said.getvalue()
-
-
-def adapters(folder: Path) -> dict[str, bytes]:
-    """All adapters at or below a run folder, or a folder of runs."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("adapter*/*"))}
-
-
 def told_in_a_line(said: str) -> bool:
     return len([line for line in said.splitlines() if line.strip()]) == 1 and said.startswith("anyrank: ")
 
@@ -124,15 +77,14 @@ def told_in_a_line(said: str) -> bool:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the configurations; keys and caches stay in it, and reports, which have tests of their own, are short."""
     folder = tmp_path_factory.mktemp("faults")
-    for name, text in CONFIGS.items():
-        (folder / name).write_text(text)
+    kinds_of_run.make_folder(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         patch.setenv("ANYRANK_CACHE", str(folder / "cache"))
         patch.setenv(noise.SEED, "0123456789abcdef" * 2)
         patch.setattr(report, "build", lambda runs, page: files.write_whole_text(page, "a report") or page)
         patch.setattr(report, "figure", lambda runs, page: files.write_whole_text(page, "a figure") or page)
-        for name in ("run", "private"):  # what is cached, and the folder of keys, is made by the first run alone
+        for name in RUNS:  # what is cached, and the folder of keys, is made by the first run alone
             assert command(folder, *COMMANDS[name], "--out", f"{name}-warm") == (0, "")
         yield folder
 
@@ -167,8 +119,9 @@ def tried(cases: list, seed: str) -> list:
 def test_a_write_that_fails_is_one_line_and_the_run_goes_on_to_the_same_bytes(
     place: Path, undisturbed, name: str, kind: str
 ) -> None:
-    expected, events = undisturbed(name)
-    for event in tried(list(range(1, events + 1)), f"{name} {kind}"):
+    _, events = undisturbed(name)
+    expected, chosen = kinds_of_run.whole(place / f"{name}-whole"), tried(list(range(1, events + 1)), f"{name} {kind}")
+    for event in chosen:
         out = f"{name}-{kind}-{event}"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "reached", Fault(event, kind))
@@ -178,20 +131,49 @@ def test_a_write_that_fails_is_one_line_and_the_run_goes_on_to_the_same_bytes(
         assert "--resume" in said, (out, said)
         status, said = command(place, *COMMANDS[name], "--out", out, "--resume")
         assert (status, said) == (0, ""), (out, said)
-        assert adapters(place / out) == expected, out
+        assert kinds_of_run.whole(place / out) == expected, out
         assert not [*(place / out).rglob("*.tmp"), *(place / "state").rglob("*.tmp")], out
         assert not [path for path in (place / "state").rglob("*") if path.is_file()], "keys of finished runs are deleted"
         shutil.rmtree(place / out)
+    print(f"{name}: {kind} at {len(chosen)} of {events} write events, the same adapters, logs, ledger, summary and state")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_whose_write_fails_leaves_nothing_and_can_be_repeated(
+    place: Path, undisturbed, tmp_path: Path, kind: str
+) -> None:
+    undisturbed("raflora")
+    merge = ("aggregate", *(str(place / "raflora-whole" / f"adapter-rank-{rank}") for rank in (1, 2)), "--method", "rbla")
+    merge = (*merge, "--ranks", "1,2", "--out", "merged", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "reached", counted := Fault())
+        assert command(tmp_path, *merge) == (0, "")
+    expected = merged(tmp_path / "merged")
+    for event in tried(list(range(1, counted.count + 1)), f"merge {kind}"):
+        shutil.rmtree(tmp_path / "merged")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "reached", Fault(event, kind))
+            status, said = command(tmp_path, *merge)
+        assert (status, told_in_a_line(said)) == (1, True), (event, status, said)
+        assert "merged: cannot be written (" in said
+        assert list(tmp_path.iterdir()) == [], event
+        assert command(tmp_path, *merge) == (0, "")
+        assert merged(tmp_path / "merged") == expected, event
+    print(f"aggregate: {kind} at up to {counted.count} write events, the same bytes")
+
+
+def merged(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_finished_run_that_is_written_again_over_a_fault_stays_whole(place: Path, undisturbed, kind: str) -> None:
-    expected, events = undisturbed("run")
+    expected, events = undisturbed("raflora")
     for event in tried(list(range(1, events + 1)), kind)[: None if WHOLE else 2]:
-        shutil.copytree(place / "run-whole", place / "again")
+        shutil.copytree(place / "raflora-whole", place / "again")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "reached", fault := Fault(event, kind))
-            status, said = command(place, *COMMANDS["run"], "--out", "again", "--resume")
+            status, said = command(place, *COMMANDS["raflora"], "--out", "again", "--resume")
         assert (status, said) == (0, "") if fault.count < event else (status, told_in_a_line(said)) == (1, True), said
         assert adapters(place / "again") == expected
         shutil.rmtree(place / "again")
@@ -241,7 +223,7 @@ def no_file(path: Path, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_one_line_or_the_same_bytes(place: Path, undisturbed, stopped, name: str, end: str) -> None:
     """Any bit of any file flipped, any length cut off, any file gone: never a traceback, and never other bytes."""
     expected, _ = undisturbed(name)
@@ -425,26 +407,26 @@ def test_a_merge_that_is_not_finite_is_never_kept(tmp_path: Path, monkeypatch: p
 
 
 def test_a_finished_run_takes_more_rounds_and_ends_as_one_that_had_them_from_the_start(place: Path, undisturbed) -> None:
-    undisturbed("run")
+    undisturbed("raflora")
     longer = ("--set", "run.rounds=5")
-    assert command(place, *COMMANDS["run"], "--out", "five", *longer) == (0, "")
-    shutil.copytree(place / "run-whole", place / "grown")
-    assert command(place, *COMMANDS["run"], "--out", "grown", "--resume", *longer) == (0, "")
+    assert command(place, *COMMANDS["raflora"], "--out", "five", *longer) == (0, "")
+    shutil.copytree(place / "raflora-whole", place / "grown")
+    assert command(place, *COMMANDS["raflora"], "--out", "grown", "--resume", *longer) == (0, "")
     assert adapters(place / "grown") == adapters(place / "five")
     assert json.loads((place / "grown" / "summary.json").read_text())["rounds"] == 5
-    status, said = command(place, *COMMANDS["run"], "--out", "grown", "--resume")
+    status, said = command(place, *COMMANDS["raflora"], "--out", "grown", "--resume")
     assert (status, told_in_a_line(said), "run.rounds = 5, not 3" in said) == (2, True, True)
 
 
 def test_a_run_that_grows_is_not_finished_until_it_is(place: Path, undisturbed) -> None:
     """The old summary goes before anything else changes: a comparison would take it for the new run's."""
-    undisturbed("run")
+    undisturbed("raflora")
     for event in range(1, 12):
         shutil.rmtree(place / "growing", ignore_errors=True)
-        shutil.copytree(place / "run-whole", place / "growing")
+        shutil.copytree(place / "raflora-whole", place / "growing")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "reached", Fault(event, "ENOSPC"))
-            status, _ = command(place, *COMMANDS["run"], "--out", "growing", "--resume", "--set", "run.rounds=4")
+            status, _ = command(place, *COMMANDS["raflora"], "--out", "growing", "--resume", "--set", "run.rounds=4")
         assert status == 1
         rounds = tomllib.loads((place / "growing" / "config.toml").read_text())["run"]["rounds"]
         assert rounds == 3 or not (place / "growing" / "summary.json").exists()
@@ -453,9 +435,9 @@ def test_a_run_that_grows_is_not_finished_until_it_is(place: Path, undisturbed) 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_rounds_on_which_the_learning_rates_depend_are_refused(place: Path, schedule: str) -> None:
     settings = ("--set", f"train.schedule={schedule}")
-    assert command(place, *COMMANDS["run"], "--out", schedule, *settings) == (0, "")
+    assert command(place, *COMMANDS["raflora"], "--out", schedule, *settings) == (0, "")
     before = (place / schedule / "config.toml").read_bytes()
-    status, said = command(place, *COMMANDS["run"], "--out", schedule, *settings, "--resume", "--set", "run.rounds=5")
+    status, said = command(place, *COMMANDS["raflora"], "--out", schedule, *settings, "--resume", "--set", "run.rounds=5")
     assert (status, told_in_a_line(said)) == (2, True)
     assert f"its learning rates depend on run.rounds by train.schedule = '{schedule}'" in said
     assert (place / schedule / "config.toml").read_bytes() == before
@@ -463,9 +445,9 @@ def test_rounds_on_which_the_learning_rates_depend_are_refused(place: Path, sche
 
 
 def test_a_private_run_takes_no_more_rounds(place: Path, undisturbed) -> None:
-    undisturbed("private")
-    status, said = command(place, *COMMANDS["private"], "--out", "private-whole", "--resume", "--set", "run.rounds=5")
-    assert (status, told_in_a_line(said), "its noise was worked out for these rounds" in said) == (2, True, True)
+    undisturbed("example")
+    status, said = command(place, *COMMANDS["example"], "--out", "example-whole", "--resume", "--set", "run.rounds=5")
+    assert (status, told_in_a_line(said), "its noise was computed for these rounds" in said) == (2, True, True)
 
 
 def test_a_run_goes_on_with_the_files_that_it_began_with(tmp_path: Path) -> None:
@@ -528,7 +510,7 @@ def test_a_comparison_goes_on_with_its_own_configuration_alone(place: Path, undi
 
 def test_charges_that_are_lost_stop_a_private_run(place: Path, undisturbed, stopped) -> None:
     """Ledger and logs cut to the same round, or emptied; the last charges lost; a count made smaller."""
-    source = stopped("private")
+    source = stopped("example")
     charges = (source / "privacy.jsonl").read_text().splitlines(keepends=True)
     assert len(charges) >= 4
     over = load(source / "checkpoint" / "state.safetensors").state.round
@@ -545,11 +527,11 @@ def test_charges_that_are_lost_stop_a_private_run(place: Path, undisturbed, stop
         shutil.rmtree(place / "cut", ignore_errors=True)
         shutil.copytree(source, place / "cut")
         (place / "cut" / "privacy.jsonl").write_text("".join(left))
-        status, said = command(place, *COMMANDS["private"], "--out", "cut", "--resume")
+        status, said = command(place, *COMMANDS["example"], "--out", "cut", "--resume")
         assert (status, told_in_a_line(said)) == (2, True), (what, said)
         as_before(place / "cut" / "checkpoint" / "state.safetensors")  # which has no marks: the cohorts tell it
         (place / "cut" / "checkpoint" / "state-before.safetensors").unlink(missing_ok=True)
-        status, said = command(place, *COMMANDS["private"], "--out", "cut", "--resume")
+        status, said = command(place, *COMMANDS["example"], "--out", "cut", "--resume")
         assert (status, told_in_a_line(said)) == (2, True), (what, said)
 
 
@@ -568,7 +550,7 @@ def test_nothing_is_deleted_that_a_comparison_did_not_write(place: Path, undistu
         "rbla/seed-0/adapter/deep/er": lambda path: path.mkdir(parents=True),
         "photos": lambda path: path.mkdir(),
         "rbla/seed-1": lambda path: path.symlink_to(place / "compare-whole" / "rbla" / "seed-0"),
-        "rbla/seed-0/report.html": lambda path: (path.unlink(missing_ok=True), path.symlink_to(place / "open.toml")),
+        "rbla/seed-0/report.html": lambda path: (path.unlink(missing_ok=True), path.symlink_to(place / "raflora.toml")),
         "linked": lambda path: path.symlink_to(place),
     }
     for number, (name, make) in enumerate(strangers.items()):
@@ -586,7 +568,7 @@ def test_nothing_is_deleted_that_a_comparison_did_not_write(place: Path, undistu
         remove_run(tmp_path / "link")
     remove_run(tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-    assert (place / "open.toml").read_text() == COMMON
+    assert (place / "raflora.toml").read_text() == kinds_of_run.FILES["raflora.toml"]
 
 
 def test_what_killed_commands_left_is_swept_and_locks_are_free(place: Path, undisturbed) -> None:
@@ -602,3 +584,19 @@ def test_what_killed_commands_left_is_swept_and_locks_are_free(place: Path, undi
         command(place, *COMMANDS["compare"], "--out", "swept", "--resume")
     assert command(place, *COMMANDS["compare"], "--out", "swept", "--resume") == (0, "")
     assert [path.name for path in (place / "swept").rglob("*.tmp")] == [".mine.tmp"]
+
+
+def test_what_a_stopped_comparison_left_is_removed_wherever_it_was_stopped(place: Path, undisturbed) -> None:
+    """The demo does it: also where the one before was killed before it wrote anything, or while it removed files."""
+    _, events = undisturbed("compare")
+    for event in sorted({1, 2, 3, *tried(list(range(1, events + 1)), "removed")}):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "reached", Fault(event, "ENOSPC"))
+            command(place, *COMMANDS["compare"], "--out", "removed")
+        (place / "removed").mkdir(exist_ok=True)
+        (place / "removed" / f".compare.json.{2**22 + 1}.tmp").write_text("half")
+        half = sorted((place / "removed").rglob("*"), reverse=True)[: event % 3]  # as if the removal had been killed
+        for entry in (entry for entry in half if entry.is_file() and entry.name != "compare.json"):
+            entry.unlink()
+        remove_run(place / "removed")
+        assert not (place / "removed").exists(), event

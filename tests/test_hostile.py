@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate
+from anyrank import Adapter, ClientUpdate, LoraLayer, aggregate, files
 from anyrank.adapter.patterns import Patterns
 from anyrank.adapter.stored import open_adapter
 from anyrank.aggregation.aggregates import aggregate_folders
@@ -32,7 +33,7 @@ from anyrank.federation import loop
 from anyrank.federation.guard import admit
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate as Update
-from anyrank.messages.records import Download, Failure, Job
+from anyrank.messages.records import Code, Download, Failure, Job
 from anyrank.report.build import build as build_report
 from anyrank.report.build import check_out
 from hostile import (
@@ -42,6 +43,8 @@ from hostile import (
     NAMES,
     PREFIX,
     WEIGHTS,
+    Breaks,
+    Liar,
     forced,
     hostile_reply,
     odd_tensors,
@@ -457,6 +460,36 @@ def test_a_wrong_request_is_one_line(words: tuple[str, ...], anyrank) -> None:
     assert [path.name for path in Path().iterdir()] == ["ada"]
 
 
+SMALL = '[run]\nrounds = 1\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 1\n'
+
+
+@pytest.mark.parametrize("kind", ["EROFS", "EDQUOT", "EFBIG"])
+def test_a_disk_that_takes_nothing_ends_a_run_with_status_1(kind: str, anyrank, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(what: str, path: Path) -> None:
+        raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)), str(path))
+
+    monkeypatch.setenv("ANYRANK_CACHE", str(cache))
+    Path("small.toml").write_text(SMALL)
+    assert anyrank("run", "small.toml", "--out", "first")[0] == 0  # which fills the cache
+    monkeypatch.setattr(files, "reached", refuse)
+    status, out, err = anyrank("run", "small.toml", "--out", "out")
+    assert (status, out) == (1, "")
+    assert f"cannot be written ({os.strerror(getattr(errno, kind))})" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="there is no folder in which nobody may make another")
+@pytest.mark.parametrize("out", ["/sys/anyrank", "small.toml", "small.toml/run"])
+def test_a_place_where_no_run_can_be_is_one_line(out: str, anyrank, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYRANK_CACHE", str(cache))
+    Path("small.toml").write_text(SMALL)
+    status, said, err = anyrank("run", "small.toml", "--out", out)
+    assert (status, said) == (1 if out.startswith("/sys") else 2, "")
+    assert err.startswith(f"anyrank: {out}: ")
+    assert len(err.splitlines()) == 1
+    assert Path("small.toml").read_text() == SMALL
+
+
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "a\\b", "a\0b", "x" * 300])
 def test_a_run_is_called_as_a_folder_can_be(name: str) -> None:
     from anyrank.config.sections import RunConfig
@@ -565,6 +598,64 @@ def test_a_hostile_reply_is_a_row_and_leaves_no_trace(
     found = rows(root / "a", "clients.jsonl")
     assert [row["status"] for row in found if row["client"] == "client-1"] in (["rejected"], ["failed"])
     assert all(printable(row["reason"]) == row["reason"] for row in found)
+
+
+def honest_reply(job: Job, **fields: Any) -> Any:
+    """What client-1 would send if it were honest, with other fields than its checks would have let pass."""
+    name, layer = next(iter(job.download.adapter.layers.items()))
+    moved = Adapter({name: layer.with_factors(layer.A, layer.B + 1.5)})  # where it counts, the state shows it
+    return forced(Update(moved, job.num_examples, job.client.name, {"loss": 1.0}), **fields)
+
+
+def broken_layers(layers: Any) -> Callable[[Job], Any]:
+    return lambda job: honest_reply(job, adapter=forced(job.download.adapter, layers=layers))
+
+
+REPLIES: dict[str, Callable[[Job], Any]] = {  # what client-1 sends that is no update at all, or none that can be used
+    "metrics of None": lambda job: honest_reply(job, metrics=None),
+    "a loss of 400 digits": lambda job: honest_reply(job, metrics={"loss": 10**400}),
+    "a thousand metrics": lambda job: honest_reply(job, metrics={str(i): 1.0 for i in range(1000)}),
+    "a count that is a truth value": lambda job: honest_reply(job, num_examples=True),
+    "an adapter of None": lambda job: honest_reply(job, adapter=None),
+    "no layers": broken_layers({}),
+    "layers that break when they are read": broken_layers(Breaks()),
+    "layers without an end": broken_layers(Breaks(endless=True)),
+    "a layer of which nothing can be read": broken_layers({"x": Liar()}),
+    "a failure with a reason of 100,000 characters": lambda job: Failure(job.client.name, Code.CRASHED, "x" * 100_000 + "\n"),
+}
+
+
+@pytest.mark.parametrize("case", REPLIES)
+def test_a_reply_that_is_no_update_is_a_row_of_its_client(case: str, tmp_path: Path, without: LoraLayer) -> None:
+    honest = state_after(tmp_path / "honest", Hostile(0, make=lambda job, chance: honest_reply(job))).adapter.layers["x"]
+    assert not torch.equal(honest.B, without.B)
+    found = state_after(tmp_path, Hostile(0, make=lambda job, chance: REPLIES[case](job))).adapter.layers["x"]
+    assert torch.equal(found.A, without.A)
+    assert torch.equal(found.B, without.B)
+    (row,) = (row for row in rows(tmp_path, "clients.jsonl") if row["client"] == "client-1")
+    assert row["status"] == ("failed" if case.startswith("a failure") else "rejected")
+    assert 0 < len(row["reason"]) < 2000
+    assert printable(row["reason"]) == row["reason"]
+
+
+NAMELESS: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "a dict": dict,
+    "a list": lambda: [1],
+    "a number": lambda: 7,
+    "a text": lambda: "client-1",
+    "bytes": lambda: b"client-1",
+    "an object of which nothing can be read": Liar,
+}
+
+
+@pytest.mark.parametrize("case", NAMELESS)
+def test_a_reply_that_names_nobody_is_a_row_and_nothing_else(case: str, tmp_path: Path, without: LoraLayer) -> None:
+    found = state_after(tmp_path, Hostile(0, make=lambda job, chance: NAMELESS[case]())).adapter.layers["x"]
+    assert torch.equal(found.B, without.B)
+    told = {row["status"]: row for row in rows(tmp_path, "clients.jsonl") if row["status"] != "ok"}
+    assert told.keys() == {"stray", "failed"}
+    assert (told["failed"]["client"], told["failed"]["reason"]) == ("client-1", "sent nothing")
 
 
 def reply_of(job_download: Download, **factors: Any) -> Update:

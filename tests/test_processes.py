@@ -69,13 +69,14 @@ def start(tmp_path: Path, cache: Path) -> Iterator[Start]:
         "ANYRANK_CACHE": str(cache),
         "ANYRANK_MARK": str(tmp_path),
         "XDG_STATE_HOME": str(tmp_path / "state"),
+        "TMPDIR": str(tmp_path / "tmp"),  # where it exists
     }
     started = []
 
-    def call(*arguments: str) -> subprocess.Popen:
+    def call(*arguments: str, **variables: str) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "anyrank", *arguments]
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=marked, start_new_session=True, **pipes))
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=marked | variables, start_new_session=True, **pipes))
         return started[-1]
 
     yield call
@@ -183,6 +184,64 @@ def test_a_signal_ends_a_command_in_one_line_and_it_goes_on(
     assert adapter_bytes(tmp_path / "out") == whole[verb]
 
 
+PRIVATE = """
+[run]
+name = "private"
+rounds = 60
+[model]
+name = "digits-mlp"
+[data.partition]
+kind = "iid"
+[train]
+optimizer = "sgd"
+local_steps = 2
+[method]
+name = "ffa_lora"
+[privacy]
+level = "example"
+epsilon = 3.0
+delta = 1e-5
+"""
+# The commands that leave nothing that would have to be the same: how they are called, and what they say.
+OTHERS = {
+    "inspect": (("inspect", "one", "two", "--json"), "nothing is left of it; give the same command again"),
+    "report": (("report", "done", "--out", "page.html", "--json"), "nothing is left of it; give the same command again"),
+    "demo": (("demo", "--out", "out", "--jobs", "2", "--json"), "give the same command again: it starts anew"),
+    "plan": (("plan", "small.toml", "--json"), "nothing is left of it; give the same command again"),
+    "audit": (("audit", "private.toml", "--canaries", "20", "--json"), "nothing is left of it; give the same command again"),
+    "privacy": (("privacy", "private.toml", "--json"), "nothing is left of it; give the same command again"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", OTHERS)
+def test_a_signal_ends_every_other_command_in_one_line(start: Start, tmp_path: Path, verb: str, number: int) -> None:
+    (tmp_path / "private.toml").write_text(PRIVATE)
+    (tmp_path / "tmp").mkdir()
+    if verb == "inspect":
+        make_adapters(tmp_path)
+    if verb == "report":
+        assert start("run", "small.toml", "--set", "run.rounds=2", "--out", "done", "--json").wait(timeout=120) == 0
+    called, words = OTHERS[verb]
+    for moment in (0.0, 0.4, 1.0, 2.0, 4.0, 8.0) if MANY else (random.Random(f"{verb} {number}").uniform(0, 3),):
+        process = start(*called)
+        wait_until(lambda process=process: catches_signals(process), seconds=60)
+        time.sleep(moment)
+        sent = time.monotonic()
+        os.kill(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        took = time.monotonic() - sent
+        print(f"{verb}: {took:.2f} s from signal {number} at {moment:.2f} s: {process.returncode}")
+        wait_until(lambda: not living(tmp_path), seconds=2)
+        assert took < LONGEST
+        assert process.returncode in (0, 128 + number), err
+        if process.returncode:
+            name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+            assert (out, err) == ("", f"anyrank: stopped by {name}; {words}\n")
+            assert not [path for path in tmp_path.rglob(".*.tmp")]
+            assert not list((tmp_path / "tmp").glob("tmp*")), "an audit trains in a temporary folder"
+
+
 LONG = ("--set", "run.rounds=100000")
 
 
@@ -193,6 +252,32 @@ def test_a_grid_whose_parent_is_killed_leaves_nobody(start: Start, tmp_path: Pat
     process.kill()
     process.wait()
     wait_until(lambda: not living(tmp_path), seconds=3)
+
+
+# What a worker loses before it runs anything of ours: its request to the system, or its pipe to the parent.
+WITHOUT = {
+    "the system's signal": "stopping._KILL = 0\n",
+    "the pipe": "stopping._follow = lambda parent: None\n",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only here there are two ways")
+@pytest.mark.parametrize("lost", [*WITHOUT, "both"])
+def test_either_way_to_end_with_the_parent_suffices(start: Start, tmp_path: Path, lost: str) -> None:
+    (tmp_path / "patched").mkdir()
+    patches = "".join(WITHOUT.values()) if lost == "both" else WITHOUT[lost]
+    (tmp_path / "patched" / "sitecustomize.py").write_text(f"from anyrank import stopping\n{patches}")
+    own = Path(stopping.__file__).parents[1]
+    process = start(*COMMANDS["compare"], *LONG, PYTHONPATH=os.pathsep.join([str(tmp_path / "patched"), str(own)]))
+    begun = [tmp_path / "out" / method / "seed-0" / "metrics.jsonl" for method in ("rbla", "raflora")]
+    wait_until(lambda: all(path.exists() for path in begun), seconds=120)
+    process.kill()
+    process.wait()
+    if lost == "both":  # the test would notice
+        time.sleep(1.0)
+        assert workers(tmp_path)
+    else:
+        wait_until(lambda: not living(tmp_path), seconds=3)
 
 
 def killed_once(start: Start, tmp_path: Path, ready: Callable[[], bool], jobs: str) -> tuple[list[dict], dict, str]:
@@ -213,7 +298,7 @@ def test_a_killed_worker_costs_the_run_that_it_had(start: Start, tmp_path: Path,
     failures, seeds, err = killed_once(start, tmp_path, begun, "2")
     assert len(failures) == 1
     assert sum(seeds.values()) == 3
-    assert "its process ended by signal 9, from outside or for want of memory; go on by --resume" in failures[0]["reason"]
+    assert "its process ended by signal 9, from outside or because memory was short; go on by --resume" in failures[0]["reason"]
     assert err.startswith("anyrank: 1 of 4 runs failed")
     assert err.count("\n") == 1
     again = start(*COMMANDS["compare"], "--seeds", "2", "--resume")
@@ -224,10 +309,14 @@ def test_a_killed_worker_costs_the_run_that_it_had(start: Start, tmp_path: Path,
 
 
 BROKEN = """
-import os, signal
+import asyncio, os, signal
 from dataclasses import dataclass
 from anyrank.methods import register
 from anyrank.methods.rbla import RBLA
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError
 
 @register
 @dataclass(frozen=True)
@@ -244,6 +333,12 @@ class Broken(RBLA):
             raise OSError(28, "No space left on device")
         if self.how == "exit":
             raise SystemExit(3)
+        if self.how == "interrupt":
+            raise KeyboardInterrupt
+        if self.how == "cancelled":
+            raise asyncio.CancelledError
+        if self.how == "unprintable":
+            raise Unprintable
         if self.how == "leave":
             os._exit(4)
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -253,6 +348,9 @@ HOW = {
     "memory": "MemoryError",
     "disk": "OSError: [Errno 28] No space left on device",
     "exit": "SystemExit: 3",
+    "interrupt": "KeyboardInterrupt",
+    "cancelled": "CancelledError",
+    "unprintable": "Unprintable",
     "leave": "its process ended with status 4",
     "segfault": "its process ended by signal 11",
 }
@@ -274,6 +372,29 @@ def test_whatever_fails_in_a_run_costs_that_run(start: Start, tmp_path: Path, jo
         assert failure["reason"].startswith(HOW[how])
     assert err.startswith(f"anyrank: {len(ways)} of {len(labels)} runs failed")
     assert err.count("\n") == 1
+
+
+def test_where_no_process_can_be_started_those_that_run_do_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system refuses all but the first worker, and then all."""
+    config_ = config.from_table({"run": {"rounds": 1}, "model": {"name": "digits-mlp"}, "train": {"local_steps": 1}})
+    cells = variants.make_cells(config_, ["rbla"], 3, tmp_path)
+    started, most = [], [1]
+
+    class Refused(grid._Worker):
+        def __init__(self) -> None:
+            if len(started) >= most[0]:
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+            started.append(self)
+            super().__init__()
+
+    monkeypatch.setattr(grid, "_Worker", Refused)
+    assert grid.run_cells(cells, jobs=3) == []
+    most[0] = 0
+    failures = grid.run_cells(variants.make_cells(config_, ["raflora"], 2, tmp_path), jobs=2)
+    reason = (
+        "no process can be started for it (BlockingIOError: [Errno 11] Resource temporarily unavailable); go on by --resume"
+    )
+    assert [failure["reason"] for failure in failures] == [reason] * 2
 
 
 def test_an_interrupt_is_no_clients_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

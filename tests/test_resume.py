@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+
+from anyrank.config.sections import Config, PartitionConfig
+from anyrank.errors import RunError
+from anyrank.runs.folder import RunDir
 
 ROUNDS = 5
 CONFIG = f"""
@@ -188,3 +193,30 @@ def test_a_run_is_never_overwritten(workplace: Path, whole: dict[str, bytes]) ->
     assert again.returncode == 2
     assert "--resume" in again.stderr
     assert files(workplace / "whole") == whole
+
+
+NAMED = {
+    "model.path": "base",
+    "model.file": "task.py",
+    "data.test_source": "test.csv",
+    "data.partition.file": "split.py",
+    "eval.file": "metric.py",
+}
+
+
+@pytest.mark.parametrize("key", NAMED)
+def test_a_base_model_or_code_file_that_changed_since_is_named(key: str, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    for name in ("task.py", "test.csv", "metric.py", "split.py"):
+        (tmp_path / name).write_text("one")
+    path = tmp_path / NAMED[key]
+    section, _, field = key.rpartition(".")
+    keys = {field: str(path)} if section != "data.partition" else {"partition": PartitionConfig(kind="own", file=str(path))}
+    config = Config().replace(**{section.split(".")[0]: keys})
+    RunDir.open(tmp_path / "run", config).close()
+    RunDir.check(tmp_path / "run", config, resume=True)
+    changed = path / "model.safetensors" if path.is_dir() else path
+    changed.write_bytes(b"other")
+    with pytest.raises(RunError, match=re.escape(f"{changed} ({key}): has changed since the run in")):
+        RunDir.check(tmp_path / "run", config, resume=True)

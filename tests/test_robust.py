@@ -18,7 +18,7 @@ from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, Scaling, ServerState
-from anyrank.robust.base import Rule, TooFew
+from anyrank.robust.base import Chain, Rule, TooFew
 from anyrank.robust.geometric_median import GeometricMedian, weiszfeld
 from anyrank.robust.krum import Krum, scores
 from anyrank.robust.norm_bound import NormBound
@@ -187,6 +187,16 @@ def test_krum_refuses_a_round_of_too_few() -> None:
         Krum(3).screen(STATE, jobs, updates)
 
 
+def test_what_the_guard_rejects_is_one_hostile_client_less_for_krum() -> None:
+    """Five uploads are what Krum needs for one hostile client. The guard rejects one: of the other four, none is left out."""
+    jobs, updates = cohort((0.1, 0.1, 50.0, 0.1, 0.1), ranks=(3,) * 5)
+    kept = Chain((NormBound(3.0, far=4.0), Krum(1))).screen(STATE, jobs, updates)
+    assert (list(kept.rejected), kept.refused) == (["c2"], {})
+    assert len(kept.updates) == 4
+    with pytest.raises(TooFew):  # without the guard, the same four are too few
+        Krum(1).screen(STATE, jobs, kept.updates)
+
+
 # --- the norm bound ---------------------------------------------------------------------------------------------------
 
 
@@ -217,9 +227,9 @@ def test_an_update_that_is_far_out_is_rejected_and_does_not_hold_the_mean_back()
 def test_a_client_that_trains_longer_may_move_further() -> None:
     """One pass over 100 examples in batches of 10 is ten steps, where the others take one: ten times the length is honest."""
     jobs, updates = cohort((0.1,) * 5 + (0.7,), ranks=(3,) * 6)
-    steps = lambda num_examples: 10 if num_examples == 8 else 1  # noqa: E731 - the last client has 3 + 5 examples
+    reach = lambda num_examples: 10 if num_examples == 8 else 1  # noqa: E731 - the last client has 3 + 5 examples
     assert list(NormBound(3.0, far=4.0).screen(STATE, jobs, updates).rejected) == ["c5"]
-    kept = NormBound(3.0, far=4.0, steps=steps).screen(STATE, jobs, updates)
+    kept = NormBound(3.0, far=4.0, reach=reach).screen(STATE, jobs, updates)
     assert (kept.rejected, kept.shortened) == ({}, {})
 
 
@@ -289,6 +299,16 @@ REFUSED = {
         "is computed for public weights",
     ),
     "no mean of uploads": ({"robust": {"rule": "krum"}, "method": {"name": "fedsa"}}, "fedsa makes no mean of uploads"),
+    "more than a round has": (
+        {"robust": {"rule": "krum", "hostile": 2}, "clients": {"count": 20, "participation": 0.25}},
+        "krum with robust.hostile = 2 needs 7 updates a round, but 5 clients are asked; raise clients.participation",
+    ),
+    "a quorum that no round has": ({"rounds": {"least": 6}}, "rounds.least: expected at most 5, the clients that are asked"),
+    "late replies under noise at the server": (
+        {"rounds": {"late": "carry"}, "method": {"name": "rbla"},
+         "privacy": {"level": "client", "noise_at": "server", "noise_multiplier": 1.0, "delta": 1e-4}},
+        "rounds.late: with privacy.noise_at = 'server'",
+    ),
     "weights by norms": ({"robust": {"rule": "geometric-median"}, "method": {"name": "hetlora"}}, "which hetlora does not use"),
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from anyrank.data.texts import Table
 from anyrank.errors import AnyRankError, ConfigError, DataError, RunError
 from anyrank.federation.standing import Labels, Sites, of_global, of_personal
 from anyrank.messages.records import Scores
+from anyrank.runs.removal import remove_run
 from anyrank.simulation.building import build
 from anyrank.studies.variants import variant
 from anyrank.tasks.load import load_task
@@ -203,6 +204,26 @@ def test_a_run_does_not_go_on_with_a_sites_other_file(world, tmp_path) -> None:
         assert str(error.value).startswith(f"{folder / path} (sites.{key}): has changed since the run in ")
         (folder / path).write_bytes(before)
     assert simulation.execute(config.replace(run={"rounds": 2}), folder / "run", resume=True)["rounds"] == 2
+
+
+def test_a_folder_of_runs_with_sites_can_be_deleted_and_nothing_else_in_it(world, tmp_path) -> None:
+    run = tmp_path / "compared" / "stayput" / "seed-0"
+    shutil.copytree(world.run, run)
+    (tmp_path / "compared" / "compare.json").write_text(json.dumps({"runs": ["stayput/seed-0"]}))
+    for stranger in (
+        "sites/notes.txt",
+        "sites/county/notes.txt",
+        "sites/adapter_config.json",
+        "sites/county/deeper/scores.json",
+    ):
+        (run / stranger).parent.mkdir(exist_ok=True)
+        (run / stranger).write_text("mine")
+        with pytest.raises(RunError, match="which is not deleted"):
+            remove_run(tmp_path / "compared")
+        (run / stranger).unlink()
+    (run / "sites" / "county" / "deeper").rmdir()
+    remove_run(tmp_path / "compared")
+    assert not (tmp_path / "compared").exists()
 
 
 def test_under_privacy_no_site_is_scored_and_counts_are_the_declared_ones(world, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def test_a_study_goes_on_without_a_run_that_diverges(folder: Path, anyrank) -> N
     (folder / "collapse.toml").write_text(text)
     done = anyrank("study", "collapse.toml", "--json")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"anyrank: 1 of 4 runs failed and are not in the table: {diverging} seed 0: round 1")
+    *_, last = done.stderr.splitlines()
+    assert last.startswith(f"anyrank: 1 of 4 runs failed and are not in the table: {diverging} seed 0: round 3: no client sent")
     results = json.loads(done.stdout)
     good, bad = results["settings"][0]["rows"]
     assert bad["columns"]["last_accuracy"]["values"] == [None]
@@ -89,6 +91,21 @@ def test_a_study_goes_on_without_a_run_that_diverges(folder: Path, anyrank) -> N
     table = (folder / "runs" / "collapse" / "study.md").read_text()
     assert f"| `{diverging}` | – | – | – |" in table
     assert (folder / "runs" / "collapse" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_study_whose_configuration_changed_names_the_key(folder: Path, anyrank) -> None:
+    """Its runs are all there, so that nothing would be left to do but the old table under the new file."""
+    (folder / "collapse.toml").write_text(STUDY.replace("seeds = 2", "seeds = 1").replace('"flexlora", "raflora"', '"raflora"'))
+    done = anyrank("study", "collapse.toml", "--json")
+    assert done.returncode == 0, done.stderr
+    out = folder / "runs" / "collapse"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (folder / "federation.toml").write_text(f"{DIGITS.read_text()}\n[train]\nlocal_steps = 3\n")
+    done = anyrank("study", "collapse.toml", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(r"was started with train\.local_steps = \d+, not 3;", done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_rounds_to_a_target_and_accuracy_within_a_budget_by_hand() -> None:

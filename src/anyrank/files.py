@@ -1,7 +1,7 @@
 """Every write of a run: files that appear whole or not at all, lines added to a log, folders. And bounded reads.
 
-Whatever the system refuses (a full disk, a quota, a read-only or broken one, a folder that is somebody else's) is one
-`RunFailed` in a line that names the file and how to go on. What stood there before stands there still.
+What the system refuses (a full disk, a quota, a read-only or broken disk, a folder of another user) is one `RunFailed`, in one
+line that names the file and how to continue. What was there before remains.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,8 @@ _WRONG = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.E
 _NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems on which a folder cannot be flushed
 DEEPEST = 32  # lists and tables within each other, in what others wrote
 _TOO_DEEP = f"lists and tables are nested more than {DEEPEST} deep"
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_TEMPORARY = re.compile(r"\.(.+)\.(\d{1,20})\.tmp", re.DOTALL)
+_LONG = 3600.0  # seconds after which a temporary file counts as left, on systems that cannot be asked whether its process runs
 
 
 def reached(what: str, path: Path) -> None:
@@ -62,12 +64,15 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
     with naming(path):
         if not path.is_dir():
             reached("folder", path)
+            new = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(mode, parents=True, exist_ok=True)
-            _flush_folder(path.parent)
+            for folder in new:
+                flush_folder(folder.parent)
 
 
 def write_whole(path: Path, write: Callable[[Path], object], before: Path | None = None) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then put it in place in one step.
+    """Let `write` fill a temporary file beside `path`, flush it to disk, then put it in place in one step. Temporary files that
+    killed processes left of the same `path` are removed.
 
     `before`: where the file goes that stood in its place; a kill between the two steps leaves that one alone.
     Windows puts no file in the place of one that is open or mapped: whoever reads a file that is written again copies it.
@@ -75,6 +80,8 @@ def write_whole(path: Path, write: Callable[[Path], object], before: Path | None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with stopping.unfinished(temporary), naming(path):
+            for left in leftovers(path):
+                _remove_left(left)
             reached("write", temporary)
             write(temporary)
             reached("flush", temporary)
@@ -178,6 +185,8 @@ def append(path: Path, data: bytes) -> None:
                 file.flush()
                 reached("flush", path)
                 os.fsync(file.fileno())
+            if not before:  # the file may be new
+                flush_folder(path.parent)
         except OSError:
             with suppress(OSError):
                 os.truncate(path, before)
@@ -195,11 +204,12 @@ def cut(path: Path, length: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file, if it is there; its name is gone from the disk when this returns."""
     with naming(path):
         if os.path.lexists(path):
             reached("remove", path)
             path.unlink()
+            flush_folder(path.parent)
 
 
 def contents(folder: Path) -> list[Path]:
@@ -220,25 +230,59 @@ def is_temporary(path: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files that killed processes left in a folder; those of a process that is still there stay."""
+    """Remove the temporary files that killed processes left in a folder. Those of a process that still runs stay."""
     with naming(folder):
         for path in contents(folder):
-            if is_temporary(path) and path.is_file() and not path.is_symlink() and not _is_alive(int(path.name.split(".")[-2])):
-                path.unlink(missing_ok=True)
+            if _is_left(path):
+                _remove_left(path)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """The temporary files and folders that killed processes left of `path`; no link, and none of a process that still runs."""
+    try:
+        beside = list(path.parent.iterdir())
+    except OSError:  # there is no such folder, or it may be written and not read
+        return []
+    return sorted(each for each in beside if _is_left(each) and _TEMPORARY.fullmatch(each.name)[1] == path.name)
+
+
+def _is_left(path: Path) -> bool:
+    if not is_temporary(path) or path.is_symlink():
+        return False
+    process = int(_TEMPORARY.fullmatch(path.name)[2])
+    if os.name == "nt":  # there, a signal of any number would end the process
+        return _age_s(path) > _LONG
+    return not _is_alive(process)
+
+
+def _remove_left(path: Path) -> None:
+    if path.is_file():
+        reached("remove", path)
+        path.unlink(missing_ok=True)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:  # it is gone
+        return 0.0
 
 
 def _replace(path: Path, to: Path) -> None:
     reached("replace", to)
     os.replace(path, to)
-    _flush_folder(to.parent)
+    flush_folder(to.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Bring a folder's names to disk: without, a file may be whole there and its name not."""
     if os.name == "nt":  # which keeps names by itself, and opens no folder
         return
     reached("flush", folder)
-    opened = os.open(folder, os.O_RDONLY)
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that this user may write and not read
+        return
     try:
         os.fsync(opened)
     except OSError as error:
@@ -250,7 +294,7 @@ def _flush_folder(folder: Path) -> None:
 
 def _is_alive(process: int) -> bool:
     """Whether a process of this number runs on this machine, and is not this one."""
-    if os.name == "nt" or process == os.getpid():  # there, a signal of any number would end it
+    if process == os.getpid():
         return False
     try:
         os.kill(process, 0)

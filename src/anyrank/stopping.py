@@ -1,10 +1,10 @@
 """How a process ends before its work is done: by a signal, or with the process that started it.
 
-A signal ends the process where it stands, not by an exception: one that is raised in the middle of an import, of a destructor
-or of somebody else's `except` is lost there, or comes out as another. A run can be killed at any moment, so nothing has to be
-unwound. What must not stay behind is known here: unfinished files, and child processes.
+A signal ends the process where it stands, and not by an exception: one that is raised in the middle of an import, of a
+destructor or of another library's `except` is lost there, or turns into another. A run can be killed at any moment, so nothing
+has to be unwound. What must not remain is registered here: unfinished files, and child processes.
 
-For commands and their workers. Who uses the library keeps the handlers that are in place, and their `KeyboardInterrupt`.
+For commands and their workers. A program that uses the library keeps its own handlers, and its `KeyboardInterrupt`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def on_signals(words: Callable[[int], str] | None = None) -> None:
     signal.set_wakeup_fd(_wakers[0].fileno(), warn_on_full_buffer=False)
     for each in _SIGNALS:
         signal.signal(each, _stop)
+
+
+def handled() -> bool:
+    """Whether signals end this process here. If they do, no signal raises a `KeyboardInterrupt`."""
+    return signal.getsignal(signal.SIGINT) is _stop
 
 
 def no_more() -> None:
@@ -182,10 +187,10 @@ def starting_a_child() -> Iterator[None]:
 
 
 def end_with(parent: Any) -> None:
-    """From now on this process ends when `parent`, of `multiprocessing`, is gone, at whatever it is.
+    """From now on this process ends when `parent`, of `multiprocessing`, is gone, whatever it is doing.
 
-    On Linux the system kills it. Everywhere a thread waits for the parent's handle, or for a pipe that the parent holds open:
-    so it ends also where the parent was gone before the system was asked.
+    On Linux the system kills it. Everywhere a thread waits for the parent's handle, or for a pipe that the parent holds open;
+    this also works if the parent ended before the system was asked. Each of the two suffices.
     """
     if sys.platform == "linux":
         import ctypes

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyrank import files
 from anyrank.adapter.adapter import Adapter, from_plain_state
 from anyrank.adapter.header import DTYPES, read_header
 from anyrank.adapter.layer import LoraLayer, finite
@@ -147,10 +148,12 @@ class FolderWriter:
 
     The header of a safetensors file stands before the tensors. Room for it is kept, enough for all names that may come, and
     what is left of it is spaces, as the format allows. Tensors must come in falling width of their numbers, so that all of
-    them are aligned. What is not finished is no adapter: write into a folder that is renamed at the end.
+    them are aligned. What is not finished is no adapter: write into a folder that is renamed at the end. What the system
+    refuses is raised as `OSError`.
     """
 
     def __init__(self, folder: Path, names: Mapping[str, LoraLayer], tensors: Mapping[str, Tensor]) -> None:
+        files.reached("folder", folder)
         folder.mkdir(parents=True)
         keys = [key for name, layer in names.items() for key in layer_tensors(name, layer)]
         keys += [PREFIX + name for name in tensors]
@@ -161,6 +164,7 @@ class FolderWriter:
         # Numbers, not tensors: a small tensor that stays, between the large ones that come and go, would fragment the memory.
         self._layers: dict[str, tuple[int, float]] = {}
         self._folder, self._offset = folder, 0
+        files.reached("write", folder / WEIGHTS_FILE)
         self._file = open(folder / WEIGHTS_FILE, "wb")  # noqa: SIM115 - closed by finish or close
         self._file.seek(8 + self._room)
 
@@ -177,22 +181,27 @@ class FolderWriter:
         end = self._offset + len(numbers)
         entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
         self._entries[key], self._offset = entry, end
+        files.reached("write", self._folder / WEIGHTS_FILE)
         self._file.write(memoryview(numbers))
 
     def finish(self, config: Mapping[str, Any]) -> None:
-        """Write the header and `adapter_config.json`, and flush both files to disk."""
+        """Write the header and `adapter_config.json`, and flush both files and the folder to disk."""
         header = json.dumps(self._entries, separators=(",", ":")).encode()
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         self._file.flush()
+        files.reached("flush", self._folder / WEIGHTS_FILE)
         os.fsync(self._file.fileno())
         self._file.close()
         layers = {name: self._outline(name, *told) for name, told in self._layers.items()}
         text = json.dumps(peft_config(layers, self._tensors, config), indent=2, sort_keys=True) + "\n"
+        files.reached("write", self._folder / CONFIG_FILE)
         with open(self._folder / CONFIG_FILE, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
+            files.reached("flush", self._folder / CONFIG_FILE)
             os.fsync(file.fileno())
+        files.flush_folder(self._folder)
 
     def _outline(self, name: str, rank: int, scaling: float) -> LoraLayer:
         layer = self._names[name]

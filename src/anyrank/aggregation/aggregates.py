@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyrank import devices, stopping
+from anyrank import devices, files, stopping
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer, overflow
+from anyrank.adapter.peft import CONFIG_FILE, WEIGHTS_FILE
 from anyrank.adapter.stored import FolderWriter
 from anyrank.aggregation.merge import Merge, check_rank, prepare
 from anyrank.algebra import lowrank, spectra
@@ -171,11 +173,13 @@ def aggregate_folders(
     for rank in ranks:
         merge.check_rank(rank)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    for left in files.leftovers(out):
+        _remove_merge(left)
     with stopping.unfinished(unfinished):
         try:
             with lowrank.using(algebra, *_place(device)) as work, _Folders(unfinished, merge, ranks) as folders:
                 folders.fill(progress, work.batch_bytes)
-            os.replace(unfinished, out)
+            _put_in_place(unfinished, out)
         except OSError as error:
             raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from None
         finally:
@@ -191,6 +195,29 @@ def aggregate_folders(
     }
 
 
+def _put_in_place(unfinished: Path, out: Path) -> None:
+    """Give a whole merge its name, on disk when this returns. Where that fails it has the other name still, or again."""
+    files.flush_folder(unfinished)
+    files.reached("replace", out)
+    os.replace(unfinished, out)
+    try:
+        files.flush_folder(out.parent)
+    except OSError:
+        os.replace(out, unfinished)
+        raise
+
+
+def _remove_merge(folder: Path) -> None:
+    """Remove what a killed merge left, file by file by its name; a folder that holds anything else stays."""
+    with suppress(OSError):
+        for entry in sorted(folder.rglob("*"), reverse=True):  # what is in a folder stands before it
+            if entry.is_dir() and not entry.is_symlink():
+                entry.rmdir()
+            elif entry.name in (CONFIG_FILE, WEIGHTS_FILE):
+                entry.unlink()
+        folder.rmdir()
+
+
 class _Folders:
     """Write the folders of one merge, each layer into all of them."""
 
@@ -199,6 +226,7 @@ class _Folders:
         self.writers: dict[str, FolderWriter] = {}
 
     def __enter__(self) -> _Folders:
+        files.reached("folder", self._root)
         self._root.mkdir(parents=True)
         for name in ("global", *(f"rank-{rank}" for rank in self._ranks)):
             self._open(name, self._merge.tensors)

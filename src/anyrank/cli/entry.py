@@ -6,11 +6,12 @@ import sys
 
 from anyrank import stopping
 
-# How to go on after a command that was stopped, by its verb.
+# How to continue after a command that was stopped, by its verb.
 _GO_ON = {
     "run": "go on with the same command and --resume",
     "compare": "go on with the same command and --resume",
     "study": "go on with the same command: it keeps what is finished",
+    "demo": "give the same command again: it starts anew",
 }
 _AGAIN = "nothing is left of it; give the same command again"
 _NAMES = {2: "Ctrl-C", 15: "SIGTERM"}

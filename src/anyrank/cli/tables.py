@@ -107,22 +107,18 @@ def _known(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def study_tables(
-    results: Mapping[str, Any],
-    cells_of: Callable[[Mapping[str, Any]], Any],
-    disturbed: Sequence[Sequence[Mapping[str, Any]]],
-) -> list[Table]:
-    """The final tables of a study, one per setting, and one below it if the setting was `disturbed`; `cells_of` formats its
-    results as text.
+def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, Any]], Any]) -> list[Table]:
+    """The final tables of a study, one per setting, and one below it if rounds or updates were disturbed; `cells_of` formats
+    its results as text.
     """
     tables = []
-    for (title, headings, rows), counts in zip(cells_of(results), disturbed, strict=True):
+    for (title, headings, rows), setting in zip(cells_of(results), results["settings"], strict=True):
         table = Table(title=shown(title), title_justify="left", header_style="bold")
         for place, heading in enumerate(headings):
             table.add_column(heading, justify="right" if place else "left", overflow="fold", min_width=None if place else 10)
         for row in rows:
             table.add_row(_label(row[0]), *row[1:], style="bold" if row[-1] == "best" else None)
-        tables += [table, *disturbance_tables(counts, "rounds and updates, over all seeds")]
+        tables += [table, *disturbance_tables(setting["rows"], "rounds and updates, over all seeds")]
     return tables
 
 

@@ -77,7 +77,7 @@ def demo(
     from anyrank.cli.demo import CONFIG
     from anyrank.config.tables import to_table
     from anyrank.files import write_whole_text
-    from anyrank.runs.folder import remove_run
+    from anyrank.runs.removal import remove_run
 
     jobs, cells = arguments.jobs(jobs), arguments.cells(CONFIG, methods, seeds, out)
     remove_run(out)
@@ -194,7 +194,6 @@ def study(
     folder = out or Path("runs") / chosen.name
     from anyrank import report
     from anyrank.cli import console, tables
-    from anyrank.studies import comparison
 
     with console.Preparing("preparing", quiet=as_json) as preparing:
         studies.check(chosen, preparing, folder)
@@ -209,8 +208,7 @@ def study(
     if as_json:
         _print_json(results | {"out": str(folder)})
     else:
-        disturbed = [comparison.disturbed(setting.cells(folder)) for setting in chosen.settings]
-        for table in tables.study_tables(results, studies.cells_of, disturbed):
+        for table in tables.study_tables(results, studies.cells_of):
             console.out.print(table)
         console.out.print("\n".join(written), soft_wrap=True)
     _raise_failures(results["failures"], len(chosen.cells(folder)))
@@ -415,7 +413,7 @@ def report(
 
     Example: [cyan]anyrank report runs/demo[/cyan]
     """
-    from anyrank.runs.folder import find_runs
+    from anyrank.runs.finding import find_runs
 
     found = [run for folder in runs for run in find_runs(folder)]
     from anyrank import report as reports

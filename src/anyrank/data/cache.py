@@ -62,7 +62,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def store(folder: Path, kind: str, key: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Path:
-    """Write the tensors of `key` completely or not at all; `kind` begins the file's name. Raises `RunError` on failure."""
+    """Write the tensors of `key` completely or not at all; `kind` begins the file's name. Raises what `files` raises."""
     path, text = _place(folder, kind, key)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {_STAMP: _stamp(text, tensors)}
@@ -72,7 +72,8 @@ def store(folder: Path, kind: str, key: Mapping[str, str], tensors: Mapping[str,
     except (RunError, RunFailed, SafetensorError) as error:
         if load(folder, kind, key, mapped=True) is not None:  # Windows replaces no file that another process has mapped
             return path
-        raise RunError(f"{path}: cannot write to the cache: {error}; free space, or choose another cache folder") from None
+        kind = RunError if isinstance(error, RunError) else RunFailed  # a place that cannot be, or a disk that takes nothing
+        raise kind(f"cannot write to the cache: {error}; or set $ANYRANK_CACHE to another folder") from None
     return path
 
 

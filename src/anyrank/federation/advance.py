@@ -28,8 +28,8 @@ class Advanced:
 def advance(
     federation: Federation, rule: Rule, state: ServerState, jobs: Sequence[Job], asked: int, collected: Collected
 ) -> Advanced:
-    """The state after a round of `jobs`, of whose clients `asked` were asked. What the rule refuses or shortens is recorded in
-    `collected`.
+    """The state after a round of `jobs`, of whose clients `asked` were asked; the others rest, for earlier offences. What the
+    rule refuses or shortens is recorded in `collected`.
 
     The state stays as it was, for one more round, below the quorum, with fewer updates than the rule needs, and if the merge is
     not healthy. Raises `RunFailed` in the last case if `guard.rollback` is false.
@@ -37,7 +37,8 @@ def advance(
     config, round = federation.config, state.round + 1
     quorum = Quorum(config.rounds.least, config.rounds.share)
     try:
-        screened = rule.screen(state, jobs, collected.updates)
+        offenders = collected.count("rejected") + max(0, len(jobs) - asked)
+        screened = rule.without(offenders).screen(state, jobs, collected.updates)
         collected.screened(screened)
         idle = quorum.lacking(len(screened.updates), asked, collected.rows)
         if not idle:

@@ -11,6 +11,7 @@ from anyrank import methods
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError, in_a_line
+from anyrank.federation.cohort import Population
 from anyrank.federation.federation import Federation
 from anyrank.federation.standing import Standing
 from anyrank.messages.records import ClientUpdate, ServerState
@@ -23,6 +24,21 @@ def check_ranks(config: Config, method: methods.Method) -> None:
     ranks = config.clients.ranks
     if len(set(ranks)) > 1 and not method.traits.mixed_ranks and not method.pools_data:
         raise needs_one_rank(method.name, ranks, taking_mixed_ranks())
+
+
+def check_rounds(config: Config, population: Population, plan: PrivacyPlan | None) -> None:
+    """Raise `ConfigError` for a quorum that no round can have, and for late replies where each reply belongs to one round."""
+    asked = population.cohort_size
+    if config.rounds.least > asked:
+        raise ConfigError(
+            f"rounds.least: expected at most {asked}, the clients that are asked in a round, got {config.rounds.least}; raise "
+            "clients.participation, or lower rounds.least"
+        )
+    if config.rounds.late == "carry" and plan and plan.central:
+        raise ConfigError(
+            "rounds.late: with privacy.noise_at = 'server', a client's upload counts in the round for which it was charged; "
+            "use 'drop'"
+        )
 
 
 def check_private(plan: PrivacyPlan, method: methods.Method) -> None:

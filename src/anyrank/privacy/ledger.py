@@ -30,7 +30,7 @@ class Books(Protocol):
     def charge(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
     def check_charges(self) -> None:
-        """Raise `RunError` where the charges of a run that goes on are not those that its checkpoint has."""
+        """Raise `RunError` if the charges of a run that continues are not those that its checkpoint has."""
         ...
 
 
@@ -142,7 +142,7 @@ def open_ledger(
     over: int = 0,
     drawn: Callable[[int], Mapping[str, int]] = lambda round: {},
 ) -> Ledger | Unlimited:
-    """The ledger of a new run, or of one that goes on; `config` is the run's whole configuration, `over` the rounds that the
+    """The ledger of a new run, or of one that continues; `config` is the run's whole configuration, `over` the rounds that the
     checkpoint has, `drawn` the cohort of a round, `{client: declared count}`.
 
     Raises `RunError` if the run was started with another plan, or if a client took part that was not charged.

@@ -36,6 +36,15 @@ class Rule:
     the same arguments give the same result, and no argument is changed.
     """
 
+    @property
+    def least(self) -> int:
+        """The number of updates that the rule needs."""
+        return 0
+
+    def without(self, hostile: int) -> Rule:
+        """The rule for a round from which so many hostile clients were kept out already."""
+        return self
+
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         """`updates` came back from `jobs`, which started from `state`."""
         return Screened(updates)
@@ -51,12 +60,15 @@ class Chain(Rule):
 
     rules: tuple[Rule, ...]
 
+    def without(self, hostile: int) -> Chain:
+        return Chain(tuple(rule.without(hostile) for rule in self.rules))
+
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         refused: dict[str, str] = {}
         rejected: dict[str, str] = {}
         shortened: dict[str, float] = {}
         for rule in self.rules:
-            found = rule.screen(state, jobs, updates)
+            found = rule.without(len(rejected)).screen(state, jobs, updates)
             updates = found.updates
             refused |= found.refused
             rejected |= found.rejected

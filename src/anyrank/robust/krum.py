@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -29,12 +29,18 @@ class Krum(Rule):
     hostile: int = 1
     keep: int = 0
 
+    @property
+    def least(self) -> int:
+        return 2 * self.hostile + 3
+
+    def without(self, hostile: int) -> Krum:
+        return replace(self, hostile=max(0, self.hostile - hostile))
+
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
-        least = 2 * self.hostile + 3
-        if len(updates) < least:
+        if len(updates) < self.least:
             raise TooFew(
-                f"robust.rule: krum with robust.hostile = {self.hostile} needs {least} updates a round, got {len(updates)}; "
-                "raise clients.participation, or lower robust.hostile"
+                f"robust.rule: krum with robust.hostile = {self.hostile} needs {self.least} updates a round, got "
+                f"{len(updates)}; raise clients.participation, or lower robust.hostile"
             )
         updates = sorted(updates, key=lambda update: update.client)  # so that rounding does not follow the order of arrival
         products = gram(jobs, updates, common=True)

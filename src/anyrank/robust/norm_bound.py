@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -50,14 +50,14 @@ class NormBound(Rule):
 
     An update that is shortened keeps its weight and holds the mean back; one that is rejected has none. Medians are taken of
     the clients of one rank where three or more of the round hold it, since larger ranks take longer steps, else of the whole
-    round. A client that trains for more steps than the median (`steps`, by its number of examples) may move so much further.
-    Updates are shortened by moving their factors back towards the download. What stays with a client (`Download.private`) is
-    neither measured nor moved.
+    round. A client whose honest update may be longer than the median one (`reach`, in any unit, by its number of examples: it
+    takes more local steps, or adds more noise) may move so much further. Updates are shortened by moving their factors back
+    towards the download. What stays with a client (`Download.private`) is neither measured nor moved.
     """
 
     factor: float = 3.0
     far: float = 0.0
-    steps: Callable[[int], int] = lambda num_examples: 1
+    reach: Callable[[int], float] = field(default=lambda num_examples: 1.0, repr=False)
 
     def screen(self, state: ServerState, jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> Screened:
         if len(updates) < _CLASS:
@@ -65,13 +65,12 @@ class NormBound(Rule):
         by_name = {job.client.name: job for job in jobs}
         own = [by_name[update.client] for update in updates]
         found = [_measured(job, update) for job, update in zip(own, updates, strict=True)]
-        median_steps = statistics.median(self.steps(update.num_examples) for update in updates)
+        reaches = [self.reach(update.num_examples) for update in updates]
+        usual_reach = statistics.median(reaches)
         kept, shares, rejected = [], {}, {}
-        for update, job, lengths in zip(updates, own, found, strict=True):
+        for update, job, lengths, reach in zip(updates, own, found, reaches, strict=True):
             peers = [other for each, other in zip(own, found, strict=True) if each.client.rank == job.client.rank]
-            usual = _medians(peers if len(peers) >= _CLASS else found).times(
-                max(1, self.steps(update.num_examples) / median_steps)
-            )
+            usual = _medians(peers if len(peers) >= _CLASS else found).times(max(1.0, reach / usual_reach))
             if self.far and not lengths.within(usual.times(self.far)):
                 rejected[update.client] = f"its step is more than {self.far:g} times as long as the median (guard.far)"
                 continue

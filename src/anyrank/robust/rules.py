@@ -38,7 +38,7 @@ def rule_of(config: Config, method: Method, mechanism: Mechanism | None) -> Rule
     if mechanism and mechanism.plan.central:
         return CentralNoise(mechanism)
     guard = config.guard
-    bound = NormBound(guard.norm, guard.far, partial(local_steps, config.train))
+    bound = NormBound(guard.norm, guard.far, partial(_reach, config, mechanism))
     rules: list[Rule] = [bound] if guard.norm or guard.far else []
     if method.pools_data or not method.train - method.private:
         return Chain(())
@@ -50,13 +50,21 @@ def rule_of(config: Config, method: Method, mechanism: Mechanism | None) -> Rule
     return Chain(tuple(rules))
 
 
+def _reach(config: Config, mechanism: Mechanism | None, num_examples: int) -> float:
+    """How far an honest client of so many examples may move, relative to others: by its local steps, and by its noise, of which
+    a client with fewer examples adds more."""
+    noise = mechanism.plan.noise.get(num_examples, 1.0) if mechanism else 1.0
+    return local_steps(config.train, num_examples) * noise
+
+
 def overrides_aggregate(rule: Rule) -> bool:
     """Whether the rule merges by itself, so that it has to be the last one."""
     return type(rule).aggregate is not Rule.aggregate
 
 
-def check(config: RobustConfig, method: Method, central: bool) -> None:
-    """Raise `ConfigError` for a rule that this method, or the server's noise, would make void."""
+def check(config: RobustConfig, method: Method, central: bool, cohort: int) -> None:
+    """Raise `ConfigError` for a rule that this method, or the server's noise, would make void, or that needs more updates than
+    a round of `cohort` clients can have."""
     if config.rule == "none":
         return
     if central:
@@ -75,4 +83,10 @@ def check(config: RobustConfig, method: Method, central: bool) -> None:
         raise ConfigError(
             f"robust.rule: the {config.rule} is taken of single numbers of the factors, which {method.name} does not average; "
             f"it is for {suitable()}; choose geometric-median or multi-krum"
+        )
+    least = max((rule.least for rule in _BUILT_IN[config.rule](config)), default=0)
+    if cohort < least:
+        raise ConfigError(
+            f"robust.rule: {config.rule} with robust.hostile = {config.hostile} needs {least} updates a round, but {cohort} "
+            f"{'client is' if cohort == 1 else 'clients are'} asked; raise clients.participation, or lower robust.hostile"
         )

@@ -29,15 +29,19 @@ class OtherVersion(RunError):
 
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint holds: the `state`, and how far each log went; `None` in one of the format before."""
+    """What a checkpoint holds: the `state`, how far each log went, and the digest of what its run began with. The last two are
+    `None` in one of the format before."""
 
     state: ServerState
     marks: Mapping[str, Mark] | None
+    run: str | None
 
 
-def save_state(state: ServerState, path: Path, marks: Mapping[str, Mark] | None = None, before: Path | None = None) -> None:
-    """Write a server state, with the marks of the logs that belong to it, whole or not at all. `before`: where the one goes
-    that stood there."""
+def save_state(
+    state: ServerState, path: Path, marks: Mapping[str, Mark] | None = None, before: Path | None = None, run: str | None = None
+) -> None:
+    """Write a server state, with the marks of the logs that belong to it, and the digest of what its `run` began with, whole
+    or not at all. `before`: where the checkpoint goes that stands at `path`."""
     tensors: dict[str, torch.Tensor] = {}
     header = {
         "format": _FORMAT,
@@ -49,6 +53,7 @@ def save_state(state: ServerState, path: Path, marks: Mapping[str, Mark] | None 
         "extra": {name: pack(f"extra/{name}", adapter, tensors) for name, adapter in sorted(state.extra.items())},
         "logs": dict(marks or {}),
     }
+    header |= {"run": run} if run is not None else {}
     header = json.loads(json.dumps(header))  # as it will be read
     sealed = json.dumps(header | {"sha256": _digest(header, tensors)})
     write_whole(path, lambda file: save_file(tensors, file, metadata={"state": sealed}), before)
@@ -60,7 +65,7 @@ def load_state(path: Path) -> ServerState:
 
 
 def load(path: Path) -> Stored:
-    """Read a checkpoint back. Raises `RunError` where it is damaged, `OtherVersion` where it is not."""
+    """Read a checkpoint back. Raises `RunError` if it is damaged, and `OtherVersion` if it is whole and of another format."""
     try:
         header, tensors = _read(path)
         digest = header.pop("sha256", None)
@@ -70,7 +75,7 @@ def load(path: Path) -> Stored:
             expected = f"expected checkpoint format {_FORMAT}, got {header['format']}"
             raise OtherVersion(f"{path}: {expected}; use the version that wrote it")
         marks = {name: Mark(*mark) for name, mark in header["logs"].items()} if "logs" in header else None
-        return Stored(_state(header, tensors), marks)
+        return Stored(_state(header, tensors), marks, header.get("run"))
     except OtherVersion:
         raise
     except Exception as error:  # what is damaged may break in any way

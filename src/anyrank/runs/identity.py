@@ -1,22 +1,31 @@
-"""What a run depends on beside its configuration: the files that this names. A run goes on with those that it began with."""
+"""What a run began with, noted once: its configuration, and digests of the files that this names. A run continues with the
+same ones.
+
+The note is never written again, and each checkpoint has its digest: a checkpoint continues the run that it is of, and no other.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anyrank.config import tables
 from anyrank.config.sections import Config
 from anyrank.errors import RunError
-from anyrank.runs.names import IDENTITY, read_object
+from anyrank.files import read_bounded, write_whole_text
+from anyrank.runs.matching import check_grown, flat
+from anyrank.runs.names import CONFIG, IDENTITY, MOST_BYTES, read_object
 
 _PIECE = 1 << 20
 _MOST = 2 << 30  # bytes of a folder, or file, of which every byte is read
-_LISTED = 1000  # files of a folder that are told one by one
+_LISTED = 1000  # files of a folder whose digests are noted one by one
+_CONFIG = "config"  # the entry of the configuration, among those of the keys that name files
 _EMBEDDED = ("digits", "arithmetic")  # sources that come with the package, whatever lies in the working folder
 
 
@@ -40,21 +49,62 @@ def of(config: Config) -> dict[str, dict[str, str]]:
     return {key: found for key, path in named.items() if path and (found := _digests(Path(path)))}
 
 
+def note(folder: Path, config: Config) -> None:
+    """Write down what a run begins with."""
+    noted = {_CONFIG: tables.identity(config), **of(config)}
+    write_whole_text(folder / IDENTITY, json.dumps(noted, indent=2) + "\n")
+
+
+def mark(folder: Path) -> str:
+    """The digest of the note, which the run's checkpoints have too. Empty if a version before this one began the run."""
+    if not os.path.lexists(folder / IDENTITY):
+        return ""
+    try:
+        return hashlib.sha256(read_bounded(folder / IDENTITY, MOST_BYTES)).hexdigest()
+    except OSError as error:
+        raise RunError(f"{folder / IDENTITY}: cannot be read ({error.strerror or error}); restore the file") from None
+
+
 def check(folder: Path, config: Config) -> None:
-    """Raise `RunError` that names the first file that is not what the run in `folder` began with. A folder of a version that
-    noted no digests passes."""
+    """Raise `RunError` that names the first key or file that is not what the run in `folder` began with. A folder of a version
+    that noted nothing passes here. Whether a note was removed is seen by the checkpoint."""
     if not os.path.lexists(folder / IDENTITY):
         return
     stored, now = read_object(folder / IDENTITY), of(config)
+    _check_config(folder, stored.pop(_CONFIG, None), config)
     for key in sorted(stored.keys() | now.keys()):
         began, found = (each.get(key, {}) for each in (stored, now))
         if began != found:
             raise _changed(folder, config, key, began, found)
 
 
+def _check_config(folder: Path, noted: Any, config: Config) -> None:
+    """Raise `RunError` for a configuration that is not the one that the run began with: its file was edited since."""
+    if noted is None:
+        return
+    if not isinstance(noted, Mapping):
+        raise _damaged(folder)
+    stored, now = flat(noted), flat(json.loads(json.dumps(tables.identity(config))))
+    rounds = stored.pop("run.rounds", None)
+    if not isinstance(rounds, int):
+        raise _damaged(folder)
+    if now.pop("run.rounds") != rounds:
+        check_grown(folder, config.replace(run={"rounds": rounds}), config.run.rounds)
+    for key in sorted(stored.keys() | now.keys()):
+        if stored.get(key) != now.get(key):
+            raise RunError(
+                f"{folder / CONFIG}: was edited: the run began with {key} = {stored.get(key)!r}, not {now.get(key)!r}; "
+                "restore the file, or choose another --out"
+            )
+
+
+def _damaged(folder: Path) -> RunError:
+    return RunError(f"{folder / IDENTITY}: damaged; restore the file, or choose another --out")
+
+
 def _changed(folder: Path, config: Config, key: str, began: Any, found: Mapping[str, str]) -> RunError:
     if not isinstance(began, Mapping):
-        return RunError(f"{folder / IDENTITY}: damaged; restore the file, or choose another --out")
+        return _damaged(folder)
     name = min(name for name in began.keys() | found.keys() if began.get(name) != found.get(name))
     path = Path(config.site_files.get(key) or functools.reduce(getattr, key.split("."), config)) / name
     how = "is gone" if name not in found else "was not there" if name not in began else "has changed"

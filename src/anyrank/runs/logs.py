@@ -14,7 +14,7 @@ from anyrank.files import append, cut
 from anyrank.runs.names import read_lines
 
 _PIECE = 1 << 20
-_MEND = "restore the file, or start the run anew in another --out"
+_REMEDY = "restore the file, or start the run anew in another --out"
 
 
 class Mark(NamedTuple):
@@ -25,7 +25,7 @@ class Mark(NamedTuple):
 
 
 class Log:
-    """A log under way. What is in the file when this is made counts as whole."""
+    """A log that is being written. What is in the file when this is made counts as whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,9 +46,9 @@ def check(path: Path, mark: Mark) -> None:
     """Raise `RunError` for a log that does not begin as `mark` has it."""
     length, total = _digest(path, mark.length)
     if length < mark.length:
-        raise RunError(f"{path}: expected {mark.length} bytes or more, as the checkpoint has it, got {length}; {_MEND}")
+        raise RunError(f"{path}: expected {mark.length} bytes or more, as the checkpoint has it, got {length}; {_REMEDY}")
     if total.hexdigest() != mark.sha256:
-        raise RunError(f"{path}: changed or damaged: its first {mark.length} bytes are not those of the checkpoint; {_MEND}")
+        raise RunError(f"{path}: changed or damaged: its first {mark.length} bytes are not those of the checkpoint; {_REMEDY}")
 
 
 def cut_to(path: Path, mark: Mark) -> None:
@@ -58,15 +58,15 @@ def cut_to(path: Path, mark: Mark) -> None:
 
 
 def mark_of_rounds(path: Path, last: int) -> Mark:
-    """The mark of a log after round `last`, where none was taken. Raises `RunError` where a round is missing or out of turn."""
+    """The mark of a log after round `last`, if none was taken. Raises `RunError` if a round is missing or out of order."""
     length, rounds = 0, []
     for row in read_lines(path):
         if not isinstance(row.get("round"), int):
-            raise RunError(f"{path}: a line has no round; {_MEND}")
+            raise RunError(f"{path}: a line has no round; {_REMEDY}")
         rounds.append(row["round"])
     kept = [round for round in rounds if round <= last]
     if sorted(set(kept)) != list(range(1, last + 1)) or kept != sorted(kept) or rounds[: len(kept)] != kept:
-        raise RunError(f"{path}: expected lines of all rounds up to {last}, the checkpoint's, in turn; {_MEND}")
+        raise RunError(f"{path}: expected lines of all rounds up to {last}, the checkpoint's, in order; {_REMEDY}")
     if kept:
         lines = path.read_bytes().split(b"\n")[: len(kept)]
         length = sum(len(line) + 1 for line in lines)
@@ -79,7 +79,7 @@ def _digest(path: Path, most: int | None) -> tuple[int, Any]:
     if not os.path.lexists(path):
         return length, total
     if not path.is_file():
-        raise RunError(f"{path}: expected a file; {_MEND}")
+        raise RunError(f"{path}: expected a file; {_REMEDY}")
     try:
         with open(path, "rb") as file:
             while piece := file.read(_PIECE if most is None else min(_PIECE, most - length)):

@@ -14,6 +14,7 @@ PRIVACY, LEDGER = "privacy.json", "privacy.jsonl"
 COMPARISON = "compare.json"
 CHECKPOINT, STATE, BEFORE = "checkpoint", "state.safetensors", "state-before.safetensors"
 IDENTITY, SEAL = "identity.json", "seal.json"
+SITES, SCORES = "sites", "scores.json"
 MOST_BYTES = 1 << 30  # of one of these files: a log of a million rounds
 
 
@@ -36,7 +37,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     try:
-        for number, line in enumerate(read_bounded(path, MOST_BYTES).split(b"\n")[:-1], 1):  # noqa: B007 - told where it fails
+        for number, line in enumerate(read_bounded(path, MOST_BYTES).split(b"\n")[:-1], 1):  # noqa: B007 - the message names it
             lines.append(_object(line))
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror or error}); correct that, or choose another --out") from None

@@ -1,15 +1,14 @@
-"""The digests of what a finished run left: whether its files are still what they were."""
+"""The digests of what a finished run left, by which a comparison sees whether its files are still the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from anyrank.errors import RunError
 from anyrank.files import is_temporary, write_whole_text
-from anyrank.runs.names import CHECKPOINT, IDENTITY, SEAL, read_object
+from anyrank.runs.names import CHECKPOINT, SEAL, read_object
 
 _NOT_SEALED = {SEAL, ".lock", "report.html"}
 
@@ -22,13 +21,8 @@ def write(folder: Path) -> None:
 
 
 def fits(folder: Path) -> bool:
-    """Whether the files are what they were.
-
-    A run of a version before notes nothing, and has no identity: nothing can be said against it. One with an identity and no
-    digests was stopped just before it wrote them.
-    """
-    if not os.path.lexists(folder / SEAL):
-        return not os.path.lexists(folder / IDENTITY)
+    """Whether the files are what they were when the run ended. Without the digests they are not: a run that is continued from
+    its last checkpoint writes them again, and trains nothing anew."""
     try:
         noted = read_object(folder / SEAL)["files"]
         return bool(noted) and all(_digest(folder / name) == digest for name, digest in noted.items())

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anyrank import files
-
-SITES, SCORES = "sites", "scores.json"
+from anyrank.runs.names import SCORES, SITES
 
 
 def write(folder: Path, summary: Mapping[str, Any]) -> None:

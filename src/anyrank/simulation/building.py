@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from anyrank.data.partition import ByName
 from anyrank.engines.inprocess import InProcess
 from anyrank.errors import AnyRankError, ConfigError, RunFailed
 from anyrank.federation import cohort, loop
-from anyrank.federation.checks import check_private, check_ranks
+from anyrank.federation.checks import check_private, check_ranks, check_rounds
 from anyrank.federation.engine import Engine
 from anyrank.federation.federation import Federation
 from anyrank.federation.standing import MOST_CLIENTS, Labels
@@ -27,7 +26,7 @@ from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.progress import Progress
 from anyrank.robust import central_noise, rules
 from anyrank.runs.folder import RunDir
-from anyrank.runs.names import METRICS
+from anyrank.runs.removal import remove_start
 from anyrank.simulation.sites import dealt, own_scores
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.load import load_task
@@ -96,7 +95,8 @@ def build(
         step_factor, shards = population.cohort_size, partition.pooled(shards)
         population = population.pooled(len(shards[0]))
     privacy = plan_privacy(config, population.sizes)
-    rules.check(config.robust, method, privacy is not None and privacy.central)
+    check_rounds(config, population, privacy)
+    rules.check(config.robust, method, privacy is not None and privacy.central, population.cohort_size)
     if privacy:
         check_private(privacy, method)
         if privacy.central:
@@ -146,8 +146,8 @@ def execute(
         except RunFailed:
             raise
         except AnyRankError:
-            if new and not (out / METRICS).exists():  # wrong before round 1: the request is to be mended, not resumed
-                shutil.rmtree(out, ignore_errors=True)
+            if new:  # wrong before round 1: the request has to be corrected, and there is nothing to resume
+                remove_start(out)
             raise
         finally:
             built.close()

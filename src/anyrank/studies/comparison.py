@@ -12,11 +12,13 @@ from typing import Any
 from anyrank import simulation
 from anyrank.algebra import spectra
 from anyrank.errors import RunError
-from anyrank.files import contents, is_temporary, make_folder, sweep, write_whole_text
-from anyrank.runs.folder import RunDir, is_done
+from anyrank.files import contents, make_folder, sweep, write_whole_text
+from anyrank.runs import lock
+from anyrank.runs.finding import is_done
+from anyrank.runs.folder import RunDir
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
 from anyrank.studies.grid import OnRound, finished, run_cells
-from anyrank.studies.variants import Cell, folder, make_cells, variant
+from anyrank.studies.variants import Cell, disturbances, folder, make_cells, variant
 
 __all__ = ["Results", "check", "execute", "folder", "make_cells", "table", "variant"]
 
@@ -35,7 +37,7 @@ def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: expected a folder for the runs, got a file; choose another --out")
-    if not (resume and (out / COMPARISON).exists()) and any(not is_temporary(path) for path in contents(out)):
+    if not (resume and (out / COMPARISON).exists()) and any(not path.name.startswith(".") for path in contents(out)):
         raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
     check_begun(cells)
     for cell in {cell.label: cell for cell in reversed(cells)}.values():
@@ -51,14 +53,16 @@ def check_begun(cells: Sequence[Cell]) -> None:
 def execute(cells: Sequence[Cell], out: Path, jobs: int, on_round: OnRound | None = None) -> Results:
     """Run every cell that is not finished yet, `jobs` at a time, then write and return the results.
 
-    A failed run does not stop the others. Raises `RunFailed` if all runs failed.
+    A failed run does not stop the others. Raises `RunFailed` if all runs failed, and `RunError` if another process is writing
+    in `out`.
     """
     make_folder(out)
-    sweep(out)
-    _write(out, cells, Results([], []))
-    failures = run_cells([cell for cell in cells if not is_done(cell.out, cell.config)], jobs, on_round)
-    results = Results(table(finished(cells, failures)), failures)
-    _write(out, cells, results)
+    with lock.holding(out, "this comparison"):
+        sweep(out)
+        _write(out, cells, Results([], []))
+        failures = run_cells([cell for cell in cells if not is_done(cell.out, cell.config)], jobs, on_round)
+        results = Results(table(finished(cells, failures)), failures)
+        _write(out, cells, results)
     return results
 
 
@@ -83,22 +87,6 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         rows.append(row | disturbances(summaries))
     for figure in ("accuracy", "last_accuracy", "loss"):
         _pair(rows, figure, {label: _by_seed(cells, label, figure) for label in dict.fromkeys(cell.label for cell in cells)})
-    return rows
-
-
-def disturbances(summaries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Over all runs: updates that were not used, steps that were shortened, and rounds that were idle. Runs of versions that
-    did not count them have none.
-    """
-    return {key: sum(summary.get(key, 0) for summary in summaries) for key in ("rejected", "shortened", "idle_rounds")}
-
-
-def disturbed(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The disturbances of each method's finished runs, `{label, rejected, shortened, idle_rounds}`."""
-    rows = []
-    for label in dict.fromkeys(cell.label for cell in cells):
-        done = [cell.out / SUMMARY for cell in cells if cell.label == label and is_done(cell.out, cell.config)]
-        rows.append({"label": label} | disturbances([json.loads(path.read_text(encoding="utf-8")) for path in done]))
     return rows
 
 

@@ -37,7 +37,8 @@ from anyrank.config.sections import Config
 from anyrank.config.tables import read_toml
 from anyrank.errors import AnyRankError, ConfigError, nearest
 from anyrank.files import make_folder, sweep, write_whole_text
-from anyrank.runs.folder import is_done
+from anyrank.runs import lock
+from anyrank.runs.finding import is_done
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
 from anyrank.studies import variants
 from anyrank.studies.variants import Cell
@@ -209,18 +210,20 @@ def check(study: Study, progress=None, out: Path | None = None) -> None:
 
 def execute(study: Study, out: Path, jobs: int, on_round: OnRound | None = None) -> dict[str, Any]:
     """Run all unfinished runs of all settings in one grid, and return the results, which are also written to `out` as JSON and
-    as Markdown. A failed run does not stop the others; raises `RunFailed` if all runs failed.
+    as Markdown. A failed run does not stop the others; raises `RunFailed` if all runs failed, and `RunError` if another process
+    is writing in `out`.
     """
     from anyrank.studies import grid
 
     make_folder(out)
-    sweep(out)
-    cells = study.cells(out)
-    failures = grid.run_cells([cell for cell in cells if not is_done(cell.out, cell.config)], jobs, on_round)
-    grid.finished(cells, failures)
-    results = tell(study, out) | {"failures": failures}
-    write_whole_text(out / STUDY, json.dumps(results, indent=2) + "\n")
-    write_whole_text(out / TABLE, markdown(results))
+    with lock.holding(out, "this study"):
+        sweep(out)
+        cells = study.cells(out)
+        failures = grid.run_cells([cell for cell in cells if not is_done(cell.out, cell.config)], jobs, on_round)
+        grid.finished(cells, failures)
+        results = tell(study, out) | {"failures": failures}
+        write_whole_text(out / STUDY, json.dumps(results, indent=2) + "\n")
+        write_whole_text(out / TABLE, markdown(results))
     return results
 
 
@@ -248,7 +251,7 @@ def _row(study: Study, label: str, cells: Sequence[Cell]) -> dict[str, Any]:
         known = [value for value in values if value is not None]
         mean = statistics.fmean(known) if known else None
         columns[name] = {"values": values, "mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None}
-    return {"label": label, "columns": columns}
+    return {"label": label, "columns": columns} | variants.disturbances([run[0] for run in runs if run])
 
 
 def _pair(rows: Sequence[dict[str, Any]], name: str) -> None:

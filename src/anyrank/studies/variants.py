@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anyrank import config as configs
 from anyrank.config.sections import Config
@@ -34,12 +35,24 @@ def make_cells(config: Config, methods: Sequence[str], seeds: int, out: Path) ->
         raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
     if not methods or len(set(methods)) != len(methods):
         raise ConfigError(f"--methods: expected different methods, comma-separated, got {', '.join(methods) or 'none'}")
+    _check_folders(methods)
     cells = []
     for label in methods:
         chosen = variant(config, label)
         for seed in range(config.run.seed, config.run.seed + seeds):
             cells.append(Cell(label, chosen.replace(run={"seed": seed}), out / folder(label) / f"seed-{seed}"))
     return cells
+
+
+def _check_folders(labels: Sequence[str]) -> None:
+    """Raise `ConfigError` for labels that differ in case alone: on macOS and Windows their runs would have one folder."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(label.casefold(), label)
+        if other != label:
+            raise ConfigError(
+                f"--methods: {other} and {label} differ in case alone, and so would their folders; write one of them"
+            )
 
 
 def folder(label: str, windows: bool = os.name == "nt") -> str:
@@ -93,3 +106,10 @@ def check_folder(out: Path, resume: bool) -> None:
     held = out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())
     if held and not (resume and (out / COMPARISON).exists()):
         raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
+
+
+def disturbances(summaries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Over all runs: updates that were not used, steps that were shortened, and rounds that were idle. Runs of versions that
+    did not count them have none.
+    """
+    return {key: sum(summary.get(key, 0) for summary in summaries) for key in ("rejected", "shortened", "idle_rounds")}

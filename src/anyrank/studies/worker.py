@@ -9,7 +9,7 @@ from anyrank import stopping
 
 
 def serve(connection: Connection) -> None:
-    """The whole life of a worker: it runs the cells that come over `connection`, until it is ended."""
+    """Run the cells that come over `connection`, until the grid ends this process, or ends itself."""
     stopping.end_with(multiprocessing.parent_process())
     stopping.on_signals()
     from anyrank.studies import grid  # with torch
