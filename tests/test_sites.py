@@ -24,6 +24,7 @@ from anyrank.data.texts import Table
 from anyrank.errors import AnyRankError, ConfigError, DataError, RunError
 from anyrank.federation.standing import Labels, Sites, of_global, of_personal
 from anyrank.messages.records import Scores
+from anyrank.report.runs import read
 from anyrank.runs.removal import remove_run
 from anyrank.simulation.building import build
 from anyrank.studies.variants import variant
@@ -187,6 +188,11 @@ def test_the_report_shows_any_name_of_a_site_as_text(world, tmp_path, name: str)
     page = report.build([tmp_path / "run"], tmp_path / "page.html").read_text()
     assert "Scores of each site" in page
     assert name not in page
+
+
+def test_the_ranks_of_an_unfinished_run_are_those_of_its_sites(world, tmp_path) -> None:
+    (tmp_path / "config.toml").write_bytes((world.run / "config.toml").read_bytes())
+    assert sorted(read(tmp_path).planned_ranks) == [4, 8, 16]
 
 
 def test_a_run_does_not_go_on_with_a_sites_other_file(world, tmp_path) -> None:

@@ -16,5 +16,6 @@ def write(folder: Path, summary: Mapping[str, Any]) -> None:
     for name, row in summary.get("sites", {}).items():
         if row["test_examples"]:
             files.make_folder(folder / SITES / name)
+            files.sweep(folder / SITES / name)  # of what a kill left while it was written
             scores = {"site": name, "round": summary["rounds"], **row}
             files.write_whole_text(folder / SITES / name / SCORES, json.dumps(scores, indent=2) + "\n")
