@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import shutil
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -437,6 +438,15 @@ def test_sites_are_read_and_written_with_paths_from_the_configurations_folder(tm
     assert "sites" not in to_table(Config())
     assert "sites" not in identity(Config())
     assert [key.path for key in explain.find("sites")] == [f"sites.{key}" for key in ("name", "rank", "source", "test_source")]
+
+
+def test_the_configuration_in_the_document_is_one() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "sites.md").read_text()
+    config = from_table(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
+    assert [(one.name, one.rank, bool(one.test_source)) for one in config.sites] == [
+        ("lakeside", 4, False),
+        ("st-mary", 16, True),
+    ]
 
 
 def test_a_list_of_files_makes_a_client_of_each(tmp_path) -> None:
