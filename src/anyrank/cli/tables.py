@@ -9,9 +9,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from anyrank.cli import sites
 from anyrank.cli.console import megabytes, out, shown
 from anyrank.cli.folding import folded
-from anyrank.config.explain import Key
+from anyrank.config.explain import Key, bracketed
 
 _PLACES = {"memory": "in memory", "disk": "on disk (memory-mapped)"}
 
@@ -134,8 +135,8 @@ def audit_table(verdict: Mapping[str, Any]) -> Table:
     return table
 
 
-def run_table(summary: Mapping[str, Any]) -> Table:
-    """The closing table of one run."""
+def run_table(summary: Mapping[str, Any]) -> Group:
+    """The closing table of one run, and one with a row for each named site."""
     title = f"{shown(summary['name'])}: {summary['method']}, {summary['rounds']} rounds"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="dim")
@@ -155,6 +156,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         "clients": f"{summary['clients']} registered, {summary['cohort']} per round, ranks {', '.join(summary['ranks'])}",
         "traffic": f"{megabytes(summary['upload_bytes'])} MB up, {megabytes(summary['download_bytes'])} MB down",
         **private,
+        **sites.rows(summary),
         "updates not used": str(summary["rejected"]),
         **_disturbances(summary),
         "head": summary["head"],
@@ -163,7 +165,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     }
     for name, value in figures.items():
         table.add_row(name, value)
-    return table
+    return Group(table, *sites.tables(summary))
 
 
 def _disturbances(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -253,7 +255,7 @@ def section_table(sections: Mapping[str, str]) -> Table:
     table.add_column("section", no_wrap=True)
     table.add_column("meaning")
     for name, doc in sections.items():
-        table.add_row(Text(f"[{name}]"), Text(doc))  # as it is: brackets are no markup here
+        table.add_row(Text(bracketed(name)), Text(doc))  # as it is: brackets are no markup here
     return table
 
 

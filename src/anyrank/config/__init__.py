@@ -14,6 +14,7 @@ from anyrank.config.sections import (
     RobustConfig,
     RoundsConfig,
     RunConfig,
+    SiteConfig,
     TrainConfig,
 )
 from anyrank.config.tables import from_table, identity, load, override, to_table
@@ -32,6 +33,7 @@ __all__ = [
     "RobustConfig",
     "RoundsConfig",
     "RunConfig",
+    "SiteConfig",
     "TrainConfig",
     "from_table",
     "identity",

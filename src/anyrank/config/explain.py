@@ -85,19 +85,20 @@ def keys() -> tuple[Key, ...]:
 def _sections(kind: type, where: str):
     hints = typing.get_type_hints(kind)
     if where:
-        doc = (kind.__doc__ or "").partition("`: ")[2]
+        doc = " ".join((kind.__doc__ or "").partition("`: ")[2].split())
         yield where, doc[:1].upper() + doc[1:]
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _sections(hints[field.name], _below(where, field.name))
+        inner = _table(hints[field.name])
+        if inner:
+            yield from _sections(inner, _below(where, field.name))
 
 
 def _keys(kind: type, where: str):
     hints, inner = typing.get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         hint, path = hints[field.name], _below(where, field.name)
-        if dataclasses.is_dataclass(hint):
-            inner.append((hint, path))
+        if _table(hint):
+            inner.append((_table(hint), path))
             continue
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         also = {library: tuple(names.split(", ")) for library, names in field.metadata.get("also", {}).items()}
@@ -105,6 +106,18 @@ def _keys(kind: type, where: str):
         yield Key(path, *told, default, also, READ_BY.get((where, field.name), ((), ""))[0])
     for hint, path in inner:
         yield from _keys(hint, path)
+
+
+def _table(hint: Any) -> type | None:
+    """The section that a field holds, or that each item of its list is; `None` for a key."""
+    hint = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
+def bracketed(section: str) -> str:
+    """A section's heading as TOML writes it: `[lora]`, or `[[sites]]` for a list of tables."""
+    repeated = typing.get_origin(typing.get_type_hints(Config).get(section)) is tuple
+    return f"[[{section}]]" if repeated else f"[{section}]"
 
 
 def _below(where: str, name: str) -> str:

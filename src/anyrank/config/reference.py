@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from anyrank.config.explain import Key, keys, sections
+from anyrank.config.explain import Key, bracketed, keys, sections
 
 _TOP = """# Configuration
 
@@ -23,7 +23,7 @@ def page() -> str:
     parts = [_TOP]
     for section, doc in sections().items():
         rows = [_row(key) for key in keys() if key.section == section]
-        parts.append(f"## [{section}]\n\n{doc}\n\n{_HEAD}" + "\n".join(rows) + "\n")
+        parts.append(f"## {bracketed(section)}\n\n{doc}\n\n{_HEAD}" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from anyrank.config import explain
-from anyrank.config.sections import Config
+from anyrank.config.filelist import with_files
+from anyrank.config.sections import Config, SiteConfig
+from anyrank.config.sections.sites import OF_SITES
 from anyrank.errors import ConfigError, in_a_line, nearest, shortened
 from anyrank.files import check_depth, read_bounded
 
@@ -100,6 +102,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             holder = holder.get(section) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and isinstance(holder.get(key), str) and holder[key]:
             holder[key] = _found(holder[key], path.parent)
+    data = table.get("data")
+    if isinstance(data, dict) and isinstance(data.get("source"), list):
+        data["source"] = [_found(file, path.parent) if isinstance(file, str) and file else file for file in data["source"]]
+    for site in table["sites"] if isinstance(table.get("sites"), list) else ():
+        for key in ("source", "test_source"):
+            if isinstance(site, dict) and isinstance(site.get(key), str) and site[key]:
+                site[key] = _found(site[key], path.parent)
     for override in overrides:
         _override(table, override)
     return from_table(table)
@@ -145,7 +154,26 @@ def from_table(table: Mapping[str, Any]) -> Config:
         known = {"name", "file", "handed_in"}
         options = {key: value for key, value in method.items() if key not in known}
         table["method"] = {key: value for key, value in method.items() if key in known} | {"options": options}
+    if isinstance(table.get("data"), Mapping) and isinstance(table["data"].get("source"), (list, tuple)):
+        table = with_files(table)
+    if "sites" in table:
+        table = _with_sites(table)
     return _build(Config, table, "")
+
+
+def _with_sites(table: dict[str, Any]) -> dict[str, Any]:
+    """`table` with its sites read. All sites take part in every round, unless the table says how many."""
+    listed = table["sites"]
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise ConfigError(f"sites: expected a table [[sites]] for each site, got {listed!r}; add one, or leave it out")
+    sites = []
+    for number, site in enumerate(listed, start=1):
+        name = site.get("name") if isinstance(site, Mapping) else None
+        where = f"sites.{name}" if isinstance(name, str) and name else f"sites[{number}]"
+        sites.append(_build(SiteConfig, site, where))
+    clients = table.get("clients", {})
+    clients = {"participation": 1.0} | clients if isinstance(clients, Mapping) else clients
+    return table | {"sites": tuple(sites), "clients": clients}
 
 
 def to_table(config: Config) -> dict[str, Any]:
@@ -155,6 +183,10 @@ def to_table(config: Config) -> dict[str, Any]:
     for section in (table["model"], table["data"]["partition"], table["method"]):
         if not section["handed_in"]:
             del section["handed_in"]  # never written by hand
+    for name in OF_SITES if config.sites else ():
+        del table["clients"][name]  # the sites say these
+    if not config.sites:
+        del table["sites"]
     return _plain(table)
 
 
@@ -185,6 +217,8 @@ def _override(table: dict[str, Any], override: str) -> None:
     keys = dotted.strip().split(".")
     if not equals or not 2 <= len(keys) <= _MOST_DOTS or not all(keys):
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. train.learning_rate=1e-3")
+    if keys[0] == "sites":
+        raise ConfigError(f"--set {override}: the [[sites]] are set in the file of the configuration only; change them there")
     try:
         value = parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

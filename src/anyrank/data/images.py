@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +19,12 @@ from anyrank.config.sections import DataConfig
 from anyrank.data import hub
 from anyrank.data.arrays import IDX, idx_folder, npz
 from anyrank.data.pictures import dataset_source, picture_folder
-from anyrank.data.pixels import HELD_OUT, Pixels, Rows, Splits
+from anyrank.data.pixels import HELD_OUT, Concatenated, Pixels, Rows, Splits
 from anyrank.data.split import held_out, ordered
 from anyrank.errors import DataError, nearest
 from anyrank.files import check_regular, walk
 
+CLOSED = True  # labels are classes
 _SEED = 0  # which examples a limit keeps is the same for every run seed
 
 
@@ -124,6 +126,30 @@ def load_split(config: DataConfig) -> tuple[Images, Images]:
     else:
         train, test = _divided(train, config)
     return train, _limited(test, config.test_examples, "data.test_examples")
+
+
+def training(config: DataConfig) -> Images:
+    """All training images of `data.source`."""
+    splits = _read(config.source, config, "data.source")
+    return _labelled(splits[_split(splits, config.split, ("train", ""), config.source, "data.split")](), config.source)
+
+
+def given_held_out(config: DataConfig) -> Images | None:
+    """The images of the test source, or of a split of the source that is not for training; `None` if there are none."""
+    others: Splits = {}
+    if not config.test_source:
+        splits = _read(config.source, config, "data.source")
+        chosen = _split(splits, config.split, ("train", ""), config.source, "data.split")
+        others = {name: read for name, read in splits.items() if name != chosen}
+    rows = _held_out_rows(config, others)
+    return None if rows is None else _labelled(rows, config.test_source or config.source)
+
+
+def together(parts: Sequence[Images]) -> dict[str, Any]:
+    """The pictures of all parts, one after the other."""
+    pixels = Concatenated(tuple(part.pixels for part in parts))
+    rows = [part.rows + start for part, start in zip(parts, pixels.starts, strict=False)]
+    return {"pixels": pixels, "rows": np.concatenate(rows)}
 
 
 def _held_out_rows(config: DataConfig, others: Splits) -> Rows | None:

@@ -25,6 +25,7 @@ Row = Mapping[str, Any]
 Fields = Mapping[str, str]
 _SEED = 0  # which examples a limit keeps is the same for every run seed
 _DEFAULT_LABEL = "label"
+CLOSED = False  # labels are kinds of questions, not answers: held-out examples may be of other kinds
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # calculator annotations in GSM8K's answers, e.g. <<48/2=24>>
 _ANSWER_FORMAT = re.compile(r"Answer format: (\w+(?:/\w+)+)\s*$")
 
@@ -232,13 +233,31 @@ def load_split(config: DataConfig) -> tuple[Instructions, Instructions]:
     same for every run seed. The label of a row is its column `data.label`, if there is one; else its options (`true/false`);
     else all rows have one label. Raises `DataError` with the place of the row.
     """
-    read = _read_messages if config.format == MESSAGES else _read_rows
-    train = read(sources.training_rows(config), config)
+    train = _reading(config)(sources.training_rows(config), config)
     if not (config.test_source or config.test_split):
         return _divided(_labelled(train, ordered(train.names)), config)
-    test = read(sources.held_out_rows(config), config)
+    test = _reading(config)(sources.held_out_rows(config), config)
     names = ordered([*train.names, *test.names])
     return _labelled(train, names), _labelled(test, names)
+
+
+def training(config: DataConfig) -> Instructions:
+    """All instructions of `data.source`."""
+    found = _reading(config)(sources.training_rows(config), config)
+    return _labelled(found, ordered(found.names))
+
+
+def given_held_out(config: DataConfig) -> Instructions | None:
+    """The instructions of the test source or split; `None` if neither is set."""
+    if not (config.test_source or config.test_split):
+        return None
+    found = _reading(config)(sources.held_out_rows(config), config)
+    return _labelled(found, ordered(found.names))
+
+
+def together(parts: Sequence[Instructions]) -> dict[str, Any]:
+    """The items of all parts, one after the other."""
+    return {"items": tuple(item for part in parts for item in part.items)}
 
 
 def _divided(whole: Instructions, config: DataConfig) -> tuple[Instructions, Instructions]:
@@ -249,6 +268,10 @@ def _divided(whole: Instructions, config: DataConfig) -> tuple[Instructions, Ins
             "raise it, or give data.test_source"
         )
     return whole.take(np.flatnonzero(~chosen)), whole.take(np.flatnonzero(chosen))
+
+
+def _reading(config: DataConfig) -> Callable[[Sequence[tuple[str, Row]], DataConfig], _Read]:
+    return _read_messages if config.format == MESSAGES else _read_rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -272,6 +272,14 @@ def split_by(
     return shards
 
 
+def names_of(config: PartitionConfig, num_clients: int, columns: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """The values of `config.column` in the order of their clients, if each client has one value; else empty."""
+    if config.kind != "column" or config.file:
+        return ()
+    values = ordered(str(value) for value in columns.get(config.column, ()))
+    return values if len(values) == num_clients else ()
+
+
 def _sampled(config: PartitionConfig, labels: np.ndarray, clients: int, seed: int) -> SampledShards:
     if config.examples_per_client > len(labels):
         raise DataError(

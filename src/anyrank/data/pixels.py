@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,37 @@ class Pixels(Protocol):
     def where(self, i: int) -> str:
         """Picture `i` in the words of an error."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Concatenated:
+    """The pictures of several sources, one after the other."""
+
+    parts: tuple[Pixels, ...]
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """The number of each part's first picture, and the number of all, `[parts + 1]`."""
+        return np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _at(self, i: int) -> tuple[Pixels, int]:
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.parts[part], i - int(self.starts[part])
+
+    def read(self, i: int) -> np.ndarray:
+        pixels, own = self._at(i)
+        return pixels.read(own)
+
+    def raw(self, i: int) -> bytes:
+        pixels, own = self._at(i)
+        return pixels.raw(own)
+
+    def where(self, i: int) -> str:
+        pixels, own = self._at(i)
+        return pixels.where(own)
 
 
 @dataclass(frozen=True, eq=False)

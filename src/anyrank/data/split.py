@@ -30,8 +30,8 @@ def _indices(names: Iterable[str], label_names: tuple[str, ...]) -> np.ndarray:
     return np.array([index[name] for name in names], dtype=np.int64)
 
 
-def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """A mask `[n]` bool of the held-out rows: `fraction` of them, stratified by label.
+def held_out(labels: np.ndarray, fraction: float, *of: str) -> np.ndarray:
+    """A mask `[n]` bool of the held-out rows: `fraction` of them, stratified by label; `of`: whose rows they are, for the key.
 
     Of each label, the share is rounded down; the rows that are then missing from the total go to the labels with the largest
     remainders. The mask is the same for every run seed, and every label keeps at least one row that is not held out.
@@ -42,7 +42,7 @@ def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
     missing = round(len(labels) * fraction) - int(take.sum())
     take[np.argsort(take - exact, kind="stable")[:missing]] += 1
     take = np.minimum(take, counts - 1)
-    rng, chosen = keys.rng(_SPLIT_SEED, "test-split"), np.zeros(len(labels), dtype=bool)
+    rng, chosen = keys.rng(_SPLIT_SEED, "test-split", *of), np.zeros(len(labels), dtype=bool)
     groups = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])  # the rows of each label, in their order
     for rows, number in zip(groups, take, strict=True):
         chosen[rng.permutation(rows)[:number]] = True

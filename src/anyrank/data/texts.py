@@ -15,6 +15,7 @@ from anyrank.data.split import _indices, held_out, ordered
 from anyrank.errors import DataError, nearest
 
 Text = str | tuple[str, str]  # one text, or a pair of them
+CLOSED = True  # labels are classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ def load(config: DataConfig) -> Table:
     that every object has; values that are not text are written as in JSON. Raises `DataError` with the line, item or row for a
     ragged row, an empty text or an empty label, and for a source that cannot be read.
     """
-    return _renamed(_training(config), config)
+    return _renamed(training(config), config)
 
 
 def load_split(config: DataConfig) -> tuple[Table, Table]:
@@ -62,7 +63,7 @@ def load_split(config: DataConfig) -> tuple[Table, Table]:
     depends only on the labels and the fraction, not on the run seed, so that runs with different seeds are scored on the same
     examples. Raises `DataError`.
     """
-    table = _training(config)
+    table = training(config)
     if len(table.label_names) < 2:
         raise DataError(f"{config.source}: expected at least two different labels, got only {table.label_names[0]!r}")
     if config.test_source or config.test_split:
@@ -82,21 +83,40 @@ def _divided(table: Table, config: DataConfig) -> tuple[Table, Table]:
     return table.take(np.flatnonzero(~chosen)), table.take(np.flatnonzero(chosen))
 
 
-def _training(config: DataConfig) -> Table:
+def training(config: DataConfig) -> Table:
     """The training rows, with the labels' names from the source."""
-    texts, names, columns = _read(Part(config.source, config.split, "train", "data.source", "data.split"), config)
+    return _whole(Part(config.source, config.split, "train", "data.source", "data.split"), config)
+
+
+def given_held_out(config: DataConfig) -> Table | None:
+    """The rows of the test source or split, with the labels' names from there; `None` if neither is set."""
+    return _whole(_held_out_part(config), config) if config.test_source or config.test_split else None
+
+
+def together(tables: Sequence[Table]) -> dict[str, Any]:
+    """The texts of all tables, one after the other."""
+    return {"texts": tuple(text for table in tables for text in table.texts)}
+
+
+def _whole(part: Part, config: DataConfig) -> Table:
+    texts, names, columns = _read(part, config)
     label_names = ordered(names)
     return Table(texts, _indices(names, label_names), label_names, columns)
 
 
+def _held_out_part(config: DataConfig) -> Part:
+    source, key = (config.test_source, "data.test_source") if config.test_source else (config.source, "data.source")
+    return Part(source, config.test_split, "test", key, "data.test_split")
+
+
 def _held_out_rows(config: DataConfig, label_names: tuple[str, ...]) -> Table:
     """The rows of the test source or split; their labels are indices into the training labels."""
-    source, key = (config.test_source, "data.test_source") if config.test_source else (config.source, "data.source")
-    texts, names, columns = _read(Part(source, config.test_split, "test", key, "data.test_split"), config)
+    part = _held_out_part(config)
+    texts, names, columns = _read(part, config)
     unknown = sorted(set(names) - set(label_names))
     if unknown:
         raise DataError(
-            f"{source}: label {unknown[0]!r} is not among the {len(label_names)} labels of {config.source} "
+            f"{part.source}: label {unknown[0]!r} is not among the {len(label_names)} labels of {config.source} "
             f"({len(unknown)} such); {nearest(unknown[0], label_names)}; remove those rows or add training rows"
         )
     return Table(texts, _indices(names, label_names), label_names, columns)

@@ -9,7 +9,7 @@ from anyrank import keys
 from anyrank.config.sections import Config
 from anyrank.federation.cohort import Population
 from anyrank.federation.engine import Engine
-from anyrank.federation.standing import Labels
+from anyrank.federation.standing import Clients
 from anyrank.messages.plan import Plan, plan_round
 from anyrank.messages.records import Facts
 from anyrank.methods import Method
@@ -19,8 +19,8 @@ from anyrank.privacy.plan import PrivacyPlan
 @dataclass(frozen=True, eq=False)
 class Federation:
     """The parts of a run. `facts`: facts about its task; `step_factor` multiplies the local steps of the round plan (1, except
-    for `centralized`); `labels`: the label shares of each client, if clients are reported separately; `privacy`: the privacy
-    plan of their uploads.
+    for `centralized`); `labels`: the held-out examples or the label shares of each client, if clients are reported separately;
+    `privacy`: the privacy plan of their uploads.
     """
 
     config: Config
@@ -29,7 +29,7 @@ class Federation:
     engine: Engine
     facts: Facts
     step_factor: int = 1
-    labels: Labels | None = None
+    labels: Clients | None = None
     privacy: PrivacyPlan | None = None
 
     def plan(self, round: int) -> Plan:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anyrank.federation import sites
 from anyrank.federation.cohort import count_ranks
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
         "worst_client_accuracy": scored[-1]["worst_client_accuracy"],
         "client_accuracy_std": scored[-1]["client_accuracy_std"],
         "client_accuracy": dict(end.clients) or None,
+        **sites.final(federation, end),
         "start_accuracy": start.accuracy,
         "start_loss": start.loss,
         "metrics": dict(end.metrics),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from anyrank.report import charts, clients, faults, words
+from anyrank.report import charts, clients, faults, sites, words
 from anyrank.report.groups import Group, Stat, metric_names, seed_count, tells_accuracy
 from anyrank.report.runs import Run
 from anyrank.report.style import DARK, LIGHT
@@ -30,6 +30,7 @@ def contents(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
         "partitions": charts.partitions(groups),
         "layers": charts.layers(groups),
         "traffic": charts.traffic(groups),
+        "sites": sites.sites(groups),
         "federations": clients.federations(groups),
         "rejections": clients.rejections(groups),
         "conduct": faults.conduct(groups),

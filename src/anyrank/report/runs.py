@@ -90,7 +90,9 @@ class Run:
     @property
     def planned_ranks(self) -> list[int]:
         """The configuration's ranks, for an unfinished run: a rank that was not drawn yet has no record."""
-        ranks = section(self.config, "clients").get("ranks")
+        ranks, sites = section(self.config, "clients").get("ranks"), self.config.get("sites")
+        if isinstance(sites, list):
+            ranks = [site.get("rank") for site in sites if isinstance(site, Mapping)]
         return [rank for rank in ranks if isinstance(rank, int)] if isinstance(ranks, list) and not self.finished else []
 
     def final(self, name: str) -> float | None:

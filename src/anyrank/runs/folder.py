@@ -24,7 +24,7 @@ from anyrank import files
 from anyrank.config.sections import Config
 from anyrank.config.tables import to_table
 from anyrank.errors import RunError
-from anyrank.runs import identity, lock, logs, seal
+from anyrank.runs import identity, lock, logs, seal, sites
 from anyrank.runs.logs import Log, Mark
 from anyrank.runs.matching import check_config, check_same, stored_config
 from anyrank.runs.names import (
@@ -185,10 +185,11 @@ class RunDir:
         checkpoint.save_state(state, folder / STATE, marks, folder / BEFORE, self._mark)
 
     def finish(self, adapters: Mapping[str, Adapter], summary: Mapping[str, Any]) -> None:
-        """Write the adapters by folder name, then the summary, whose presence says that the run is finished, and last the
-        digests of these files."""
+        """Write the adapters by folder name and the scores of named sites, then the summary, whose presence says that the run
+        is finished, and last the digests of these files."""
         for name, adapter in adapters.items():
             adapter.save(self.path / name)
+        sites.write(self.path, summary)
         files.write_whole_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
         seal.write(self.path)
 

@@ -44,6 +44,7 @@ def of(config: Config) -> dict[str, dict[str, str]]:
         "data.partition.file": config.data.partition.file,
         "method.file": config.method.file,
         "eval.file": config.eval.file,
+        **config.site_files,
     }
     return {key: found for key, path in named.items() if path and (found := _digests(Path(path)))}
 
@@ -105,7 +106,7 @@ def _changed(folder: Path, config: Config, key: str, began: Any, found: Mapping[
     if not isinstance(began, Mapping):
         return _damaged(folder)
     name = min(name for name in began.keys() | found.keys() if began.get(name) != found.get(name))
-    path = Path(functools.reduce(getattr, key.split("."), config)) / name
+    path = Path(config.site_files.get(key) or functools.reduce(getattr, key.split("."), config)) / name
     how = "is gone" if name not in found else "was not there" if name not in began else "has changed"
     return RunError(
         f"{path} ({key}): {how} since the run in {folder} began; go on with the file as it was, or choose another --out"

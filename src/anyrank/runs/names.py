@@ -14,6 +14,7 @@ PRIVACY, LEDGER = "privacy.json", "privacy.jsonl"
 COMPARISON = "compare.json"
 CHECKPOINT, STATE, BEFORE = "checkpoint", "state.safetensors", "state-before.safetensors"
 IDENTITY, SEAL = "identity.json", "seal.json"
+SITES, SCORES = "sites", "scores.json"
 MOST_BYTES = 1 << 30  # of one of these files: a log of a million rounds
 
 

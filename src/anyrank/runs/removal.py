@@ -20,7 +20,9 @@ from anyrank.runs.names import (
     LEDGER,
     METRICS,
     PRIVACY,
+    SCORES,
     SEAL,
+    SITES,
     STATE,
     SUMMARY,
     read_object,
@@ -105,12 +107,15 @@ def _is_ours(entry: Path, parts: Parts, runs: set[Parts]) -> bool:
     if entry.is_symlink():
         return False
     if entry.is_dir():
-        inside = len(parts) == 3 and parts[:2] in runs and bool(_FOLDER.fullmatch(name))
+        of_sites = parts[2:3] == (SITES,) and len(parts) <= 4  # sites, and sites/NAME
+        inside = parts[:2] in runs and (of_sites or (len(parts) == 3 and bool(_FOLDER.fullmatch(name))))
         return inside or (bool(parts) and any(run[: len(parts)] == parts for run in runs))
     if len(above) <= 1:
         marked = bool(runs) or name == LOCK or name.startswith(f".{COMPARISON}.")
         return not above and marked and (name in _COMPARED or files.is_temporary(entry))
-    known = {2: _IN_RUN, 3: {STATE, BEFORE} if CHECKPOINT in above else _IN_ADAPTER}
+    of_sites = above[2:3] == [SITES]
+    in_folder = set() if of_sites else {STATE, BEFORE} if CHECKPOINT in above else _IN_ADAPTER
+    known = {2: _IN_RUN, 3: in_folder, 4: {SCORES} if of_sites else set()}
     return tuple(above[:2]) in runs and (files.is_temporary(entry) or name in known.get(len(above), ()))
 
 

@@ -27,6 +27,7 @@ from anyrank.progress import Progress
 from anyrank.robust import central_noise, rules
 from anyrank.runs.folder import RunDir
 from anyrank.runs.removal import remove_start
+from anyrank.simulation.sites import dealt, own_scores
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.load import load_task
 from anyrank.tasks.place import where_it_is
@@ -82,12 +83,12 @@ def build(
     task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
     if shards is None and config.data.partition.kind == HANDED_IN:
         raise ConfigError("data.partition.kind = 'handed-in': its shards were handed in by a Python program; run that")
+    clients = config.clients
     if shards is None:
-        examples, clients = task.train.labels.cpu(), config.clients.count
-        shards = partition.partition(config.data.partition, examples, clients, config.run.seed, task.columns)
-    population = cohort.populate(config.clients, shards.sizes, config.run.seed)
+        shards, clients = dealt(config, task)
+    population = cohort.populate(clients, shards.sizes, config.run.seed)
     labels, step_factor = (
-        _labels(population, shards, task),
+        own_scores(config, population, task) or _labels(population, shards, task),
         1,
     )  # of the registered clients, even if one client replaces all of them
     if method.pools_data:

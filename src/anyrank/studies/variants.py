@@ -76,7 +76,7 @@ def variant(config: Config, label: str) -> Config:
         raise ConfigError(f"--methods {label}: expected METHOD[:KEY=VALUE][@RANK], e.g. fedavg@8 or raflora:split=balanced")
     options = config.method.options if name == config.method.name else {}
     chosen = config.replace(method={"name": name, "options": options}, run={"label": label})
-    chosen = chosen.replace(clients={"ranks": (int(rank),)}) if at else chosen
+    chosen = chosen.at_rank(int(rank)) if at else chosen
     keys = [setting if "." in setting.partition("=")[0] else f"method.{setting}" for setting in settings]
     return configs.override(chosen, keys) if keys else chosen
 

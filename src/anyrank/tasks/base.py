@@ -173,9 +173,10 @@ class Task:
     head). `train`, `test`: `Examples`, or the arguments for them. `loss(outputs, labels) -> [b]`: a custom loss, instead of
     cross-entropy for whole-number labels and the squared error for others. `label_names`: the names of labels from 0. The
     labels give the class of each example to partitions and per-client scores. `columns`: other columns of the training data,
-    for partitions. `base_model` and `head`: descriptions for the adapter's config and the report; `peft`: further entries of
-    that config, such as PEFT's task type, by which its `AutoPeftModel...` classes choose the model class. `metrics`: further
-    figures in addition to accuracy and loss, by name: functions `metric(labels, predictions)`, or `Metric`s; always computed.
+    for partitions; `test_columns`: those of the held-out data, by which a column says whose each held-out example is.
+    `base_model` and `head`: descriptions for the adapter's config and the report; `peft`: further entries of that config, such
+    as PEFT's task type, by which its `AutoPeftModel...` classes choose the model class. `metrics`: further figures in addition
+    to accuracy and loss, by name: functions `metric(labels, predictions)`, or `Metric`s; always computed.
 
     Raises `ModelError` for targets and parameters that the module does not have, `DataError` for invalid examples.
     """
@@ -191,6 +192,7 @@ class Task:
     peft: Mapping[str, Any] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    test_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     loss: Callable[[Any, Tensor], Tensor] | None = None
     objective: Objective | None = None
     metrics: Mapping[str, Callable[..., Any] | Metric] = field(default_factory=dict)
@@ -207,7 +209,8 @@ class Task:
         put("metrics", dict(self.metrics))
         for part in ("train", "test"):
             put(part, _examples(getattr(self, part), self.module, part))
-        put("columns", _columns(self.columns, len(self.train)))
+        put("columns", _columns("columns", self.columns, len(self.train), "training"))
+        put("test_columns", _columns("test_columns", self.test_columns, len(self.test), "held-out"))
         if self.objective is None:
             put("objective", _objective(self.loss, self.train.labels))
         if not self.label_names and _are_classes(self.train.labels):
@@ -265,12 +268,12 @@ def _examples(given: Any, module: nn.Module, part: str) -> Examples:
     return given if inputs is given.inputs else Examples(inputs, given.labels)
 
 
-def _columns(given: Any, size: int) -> dict[str, np.ndarray]:
+def _columns(key: str, given: Any, size: int, kind: str) -> dict[str, np.ndarray]:
     if not isinstance(given, Mapping):
-        raise DataError(f"columns: expected a mapping of name to values [n], got {type(given).__name__}")
+        raise DataError(f"{key}: expected a mapping of name to values [n], got {type(given).__name__}")
     for name, values in given.items():
         if len(values) != size:
-            raise DataError(f"columns: {name}: expected {size} values, one a training example, got {len(values)}")
+            raise DataError(f"{key}: {name}: expected {size} values, one a {kind} example, got {len(values)}")
     return {name: np.asarray(values) for name, values in given.items()}
 
 

@@ -29,12 +29,14 @@ def digest(task: Task) -> tuple[str, ...]:
     module = task.module
     weights = sorted([*module.named_parameters(), *module.named_buffers()])  # buffers that are not saved, too
     figures = [f"{name}={source(value)}" for name, value in sorted(task.metrics.items())]
-    columns = [f"{name}={list(values)}" for name, values in sorted(task.columns.items())]
+    columns, test_columns = (
+        [f"{name}={list(values)}" for name, values in sorted(each.items())] for each in (task.columns, task.test_columns)
+    )
     return (
         f"module {_of([*_structure(module), *sorted(_code(module))], weights)}",
         f"targets {_of([*task.targets, '/', *task.trained], ())}",
         f"train {_of_examples(task.train, [*task.label_names, *columns])}",
-        f"test {_of_examples(task.test, [])}",
+        f"test {_of_examples(task.test, test_columns)}",
         f"loss {_of([_of_loss(task)], ())}",
         f"metrics {_of(figures, ())}",
     )

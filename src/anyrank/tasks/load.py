@@ -7,12 +7,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from anyrank.config.sections import HANDED_IN, Config, DataConfig, LoraConfig, ModelConfig
+from anyrank.config.sections import HANDED_IN, Config, DataConfig, LoraConfig, ModelConfig, SiteConfig
 from anyrank.errors import AnyRankError, ConfigError, ModelError, in_a_line
 from anyrank.progress import Progress
 from anyrank.tasks import registry
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.place import place
+
+Sites = tuple[SiteConfig, ...]
 
 
 def cache_dir() -> Path:
@@ -32,23 +34,24 @@ def load_task(config: Config, progress: Progress | None = None) -> Task:
             "model.task = 'handed-in': this run's module and data were passed from a Python program; go on with it by that "
             "program, with resume=True"
         )
-    task = _load_task(config.model, config.data, config.lora, progress)
+    sites = tuple(replace(site, rank=1) for site in config.sites)  # the task does not depend on ranks
+    task = _load_task(config.model, config.data, config.lora, sites, progress)
     return judged(task, config.eval)
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig) -> list:
+def _cached_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, sites: Sites) -> list:
     return []
 
 
-def _load_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
+def _load_task(model: ModelConfig, data: DataConfig, lora: LoraConfig, sites: Sites, progress: Progress | None) -> Task:
     if model.file:  # which may read what it likes: nobody knows when it is another task
-        return _make(model, data, lora, progress)
-    slot = _cached_task(model, data, lora)  # a list, so that `progress` is no part of the key
+        return _make(model, data, lora, sites, progress)
+    slot = _cached_task(model, data, lora, sites)  # a list, so that `progress` is no part of the key
     if slot and _is_open(slot[0]):  # another federation of this process trains on it
-        return _make(model, data, lora, progress)
+        return _make(model, data, lora, sites, progress)
     if not slot:
-        slot.append(_make(model, data, lora, progress))
+        slot.append(_make(model, data, lora, sites, progress))
     return slot[0]
 
 
@@ -57,10 +60,10 @@ def _is_open(task: Task) -> bool:
     return any("forward" in vars(part) for name, part in task.module.named_modules() if name in task.targets)
 
 
-def _make(model: ModelConfig, data: DataConfig, lora: LoraConfig, progress: Progress | None) -> Task:
-    make = registry.find(model, data)
+def _make(model: ModelConfig, data: DataConfig, lora: LoraConfig, sites: Sites, progress: Progress | None) -> Task:
+    make = registry.find(model, data, sites)
     try:
-        task = make(registry.Wanted(model, data, lora, cache_dir(), progress))
+        task = make(registry.Wanted(model, data, lora, cache_dir(), progress, sites))
     except AnyRankError:
         raise
     except Exception as error:

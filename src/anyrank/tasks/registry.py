@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anyrank import own
-from anyrank.config.sections import OWN_HEADS, DataConfig, LoraConfig, ModelConfig
+from anyrank.config.sections import OWN_HEADS, DataConfig, LoraConfig, ModelConfig, SiteConfig
 from anyrank.errors import ModelError, nearest
 from anyrank.progress import Progress
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Wanted:
     """The inputs for making a task: the sections `model`, `data` and `lora` of a configuration, the folder `cache` for results
-    to keep between runs, and `progress(done, total)`, or `None`.
+    to keep between runs, `progress(done, total)`, or `None`, and the named `sites` whose examples it has, if there are any.
     """
 
     model: ModelConfig
@@ -27,6 +27,7 @@ class Wanted:
     lora: LoraConfig
     cache: Path
     progress: Progress | None = None
+    sites: tuple[SiteConfig, ...] = ()
 
 
 Make = Callable[[Wanted], "Task"]
@@ -58,7 +59,7 @@ def register(name: str) -> Callable[[Make], Make]:
     return keep
 
 
-def find(model: ModelConfig, data: DataConfig) -> Make:
+def find(model: ModelConfig, data: DataConfig, sites: Sequence[SiteConfig] = ()) -> Make:
     """The function that makes the configured task; `model.file` is executed first, if it is set.
 
     Raises `ModelError` for a file that registers no task, or not the named one.
@@ -67,8 +68,10 @@ def find(model: ModelConfig, data: DataConfig) -> Make:
         return _from_file(model)
     import importlib
 
-    module = importlib.import_module(_room(model, data))
-    return lambda wanted: module.load(wanted.model, wanted.data, wanted.lora, wanted.cache, wanted.progress)
+    embedded = model.task == "image-classification" and data.source == "digits" and not sites
+    module = importlib.import_module("anyrank.tasks.vision.digits" if embedded else _room(model))
+    more = {"sites": sites} if sites else {}
+    return lambda wanted: module.load(wanted.model, wanted.data, wanted.lora, wanted.cache, wanted.progress, **more)
 
 
 def _from_file(model: ModelConfig) -> Make:
@@ -81,8 +84,6 @@ def _from_file(model: ModelConfig) -> Make:
     raise ModelError(f"model.task: {model.file} registers no task '{model.task}'; {nearest(model.task, made)}")
 
 
-def _room(model: ModelConfig, data: DataConfig) -> str:
-    """The module that makes a configuration's task."""
-    if model.task == "image-classification" and data.source == "digits":
-        return "anyrank.tasks.vision.digits"
+def _room(model: ModelConfig) -> str:
+    """The module that makes a task of the user's own examples."""
     return "anyrank.tasks.text.own_head" if model.head in OWN_HEADS else _BUILT_IN[model.task]

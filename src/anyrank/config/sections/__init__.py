@@ -24,6 +24,7 @@ from anyrank.config.sections.privacy import ACCOUNTANTS, COUNTS, NOISE_AT, PRIVA
 from anyrank.config.sections.rounds import LATE, RoundsConfig
 from anyrank.config.sections.run import STACKINGS, RunConfig
 from anyrank.config.sections.scoring import EXTRACTS, SCORES, EvalConfig
+from anyrank.config.sections.sites import SiteConfig
 from anyrank.config.sections.training import OPTIMIZERS, SCALINGS, SCHEDULES, LoraConfig, TrainConfig
 from anyrank.config.sections.whole import READ_BY, Config
 
@@ -65,5 +66,6 @@ __all__ = [
     "RobustConfig",
     "RoundsConfig",
     "RunConfig",
+    "SiteConfig",
     "TrainConfig",
 ]

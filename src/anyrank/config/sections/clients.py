@@ -19,7 +19,7 @@ class ClientsConfig:
     )
     participation: float = key(
         0.25,
-        "Share of the clients that are drawn each round.",
+        "Share of the clients that are drawn each round. With [[sites]], all of them, unless the configuration has this key.",
         "a share above 0, at most 1",
         {"Flower": "fraction_fit, fraction_train"},
     )
@@ -31,11 +31,15 @@ class ClientsConfig:
     )
     rank_order: str = key(
         "shuffled",
-        "How the repeated ranks are assigned to clients: shuffled by the seed, in order (cycled) or sorted (rising).",
+        "How the repeated ranks are assigned to clients: shuffled by the seed, in order (cycled) or sorted (rising). Not "
+        "shuffled if clients are named by data.partition.column: ranks are then in the order of names.",
         RANK_ORDERS,
     )
     names: tuple[str, ...] = key(
-        (), "Names of the clients. Empty: client-0 and so on.", "different names, one per client", metadata=LATER
+        (),
+        "Names of the clients. Empty: client-0 and so on, or the values of data.partition.column, if each client has one.",
+        "different names, one per client",
+        metadata=LATER,
     )
 
     dropout: float = key(

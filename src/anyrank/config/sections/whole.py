@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyrank.config.describe import LATER
 from anyrank.config.sections.clients import ClientsConfig
 from anyrank.config.sections.data import DataConfig
 from anyrank.config.sections.defence import GuardConfig, RobustConfig
@@ -16,6 +17,7 @@ from anyrank.config.sections.privacy import PrivacyConfig
 from anyrank.config.sections.rounds import RoundsConfig
 from anyrank.config.sections.run import RunConfig
 from anyrank.config.sections.scoring import EvalConfig
+from anyrank.config.sections.sites import OF_SITES, SiteConfig, check_data, clients_of, in_order
 from anyrank.config.sections.training import LoraConfig, TrainConfig
 from anyrank.config.sections.values import expect
 from anyrank.errors import ConfigError
@@ -49,9 +51,12 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     robust: RobustConfig = field(default_factory=RobustConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    sites: tuple[SiteConfig, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
-        embedded = self.model.task == "image-classification" and self.data.source == "digits"
+        if self.sites:
+            self._take_sites()
+        embedded = self.model.task == "image-classification" and self.data.source == "digits" and not self.sites
         task = "digits" if embedded else self.model.task
         for (section, name), (tasks, what) in READ_BY.items():
             table = getattr(self, section)
@@ -61,6 +66,29 @@ class Config:
             expect(usual or own or task in tasks, f"{section}.{name}", f"no value, because this key is only for {what}", value)
         if self.model.head in OWN_HEADS and task != _TEXT and not self.model.file:
             raise ConfigError(f"model.head: '{self.model.head}' is only for {_TEXT}; use trained or frozen")
+
+    def _take_sites(self) -> None:
+        """Put the sites in order, and their names and ranks into `clients`. `ConfigError` for keys that say otherwise."""
+        if self.model.file or self.model.task == HANDED_IN:
+            raise ConfigError(
+                "sites: a task of your own reads its examples itself; divide them by data.partition, or by shards"
+            )
+        check_data(self.data)
+        object.__setattr__(self, "sites", in_order(self.sites))
+        object.__setattr__(self, "clients", dataclasses.replace(self.clients, **clients_of(self.sites, self.clients)))
+
+    @property
+    def site_files(self) -> dict[str, str]:
+        """The files that the sites name, by dotted key."""
+        return {name: path for site in self.sites for name, path in site.files.items()}
+
+    def at_rank(self, rank: int) -> Config:
+        """A copy in which all clients, or sites, have one rank."""
+        if not self.sites:
+            return self.replace(clients={"ranks": (rank,)})
+        usual = {name: getattr(ClientsConfig(), name) for name in OF_SITES}
+        sites = tuple(dataclasses.replace(site, rank=rank) for site in self.sites)
+        return dataclasses.replace(self, sites=sites, clients=dataclasses.replace(self.clients, **usual))
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys of some sections changed: `config.replace(run={"seed": 1})`."""

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig
+from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig, SiteConfig
 from anyrank.data import instructions
+from anyrank.data import sites as of_sites
 from anyrank.data.instructions import Instruction, Instructions
 from anyrank.errors import ConfigError, DataError, ModelError, nearest
 from anyrank.tasks.base import Examples, Task, resolve_targets
@@ -35,15 +36,23 @@ Progress = Callable[[int, int], None]
 _BY_LABEL = ("dirichlet", "pathological", "staircase")
 
 
-def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, progress: Progress | None = None) -> Task:
+def load(
+    model: ModelConfig,
+    data: DataConfig,
+    lora: LoraConfig,
+    folder: Path,
+    progress: Progress | None = None,
+    sites: Sequence[SiteConfig] = (),
+) -> Task:
     """The instruction-tuning task of a configuration. `folder`: the cache of embedded models.
 
     Targets (`lora.target_modules`) are name endings as in PEFT; if none are given, PEFT's default for the architecture. The
     task does not depend on the run seed. Raises `ConfigError`, `DataError` and `ModelError`.
     """
     _check_head(model)
-    train, test = _read(data)
-    _check_partition(data, train)
+    train, test = _read(data, sites)
+    if not sites:
+        _check_partition(data, train)
     base = _base(model, data, folder, progress)
     targets = find_targets(base.model, lora.target_modules or base.targets or default_targets(base.model))
     module = Decoder(base.model).eval()
@@ -61,13 +70,15 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, p
         base_model=base.name,
         peft={"task_type": "CAUSAL_LM"},
         columns=train.columns,
+        test_columns=test.columns,
         objective=Completion(_questions(base, writer, test, sequences[1], module.generates)),
     )
 
 
-def _read(data: DataConfig) -> tuple[Instructions, Instructions]:
+def _read(data: DataConfig, sites: Sequence[SiteConfig]) -> tuple[Instructions, Instructions]:
     """Training and held-out instructions, in the requested numbers."""
-    train, test = arithmetic.load_split() if data.source == arithmetic.SOURCE else instructions.load_split(data)
+    embedded = data.source == arithmetic.SOURCE
+    train, test = arithmetic.load_split() if embedded else of_sites.load_split(instructions, data, sites)
     return train.limited(data.train_examples, "data.train_examples"), test.limited(data.test_examples, "data.test_examples")
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from anyrank import keys
-from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig
+from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig, SiteConfig
+from anyrank.data import sites as of_sites
 from anyrank.data import texts as sources
 from anyrank.data.texts import Table
 from anyrank.errors import ModelError
@@ -33,9 +34,16 @@ from anyrank.tasks.text.features import token_inputs
 _HEAD_SEED = 0  # a new head belongs to the task, not to the run: its start is the same for every run seed
 
 
-def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, progress: Progress | None = None) -> Task:
+def load(
+    model: ModelConfig,
+    data: DataConfig,
+    lora: LoraConfig,
+    cache: Path,
+    progress: Progress | None = None,
+    sites: Sequence[SiteConfig] = (),
+) -> Task:
     """The task of a whole classifier; its labels are in the order of the model's outputs. Raises `DataError`, `ModelError`."""
-    tables = dict(zip(("train", "test"), sources.load_split(data), strict=True))
+    tables = dict(zip(("train", "test"), of_sites.load_split(sources, data, sites), strict=True))
     found = _pretrained(find_source(model), tables["train"].label_names, model)
     endings = lora.target_modules or _default_targets(found.model.config.model_type)
     targets = named_targets(found.model, endings, _head_parts(found.model), "the head gets no LoRA")
@@ -52,6 +60,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
         peft=_as_peft_saves(found),
         trained=found.trained,
         columns=tables["train"].columns,
+        test_columns=tables["test"].columns,
     )
 
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anyrank import keys
-from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig
+from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig, SiteConfig
+from anyrank.data import sites as of_sites
 from anyrank.data import texts as sources
 from anyrank.errors import ModelError
 from anyrank.progress import Progress
@@ -55,14 +56,21 @@ LOGIT_SCALE = 20.0  # cosines are in [-1, 1]: this is the inverse temperature of
 _HEAD_SEED = 0  # a random frozen head belongs to the task, not to the run: it is the same for every run seed
 
 
-def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, progress: Progress | None = None) -> Task:
+def load(
+    model: ModelConfig,
+    data: DataConfig,
+    lora: LoraConfig,
+    cache: Path,
+    progress: Progress | None = None,
+    sites: Sequence[SiteConfig] = (),
+) -> Task:
     """The text task of a configuration. `cache`: the folder of frozen features; `progress(done, total)` counts texts encoded.
 
     Head (`model.head`), on vectors of length 1 times 20: `label-names`: the label names' own embeddings, a frozen zero-shot
     head; `frozen`: random rows of length 1, the same for every seed; `trained`: a linear layer that starts at zero.
     The task does not depend on the run seed. Raises `DataError` and `ModelError`.
     """
-    train, test = sources.load_split(data)
+    train, test = of_sites.load_split(sources, data, sites)
     source = find_source(model)
     head = _Head(model.head, len(train.label_names))
     texts = {"train": train.texts, "test": test.texts}
@@ -85,6 +93,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
         peft=built.peft,
         trained=("head.weight", "head.bias") if model.head == "trained" else (),
         columns=train.columns,
+        test_columns=test.columns,
     )
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anyrank import keys
-from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig
+from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig, SiteConfig
 from anyrank.data import images
+from anyrank.data import sites as of_sites
 from anyrank.data.images import Images
 from anyrank.errors import ConfigError, DataError, ModelError, nearest
 from anyrank.tasks.base import Examples, Task, resolve_targets
@@ -105,18 +106,30 @@ MODELS: Mapping[str, _Kind] = MappingProxyType(
 )
 
 
-def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, progress: Progress | None = None) -> Task:
+def load(
+    model: ModelConfig,
+    data: DataConfig,
+    lora: LoraConfig,
+    folder: Path,
+    progress: Progress | None = None,
+    sites: Sequence[SiteConfig] = (),
+) -> Task:
     """The task of an embedded model on the images of `data`; head frozen or trained. `folder`: the cache of base models."""
     if model.head == "label-names":
         raise ConfigError("model.head: label-names is for text; images take frozen or trained")
-    train, test = images.load_split(data)
+    if sites and model.pretrained:
+        raise ConfigError(
+            f"model.name = '{model.name}': is pretrained on a part of the images, which belong to the [[sites]]; set "
+            "model.pretrained = false, or use a transformers model"
+        )
+    train, test = of_sites.load_split(images, data, sites)
     given, train = _shared_out(train, model, data)
     values = train.stacked()
     module = MODELS[model.name].make(values.shape[1:], len(train.label_names))
     targets = _targets(module, lora.target_modules or MODELS[model.name].targets)
-    test_values = _alike(test.stacked(), values, data)
+    test_values = _alike(test.stacked(), values, "sites" if sites else data.test_source or data.source)
     if model.pretrained:
-        _pretrain(model.name, module, given, _alike(given.stacked(), values, data), folder, progress)
+        _pretrain(model.name, module, given, _alike(given.stacked(), values, data.source), folder, progress)
         made = f"pretrained on {len(given):,} others{' as they are' if data.rotate else ''}"
     else:
         randomise(module, keys.generator(_SEED, model.name, "random base"))
@@ -132,6 +145,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, folder: Path, p
         base_model=model.name,
         trained=("head.weight", "head.bias") if model.head == "trained" else (),
         columns=train.columns,
+        test_columns=test.columns,
     )
 
 
@@ -154,13 +168,11 @@ def _targets(module: nn.Module, endings: Sequence[str]) -> tuple[str, ...]:
     return resolve_targets(module, endings)
 
 
-def _alike(values: np.ndarray, train: np.ndarray, data: DataConfig) -> np.ndarray:
+def _alike(values: np.ndarray, train: np.ndarray, source: str) -> np.ndarray:
     """`values` `[n, channels, h, w]`, if they are of the shape of the training images."""
     if values.shape[1:] != train.shape[1:]:
         got, expected = (images.spoken((*each.shape[2:], 3)[: 2 + (each.shape[1] > 1)]) for each in (values, train))
-        raise DataError(
-            f"{data.test_source or data.source}: expected held-out images like the training images, {expected}, got {got}"
-        )
+        raise DataError(f"{source}: expected held-out images like the training images, {expected}, got {got}")
     return values
 
 

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from anyrank import devices
-from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig
+from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig, SiteConfig
 from anyrank.data import cache as store
 from anyrank.data import images
+from anyrank.data import sites as of_sites
 from anyrank.data.images import Images
 from anyrank.devices import all_cores, has_bfloat16
 from anyrank.errors import ConfigError, DataError, ModelError
@@ -41,18 +42,25 @@ _FORMAT = "1"  # version of the files on disk; raise it when the computation cha
 _BATCH = 16  # images per pass of the frozen part
 
 
-def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, progress: Progress | None = None) -> Task:
+def load(
+    model: ModelConfig,
+    data: DataConfig,
+    lora: LoraConfig,
+    cache: Path,
+    progress: Progress | None = None,
+    sites: Sequence[SiteConfig] = (),
+) -> Task:
     """The image task of a configuration. `cache`: the folder of base models and frozen features; `progress(done, total)`
     counts images. Head (`model.head`): `frozen` (the model's own or a new one), or `trained`. The task does not depend on
     the run seed. Raises `ConfigError`, `DataError` and `ModelError`.
     """
     if model.name in small.MODELS:
-        return small.load(model, data, lora, cache, progress)
+        return small.load(model, data, lora, cache, progress, sites)
     if model.head == "label-names":
         raise ConfigError("model.head: label-names is for text; images take frozen or trained")
     if not model.pretrained:
         raise ConfigError(f"model.pretrained = false: is only for {', '.join(small.MODELS)}; remove it")
-    train, test = images.load_split(data)
+    train, test = of_sites.load_split(images, data, sites)
     found = pretrained.load(model, train.label_names, data.rotate)
     parts = {"train": images.limited(train, data).relabelled(found.label_names), "test": test.relabelled(found.label_names)}
     device = devices.find(model.device)
@@ -71,6 +79,7 @@ def load(model: ModelConfig, data: DataConfig, lora: LoraConfig, cache: Path, pr
         base_model=found.name,
         trained=built.trained if model.head == "trained" else (),
         columns=parts["train"].columns,
+        test_columns=parts["test"].columns,
     )
 
 

@@ -1,0 +1,35 @@
+"""What the closing table of a run says of named sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from anyrank.cli.console import shown
+from anyrank.cli.folding import folded
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """A row for each named site: its rank, examples, and scores on its own held-out examples."""
+    sites = summary.get("sites", {})
+    if not sites:
+        return []
+    each = list(sites.values())
+    cells = {
+        "rank": [str(row["rank"]) for row in each],
+        "examples": [f"{row['train_examples']:,}" for row in each],
+        "accuracy": ["–" if row["accuracy"] is None else f"{row['accuracy']:.3f}" for row in each],
+        "loss": ["–" if row["loss"] is None else f"{row['loss']:.4f}" for row in each],
+        "held out": ["–" if row["test_examples"] is None else f"{row['test_examples']:,}" for row in each],
+    }
+    return folded("sites, on their own held-out examples", "site", [shown(name) for name in sites], cells)
+
+
+def rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The worst site and the spread over sites, if sites have accuracies of their own."""
+    if summary.get("worst_site") is None:
+        return {}
+    worst, spread = summary["worst_client_accuracy"], summary["client_accuracy_std"]
+    return {"worst site": f"{shown(summary['worst_site'])}, {worst:.4f}; standard deviation over sites {spread:.4f}"}
