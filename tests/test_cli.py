@@ -115,12 +115,12 @@ def test_the_closing_table_of_a_run_counts_what_the_logs_have(anyrank, tmp_path:
     assert min(counts.values()) > 0, "the configuration is meant to cause all three"
     assert told["idle rounds"] == f"{counts['idle_rounds']} of 8"
     assert told["shortened"] == f"{counts['shortened']} steps"
-    assert told["rejected"] == str(counts["rejected"])
+    assert told["updates not used"] == str(counts["rejected"])
 
 
 def test_a_run_without_trouble_has_no_row_of_it(anyrank) -> None:
     told = figures_of(anyrank("run", "digits.toml", "--set", "guard.norm=0", "--set", "guard.far=0").stdout)
-    assert told["rejected"] == "0"
+    assert told["updates not used"] == "0"
     assert not told.keys() & {"idle rounds", "shortened"}
 
 

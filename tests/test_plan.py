@@ -163,18 +163,21 @@ def test_a_million_clients_on_paper(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["million.toml"]
 
 
+GUARD = ("--set", "guard.norm=4", "--set", "guard.far=9")
+
+
 def test_the_tables_show_it_and_wrong_requests_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "million.toml").write_text(MILLION)
     call = lambda *more: subprocess.run(  # noqa: E731
         [sys.executable, "-m", "anyrank", "plan", "million.toml", "--no-measure", *more],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    shown = call("--set", "clients.count=1000", "--set", "guard.norm=4", "--set", "guard.far=9").stdout
-    assert "1,000 registered, 1 per round" in shown
+    shown = call("--set", "clients.count=1000", "--set", "clients.participation=0.005", *GUARD).stdout
+    assert "1,000 registered, 5 per round" in shown
     assert "not measured" in shown
     shown = " ".join(shown.replace("│", " ").split())
     assert "guard steps at most 4 x the median, more than 9 x rejected, single owners at most 0.5;" in shown
-    assert "5 rounds of rest after 3 rejected uploads; rounds need 1 of 1 uploads" in shown
+    assert "5 rounds of rest after 3 rejected uploads; rounds need 1 of 5 uploads" in shown
     for change, message in (("clients.ranks=[2, 65]", "rank 65: expected at most 64"), ("trian.x=1", "did you mean 'train'")):
         refused = call("--set", change)
         assert refused.returncode == 2

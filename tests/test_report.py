@@ -145,7 +145,7 @@ def test_the_table_holds_means_and_sample_deviations_over_seeds(tmp_path):
     assert row["up, MB"] == "3.0"  # 3 rounds of 10^6 bytes
     assert row["down, MB"] == "6.0"
     assert row["time, s"] == "4.5"
-    assert row["rejected"] == "0"
+    assert row["not used"] == "0"
 
 
 def test_one_seed_has_no_spread(tmp_path):
