@@ -28,6 +28,7 @@ from anyrank.federation.quarantine import Quarantine
 from anyrank.federation.quorum import Patience, Quorum
 from anyrank.messages.records import Client, ClientUpdate, Download, Facts, Job, Scaling, ServerState
 from anyrank.methods.slices import slice_order
+from anyrank.robust.base import Chain
 from anyrank.robust.owners import SingleOwner
 from anyrank.runs.folder import RunDir
 from anyrank.training.deadline import Overdue, limited
@@ -356,6 +357,19 @@ def test_rest_is_a_function_of_the_log_wherever_a_run_was_cut(log: list, offence
             assert whole.until(client, round) == parts.until(client, round)
             if not (offences and rest):
                 assert whole.until(client, round) == 0
+
+
+def test_late_replies_that_join_a_round_are_no_offenders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule expects as many hostile clients less as were rejected, or rest: none here, whoever is late."""
+    late_twice = lambda self, what, share, client, round: what == "late" and client == "client-3" and round < 3  # noqa: E731
+    expected = []
+    monkeypatch.setattr(Federation, "_happens", late_twice)
+    monkeypatch.setattr(Chain, "without", lambda self, hostile: expected.append(hostile) or self)
+    found = played(tmp_path, run={"rounds": 3}, rounds={"late": "carry"})
+    assert next(row["reason"] for row in found if row["client"] == "client-3" and row["status"] == "ok") == (
+        "its reply of round 1 counts"
+    )
+    assert expected == [0, 0, 0]
 
 
 def test_only_what_the_guard_rejects_is_an_offence(tmp_path: Path) -> None:

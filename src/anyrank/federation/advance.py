@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from anyrank.errors import RunFailed
+from anyrank.federation.asking import Work
 from anyrank.federation.checks import Unhealthy, check_loss, merge
 from anyrank.federation.federation import Federation
 from anyrank.federation.figures import score
@@ -26,10 +27,10 @@ class Advanced:
 
 
 def advance(
-    federation: Federation, rule: Rule, state: ServerState, jobs: Sequence[Job], asked: int, collected: Collected
+    federation: Federation, rule: Rule, state: ServerState, work: Work, jobs: Sequence[Job], collected: Collected
 ) -> Advanced:
-    """The state after a round of `jobs`, of whose clients `asked` were asked; the others rest, for earlier offences. What the
-    rule refuses or shortens is recorded in `collected`.
+    """The state after a round with this `work`; `jobs` are those that count for it. What the rule refuses or shortens is
+    recorded in `collected`.
 
     The state stays as it was, for one more round, below the quorum, with fewer updates than the rule needs, and if the merge is
     not healthy. Raises `RunFailed` in the last case if `guard.rollback` is false.
@@ -37,9 +38,9 @@ def advance(
     config, round = federation.config, state.round + 1
     quorum = Quorum(config.rounds.least, config.rounds.share)
     try:
-        idle = quorum.lacking(rule.usable(jobs, collected.updates), asked, collected.rows)
+        idle = quorum.lacking(rule.usable(jobs, collected.updates), len(work.asked), collected.rows)
         if not idle:
-            offenders = collected.count("rejected") + max(0, len(jobs) - asked)
+            offenders = collected.count("rejected") + len(work.jobs) - len(work.asked)  # the latter rest, for earlier ones
             screened = rule.without(offenders).screen(state, jobs, collected.updates)
             collected.screened(screened)
             idle = "" if screened.updates or not jobs else f"{config.robust.rule} left no update"

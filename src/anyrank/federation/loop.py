@@ -42,7 +42,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         collected = collect(replies, work.asked, work.skipped, round, federation.upload_bound)
         collected.limit(bound, state, work.jobs)
         jobs, held = late.exchange(federation, state, work, held, collected)
-        advanced = advance(federation, rule, state, jobs, len(work.asked), collected)
+        advanced = advance(federation, rule, state, work, jobs, collected)
         state, end = advanced.state, advanced.standing
         metrics = measure(federation, state, collected, end, advanced.idle) | ledger.figures(round)
         metrics["seconds"] = time.perf_counter() - began
