@@ -250,6 +250,17 @@ def test_a_folder_may_be_linked_moved_copied_and_of_another_time(stopped: Path, 
     assert whole(on(deed(stopped))) == expected
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "metrics.jsonl", "clients.jsonl"])
+def test_a_part_of_another_run_is_not_written_through_a_link(stopped: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "other").mkdir()
+    other = (stopped / name).rename(tmp_path / "other" / name)
+    before = contents(tmp_path / "other")
+    (stopped / name).symlink_to(other)
+    with pytest.raises(RunError, match=f"{name}: expected a part of this run, got a link"):
+        on(stopped)
+    assert contents(tmp_path / "other") == before
+
+
 def test_a_clock_that_goes_back_changes_nothing(stopped: Path, expected: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert whole(on(stopped)) == expected

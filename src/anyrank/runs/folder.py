@@ -102,6 +102,7 @@ class RunDir:
         if begun:
             if not resume:
                 raise RunError(f"{path}: contains a run already; continue it with --resume, or choose another --out")
+            _check_links(path)
             check_config(path, config)
             _check_noted(path)
             identity.check(path, config)
@@ -251,6 +252,13 @@ class RunDir:
         if name not in self._logs:
             self._logs[name] = Log(self.path / name)
         return self._logs[name]
+
+
+def _check_links(path: Path) -> None:
+    """Raise `RunError` for a link in the place of the checkpoint or of a log: what is written there would be another run's."""
+    for name in (CHECKPOINT, METRICS, CLIENTS, LEDGER):
+        if (path / name).is_symlink():
+            raise RunError(f"{path / name}: expected a part of this run, got a link; put what it points to in its place")
 
 
 class _Unusable(Exception):
