@@ -28,7 +28,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-DOOR_NAMES = ("adapter", "config", "data", "run", "reply")
+DOOR_NAMES = ("adapter", "config", "data", "run", "reply", "frame")
 MEMORY_MB = 6000  # of a process, after which libFuzzer ends it
 HANG_S = 60  # of one input, after which libFuzzer ends the process
 LARGEST = 8192  # bytes of an input
