@@ -58,12 +58,13 @@ def _part(download: Download, trained: Adapter, share: float) -> Adapter:
     before, layers = download.adapter, {}
     for name, layer in before.layers.items():
         to = trained.layers[name]
-        A = _between(layer.A, to.A, share) if "A" in download.train else layer.A
-        B = _between(layer.B, to.B, share) if "B" in download.train else layer.B
+        A = between(layer.A, to.A, share) if "A" in download.train else layer.A
+        B = between(layer.B, to.B, share) if "B" in download.train else layer.B
         layers[name] = layer.with_factors(A, B)
-    tensors = {name: _between(tensor, trained.tensors[name], share) for name, tensor in before.tensors.items()}
+    tensors = {name: between(tensor, trained.tensors[name], share) for name, tensor in before.tensors.items()}
     return replace(before, layers=layers, tensors=tensors)
 
 
-def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
+def between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """The point at `share` of the way from `start` to `end`, computed in float64, in `start`'s dtype."""
     return (start.double() + share * (end.double() - start.double())).to(start.dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
-from anyrank.messages.change import units
+from anyrank.messages.change import between, units
 from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
 from anyrank.robust.base import Rule, Screened
 from anyrank.robust.steps import along, norm
@@ -67,10 +67,10 @@ class NormBound(Rule):
         found = [_measured(job, update) for job, update in zip(own, updates, strict=True)]
         reaches = [self.reach(update.num_examples) for update in updates]
         usual_reach = statistics.median(reaches)
+        usual_of, usual_of_all = _medians_by_rank([job.client.rank for job in own], found), _medians(found)
         kept, shares, rejected = [], {}, {}
         for update, job, lengths, reach in zip(updates, own, found, reaches, strict=True):
-            peers = [other for each, other in zip(own, found, strict=True) if each.client.rank == job.client.rank]
-            usual = _medians(peers if len(peers) >= FEWEST else found).times(max(1.0, reach / usual_reach))
+            usual = usual_of.get(job.client.rank, usual_of_all).times(max(1.0, reach / usual_reach))
             if self.far and not lengths.within(usual.times(self.far)):
                 rejected[update.client] = f"its step is more than {self.far:g} times as long as the median (guard.far)"
                 continue
@@ -78,6 +78,14 @@ class NormBound(Rule):
                 update, shares[update.client] = shortened(job, update, lengths, bounds)
             kept.append(update)
         return Screened(kept, {}, rejected, shares)
+
+
+def _medians_by_rank(ranks: Sequence[int], lengths: Sequence[Lengths]) -> dict[int, Lengths]:
+    """Of each rank that has enough updates."""
+    of_rank: dict[int, list[Lengths]] = {}
+    for rank, each in zip(ranks, lengths, strict=True):
+        of_rank.setdefault(rank, []).append(each)
+    return {rank: _medians(peers) for rank, peers in of_rank.items() if len(peers) >= FEWEST}
 
 
 def _medians(lengths: Sequence[Lengths]) -> Lengths:
@@ -140,14 +148,10 @@ def _part(download: Download, trained: Adapter, share: float) -> Adapter:
     layers, moves = {}, download.train - download.private
     for name, after in trained.layers.items():
         before = download.adapter.layers[name]
-        A = _between(before.A[: after.rank], after.A, share) if "A" in moves else after.A
-        B = _between(before.B[:, : after.rank], after.B, share) if "B" in moves else after.B
+        A = between(before.A[: after.rank], after.A, share) if "A" in moves else after.A
+        B = between(before.B[:, : after.rank], after.B, share) if "B" in moves else after.B
         layers[name] = after.with_factors(A, B)
     if "tensors" in download.private:
         return replace(trained, layers=layers)
-    tensors = {name: _between(tensor, trained.tensors[name], share) for name, tensor in download.adapter.tensors.items()}
+    tensors = {name: between(tensor, trained.tensors[name], share) for name, tensor in download.adapter.tensors.items()}
     return replace(trained, layers=layers, tensors=tensors)
-
-
-def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    return (start.double() + share * (end.double() - start.double())).to(start.dtype)

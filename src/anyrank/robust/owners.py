@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from anyrank.adapter.layer import LoraLayer
+from anyrank.messages.change import between
 from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
 from anyrank.robust.base import Rule, Screened
 
@@ -72,10 +72,6 @@ def _shortened(download: Download, name: str, after: LoraLayer, alone: list[bool
         return after
     before, rows = download.adapter.layers[name], torch.tensor(alone).nonzero().squeeze(1)
     A, B = after.A.clone(), after.B.clone()
-    A[rows] = _between(before.A[rows], A[rows], share)
-    B[:, rows] = _between(before.B[:, rows], B[:, rows], share)
+    A[rows] = between(before.A[rows], A[rows], share)
+    B[:, rows] = between(before.B[:, rows], B[:, rows], share)
     return after.with_factors(A, B)
-
-
-def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    return (start.double() + share * (end.double() - start.double())).to(start.dtype)
