@@ -31,7 +31,7 @@ def test_options_of_the_method_stand_beside_its_name() -> None:
 
 def test_whole_numbers_do_for_numbers_and_nothing_else_changes_type() -> None:
     assert from_table({"train": {"learning_rate": 1}}).train.learning_rate == 1.0
-    with pytest.raises(ConfigError, match="clients.count: expected int, got True"):
+    with pytest.raises(ConfigError, match="clients.count: expected whole number, got True"):
         from_table({"clients": {"count": True}})
 
 
@@ -51,7 +51,7 @@ def test_whole_numbers_do_for_numbers_and_nothing_else_changes_type() -> None:
         ({"clients": {"participation": 1.5}}, r"clients.participation"),
         ({"train": {"local_steps": 3, "local_epochs": 1}}, r"local_steps or local_epochs, not both"),
         ({"train": {"momentum": 0.9}}, r"train.momentum: is for optimizer = 'sgd'"),
-        ({"train": {"learning_rate": "fast"}}, r"train.learning_rate: expected float, got 'fast'"),
+        ({"train": {"learning_rate": "fast"}}, r"train.learning_rate: expected number, got 'fast'"),
         ({"run": {"rounds": 0}}, r"run.rounds: expected a whole number of at least 1, got 0"),
         ({"run": {"name": "a/b"}}, r"run.name"),
         ({"model": {"name": "a", "path": "b"}}, r"either name or path"),

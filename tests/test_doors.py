@@ -564,7 +564,7 @@ CONFIGS = {
     "lists 200 deep": (b"[run]\nname = " + b"[" * 200 + b"]" * 200, "nested more than 32 deep"),
     "a section that is a number": (b"run = 1", "expected a table"),
     "a section that is a list": (b"[[run]]\nname = 'a'", "expected a table"),
-    "a date": (b"[run]\nname = 2020-01-01", "expected str"),
+    "a date": (b"[run]\nname = 2020-01-01", "expected string"),
     "latin-1": (b"[run]\nname = 'caf\xe9'", "not readable as TOML"),
     "a megabyte and more": (b"#" * (1 << 20) + b"\n", "at most 1,048,576 bytes"),
     "an empty source": (b"[data]\nsource = ''", "data.source"),

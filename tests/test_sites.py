@@ -479,7 +479,7 @@ WRONG = [
     ({"sites": [A | {"name": "\u00e9"}, A | {"name": "e\u0301"}]}, "sites: expected different names"),
     ({"sites": [A | {"rank": "auto"}]}, "sites.a.rank: 'auto' needs the memory that the site measures"),
     ({"sites": [A | {"rank": 0}]}, "sites.a.rank: expected a whole number of at least 1, got 0"),
-    ({"sites": [A | {"rank": True}]}, "sites.a.rank: expected int or str, got True"),
+    ({"sites": [A | {"rank": True}]}, "sites.a.rank: expected whole number or string, got True"),
     ({"sites": [A | {"rnk": 4}]}, "sites.a.rnk: unknown key; did you mean 'rank'?"),
     ({"sites": [{"name": "a"}]}, "sites.a.source: expected the site's own training examples"),
     ({"sites": [{"source": "a.csv"}]}, "sites: name: expected a name of printable characters"),

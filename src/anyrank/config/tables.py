@@ -27,7 +27,6 @@ _PATHS = (
     *(("model", "path"), ("model", "file"), ("data", "source"), ("data", "test_source"), ("data", "partition", "file")),
     *(("method", "file"), ("eval", "file")),
 )
-_NAMES = {bool: "true or false"}
 _MOST_BYTES = 1 << 20  # of a file of settings
 _MOST_DOTS, _BETWEEN = 100, re.compile(r"[\n=,{}\[\]]")  # of a key, which stands between two of these characters
 
@@ -269,8 +268,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     elif type(value) is hint:
         return value
-    names = " or ".join("list" if typing.get_origin(each) is tuple else _NAMES.get(each, each.__name__) for each in arguments)
-    names = names or _NAMES.get(hint, hint.__name__)
+    names = " or ".join(
+        "list" if typing.get_origin(each) is tuple else explain.TYPES.get(each, each.__name__) for each in arguments
+    )
+    names = names or explain.TYPES.get(hint, hint.__name__)
     raise ConfigError(f"{where}: expected {names}, got {value!r}")
 
 
