@@ -11,9 +11,6 @@ import numpy as np
 
 from anyrank.messages.records import Scores
 
-# Largest number of clients that are reported separately. For more, the label shares of all of them would have to be drawn.
-MOST_CLIENTS = 1_000
-
 
 @dataclass(frozen=True, eq=False)
 class Labels:
@@ -24,10 +21,16 @@ class Labels:
 
     @classmethod
     def of(cls, names: Sequence[str], shards: Sequence[np.ndarray], labels: np.ndarray) -> Labels:
-        """From each client's example indices and the `labels` `[n]` of the training examples; empty clients are left out."""
-        held = [(name, labels[own]) for name, own in zip(names, shards, strict=True) if len(own)]
-        counts = np.array([np.bincount(own, minlength=int(labels.max()) + 1) for _, own in held], dtype=np.float64)
-        return cls(tuple(name for name, _ in held), counts / counts.sum(axis=1, keepdims=True))
+        """From each client's example indices and the `labels` `[n]` of the training examples."""
+        width = int(labels.max()) + 1
+        return cls.counted(names, np.array([np.bincount(labels[own], minlength=width) for own in shards]))
+
+    @classmethod
+    def counted(cls, names: Sequence[str], counts: np.ndarray) -> Labels:
+        """From each client's numbers of examples by label, `[clients, labels]`; empty clients are left out."""
+        held = [(name, row) for name, row in zip(names, counts.astype(np.float64), strict=True) if row.any()]
+        shares = np.array([row / row.sum() for _, row in held])
+        return cls(tuple(name for name, _ in held), shares)
 
 
 @dataclass(frozen=True, eq=False)

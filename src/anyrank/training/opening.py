@@ -1,0 +1,25 @@
+"""Open a task's model for training, after every check that needs it: one function for this process and for a worker."""
+
+from __future__ import annotations
+
+from anyrank.config.sections import HANDED_IN, Config
+from anyrank.tasks.base import Task
+from anyrank.training import private_examples, probe
+from anyrank.training.lora import LoraModel
+
+
+def open_model(task: Task, config: Config, largest_rank: int) -> tuple[LoraModel, str]:
+    """The model, and how clients may be stacked in it (`auto`, `always`, `never`). Raises `ModelError`."""
+    model = LoraModel(task, config.train.gradient_checkpointing)
+    stacking = config.run.stacking
+    try:
+        model.check_rank(largest_rank)
+        if config.model.task == HANDED_IN or config.model.file:
+            probe.check(model)
+            stacking = "never" if stacking == "auto" and not probe.stacks(model, config.train.batch_size) else stacking
+        if config.privacy.level == "example":
+            private_examples.check(model)
+    except BaseException:
+        model.close()
+        raise
+    return model, stacking
