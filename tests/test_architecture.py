@@ -22,7 +22,7 @@ LEVELS = [
     ["algebra", "messages", "privacy", "data"],
     ["methods", "runs", "tasks"],
     ["robust", "aggregation", "training", "report"],
-    ["federation"],
+    ["federation", "worker"],
     ["engines"],
     ["simulation"],
     ["studies"],
@@ -45,11 +45,13 @@ NEVER = {
     "methods.registry": ("torch", "numpy"),
     "methods.catalog": ("torch", "numpy"),
     "messages.frame": ("torch",),
+    "worker.supervisor": ("torch",),
+    "worker.channel": ("torch",),
 }
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded
     "torch": {
         *("adapter", "algebra", "messages", "methods", "runs", "tasks", "robust", "aggregation", "training", "federation"),
-        *("engines", "simulation", "studies", "data", "devices"),
+        *("worker", "engines", "simulation", "studies", "data", "devices"),
     },
     "transformers": set(),
     "peft": set(),

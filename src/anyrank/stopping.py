@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ _one = threading.RLock()  # a second signal may interrupt the first one here
 _holds: list[None] = []  # one entry while signals wait
 _waiting: list[int] = []  # the signals that came meanwhile
 _wakers: list[socket.socket] = []  # held open
+_children: set[subprocess.Popen[bytes]] = set()
 _words: list[Callable[[int], str]] = []  # the line that the last `on_signals` has asked for
 
 
@@ -121,8 +123,20 @@ def _watch() -> None:
     os._exit(128 + number)
 
 
+@contextlib.contextmanager
+def child(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Within it the child process ends when a signal ends this one. It ends by itself when its pipes are closed."""
+    _children.add(process)
+    try:
+        yield
+    finally:
+        _children.discard(process)
+
+
 def _end_children() -> None:
     """Ask the children to end, which then leave nothing unfinished, and kill those that take too long."""
+    for process in list(_children):
+        process.kill()
     if "multiprocessing.process" not in sys.modules:
         return
     from multiprocessing import active_children

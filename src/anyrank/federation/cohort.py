@@ -11,9 +11,7 @@ import numpy as np
 from anyrank import keys
 from anyrank.config.sections import ClientsConfig
 from anyrank.messages.records import Client
-
-POOLED = "all-data"
-_UNNAMED = "client-"
+from anyrank.messages.roster import POOLED, Names
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,20 +32,15 @@ class Population:
         return len(self.ranks)
 
     def name(self, index: int) -> str:
-        return self.names[index] if self.names else f"{_UNNAMED}{index:0{len(str(len(self) - 1))}d}"
+        return self._naming[index]
 
     def index(self, name: str) -> int:
         """The position of the client called `name`; `KeyError` for a name that no client has."""
-        if self.names:
-            return self._places[name]
-        digits = name.removeprefix(_UNNAMED)
-        if digits.isascii() and digits.isdigit() and int(digits) < len(self) and name == self.name(int(digits)):
-            return int(digits)
-        raise KeyError(name)
+        return self._naming.index(name)
 
     @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.names)}
+    def _naming(self) -> Names:
+        return Names(len(self), self.names)
 
     def client(self, index: int) -> Client:
         return Client(self.name(index), int(self.ranks[index]))

@@ -61,12 +61,12 @@ def check_least(where: str, value: Any, least: int) -> None:
         raise FrameError(f"{where}: expected a whole number of at least {least}, got {shortened(repr(value), 100)}")
 
 
-def record(where: str, kind: type[_R], table: Any) -> _R:
-    """A dataclass of plain values from its table (`dataclasses.asdict`)."""
+def record(where: str, kind: type[_R], table: Any, **known: Any) -> _R:
+    """A dataclass of plain values from its table (`dataclasses.asdict`); fields that are `known` do not stand in it."""
     hints = typing.get_type_hints(kind)
-    values = fields(where, table, **{f.name: (int, float) if hints[f.name] is float else hints[f.name]
-                                     for f in dataclasses.fields(kind)})  # fmt: skip
-    return made(where, kind, *values)
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in known]
+    values = fields(where, table, **{name: (int, float) if hints[name] is float else hints[name] for name in names})
+    return made(where, kind, **dict(zip(names, values, strict=True)), **known)
 
 
 def made(where: str, kind: Any, *values: Any, **named: Any) -> Any:

@@ -74,6 +74,17 @@ class Mechanism:
         digest = hmac.digest(self.key, f"private\x1f{round}\x1f{client}".encode(), "sha256")
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
 
+    def table(self) -> dict[str, Any]:
+        """The mechanism as a JSON object, with its key: only for processes that may have the key."""
+        return {"plan": self.plan.table(), "key": self.key.hex() if self.key else None}
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> Mechanism:
+        """The mechanism of a `table()`."""
+        plan = dict(table["plan"])
+        noise = {int(count): value for count, value in plan.pop("noise").items()}
+        return cls(PrivacyPlan(**plan, noise=noise), bytes.fromhex(table["key"]) if table["key"] else None)
+
 
 def key_folder() -> Path:
     """Where keys of unfinished runs are: `$XDG_STATE_HOME/anyrank/privacy`, or `~/.local/state/anyrank/privacy`."""

@@ -24,6 +24,7 @@ from anyrank.privacy.plan import PrivacyPlan
 from anyrank.progress import Progress
 from anyrank.runs.folder import RunDir
 from anyrank.runs.removal import remove_start
+from anyrank.simulation import workers
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.dealing import dealt, roster
 from anyrank.tasks.load import load_task
@@ -64,6 +65,8 @@ def build(
     """
     method = method or _method(config)
     check_ranks(config, method)
+    if config.run.engine == "workers" and engine is in_process:
+        return workers.build(config, method, progress)
     task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
     if shards is None and config.data.partition.kind == HANDED_IN:
         raise ConfigError("data.partition.kind = 'handed-in': its shards were handed in by a Python program; run that")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyrank.config.describe import COUNT, NATURAL, key
+from anyrank.config.describe import COUNT, LATER, NATURAL, key
 from anyrank.config.sections.values import expect, one_of
 
 STACKINGS = ("auto", "always", "never")
+ENGINES = ("process", "workers")
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,27 @@ class RunConfig:
         STACKINGS,
     )
 
+    engine: str = key(
+        "process",
+        "Where clients train: in this process, or in worker processes on this machine, so that this one needs neither data nor "
+        "base model, and a client that ends its process costs its own reply. The results are the same.",
+        ENGINES,
+        metadata=LATER,
+    )
+    workers: int = key(
+        0,
+        "Number of worker processes, for engine = 'workers'. 0: as many as there are clients in a round, free cores, and "
+        "memory for another base model; with GPUs, one for each.",
+        NATURAL,
+        metadata=LATER,
+    )
+
     def __post_init__(self) -> None:
         expect(self.rounds >= 1, "run.rounds", COUNT, self.rounds)
         expect(1 <= self.threads <= 1024, "run.threads", "a whole number from 1 to 1024", self.threads)
         one_of(self.stacking, STACKINGS, "run.stacking")
+        one_of(self.engine, ENGINES, "run.engine")
+        expect(0 <= self.workers <= MOST_WORKERS, "run.workers", f"a whole number from 0 to {MOST_WORKERS}", self.workers)
         expect(self.seed >= 0, "run.seed", NATURAL, self.seed)
         is_name = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\\0")
         is_name = is_name and len(self.name.encode(errors="replace")) <= 200

@@ -1,0 +1,59 @@
+"""A worker's end of the two pipes to its supervisor. No torch here: the pipes are taken over before it is imported.
+
+stdin carries the frames to the worker, stdout its replies. Whatever else prints on stdout (a library's notice) goes to stderr
+instead, which the supervisor keeps as the worker's last words.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+from typing import BinaryIO
+
+from anyrank import stopping
+from anyrank.errors import FrameError
+from anyrank.messages.frame import Frame, read, write
+
+MOST_BYTES = 1 << 40  # of a frame from the worker's own supervisor
+_GONE = 3  # exit status: the supervisor has gone, or has sent what is no frame
+
+
+class Channel:
+    """Frames in and out. A thread of its own reads, so that the worker ends with its supervisor, whatever it is doing."""
+
+    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
+        self._source, self._sink = source, sink
+        self._came: queue.Queue[Frame] = queue.Queue(maxsize=1)
+        self._sending = threading.Lock()
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def receive(self) -> Frame:
+        return self._came.get()
+
+    def send(self, frame: Frame) -> None:
+        try:
+            with self._sending:
+                write(self._sink, frame)
+                self._sink.flush()
+        except OSError:  # the supervisor has gone
+            stopping.end(_GONE)
+
+    def _follow(self) -> None:
+        while True:
+            try:
+                frame = read(self._source, MOST_BYTES)
+            except (FrameError, OSError):  # also at the end of the stream
+                stopping.end(_GONE)
+            self._came.put(frame)
+
+
+def take_over() -> Channel:
+    """This process's stdin and stdout as a channel. stdin is empty from now on, and stdout is stderr."""
+    source, sink = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=1 << 18)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the supervisor's process
+    return Channel(source, sink)

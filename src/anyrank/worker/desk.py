@@ -1,0 +1,140 @@
+"""What a worker does with each frame that it receives."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from anyrank import methods
+from anyrank.config.sections import Config
+from anyrank.config.tables import from_table
+from anyrank.data.partition import ByName, pooled
+from anyrank.errors import AnyRankError, FrameError
+from anyrank.messages import calls
+from anyrank.messages.body import expect
+from anyrank.messages.frame import Frame
+from anyrank.messages.records import Failure
+from anyrank.messages.roster import POOLED, Names
+from anyrank.messages.scores import scores_frame
+from anyrank.messages.wire import DOWNLOAD, failure_frame, job_of, plan_of, update_frame
+from anyrank.privacy.noise import Mechanism
+from anyrank.progress import Progress
+from anyrank.tasks.base import score
+from anyrank.tasks.dealing import dealt, roster
+from anyrank.tasks.load import load_task
+from anyrank.training import stacked, trainer
+from anyrank.training.lora import LoraModel
+from anyrank.training.opening import open_model
+
+Receive = Callable[[], Frame]  # the next frame that comes
+_PAUSE_S = 0.2  # seconds between two reports of progress
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a worker has loaded: the model, and the training examples of its clients by name."""
+
+    config: Config
+    model: LoraModel
+    stacking: str
+    shards: trainer.ExamplesOf
+    ready: calls.Ready
+
+
+class Desk:
+    """A worker of the user who runs the server, on the same machine: it has all examples and trains any client."""
+
+    def __init__(self) -> None:
+        self.held: Held | None = None
+
+    def answer(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        """The replies to a frame; `receive` gives the frames that belong to it, and `progress` takes frames that go ahead.
+
+        What is wrong with a request is an error frame. A frame that is not what it should be raises `FrameError`: the sender
+        is not one that can be trusted to go on.
+        """
+        kinds = {calls.SETUP: self._setup, calls.START: self._start, calls.COHORT: self._cohort, calls.EVALUATE: self._evaluate}
+        expect(frame, *kinds)
+        try:
+            yield from kinds[frame.header.kind](frame, receive, progress)
+        except FrameError:
+            raise
+        except AnyRankError as error:
+            yield calls.error_frame(error, frame.header.run)
+
+    def _setup(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        table, largest_rank = calls.setup_of(frame)
+        self.held = load(from_table(table), largest_rank, _now_and_then(progress))
+        yield calls.ready_frame(self.held.ready, frame.header.run)
+
+    def _start(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        rank, scaling, seed = calls.start_of(frame)
+        yield calls.adapter_frame(self._loaded.model.start(rank, scaling, seed), run=frame.header.run)
+
+    def _evaluate(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        held, (adapter, merged) = self._loaded, calls.adapter_of(frame, calls.EVALUATE)
+        held.model.apply(adapter, merged)
+        yield scores_frame(score(held.model.task, held.config.eval.batch_size), frame.header.run)
+
+    def _cohort(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        held, run = self._loaded, frame.header.run
+        count, deadline_s, mechanism = calls.cohort_of(frame)
+        frames = [receive() for _ in range(count)]
+        for each in frames:
+            expect(each, DOWNLOAD, run=run)
+        jobs, plan = [job_of(each) for each in frames], plan_of(frames[0])
+        known = {job.client.name: job for job in jobs}
+        way = Mechanism.of(mechanism) if mechanism else None
+        for reply in trainer.train_cohort(held.model, jobs, held.shards, plan, way, held.stacking, deadline_s):
+            if isinstance(reply, Failure):
+                yield failure_frame(reply, run, plan.round, with_reason=True)
+            else:
+                yield update_frame(reply, known[reply.client].download, run, plan.round)
+
+    @property
+    def _loaded(self) -> Held:
+        if self.held is None:
+            raise FrameError("worker: expected a setup frame first")
+        return self.held
+
+
+def _now_and_then(send: Callable[[Frame], None]) -> Progress:
+    """Progress as frames, at most one in `_PAUSE_S`."""
+    last = [0.0]
+
+    def report(done: int, total: int) -> None:
+        if time.monotonic() - last[0] >= _PAUSE_S:
+            last[0] = time.monotonic()
+            send(calls.progress_frame(done, total))
+
+    return report
+
+
+def load(config: Config, largest_rank: int, progress: Progress) -> Held:
+    """Load the task of a configuration, with the examples of all its clients."""
+    torch.set_num_threads(config.run.threads)
+    if config.method.file:
+        methods.load_file(config.method.file)
+    method = methods.make(config.method.name, config.method.options)
+    task = load_task(config, progress)
+    shards, named = dealt(config, task)
+    known = roster(config, task, shards, named, method.pools_data)
+    model, stacking = open_model(task, config, largest_rank)
+    place = Names(len(shards), known.names).index
+    examples: Any = {POOLED: pooled(shards)[0]} if method.pools_data else ByName(shards, place)
+    together = model.can_stack() and (stacking == "always" or (stacking == "auto" and stacked.worthwhile(model)))
+    return Held(config, model, stacking, examples, calls.Ready(known, together, resident()))
+
+
+def resident() -> int:
+    """Bytes of memory that this process has taken at most."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,22 @@
+"""The loop of a worker: a frame, its replies, the next frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from anyrank.messages.frame import Frame
+from anyrank.worker.channel import Channel
+
+
+class Answers(Protocol):
+    """Who answers frames: see `anyrank.worker.desk.Desk`."""
+
+    def answer(self, frame: Frame, receive: Callable[[], Frame], progress: Callable[[Frame], None]) -> Iterator[Frame]: ...
+
+
+def serve(channel: Channel, desk: Answers) -> int:
+    """Answer frames until the channel ends, which ends the process. A `FrameError` ends it, too."""
+    while True:
+        for reply in desk.answer(channel.receive(), channel.receive, channel.send):
+            channel.send(reply)
