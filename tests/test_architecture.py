@@ -24,7 +24,7 @@ LEVELS = [
     ["robust", "aggregation", "training", "report"],
     ["federation", "worker"],
     ["engines"],
-    ["simulation"],
+    ["simulation", "deployment"],
     ["studies"],
     ["cli"],
     ["__main__"],

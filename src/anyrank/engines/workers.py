@@ -130,7 +130,7 @@ def _whole(download: Download) -> Download:
 
 def _frames(group: Sequence[Job], plan: Plan, deadline_s: float | None, mechanism: Mapping[str, Any] | None) -> list[Frame]:
     downloads = [download_frame(_whole(job.download), plan, job.client, job.num_examples) for job in group]
-    return [calls.cohort_frame(len(group), deadline_s, mechanism), *downloads]
+    return [calls.cohort_frame(calls.Cohort(len(group), deadline_s, mechanism)), *downloads]
 
 
 def _digest(ready: calls.Ready) -> bytes:

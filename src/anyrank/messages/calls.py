@@ -144,20 +144,32 @@ def adapter_of(frame: Frame, kind: str = ADAPTER) -> tuple[Adapter, Adapter | No
 # --- cohorts and errors ----------------------------------------------------------------------------------------------
 
 
-def cohort_frame(jobs: int, deadline_s: float | None, mechanism: Mapping[str, Any] | None = None, run: str = "") -> Frame:
-    """`jobs`: downloads that follow; `deadline_s`: seconds for each client's training; `mechanism`: a table of the privacy
-    plan and the key of its noise, only for workers of the same user on the same machine."""
-    values = {"jobs": jobs, "deadline_s": deadline_s, "mechanism": dict(mechanism) if mechanism else None}
-    return Frame(Header(COHORT, run, body=values), {})
+@dataclass(frozen=True)
+class Cohort:
+    """What is wanted of the clients whose `jobs` downloads follow. `score`: their results on their own held-out examples, of
+    what they download, before they train; `train`: their training, as otherwise nothing but these results is sent.
+    `deadline_s`: seconds for each client's training. `mechanism`: a table of the privacy plan and the key of its noise, only
+    for workers of the same user on the same machine.
+    """
+
+    jobs: int
+    deadline_s: float | None = None
+    mechanism: Mapping[str, Any] | None = None
+    score: bool = False
+    train: bool = True
 
 
-def cohort_of(frame: Frame) -> tuple[int, float | None, dict[str, Any] | None]:
+def cohort_frame(cohort: Cohort, run: str = "") -> Frame:
+    return Frame(Header(COHORT, run, body=dict(vars(cohort))), {})
+
+
+def cohort_of(frame: Frame) -> Cohort:
     expect(frame, COHORT)
-    keys = {"jobs": int, "deadline_s": (float, int, type(None)), "mechanism": (dict, type(None))}
-    jobs, deadline_s, mechanism = fields("cohort", dict(frame.header.body), **keys)
+    keys = {"jobs": int, "deadline_s": (float, int, type(None)), "mechanism": (dict, type(None)), "score": bool, "train": bool}
+    found = Cohort(*fields("cohort", dict(frame.header.body), **keys))
     Parts(frame).finish()
-    check_least("cohort, jobs", jobs, 1)
-    return jobs, deadline_s, mechanism
+    check_least("cohort, jobs", found.jobs, 1)
+    return found
 
 
 def error_frame(error: AnyRankError, run: str = "") -> Frame:

@@ -114,13 +114,29 @@ class Download:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """A model's results on a client's own held-out examples, as sums, which are added over clients: the number of `examples`,
+    the sum of their `losses`, how many answers are `correct` (`None` if no answer is right or wrong), and `by_label`,
+    `{label: (examples, correct)}`, where that may be sent.
+    """
+
+    examples: int
+    losses: float
+    correct: int | None = None
+    by_label: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
-    """The upload of a client: its trained adapter, its number of examples (its weight), and figures about its training."""
+    """The upload of a client: its trained adapter, its number of examples (its weight), figures about its training, and the
+    results of what it downloaded on its own held-out examples, if they are wanted.
+    """
 
     adapter: Adapter
     num_examples: int
     client: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    counts: Counts | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_examples, int) or isinstance(self.num_examples, bool) or self.num_examples < 1:

@@ -83,14 +83,14 @@ class Desk:
 
     def _cohort(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
         held, run = self._loaded, frame.header.run
-        count, deadline_s, mechanism = calls.cohort_of(frame)
-        frames = [receive() for _ in range(count)]
+        wanted = calls.cohort_of(frame)
+        frames = [receive() for _ in range(wanted.jobs)]
         for each in frames:
             expect(each, DOWNLOAD, run=run)
         jobs, plan = [job_of(each) for each in frames], plan_of(frames[0])
         known = {job.client.name: job for job in jobs}
-        way = Mechanism.of(mechanism) if mechanism else None
-        for reply in trainer.train_cohort(held.model, jobs, held.shards, plan, way, held.stacking, deadline_s):
+        way = Mechanism.of(wanted.mechanism) if wanted.mechanism else None
+        for reply in trainer.train_cohort(held.model, jobs, held.shards, plan, way, held.stacking, wanted.deadline_s):
             if isinstance(reply, Failure):
                 yield failure_frame(reply, run, plan.round, with_reason=True)
             else:
