@@ -2,7 +2,7 @@
 
     setup       what the worker is to load: a configuration, the largest rank       -> progress …, ready
     start       the adapter that a run starts from is wanted                         -> adapter
-    cohort      downloads follow, of clients that train together or alone            -> one reply each: update or failure
+    cohort      downloads follow, of clients that train together or alone, or score  -> one reply each: update, counts or failure
     evaluate    an adapter, and the sum in the base model, to score                  -> scores
 
 A worker answers `error` where a request is wrong, with the kind of error and its line.
@@ -58,15 +58,16 @@ def progress_of(frame: Frame) -> tuple[int, int]:
 @dataclass(frozen=True, eq=False)
 class Ready:
     """A worker that has loaded its task: the `roster` of the clients that it can train, whether it trains clients of a round
-    `together`, and the bytes of memory that it has taken.
+    `together`, the bytes of memory that it has taken, and the digest of its base model (empty: not given).
     """
 
     roster: Roster
     together: bool = False
     memory: int = 0
+    base_digest: str = ""
 
 
-_ROSTER_ARRAYS = {"sizes": 1, "by_label": 2, "owners": 1}  # with their dimensions
+_ROSTER_ARRAYS = {"sizes": 1, "by_label": 2, "owners": 1, "held_out": 1}  # with their dimensions
 
 
 def ready_frame(ready: Ready, run: str = "") -> Frame:
@@ -76,6 +77,7 @@ def ready_frame(ready: Ready, run: str = "") -> Frame:
     values = {
         **{"names": list(known.names), "pooled": known.pooled, "in_order": known.in_order, "facts": facts},
         **{"label_names": list(known.facts.label_names), "together": ready.together, "memory": ready.memory},
+        "base_digest": ready.base_digest,
     }
     return Frame(Header(READY, run, body=values), arrays)
 
@@ -84,9 +86,9 @@ def ready_of(frame: Frame) -> Ready:
     expect(frame, READY)
     keys = {
         **{"names": list, "pooled": int, "in_order": bool, "facts": dict, "label_names": list},
-        **{"together": bool, "memory": int},
+        **{"together": bool, "memory": int, "base_digest": str},
     }
-    names, pooled, in_order, facts, labels, together, memory = fields("ready", dict(frame.header.body), **keys)
+    names, pooled, in_order, facts, labels, together, memory, base = fields("ready", dict(frame.header.body), **keys)
     for name in (*names, *labels):
         check_type("ready, names", name, str)
     parts = Parts(frame)
@@ -98,8 +100,11 @@ def ready_of(frame: Frame) -> Ready:
     sizes = arrays["sizes"]
     if sizes is None or (sizes < 0).any() or (names and len(names) != len(sizes)):
         raise FrameError("ready, sizes: expected a number of examples for each client, of at least 0, got others")
+    held = arrays["held_out"]
+    if held is not None and (held.shape != sizes.shape or (held < 0).any()):
+        raise FrameError("ready, held_out: expected a number of examples for each client, of at least 0, got others")
     about = record("ready, facts", Facts, facts, label_names=tuple(labels))
-    return Ready(Roster(tuple(names), facts=about, pooled=pooled, in_order=in_order, **arrays), together, memory)
+    return Ready(Roster(tuple(names), facts=about, pooled=pooled, in_order=in_order, **arrays), together, memory, base)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
