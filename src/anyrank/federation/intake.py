@@ -105,7 +105,11 @@ class Collected:
 
 
 def collect(
-    replies: Iterable[Any], jobs: Sequence[Job], skipped: Sequence[Skipped], round: int, bound: float = math.inf,
+    replies: Iterable[Any],
+    jobs: Sequence[Job],
+    skipped: Sequence[Skipped],
+    round: int,
+    bound: float = math.inf,
     reporting: Reporting | None = None,
 ) -> Collected:
     """Pass each reply through the guard. Only the first reply of a client counts, even if it is rejected.

@@ -54,7 +54,9 @@ class Reporting:
         except FrameError as error:
             raise Rejected(str(error)) from None
         if counts.examples > self.most(name):
-            raise Rejected(f"counts, examples: reports {counts.examples}, but {self.most(name)} held-out examples are registered")
+            raise Rejected(
+                f"counts, examples: reports {counts.examples}, but {self.most(name)} held-out examples are registered"
+            )
         unknown = next((label for label in counts.by_label if self.labels and label not in self.labels), None)
         if unknown is not None:
             raise Rejected(f"counts, by_label: expected labels of the task, got {str(unknown)[:100]!r}")

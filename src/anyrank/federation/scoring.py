@@ -66,7 +66,9 @@ def final(federation: Federation, state: ServerState, last: Standing | None, qua
         return Final(last or score(federation, state), {})
     jobs = _jobs(federation, state, quarantine)
     plan = replace(federation.plan(state.round), round=state.round + 1)
-    found = _collected(federation.engine.score(jobs, plan, federation.config.rounds.deadline_s or None), jobs, federation.reporting)
+    found = _collected(
+        federation.engine.score(jobs, plan, federation.config.rounds.deadline_s or None), jobs, federation.reporting
+    )
     size = sum(job.download.download_bytes() for job in jobs)
     entries = {"scored_by": len(found), "scored_of": len(jobs), "scoring_bytes": size}
     return Final(federation.reporting.standing(found), entries)

@@ -43,7 +43,9 @@ def check(where: str, counts: Counts) -> None:
     if counts.losses is not None:
         number = type(counts.losses) in (int, float)
         if not number or not -LARGEST <= counts.losses <= LARGEST:  # NaN is in no order
-            got = "a whole number of more than 100 digits" if type(counts.losses) is int else shortened(repr(counts.losses), 100)
+            got = (
+                "a whole number of more than 100 digits" if type(counts.losses) is int else shortened(repr(counts.losses), 100)
+            )
             raise FrameError(f"{where}, losses: expected a finite number, at most 1e100 either way, or none, got {got}")
     if counts.correct is not None:
         _check_correct(where, counts.examples, counts.correct)

@@ -84,8 +84,6 @@ def build(
         shards = partition.pooled(shards)
     settle = assembly.assemble(config, method, known)
     place = settle.population.index
-    if settle.reporting and task.metrics:
-        raise ConfigError("eval.where = 'sites': this task has metrics of its own, which need all results at once; use 'server'")
     own = held_out(known.names, known.owners)
     setting = Setting(task, ByName(shards, place), config, settle.population.levels()[-1], settle.privacy, own)
     return replace(settle, engine=engine(setting))

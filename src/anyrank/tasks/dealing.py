@@ -47,6 +47,11 @@ def _checked(given: tuple[str, ...], values: tuple[str, ...], column: str) -> tu
 def roster(config: Config, task: Task, shards: Any, named: tuple[str, ...] = (), pools: bool = False) -> Roster:
     """What a server is to know of `shards`, the clients' examples; `named`: the names that their examples give them; `pools`:
     whether the method gathers all examples in one place."""
+    if config.eval.where == "sites" and task.metrics:
+        raise ConfigError(
+            f"eval.where = 'sites': the task has metrics of its own ({', '.join(task.metrics)}), which need the results of all "
+            "clients in one place; use 'server'"
+        )
     owners = _owners(config, task)
     return Roster(
         names=named or config.clients.names,

@@ -63,9 +63,7 @@ class EvalConfig:
         {"Flower": "fraction_evaluate"},
         LATER,
     )
-    by_label: bool = key(
-        False, "Whether clients report their scores by label, too, for where = 'sites'.", metadata=LATER
-    )
+    by_label: bool = key(False, "Whether clients report their scores by label, too, for where = 'sites'.", metadata=LATER)
 
     def __post_init__(self) -> None:
         expect(self.every >= 1, "eval.every", COUNT, self.every)

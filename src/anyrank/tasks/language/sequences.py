@@ -67,7 +67,9 @@ class Sequences:
     def part(self, index: np.ndarray) -> Sequences:
         """The examples `index` `[n]`, in that order."""
         chosen = torch.from_numpy(np.asarray(index, np.int64).copy())
-        pieces = [self.tokens[start : start + length] for start, length in zip(self.starts[chosen], self.lengths[chosen], strict=True)]
+        pieces = [
+            self.tokens[start : start + length] for start, length in zip(self.starts[chosen], self.lengths[chosen], strict=True)
+        ]
         return Sequences(torch.cat(pieces), self.lengths[chosen], self.prompts[chosen], self.pad, self.packs)
 
     def prompt(self, i: int) -> list[int]:
