@@ -1,6 +1,7 @@
 """A small site's worker, for tests: it has one site's files, and answers as a site does. `python site_worker.py SITE.json`.
 
-The file has `name`, the site's own `data` and `model` keys, and `deeds`: what it does wrong, by the kind of frame that it answers.
+The file has `name`, the site's own keys of `data` and `model`, and `deeds`: what it does wrong, by the kind of frame that it
+answers.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def main() -> int:
 
 
 class Site:
-    """Answers for one site. A deed is `{kind of frame: [what, at the frame of this number, ...]}`; numbers are kept in a file, so
-    that they go on in a worker that is started anew."""
+    """Answers for one site. A deed is `{kind of frame: [what, at the frame of this number, ...]}`; numbers are kept in a file,
+    so that they go on in a worker that is started anew."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.own = path, json.loads(path.read_text())

@@ -33,7 +33,8 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     ),
     "eval": ("every", "batch_size", "score", "extract", "max_new_tokens", "length_normalized", "where", "by_label"),
 }
-# The other keys of these sections, and whole sections: of other clients, of the server alone, of one machine, or a path or code.
+# The other keys of these sections, and whole sections: of other clients, of the server alone, of one machine, or a path or
+# code.
 WITHHELD: Mapping[str, tuple[str, ...]] = {
     "run": ("label", "engine", "workers"),
     "model": ("path", "features", "device", "file", "handed_in"),

@@ -37,9 +37,9 @@ def federate(
 ) -> dict[str, Any]:
     """Run a configuration over sites in the folder `out`; returns the summary.
 
-    `sites`: for each `[[sites]]` table, by name, the command that runs its worker on this machine, or a function that makes what
-    carries frames to it and back (see `anyrank.engines.seat.Make`). The run begins when all sites are there, within `wait_s`
-    seconds; `progress(there, all)` counts them. `most_bytes`: the largest frame that a site may send.
+    `sites`: for each `[[sites]]` table, by name, the command that runs its worker on this machine, or a function that makes
+    what carries frames to it and back (see `anyrank.engines.seat.Make`). The run begins when all sites are there, within
+    `wait_s` seconds; `progress(there, all)` counts them. `most_bytes`: the largest frame that a site may send.
 
     The folder is an ordinary run folder. Its config.toml has no sources and no folder of a base model, which only the sites
     know. In place of digests of data files and base model, identity.json has those of the base model and of the start adapter

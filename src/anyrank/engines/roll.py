@@ -48,8 +48,8 @@ def check_same(name: str, before: Joined, now: Joined) -> None:
     if before.declared != now.declared:
         was, came = (" and ".join(map(str, each.declared)) for each in (before, now))
         raise RunFailed(
-            f"site {name}: declared {was} training and held-out examples when the run began, and {came} now; a run goes on with "
-            "the same examples"
+            f"site {name}: declared {was} training and held-out examples when the run began, and {came} now; a run goes on "
+            "with the same examples"
         )
     if _digests(before) != _digests(now):
         raise RunFailed(f"site {name}: has another base model or version than when the run began; go on with the same ones")

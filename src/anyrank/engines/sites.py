@@ -1,13 +1,13 @@
 """Clients at sites that keep their examples: one worker for each named site. The server has neither data nor base model.
 
-A site is set up with a public configuration, and answers with what it is: its name, its numbers of examples, and facts about its
-task. It gets real downloads, without what stays with it (FedSA's B and head) and without what follows from the seed (FFA-LoRA's
-A), and sends what it trained. Failures have codes and no reasons; errors are the server's own words.
+A site is set up with a public configuration, and answers with what it is: its name, its numbers of examples, and facts about
+its task. It gets real downloads, without what stays with it (FedSA's B and head) and without what follows from the seed
+(FFA-LoRA's A), and sends what it trained. Failures have codes and no reasons.
 
 The server takes the shapes of layers from the adapter that the sites start from. All sites must agree on it, number by number,
-so that the base model's configuration is not needed here. FedSA's B and head never come here: `ServerState.extra` then holds, for
-each such client, the A that it sent, with B and head as at the start. Nothing reads them: downloads leave them out, and merges
-use A alone.
+so that the base model's configuration is not needed here. FedSA's B and head never come here: `ServerState.extra` then holds,
+for each such client, the A that it sent, with B and head as at the start. Nothing needs them: downloads leave B and head out,
+and merges use A alone. A client's personal model is at its site only.
 
 A site whose worker ended costs its reply. It is set up again before its next job, and counts again once it has shown that it is
 what it was. One that stays away fails in each round and delays none after the first.

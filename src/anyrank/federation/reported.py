@@ -1,8 +1,8 @@
 """Scores that clients report of what they download, on their own held-out examples (`eval.where = "sites"`).
 
-Such scores are trusted as they are reported: the server has nothing to compare them with. What it does bound is their weight: no
-client counts for more held-out examples than it declared before round 1. A client that reports false numbers within that changes
-the mean by at most its share of all declared examples, and of the losses by more, since a loss has no bound.
+Such scores are trusted as they are reported: the server has nothing to compare them with. What it does bound is their weight:
+no client counts for more held-out examples than it declared before round 1. A client that reports false numbers within that
+changes the accuracy by at most its share of the examples that are counted; the loss by more, since a loss has no bound.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def reporting_of(config: Config, population: Population, roster: Roster, plan: P
     held = roster.held_out
     if held is None or not held.sum():
         raise ConfigError(
-            "eval.where = 'sites': expected clients with held-out examples of their own, got none; give [[sites]] a test_source "
-            "or a data.test_fraction, or use eval.where = 'server'"
+            "eval.where = 'sites': expected clients with held-out examples of their own, got none; give [[sites]] a "
+            "test_source or a data.test_fraction, or use eval.where = 'server'"
         )
     labels = frozenset(roster.facts.label_names) if config.eval.by_label else frozenset()
     names = tuple(population.name(i) for i in range(len(population)))

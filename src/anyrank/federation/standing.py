@@ -62,9 +62,10 @@ Clients = Labels | Sites
 
 @dataclass(frozen=True)
 class Standing:
-    """Accuracy (`None` if no answer is right or wrong), loss (`None` if clients report none that is finite, or nobody scores)
-    and the task's metrics over all held-out examples, and each client's accuracy on its own held-out examples, or on examples like its own (empty: not reported). `sites`: accuracy, loss
-    and number of the held-out examples of each client that has its own."""
+    """Accuracy (`None` if no answer is right or wrong), loss (`None` if clients report one that is not finite, or if nobody
+    scores) and the task's metrics over all held-out examples, and each client's accuracy on its own held-out examples, or on
+    examples like its own (empty: not reported). `sites`: accuracy, loss and number of the held-out examples of each client that
+    has its own."""
 
     accuracy: float | None
     loss: float | None

@@ -24,10 +24,9 @@ LAST = 5  # number of scored rounds in the mean that is reported next to the fin
 def summarize(federation: Federation, start: Standing, end: Standing, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on.
 
-    `start`: the standing before round 1, if the server scores; `end`: after the last round. Accuracies are `None` if no answer is
-    right or wrong, or if nobody scores.
-    `metrics` has the final values and those before round 1, but no best round, because it is not known whether a high or a low
-    value is better.
+    `start`: the standing before round 1, if the server scores; `end`: after the last round. Accuracies are `None` if no answer
+    is right or wrong, or if nobody scores. `metrics` has the final values and those before round 1, but no best round, because
+    it is not known whether a high or a low value is better.
     """
     config, method, population = federation.config, federation.method, federation.population
     last = end.figures()

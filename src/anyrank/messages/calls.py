@@ -2,7 +2,7 @@
 
     setup       what the worker is to load: a configuration, the largest rank       -> progress …, ready
     start       the adapter that a run starts from is wanted                         -> adapter
-    cohort      downloads follow, of clients that train together or alone, or score  -> one reply each: update, counts or failure
+    cohort      downloads follow, of clients that train, or only score               -> one reply each: update, counts, failure
     evaluate    an adapter, and the sum in the base model, to score                  -> scores
 
 A worker answers `error` where a request is wrong, with the kind of error and its line.

@@ -56,12 +56,11 @@ class EvalConfig:
     file: str = key("", "A Python file that registers your own metrics under names in eval.metrics.", metadata=LATER)
     where: str = key(
         "server",
-        "Who scores: the server, on all held-out examples after a round (server), or each client, on its own held-out examples, "
-        "what it downloads before it trains (sites). A round's figures are then those of the state that it started from. With "
-        "privacy, sites report no scores.",
+        "Who scores: the server, on all held-out examples after a round (server), or each client, on its own held-out "
+        "examples, what it downloads before it trains (sites). A round's figures are then those of the state that it started "
+        "from. With privacy, sites report no scores.",
         WHERE,
-        {"Flower": "fraction_evaluate"},
-        LATER,
+        metadata=LATER,
     )
     by_label: bool = key(False, "Whether clients report their scores by label, too, for where = 'sites'.", metadata=LATER)
 
