@@ -38,10 +38,8 @@ class Site:
 
         kind, run = frame.header.kind, frame.header.run
         deed = self.deed(kind)
-        if deed == "die":
-            os._exit(9)
-        if deed == "hang":
-            time.sleep(3600)
+        if deed in ("die", "hang"):
+            self.end(deed)
         if deed == "refuse":
             yield calls.error_frame(FrameError(f"site: {kind} is refused"), run)
             return
@@ -51,6 +49,11 @@ class Site:
             raise
         except AnyRankError as error:
             yield calls.error_frame(error, run)
+
+    def end(self, how: str) -> None:
+        if how == "hang":
+            time.sleep(3600)
+        os._exit(9)
 
     def deed(self, kind: str) -> str:
         what, *numbers = self.own.get("deeds", {}).get(kind, ["", -1])
