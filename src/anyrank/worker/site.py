@@ -24,6 +24,7 @@ import torch
 from anyrank import methods
 from anyrank.adapter.adapter import Adapter
 from anyrank.config.sections import Config
+from anyrank.data import images, texts
 from anyrank.data.partition import ByName
 from anyrank.errors import AnyRankError, FrameError, RunError, in_a_line
 from anyrank.messages import calls, wire
@@ -53,6 +54,7 @@ from anyrank.worker.store import Store
 Receive = Callable[[], Frame]
 _PAUSE_S = 0.2  # seconds between two reports of progress
 _LATER = ("rounds",)  # keys of [run] that may grow when a run is resumed
+_CLOSED = {"text-classification": texts, "image-classification": images}  # readers of tasks whose labels are classes
 _ONE = 1  # job in a request: a site is one client
 
 
@@ -140,6 +142,7 @@ class SiteDesk:
         torch.set_num_threads(config.run.threads)
         self._check_base_model()
         method, (rank,) = methods.make(config.method.name, config.method.options), config.clients.ranks
+        _check_labels(config)
         task = load_task(config, progress)
         shards, _ = dealt(config, task)
         examples = ByName(shards, Names(1, (self.site.name,)).index)[self.site.name]
@@ -346,6 +349,18 @@ def digest_of_model(folder: Path) -> str:
     """SHA-256 over the weight files of a model folder, by name: what `accept.base_model` names. Raises `ModelError`."""
     files = [f"{path.name} {sha256(path)}" for path in weight_files(folder, str(folder))]
     return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def _check_labels(config: Config) -> None:
+    """Refuse labels that the configuration does not number: alone, the site would number them differently than other sites."""
+    reader, (own,) = _CLOSED.get(config.model.task), config.sites
+    if reader is None:
+        return
+    known = config.data.label_names
+    expect(bool(known), "data.label_names", "the labels of all sites, in their order", "none")
+    found = reader.training(dataclasses.replace(config.data, source=own.source, test_source="", label_names=())).label_names
+    lacking = sorted(set(found) - set(known))
+    expect(not lacking, "data.label_names", f"all labels of this site among {list(known)}", lacking)
 
 
 def _key(table: Mapping[str, Any], run: str) -> str:
