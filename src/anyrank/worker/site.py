@@ -26,7 +26,17 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.config.sections import Config
 from anyrank.data import images, texts
 from anyrank.data.partition import ByName
-from anyrank.errors import AnyRankError, FrameError, RunError, in_a_line
+from anyrank.errors import (
+    AnyRankError,
+    ConfigError,
+    DataError,
+    FrameError,
+    MethodError,
+    ModelError,
+    RunError,
+    RunFailed,
+    in_a_line,
+)
 from anyrank.messages import calls, wire
 from anyrank.messages.body import expect as expect_frame
 from anyrank.messages.frame import Frame, from_bytes, to_bytes
@@ -378,10 +388,9 @@ def _request(held: Held, cohort: Frame, download: Frame) -> str:
 
 
 def _public(error: Exception) -> AnyRankError:
-    """An error as it may leave the site: what kind of thing it is about, without names, paths or values."""
-    about = {"DataError": "data", "ModelError": "model", "RunError": "store", "RunFailed": "store"}
-    kind = type(error).__name__
-    what = about.get(kind, "site")
+    """An error as it may leave the site: what it is about, without names, paths or values."""
+    about = {DataError: "data", ModelError: "model", MethodError: "method", RunError: "store", RunFailed: "store"}
+    what = sitechecks.key_of(error) if isinstance(error, ConfigError) else about.get(type(error), "site")
     return RunError(f"{what}: the site cannot take part; its operator finds the reason in the site's log")
 
 

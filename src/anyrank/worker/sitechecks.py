@@ -15,6 +15,7 @@ import torch
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
+from anyrank.config import explain
 from anyrank.config.sections import TASKS, Config
 from anyrank.config.tables import from_table
 from anyrank.errors import AnyRankError, ConfigError, shortened
@@ -29,6 +30,7 @@ FORBIDDEN = (
     *("model.path", "model.file", "model.handed_in", "method.file", "method.handed_in", "eval.file"),
     *("data.source", "data.test_source", "data.partition.file", "data.partition.handed_in"),
 )
+KNOWN = frozenset(key.path for key in explain.keys()) | frozenset(explain.sections())
 _OF_SITES = ("source", "test_source")
 _USUAL = {"data.source": "digits"}  # what stands for nothing
 _KEY = re.compile(r"[a-z_]+(\.[a-z_]+){0,2}")
@@ -81,7 +83,8 @@ def fitted(site: SiteFile, table: Mapping[str, Any], largest_rank: int) -> Confi
 def key_of(error: AnyRankError) -> str:
     """The key that an error of a configuration names, and nothing else of it."""
     found = _KEY.match(str(error))
-    return found[0] if found else "configuration"
+    known = found and (found[0] in KNOWN or found[0] in FORBIDDEN)
+    return found[0] if known else "configuration"
 
 
 def _check_forbidden(table: Mapping[str, Any]) -> None:
