@@ -11,19 +11,22 @@ import json
 import random
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import TrainConfig
-from anyrank.errors import FrameError, printable
+from anyrank.errors import FrameError, RunFailed, printable
+from anyrank.messages import calls, wire
 from anyrank.messages import frame as framing
-from anyrank.messages import wire
 from anyrank.messages.frame import Frame
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import Client, ClientUpdate, Download, Pruning
+from anyrank.messages.records import Client, ClientUpdate, Counts, Download, Facts, Pruning, Reported, Scaling
+from anyrank.messages.roster import Roster
 from anyrank.messages.scores import scores_of
 
 LIMIT = 1 << 20
@@ -43,7 +46,7 @@ def good_download() -> Download:
 
 
 def good_frames() -> list[Frame]:
-    """A download, exact and with fewer bits, one that lacks parts, and an update."""
+    """A download, exact and with fewer bits, one that lacks parts, updates, counts; and what server and worker say besides."""
     download, plan, client = good_download(), Plan(TrainConfig(), 1e-3, 2, 7), Client("ada", 2, {"q": 2})
     lacking = Download(download.adapter, download.slices, frozenset("B"), frozenset("B"), frozenset({"tensors"}))
     return [
@@ -51,7 +54,34 @@ def good_frames() -> list[Frame]:
         wire.download_frame(download, plan, client, 17, "run", "int8"),
         wire.download_frame(lacking, plan, client, 17, "run"),
         wire.update_frame(ClientUpdate(download.adapter, 17, "ada", {"loss": 1.0}), download, "run", 2),
+        wire.update_frame(ClientUpdate(download.adapter, 17, "ada", {}, good_counts()), download, "run", 2),
+        wire.counts_frame(Reported("ada", good_counts()), "run", 2),
+        wire.counts_frame(Reported("ada", None), "run", 2),
+        *good_calls(download.adapter),
     ]
+
+
+def good_counts() -> Counts:
+    return Counts(5, 2.5, 3, {"yes": (2, 1), "no": (3, 2)})
+
+
+def good_calls(adapter: Adapter) -> list[Frame]:
+    """One frame of each kind of `anyrank.messages.calls`."""
+    return [
+        calls.setup_frame({"run": {"seed": 1}}, 4, "run"),
+        calls.progress_frame(1, 2),
+        calls.ready_frame(good_ready(), "run"),
+        calls.start_frame(4, Scaling(16.0, "rslora", {"q": 8.0}), 7, "run"),
+        calls.adapter_frame(adapter, Adapter({"q": adapter.layers["q"]}), calls.EVALUATE, "run"),
+        calls.cohort_frame(calls.Cohort(2, 1.5, {"key": None}, score=True, train=False), "run"),
+        calls.error_frame(RunFailed("it failed"), "run"),
+    ]
+
+
+def good_ready() -> calls.Ready:
+    facts = Facts("texts", "trained", "tiny", ("yes", "no"), 12, 5, 1000, True, 4000)
+    by_label, owners = np.array([[3, 4], [5, 0]]), np.array([0, 1, -1, 0, 0])
+    return calls.Ready(Roster(("ada", "bob"), np.array([7, 5]), 12, facts, True, by_label, owners, np.array([3, 1])), True, 9, "0f")
 
 
 def frames(data: bytes) -> str:
@@ -126,7 +156,11 @@ def _readers(frame: Frame) -> list[Callable[[], object]]:
         lambda: wire.job_of(frame),
         lambda: wire.plan_of(frame),
         lambda: wire.reply_of(frame, download),
+        lambda: wire.counts_of(frame),
         lambda: scores_of(frame),
+        *(partial(read, frame) for read in (calls.setup_of, calls.progress_of, calls.ready_of, calls.start_of)),
+        *(partial(read, frame) for read in (calls.cohort_of, calls.error_of, calls.adapter_of)),
+        lambda: calls.adapter_of(frame, calls.EVALUATE),
     ]
 
 

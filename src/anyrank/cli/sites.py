@@ -27,6 +27,15 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     return folded("sites, on their own held-out examples", "site", [shown(name) for name in sites], cells)
 
 
+def scores(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Who scored, if it was not the server, or why nobody did."""
+    if summary.get("unscored"):
+        return {"not scored": shown(summary["unscored"])}
+    if "scored_of" not in summary:
+        return {}
+    return {"scored by": f"{summary['scored_by']} of {summary['scored_of']} clients, on their own held-out examples"}
+
+
 def rows(summary: Mapping[str, Any]) -> dict[str, str]:
     """The worst site and the spread over sites, if sites have accuracies of their own."""
     if summary.get("worst_site") is None:

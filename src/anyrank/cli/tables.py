@@ -149,7 +149,8 @@ def run_table(summary: Mapping[str, Any]) -> Group:
         private = {"privacy": f"ε {summary['epsilon']:.4g} spent at δ = {plan['delta']:g}, for one {plan['level']}"}
     figures = {
         "accuracy": _accuracy(summary),
-        "loss": f"{summary['loss']:.4f}" + ("" if _has_accuracy(summary) else f" (start {summary['start_loss']:.4f})"),
+        "loss": _loss(summary),
+        **sites.scores(summary),
         **_metric_rows(summary["metrics"], summary["start_metrics"]),
         f"energy past rank {smallest}": "–" if beyond is None else f"{beyond:.4f}",
         "effective rank": "–" if beyond is None else f"{summary['effective_rank']:.2f}",
@@ -185,7 +186,15 @@ def _has_accuracy(summary: Mapping[str, Any]) -> bool:
 def _accuracy(summary: Mapping[str, Any]) -> str:
     if not _has_accuracy(summary):
         return "–"
-    return f"{summary['accuracy']:.4f} (start {summary['start_accuracy']:.4f}, best {summary['best_accuracy']:.4f})"
+    start = "–" if summary["start_accuracy"] is None else f"{summary['start_accuracy']:.4f}"
+    return f"{summary['accuracy']:.4f} (start {start}, best {summary['best_accuracy']:.4f})"
+
+
+def _loss(summary: Mapping[str, Any]) -> str:
+    if summary["loss"] is None:
+        return "–"
+    told = _has_accuracy(summary) or summary["start_loss"] is None
+    return f"{summary['loss']:.4f}" + ("" if told else f" (start {summary['start_loss']:.4f})")
 
 
 def _metric_rows(end: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, str]:

@@ -1,1 +1,6 @@
-"""A federation over sites that keep their data: the server has neither examples nor base weights."""
+"""A federation over sites that keep their data, from the server's side."""
+
+from anyrank.deployment.public import public
+from anyrank.deployment.running import federate
+
+__all__ = ["federate", "public"]

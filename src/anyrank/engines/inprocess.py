@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from anyrank.adapter.adapter import Adapter
 from anyrank.errors import RunFailed
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Failure, Job, Profile, Scaling, Scores
+from anyrank.messages.records import ClientUpdate, Failure, Job, Profile, Reported, Scaling, Scores
 from anyrank.privacy.noise import Mechanism
 from anyrank.tasks.base import score
 from anyrank.training import memory, trainer
 from anyrank.training.lora import LoraModel
+from anyrank.training.scoring import Score
 from anyrank.training.trainer import ExamplesOf
 
 
@@ -21,7 +22,8 @@ from anyrank.training.trainer import ExamplesOf
 class InProcess:
     """The default engine: `shards[name]` are the training examples of a client; scores in batches of `eval_batch_size`.
 
-    `stacking`: as `trainer.train_cohort` has it.
+    `stacking`: as `trainer.train_cohort` has it; `scorer`: what scores a client's download on its own held-out examples, if
+    clients score (`eval.where = "sites"`).
 
     Whatever a client's training raises is its `Failure`, apart from a `KeyboardInterrupt`, which stops the run. A client that
     does not return within the deadline is interrupted (see `training.deadline`). A fault that ends the process itself, in a C
@@ -32,14 +34,24 @@ class InProcess:
     shards: ExamplesOf
     eval_batch_size: int = 1024
     stacking: str = "auto"
+    scorer: Score | None = None
 
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
         return self.model.start(rank, scaling, seed)
 
     def train(
-        self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None, deadline_s: float | None = None
+        self,
+        jobs: Sequence[Job],
+        plan: Plan,
+        mechanism: Mechanism | None = None,
+        deadline_s: float | None = None,
+        score: bool = False,
     ) -> Iterator[ClientUpdate | Failure]:
-        return trainer.train_cohort(self.model, jobs, self.shards, plan, mechanism, self.stacking, deadline_s)
+        scorer = self.scorer if score else None
+        return trainer.train_cohort(self.model, jobs, self.shards, plan, mechanism, self.stacking, deadline_s, scorer)
+
+    def score(self, jobs: Sequence[Job], plan: Plan, deadline_s: float | None = None) -> Iterator[Reported | Failure]:
+        return trainer.score_cohort(jobs, self.scorer, deadline_s)
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         self.model.apply(adapter, merged)

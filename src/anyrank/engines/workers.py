@@ -18,9 +18,9 @@ from anyrank.errors import RunFailed
 from anyrank.messages import calls
 from anyrank.messages.frame import Frame, to_bytes
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import BOTH, ClientUpdate, Download, Failure, Job, Profile, Scaling, Scores
+from anyrank.messages.records import BOTH, ClientUpdate, Download, Failure, Job, Profile, Reported, Scaling, Scores
 from anyrank.messages.scores import scores_of
-from anyrank.messages.wire import download_frame, reply_of
+from anyrank.messages.wire import FAILURE, counts_of, download_frame, failure_of, reply_of
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
 from anyrank.worker.supervisor import Died, Late, Supervised
@@ -67,20 +67,37 @@ class Workers:
         return scores_of(self._ask(calls.adapter_frame(adapter, merged, calls.EVALUATE)))
 
     def train(
-        self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None, deadline_s: float | None = None
+        self,
+        jobs: Sequence[Job],
+        plan: Plan,
+        mechanism: Mechanism | None = None,
+        deadline_s: float | None = None,
+        score: bool = False,
     ) -> Iterator[ClientUpdate | Failure]:
         """Clients that train together in one process train together in one worker, so that the replies are the same."""
         together = self.ready.together and mechanism is None and plan.config.accumulation_steps == 1
         groups = [list(jobs)] if together and jobs else [[job] for job in jobs]
         table = mechanism.table() if mechanism else None
-        works = [Work([job.client.name for job in group], partial(_frames, group, plan, deadline_s, table)) for group in groups]
         known = {job.client.name: job for job in jobs}
-        timeout_s = None if deadline_s is None else deadline_s * _FACTOR + _MORE_S
-        for reply in self._posts.carry_out(works, timeout_s):
-            if isinstance(reply.found, Failure):
-                yield reply.found
+        for found in self._carried(groups, plan, calls.Cohort(1, deadline_s, table, score)):
+            if isinstance(found, Failure):
+                yield found
             else:
-                yield reply_of(reply.found, _whole(known[reply.found.header.client].download))
+                yield reply_of(found, _whole(known[found.header.client].download))
+
+    def score(self, jobs: Sequence[Job], plan: Plan, deadline_s: float | None = None) -> Iterator[Reported | Failure]:
+        for found in self._carried([[job] for job in jobs], plan, calls.Cohort(1, deadline_s, score=True, train=False)):
+            if isinstance(found, Failure):
+                yield found
+            else:
+                yield failure_of(found) if found.header.kind == FAILURE else counts_of(found)
+
+    def _carried(self, groups: Sequence[Sequence[Job]], plan: Plan, wanted: calls.Cohort) -> Iterator[Frame | Failure]:
+        """What the workers reply to the jobs of each group, of which `wanted` says what is wanted."""
+        works = [Work([job.client.name for job in group], partial(_frames, group, plan, wanted)) for group in groups]
+        timeout_s = None if wanted.deadline_s is None else wanted.deadline_s * _FACTOR + _MORE_S
+        for reply in self._posts.carry_out(works, timeout_s):
+            yield reply.found
 
     def profile(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Profile:
         raise RunFailed("run.engine = 'workers': one step is measured with run.engine = 'process'")
@@ -128,9 +145,9 @@ def _whole(download: Download) -> Download:
     return replace(download, send=BOTH, private=frozenset())
 
 
-def _frames(group: Sequence[Job], plan: Plan, deadline_s: float | None, mechanism: Mapping[str, Any] | None) -> list[Frame]:
+def _frames(group: Sequence[Job], plan: Plan, wanted: calls.Cohort) -> list[Frame]:
     downloads = [download_frame(_whole(job.download), plan, job.client, job.num_examples) for job in group]
-    return [calls.cohort_frame(calls.Cohort(len(group), deadline_s, mechanism)), *downloads]
+    return [calls.cohort_frame(replace(wanted, jobs=len(group))), *downloads]
 
 
 def _digest(ready: calls.Ready) -> bytes:

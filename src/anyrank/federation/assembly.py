@@ -8,6 +8,7 @@ from anyrank.config.sections import ClientsConfig, Config
 from anyrank.federation import cohort
 from anyrank.federation.checks import check_private, check_rounds
 from anyrank.federation.federation import Federation
+from anyrank.federation.reported import reporting_of, unscored
 from anyrank.federation.standing import Clients, Labels, Sites
 from anyrank.messages.roster import Roster
 from anyrank.methods import Method
@@ -18,7 +19,9 @@ from anyrank.robust import central_noise, rules
 def assemble(config: Config, method: Method, roster: Roster) -> Federation:
     """The federation, still without an engine. Raises `ConfigError` for what does not go together."""
     population = cohort.populate(_named(config.clients, roster), roster.sizes, config.run.seed)
-    labels = _clients(population, roster)  # of the registered clients, even if one client replaces all of them
+    labels = None  # who scores each client: itself, or the server, which must then know something of its examples
+    if config.eval.where == "server":
+        labels = _clients(population, roster)  # of the registered clients, even if one client replaces all of them
     step_factor = 1
     if method.pools_data:
         step_factor, population = population.cohort_size, population.pooled(roster.pooled)
@@ -32,7 +35,10 @@ def assemble(config: Config, method: Method, roster: Roster) -> Federation:
             central_noise.check(method, population.levels())
         labels = None  # label shares are private to the clients
         facts = replace(facts, train_examples=sum(privacy.declared(int(size)) for size in population.sizes))
-    return Federation(config, method, population, None, facts, step_factor, labels, privacy)
+    reporting = reporting_of(config, population, roster, privacy)
+    return Federation(
+        config, method, population, None, facts, step_factor, labels, privacy, reporting, unscored(config, privacy)
+    )
 
 
 def _named(clients: ClientsConfig, roster: Roster) -> ClientsConfig:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Failure, Job, Profile, Scaling, Scores
+from anyrank.messages.records import ClientUpdate, Failure, Job, Profile, Reported, Scaling, Scores, Unreadable
 from anyrank.privacy.noise import Mechanism
 
 
@@ -28,10 +28,23 @@ class Engine(Protocol):
         ...
 
     def train(
-        self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None, deadline_s: float | None = None
-    ) -> Iterator[ClientUpdate | Failure]:
+        self,
+        jobs: Sequence[Job],
+        plan: Plan,
+        mechanism: Mechanism | None = None,
+        deadline_s: float | None = None,
+        score: bool = False,
+    ) -> Iterator[ClientUpdate | Failure | Unreadable]:
         """The replies to `jobs`. `mechanism`: the privacy plan with its key, or `None`. `deadline_s`: seconds that a client has
-        from its download to its reply (`None`: no limit); one that takes longer is a `Failure` with the code `LATE`."""
+        from its download to its reply (`None`: no limit); one that takes longer is a `Failure` with the code `LATE`. `score`:
+        each client that has held-out examples also scores what it downloads, before it trains (`ClientUpdate.counts`); it is
+        given only for `eval.where = "sites"`."""
+        ...
+
+    def score(
+        self, jobs: Sequence[Job], plan: Plan, deadline_s: float | None = None
+    ) -> Iterator[Reported | Failure | Unreadable]:
+        """The same scores, of clients that do not train; only for `eval.where = "sites"`."""
         ...
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:

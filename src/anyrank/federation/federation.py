@@ -9,6 +9,7 @@ from anyrank import keys
 from anyrank.config.sections import Config
 from anyrank.federation.cohort import Population
 from anyrank.federation.engine import Engine
+from anyrank.federation.reported import Reporting
 from anyrank.federation.standing import Clients
 from anyrank.messages.plan import Plan, plan_round
 from anyrank.messages.records import Facts
@@ -20,7 +21,8 @@ from anyrank.privacy.plan import PrivacyPlan
 class Federation:
     """The parts of a run. `facts`: facts about its task; `step_factor` multiplies the local steps of the round plan (1, except
     for `centralized`); `labels`: the held-out examples or the label shares of each client, if clients are reported separately;
-    `privacy`: the privacy plan of their uploads.
+    `privacy`: the privacy plan of their uploads; `reporting`: the clients that score what they download, if they do so instead
+    of the server; `unscored`: why nobody scores, if nobody does.
     """
 
     config: Config
@@ -31,15 +33,26 @@ class Federation:
     step_factor: int = 1
     labels: Clients | None = None
     privacy: PrivacyPlan | None = None
+    reporting: Reporting | None = None
+    unscored: str = ""
 
     def plan(self, round: int) -> Plan:
         """How clients train in `round`."""
         run = self.config.run
         return plan_round(self.config.train, round, run.rounds, run.seed, self.step_factor)
 
+    @property
+    def scored_here(self) -> bool:
+        """Whether the server scores models."""
+        return not (self.reporting or self.unscored)
+
     def scores(self, round: int) -> bool:
-        """Whether the state after `round` is scored."""
-        return round % self.config.eval.every == 0 or round == self.config.run.rounds
+        """Whether the server scores the state after `round`."""
+        return self.scored_here and (round % self.config.eval.every == 0 or round == self.config.run.rounds)
+
+    def wants_scores(self, round: int) -> bool:
+        """Whether clients score what they download in `round`: every so many states, beginning with the first one."""
+        return self.reporting is not None and (round - 1) % self.config.eval.every == 0
 
     def close(self) -> None:
         """Release what the engine holds; the model is then as it was before."""

@@ -10,7 +10,8 @@ from typing import Any
 from anyrank.errors import printable, shortened
 from anyrank.federation import guard
 from anyrank.federation.asking import Skipped
-from anyrank.messages.records import Client, ClientUpdate, Failure, Job, ServerState
+from anyrank.federation.reported import Reporting
+from anyrank.messages.records import Client, ClientUpdate, Counts, Failure, Job, ServerState, Unreadable
 from anyrank.robust.base import Rule, Screened
 
 _LONGEST, _LONGEST_REASON = 100, 500  # letters of a name, and of a reason, that nobody here gave
@@ -19,10 +20,12 @@ _LONGEST, _LONGEST_REASON = 100, 500  # letters of a name, and of a reason, that
 @dataclass
 class Collected:
     """The result of collecting one round: the accepted updates, a log row for each client of the cohort and for each stray
-    reply, and the bytes in both directions.
+    reply, and the bytes in both directions. `reporting`: who reports scores; `counts`: what they reported, by client.
     """
 
     round: int
+    reporting: Reporting | None = None
+    counts: dict[str, Counts] = field(default_factory=dict)
     updates: list[ClientUpdate] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     upload_bytes: int = 0
@@ -42,7 +45,10 @@ class Collected:
         try:
             if isinstance(reply, Failure):
                 return self._row(job.client, job.num_examples, "failed", _reason(reply))
+            if isinstance(reply, Unreadable):
+                raise guard.Rejected(shortened(printable(reply.reason), _LONGEST_REASON))
             update = guard.admit(reply, job.download, job.client.name, job.num_examples, bound)
+            counts = self.reporting.admit(update.client, reply.counts) if self.reporting else None
             self.upload_bytes += job.download.upload_bytes(update.adapter)
         except guard.Rejected as reason:
             return self._row(job.client, job.num_examples, "rejected", str(reason))
@@ -50,6 +56,7 @@ class Collected:
             reason = f"expected a client's update, got what cannot be read as one ({shortened(type(error).__name__, 100)})"
             return self._row(job.client, job.num_examples, "rejected", reason)
         self.updates.append(update)
+        self.counts |= {update.client: counts} if counts else {}
         known = {key: update.metrics.get(key) for key in ("loss", "seconds")}
         return self._row(job.client, job.num_examples, "ok", "") | known
 
@@ -84,6 +91,7 @@ class Collected:
         for row in self.rows:
             name = row["client"]
             if row["status"] == "ok" and name in screened.rejected:
+                self.counts.pop(name, None)
                 row |= {"status": "rejected", "reason": screened.rejected[name]}
             elif row["status"] == "ok" and name in screened.refused:
                 row |= {"status": "excluded", "reason": screened.refused[name]}
@@ -97,13 +105,19 @@ class Collected:
 
 
 def collect(
-    replies: Iterable[Any], jobs: Sequence[Job], skipped: Sequence[Skipped], round: int, bound: float = math.inf
+    replies: Iterable[Any],
+    jobs: Sequence[Job],
+    skipped: Sequence[Skipped],
+    round: int,
+    bound: float = math.inf,
+    reporting: Reporting | None = None,
 ) -> Collected:
     """Pass each reply through the guard. Only the first reply of a client counts, even if it is rejected.
 
     A second reply, a reply of an unknown sender, a late reply and a reply without a readable name are rows of status `stray`.
+    `reporting`: the clients whose scores are kept; a reply whose scores cannot be believed is rejected.
     """
-    collected, awaited = Collected(round), {job.client.name: job for job in jobs}
+    collected, awaited = Collected(round, reporting), {job.client.name: job for job in jobs}
     asked = set(awaited)
     for reply in replies:
         name = _sender(reply)

@@ -50,6 +50,7 @@ def withhold(collected: Collected, names: Iterable[str], carried: bool) -> dict[
     late = set(names)
     held = {update.client: update.adapter for update in collected.updates if update.client in late}
     collected.updates = [update for update in collected.updates if update.client not in held]
+    collected.counts = {name: counts for name, counts in collected.counts.items() if name not in late}
     end = "joins the next one" if carried else "is left out"
     for row in collected.rows:
         if row["client"] in held and row["status"] == "ok":

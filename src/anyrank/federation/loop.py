@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from anyrank.config.tables import identity
-from anyrank.federation import late
+from anyrank.federation import late, scoring
 from anyrank.federation.advance import advance
 from anyrank.federation.asking import ask
 from anyrank.federation.federation import Federation
-from anyrank.federation.figures import measure, score, shares
+from anyrank.federation.figures import measure, shares
 from anyrank.federation.intake import collect
 from anyrank.federation.quarantine import Quarantine
 from anyrank.federation.quorum import Patience
@@ -29,7 +29,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
     """
     config, method = federation.config, federation.method
     first = start(federation)
-    (state, held), before, end = late.split(store.restore() or first), score(federation, first), None
+    (state, held), before, end = late.split(store.restore() or first), scoring.before(federation, first), None
     ledger = open_ledger(federation.privacy, identity(config), store, state.round, federation.drawn)
     patience = Patience.of(config.rounds, config.run.rounds, store.metrics())
     quarantine = Quarantine(config.guard.offences, config.guard.rest, store.clients())
@@ -38,13 +38,14 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         mechanism = ledger.mechanism()
         bound, rule = (make(config, method, mechanism) for make in (bound_of, rule_of))
         work, plan = ask(federation, ledger, quarantine, state), federation.plan(round)
-        replies = federation.engine.train(work.answering, plan, mechanism, config.rounds.deadline_s or None)
-        collected = collect(replies, work.asked, work.skipped, round, federation.upload_bound)
+        replies = scoring.replies(federation, work.answering, plan, mechanism)
+        collected = collect(replies, work.asked, work.skipped, round, federation.upload_bound, federation.reporting)
         collected.limit(bound, state, work.jobs)
         jobs, held = late.exchange(federation, state, work, held, collected)
         advanced = advance(federation, rule, state, work, jobs, collected)
         state, end = advanced.state, advanced.standing
-        metrics = measure(federation, state, collected, end, advanced.idle) | ledger.figures(round)
+        metrics = measure(federation, state, collected, end, advanced.idle)
+        metrics |= scoring.reported(federation, work.asked, collected) | ledger.figures(round)
         metrics["seconds"] = time.perf_counter() - began
         store.commit(late.joined(state, held), metrics, collected.rows)
         quarantine.note(collected.rows)
@@ -52,8 +53,8 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
             on_round(metrics)
         patience = patience.after(round, advanced.idle)
     patience.check(state.round, str(store.metrics()[-1].get("idle", "")))  # for a run that failed in its last round
-    end = end or score(federation, state)  # for a run that was interrupted between its last round and its end
-    summary = summarize(federation, before, end, store.metrics()) | ledger.summary(state.round)
+    last = scoring.final(federation, state, end, quarantine)  # `end` is missing if the run was interrupted just here
+    summary = summarize(federation, before, last.standing, store.metrics()) | last.entries | ledger.summary(state.round)
     store.finish(shares(federation, state), summary)
     ledger.close()
     return summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from anyrank.federation.federation import Federation
+from anyrank.federation.reported import Reporting
 from anyrank.federation.standing import Sites, Standing
 
 _UNSCORED = {"accuracy": None, "loss": None, "test_examples": None}
@@ -16,8 +17,8 @@ def final(federation: Federation, end: Standing) -> dict[str, Any]:
     Empty if no client is a site. Scores are `None` for a site without held-out examples of its own, and under privacy, where
     numbers of training examples are the declared ones.
     """
-    population, of = federation.population, federation.labels
-    if isinstance(of, Sites):  # the registered clients, even if one client replaces all of them
+    population, of = federation.population, federation.reporting or federation.labels
+    if isinstance(of, (Sites, Reporting)):  # the registered clients, even if one client replaces all of them
         known = zip(of.names, of.ranks, of.sizes, strict=True)
     elif federation.config.sites and population.names:
         known = zip(population.names, population.ranks, population.sizes, strict=True)

@@ -62,12 +62,13 @@ Clients = Labels | Sites
 
 @dataclass(frozen=True)
 class Standing:
-    """Accuracy (`None` if no answer is right or wrong), loss and the task's metrics over all held-out examples, and each
-    client's accuracy on its own held-out examples, or on examples like its own (empty: not reported). `sites`: accuracy, loss
-    and number of the held-out examples of each client that has its own."""
+    """Accuracy (`None` if no answer is right or wrong), loss (`None` if clients report one that is not finite, or if nobody
+    scores) and the task's metrics over all held-out examples, and each client's accuracy on its own held-out examples, or on
+    examples like its own (empty: not reported). `sites`: accuracy, loss and number of the held-out examples of each client that
+    has its own."""
 
     accuracy: float | None
-    loss: float
+    loss: float | None
     clients: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

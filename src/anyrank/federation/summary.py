@@ -11,6 +11,7 @@ import numpy as np
 
 from anyrank.federation import sites
 from anyrank.federation.cohort import count_ranks
+from anyrank.runs.scored import by_state, started_with
 
 if TYPE_CHECKING:
     from anyrank.federation.federation import Federation
@@ -23,13 +24,14 @@ LAST = 5  # number of scored rounds in the mean that is reported next to the fin
 def summarize(federation: Federation, start: Standing, end: Standing, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`summary.json`: the run's identity, its final, best and late figures, its traffic, and what it ran on.
 
-    `start`: the standing before round 1; `end`: after the last round. Accuracies are `None` if no answer is right or wrong.
-    `metrics` has the final values and those before round 1, but no best round, because it is not known whether a high or a low
-    value is better.
+    `start`: the standing before round 1, if the server scores; `end`: after the last round. Accuracies are `None` if no answer
+    is right or wrong, or if nobody scores. `metrics` has the final values and those before round 1, but no best round, because
+    it is not known whether a high or a low value is better.
     """
     config, method, population = federation.config, federation.method, federation.population
-    scored = [row for row in metrics if row["loss"] is not None]
-    accuracies = [row["accuracy"] for row in scored if row["accuracy"] is not None]
+    last = end.figures()
+    accuracies = [row["accuracy"] for row in by_state(metrics, last) if row["accuracy"] is not None]
+    before = started_with(metrics) or {"accuracy": start.accuracy, "loss": start.loss}
     sizes = np.array([federation.counted(int(size)) for size in population.sizes])
     return {
         "name": config.run.name,
@@ -39,16 +41,16 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
         "options": vars(method),
         "seed": config.run.seed,
         "rounds": config.run.rounds,
-        "accuracy": scored[-1]["accuracy"],
+        "accuracy": last["accuracy"],
         "best_accuracy": max(accuracies, default=None),
         "last_accuracy": float(np.mean(accuracies[-LAST:])) if accuracies else None,
-        "loss": scored[-1]["loss"],
-        "worst_client_accuracy": scored[-1]["worst_client_accuracy"],
-        "client_accuracy_std": scored[-1]["client_accuracy_std"],
+        "loss": last["loss"],
+        "worst_client_accuracy": last["worst_client_accuracy"],
+        "client_accuracy_std": last["client_accuracy_std"],
         "client_accuracy": dict(end.clients) or None,
         **sites.final(federation, end),
-        "start_accuracy": start.accuracy,
-        "start_loss": start.loss,
+        "start_accuracy": before["accuracy"],
+        "start_loss": before["loss"],
         "metrics": dict(end.metrics),
         "start_metrics": dict(start.metrics),
         "collapse": metrics[-1]["collapse"],

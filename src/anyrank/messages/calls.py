@@ -2,7 +2,7 @@
 
     setup       what the worker is to load: a configuration, the largest rank       -> progress …, ready
     start       the adapter that a run starts from is wanted                         -> adapter
-    cohort      downloads follow, of clients that train together or alone            -> one reply each: update or failure
+    cohort      downloads follow, of clients that train, or only score               -> one reply each: update, counts, failure
     evaluate    an adapter, and the sum in the base model, to score                  -> scores
 
 A worker answers `error` where a request is wrong, with the kind of error and its line.
@@ -49,6 +49,7 @@ def progress_frame(done: int, total: int) -> Frame:
 def progress_of(frame: Frame) -> tuple[int, int]:
     expect(frame, PROGRESS)
     done, total = fields("progress", dict(frame.header.body), done=int, total=int)
+    Parts(frame).finish()
     return done, total
 
 
@@ -58,15 +59,16 @@ def progress_of(frame: Frame) -> tuple[int, int]:
 @dataclass(frozen=True, eq=False)
 class Ready:
     """A worker that has loaded its task: the `roster` of the clients that it can train, whether it trains clients of a round
-    `together`, and the bytes of memory that it has taken.
+    `together`, the bytes of memory that it has taken, and the digest of its base model (empty: not given).
     """
 
     roster: Roster
     together: bool = False
     memory: int = 0
+    base_digest: str = ""
 
 
-_ROSTER_ARRAYS = {"sizes": 1, "by_label": 2, "owners": 1}  # with their dimensions
+_ROSTER_ARRAYS = {"sizes": 1, "by_label": 2, "owners": 1, "held_out": 1}  # with their dimensions
 
 
 def ready_frame(ready: Ready, run: str = "") -> Frame:
@@ -76,6 +78,7 @@ def ready_frame(ready: Ready, run: str = "") -> Frame:
     values = {
         **{"names": list(known.names), "pooled": known.pooled, "in_order": known.in_order, "facts": facts},
         **{"label_names": list(known.facts.label_names), "together": ready.together, "memory": ready.memory},
+        "base_digest": ready.base_digest,
     }
     return Frame(Header(READY, run, body=values), arrays)
 
@@ -84,22 +87,45 @@ def ready_of(frame: Frame) -> Ready:
     expect(frame, READY)
     keys = {
         **{"names": list, "pooled": int, "in_order": bool, "facts": dict, "label_names": list},
-        **{"together": bool, "memory": int},
+        **{"together": bool, "memory": int, "base_digest": str},
     }
-    names, pooled, in_order, facts, labels, together, memory = fields("ready", dict(frame.header.body), **keys)
+    names, pooled, in_order, facts, labels, together, memory, base = fields("ready", dict(frame.header.body), **keys)
     for name in (*names, *labels):
         check_type("ready, names", name, str)
+    for name, value in (("pooled", pooled), ("memory", memory)):
+        check_least(f"ready, {name}", value, 0)
     parts = Parts(frame)
-    arrays = {key: parts.array(key) if key in parts else None for key in _ROSTER_ARRAYS}
+    arrays = {key: _integers(parts, key) if key in parts else None for key in _ROSTER_ARRAYS}
     parts.finish()
-    for key, array in arrays.items():
-        if array is not None and (array.dtype != np.int64 or array.ndim != _ROSTER_ARRAYS[key]):
-            raise FrameError(f"ready, {key}: expected int64 of {_ROSTER_ARRAYS[key]} dimensions, got {array.dtype}")
-    sizes = arrays["sizes"]
-    if sizes is None or (sizes < 0).any() or (names and len(names) != len(sizes)):
-        raise FrameError("ready, sizes: expected a number of examples for each client, of at least 0, got others")
     about = record("ready, facts", Facts, facts, label_names=tuple(labels))
-    return Ready(Roster(tuple(names), facts=about, pooled=pooled, in_order=in_order, **arrays), together, memory)
+    if arrays["sizes"] is None:
+        raise FrameError("ready, sizes: expected an array of that name, got none")
+    roster = Roster(tuple(names), facts=about, pooled=pooled, in_order=in_order, **arrays)
+    _check_roster(roster)
+    return Ready(roster, together, memory, base)
+
+
+def _integers(parts: Parts, key: str) -> np.ndarray:
+    array, dimensions = parts.array(key), _ROSTER_ARRAYS[key]
+    if array.dtype != np.int64 or array.ndim != dimensions:
+        raise FrameError(f"ready, {key}: expected int64 of {dimensions} dimensions, got {array.dtype} of {array.ndim}")
+    return array
+
+
+def _check_roster(roster: Roster) -> None:
+    """Raise `FrameError` where a roster's parts do not fit together."""
+    sizes, by_label, owners = roster.sizes, roster.by_label, roster.owners
+    if not len(sizes) or (sizes < 0).any() or (roster.names and len(roster.names) != len(sizes)):
+        raise FrameError("ready, sizes: expected a number of examples for each client, at least one client, each of at least 0")
+    if len(set(roster.names)) != len(roster.names):
+        raise FrameError("ready, names: expected different names, got one twice")
+    if by_label is not None and ((by_label < 0).any() or len(by_label) != len(sizes) or (by_label.sum(axis=1) != sizes).any()):
+        raise FrameError("ready, by_label: expected rows of at least 0 that add up to the clients' sizes, got others")
+    held = roster.held_out
+    if held is not None and (held.shape != sizes.shape or (held < 0).any()):
+        raise FrameError("ready, held_out: expected a number of examples for each client, of at least 0, got others")
+    if owners is not None and ((owners < -1).any() or (owners >= len(sizes)).any()):
+        raise FrameError(f"ready, owners: expected places from -1 to {len(sizes) - 1}, got others")
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -169,6 +195,10 @@ def cohort_of(frame: Frame) -> Cohort:
     found = Cohort(*fields("cohort", dict(frame.header.body), **keys))
     Parts(frame).finish()
     check_least("cohort, jobs", found.jobs, 1)
+    if found.deadline_s is not None and found.deadline_s <= 0:
+        raise FrameError(f"cohort, deadline_s: expected a number above 0 or null, got {found.deadline_s}")
+    if not (found.score or found.train):
+        raise FrameError("cohort: expected score or train, got neither")
     return found
 
 
@@ -180,6 +210,7 @@ def error_of(frame: Frame) -> AnyRankError:
     """The error that a worker reports; of a kind that is not known here, `RunFailed`."""
     expect(frame, ERROR)
     kind, text = fields("error", dict(frame.header.body), kind=str, text=str)
+    Parts(frame).finish()
     found = getattr(errors, kind, None)
     known = isinstance(found, type) and issubclass(found, AnyRankError)
     return (found if known else RunFailed)(text)

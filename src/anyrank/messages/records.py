@@ -116,12 +116,12 @@ class Download:
 @dataclass(frozen=True)
 class Counts:
     """A model's results on a client's own held-out examples, as sums, which are added over clients: the number of `examples`,
-    the sum of their `losses`, how many answers are `correct` (`None` if no answer is right or wrong), and `by_label`,
-    `{label: (examples, correct)}`, where that may be sent.
+    the sum of their `losses` (`None` if it is not finite), how many answers are `correct` (`None` if no answer is right or
+    wrong), and `by_label`, `{label: (examples, correct)}`, where that may be sent.
     """
 
     examples: int
-    losses: float
+    losses: float | None
     correct: int | None = None
     by_label: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -154,6 +154,23 @@ class Code(enum.Enum):
     LATE = "late"
     REFUSED = "refused"
     PRIVATE = "private training failed"
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a client that does not train sends: the results of what it downloaded on its own held-out examples, or `None` if it
+    has none, or may not send them."""
+
+    client: str
+    counts: Counts | None
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A reply that is no update and no failure; `reason`: why, in words of the server."""
+
+    client: str
+    reason: str
 
 
 @dataclass(frozen=True)

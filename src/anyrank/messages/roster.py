@@ -50,7 +50,8 @@ class Roster:
     the task.
 
     `by_label` `[clients, labels]` int64: numbers of training examples by label; `owners` `[m]` int64: whose each held-out
-    example is, -1 for nobody's. `None` where it is not known, where there are no classes, or for more than `MOST_CLIENTS`.
+    example is, -1 for nobody's; `held_out` `[clients]` int64: how many held-out examples each client has of its own. `None`
+    where it is not known, where there are no classes, or for more than `MOST_CLIENTS`.
     """
 
     names: tuple[str, ...]
@@ -60,3 +61,4 @@ class Roster:
     in_order: bool = False
     by_label: np.ndarray | None = None
     owners: np.ndarray | None = None
+    held_out: np.ndarray | None = None

@@ -23,14 +23,14 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.config.sections import TrainConfig
 from anyrank.errors import FrameError, shortened
-from anyrank.messages import body, reduction
+from anyrank.messages import body, counts, reduction
 from anyrank.messages.body import Packing, Parts, check_least, check_type, expect, fields, made, record
 from anyrank.messages.frame import Frame, Header
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import BOTH, EVERYTHING, Client, ClientUpdate, Code, Download, Failure, Job, Pruning
+from anyrank.messages.records import BOTH, EVERYTHING, Client, ClientUpdate, Code, Download, Failure, Job, Pruning, Reported
 from anyrank.messages.reduction import Reduced
 
-PLAN, DOWNLOAD, UPDATE, FAILURE = "plan", "download", "update", "failure"
+PLAN, DOWNLOAD, UPDATE, FAILURE, COUNTS = "plan", "download", "update", "failure", "counts"
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -202,12 +202,14 @@ def _no_tensors(tensors: Mapping[str, Any]) -> None:
 
 
 def update_frame(update: ClientUpdate, download: Download, run: str = "", round: int = 0) -> Frame:
-    """A client's upload: what `download` asks to train, without private parts. Its bytes are `download.upload_bytes(...)`."""
+    """A client's upload: what `download` asks to train, without private parts. Its arrays are `download.upload_bytes(...)`
+    bytes; counts, if there are any, stand in the header."""
     for what in ("layers", "tensors"):
         _same_names(what, getattr(download.adapter, what), getattr(update.adapter, what))
     packing = Packing()
     body.pack(packing, "", update.adapter, (download.train | {"tensors"}) - download.private)
     values = {"num_examples": update.num_examples, "metrics": dict(update.metrics)}
+    values |= {"counts": counts.table(update.counts)} if update.counts else {}
     return packing.frame(Header(UPDATE, run, round, update.client, values))
 
 
@@ -217,8 +219,9 @@ def update_of(frame: Frame, download: Download) -> ClientUpdate:
     A layer may have the rank that `download.pruning` leaves. The server knows what it sent: `download` is its own.
     """
     expect(frame, UPDATE)
-    keys = {"num_examples": int, "metrics": dict}
-    num_examples, metrics = fields("update", dict(frame.header.body), **keys)
+    table = dict(frame.header.body)
+    reported = counts.of("update, counts", table.pop("counts")) if "counts" in table else None
+    num_examples, metrics = fields("update", table, num_examples=int, metrics=dict)
     for name, value in metrics.items():
         check_type(f"update, metric {name}", value, (float, int))
     parts, sent = Parts(frame), download.adapter
@@ -228,7 +231,20 @@ def update_of(frame: Frame, download: Download) -> ClientUpdate:
         tensors = {name: parts.tensor(f"tensor/{name}", t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     parts.finish()
     adapter = Adapter(layers, tensors, sent.config)
-    return made("update", ClientUpdate, adapter, num_examples, frame.header.client, metrics)
+    return made("update", ClientUpdate, adapter, num_examples, frame.header.client, metrics, reported)
+
+
+def counts_frame(reported: Reported, run: str = "", round: int = 0) -> Frame:
+    """The reply of a client that only scores."""
+    values = {"counts": counts.table(reported.counts) if reported.counts else None}
+    return Frame(Header(COUNTS, run, round, reported.client, values), {})
+
+
+def counts_of(frame: Frame) -> Reported:
+    expect(frame, COUNTS)
+    (table,) = fields("counts", dict(frame.header.body), counts=(dict, type(None)))
+    Parts(frame).finish()
+    return Reported(frame.header.client, None if table is None else counts.of("counts", table))
 
 
 def failure_frame(failure: Failure, run: str = "", round: int = 0, with_reason: bool = False) -> Frame:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from anyrank.errors import RunError
+from anyrank.errors import RunError, shortened
 from anyrank.report import words
 from anyrank.report.figures import Series
 from anyrank.report.runs import Run, finite, section
@@ -117,7 +117,24 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
         kept, told = _finished(label, sorted(members, key=lambda run: -1 if run.seed is None else run.seed))
         groups.append(Group(label, kept, chosen[label]))
         notes += told
-    return groups, notes + _unlike(groups)
+    return groups, notes + _unlike(groups) + _of_scores(groups)
+
+
+def _of_scores(groups: Sequence[Group]) -> list[str]:
+    """Who scored, if it was not the server, and why nobody did."""
+    notes = []
+    for group in groups:
+        reasons = {str(run.summary["unscored"]) for run in group.runs if run.summary.get("unscored")}
+        notes += [f"{group.label} is not scored: {shortened(reason, 200)}." for reason in sorted(reasons)]
+        counts = {
+            (run.summary.get("scored_by"), run.summary.get("scored_of")) for run in group.runs if "scored_of" in run.summary
+        }
+        told = ", ".join(f"{by} of {of}" for by, of in sorted(counts, key=str))
+        if told:
+            notes.append(
+                f"Scores of {group.label} are as clients report them, of their own examples: in the end, {told} clients."
+            )
+    return notes
 
 
 def _fingerprint(run: Run) -> str:

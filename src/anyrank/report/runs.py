@@ -16,6 +16,7 @@ from anyrank.config.tables import parse_toml
 from anyrank.errors import RunError, printable
 from anyrank.files import parse_json, read_bounded
 from anyrank.report import conduct, words
+from anyrank.runs.scored import by_state
 
 _MOST_BYTES = 1 << 30  # of one file of a run
 _COLUMNS = (
@@ -130,7 +131,7 @@ def read(folder: Path) -> Run:
     summary = _read_summary(folder / "summary.json")
     metrics, broken = _read_lines(folder / "metrics.jsonl")
     metrics = {int(row["round"]): row for row in metrics if _is_round(row.get("round"))}  # a repeated round: its last
-    ordered = [metrics[number] for number in sorted(metrics)]
+    ordered = by_state([metrics[number] for number in sorted(metrics)], summary)
     idle = {number: str(metrics[number]["idle"]) for number in sorted(metrics) if metrics[number].get("idle")}
     taking_part, broken_clients = _read_clients(folder / "clients.jsonl", idle)
     single, by_label = _metrics(summary, config, ordered)

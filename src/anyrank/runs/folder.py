@@ -61,25 +61,30 @@ class RunDir:
         self._lock = lock.take(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: Config, resume: bool = False) -> RunDir:
-        """A new run folder, or (with `resume`) one that continues; made if there is none yet. Raises what `check` raises."""
+    def open(
+        cls, path: str | os.PathLike[str], config: Config, resume: bool = False, agreed: Mapping[str, str] | None = None
+    ) -> RunDir:
+        """A new run folder, or (with `resume`) one that continues; made if there is none yet. Raises what `check` raises.
+
+        `agreed`: digests of what the sites of a federation have in common, which is noted, and must be the same later."""
         path = Path(path)
         cls.check(path, config, resume)
+        identity.check_agreed(path, agreed)
         files.make_folder(path)
         run = cls(path, config)
         try:
             for folder in (path, *(entry for entry in files.contents(path) if entry.is_dir())):
                 files.sweep(folder)
-            run._begin()
+            run._begin(agreed)
         except BaseException:
             run.close()
             raise
         return run
 
-    def _begin(self) -> None:
+    def _begin(self, agreed: Mapping[str, str] | None) -> None:
         """Note what a new run begins with."""
         if not os.path.lexists(self.path / CONFIG):
-            identity.note(self.path, self.config)
+            identity.note(self.path, self.config, agreed)
             files.write_whole_text(self.path / CONFIG, tomli_w.dumps(to_table(self.config)))
         self._mark = identity.mark(self.path)
 

@@ -25,6 +25,7 @@ from anyrank.runs.names import CONFIG, IDENTITY, MOST_BYTES, read_object
 _PIECE = 1 << 20
 _MOST = 2 << 30  # bytes of a folder, or file, of which every byte is read
 _LISTED = 1000  # files of a folder whose digests are noted one by one
+_AGREED = "agreed"  # the entry of what sites agreed on
 _CONFIG = "config"  # the entry of the configuration, among those of the keys that name files
 _EMBEDDED = ("digits", "arithmetic")  # sources that come with the package, whatever lies in the working folder
 
@@ -49,9 +50,9 @@ def of(config: Config) -> dict[str, dict[str, str]]:
     return {key: found for key, path in named.items() if path and (found := _digests(Path(path)))}
 
 
-def note(folder: Path, config: Config) -> None:
-    """Write down what a run begins with."""
-    noted = {_CONFIG: tables.identity(config), **of(config)}
+def note(folder: Path, config: Config, agreed: Mapping[str, str] | None = None) -> None:
+    """Write down what a run begins with; `agreed`: digests of what its sites have in common."""
+    noted = {_CONFIG: tables.identity(config), **of(config), **({_AGREED: dict(agreed)} if agreed else {})}
     write_whole_text(folder / IDENTITY, json.dumps(noted, indent=2) + "\n")
 
 
@@ -71,11 +72,27 @@ def check(folder: Path, config: Config) -> None:
     if not os.path.lexists(folder / IDENTITY):
         return
     stored, now = read_object(folder / IDENTITY), of(config)
+    stored.pop(_AGREED, None)
     _check_config(folder, stored.pop(_CONFIG, None), config)
     for key in sorted(stored.keys() | now.keys()):
         began, found = (each.get(key, {}) for each in (stored, now))
         if began != found:
             raise _changed(folder, config, key, began, found)
+
+
+def check_agreed(folder: Path, agreed: Mapping[str, str] | None) -> None:
+    """Raise `RunError` if the sites of a run that continues agree on something else than when it began."""
+    if not os.path.lexists(folder / IDENTITY):
+        return
+    stored, now = read_object(folder / IDENTITY).get(_AGREED, {}), agreed or {}
+    if not isinstance(stored, Mapping):
+        raise _damaged(folder)
+    for what in sorted(stored.keys() | now.keys()):
+        if stored.get(what) != now.get(what):
+            raise RunError(
+                f"sites ({what}): have another one than when the run in {folder} began; go on with the same base model and "
+                "versions, or choose another --out"
+            )
 
 
 def _check_config(folder: Path, noted: Any, config: Config) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from anyrank import devices, methods
@@ -26,27 +27,32 @@ from anyrank.runs.folder import RunDir
 from anyrank.runs.removal import remove_start
 from anyrank.simulation import workers
 from anyrank.tasks.base import Task, judged
-from anyrank.tasks.dealing import dealt, roster
+from anyrank.tasks.dealing import dealt, held_out, roster
 from anyrank.tasks.load import load_task
 from anyrank.tasks.place import where_it_is
 from anyrank.training.opening import open_model
+from anyrank.training.scoring import Scorer
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The inputs of an engine: a task, its `shards` by client, the configuration, the largest rank, and the privacy plan."""
+    """The inputs of an engine: a task, its `shards` by client, the configuration, the largest rank, and the privacy plan;
+    `held_out`: each client's own held-out examples, by name."""
 
     task: Task
     shards: ByName
     config: Config
     largest_rank: int
     privacy: PrivacyPlan | None
+    held_out: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def in_process(setting: Setting) -> InProcess:
     """The engine that runs all clients here, after every check that needs the model. Raises `ModelError`."""
     model, stacking = open_model(setting.task, setting.config, setting.largest_rank)
-    return InProcess(model, setting.shards, setting.config.eval.batch_size, stacking)
+    scoring = setting.config.eval
+    scorer = Scorer(model, setting.held_out, scoring.batch_size, scoring.by_label) if scoring.where == "sites" else None
+    return InProcess(model, setting.shards, scoring.batch_size, stacking, scorer)
 
 
 def build(
@@ -78,7 +84,8 @@ def build(
         shards = partition.pooled(shards)
     settle = assembly.assemble(config, method, known)
     place = settle.population.index
-    setting = Setting(task, ByName(shards, place), config, settle.population.levels()[-1], settle.privacy)
+    own = held_out(known.names, known.owners)
+    setting = Setting(task, ByName(shards, place), config, settle.population.levels()[-1], settle.privacy, own)
     return replace(settle, engine=engine(setting))
 
 

@@ -40,6 +40,7 @@ from anyrank.files import make_folder, sweep, write_whole_text
 from anyrank.runs import lock
 from anyrank.runs.finding import is_done
 from anyrank.runs.names import METRICS, SUMMARY, lower_is_better
+from anyrank.runs.scored import by_state
 from anyrank.studies import variants
 from anyrank.studies.variants import Cell
 
@@ -353,9 +354,10 @@ def _check(path: Path, table: Mapping[str, Any], needed: Mapping[str, Any], opti
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Summary and metrics of a finished run."""
+    """Summary and metrics of a finished run; each round's scores are those of the state after it."""
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    return json.loads((folder / SUMMARY).read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return summary, by_state([json.loads(line) for line in lines], summary)
 
 
 def _folder(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from anyrank.config.sections import Config
 from anyrank.config.sections.sites import alike, fault_of
 from anyrank.data import partition, sites
 from anyrank.errors import ConfigError, DataError
-from anyrank.messages.roster import MOST_CLIENTS, Roster
+from anyrank.messages.roster import MOST_CLIENTS, POOLED, Roster
 from anyrank.tasks.base import Task
 
 
@@ -46,6 +47,12 @@ def _checked(given: tuple[str, ...], values: tuple[str, ...], column: str) -> tu
 def roster(config: Config, task: Task, shards: Any, named: tuple[str, ...] = (), pools: bool = False) -> Roster:
     """What a server is to know of `shards`, the clients' examples; `named`: the names that their examples give them; `pools`:
     whether the method gathers all examples in one place."""
+    if config.eval.where == "sites" and task.metrics:
+        raise ConfigError(
+            f"eval.where = 'sites': the task has metrics of its own ({', '.join(task.metrics)}), which need the results of all "
+            "clients in one place; use 'server'"
+        )
+    owners = _owners(config, task)
     return Roster(
         names=named or config.clients.names,
         sizes=np.asarray(shards.sizes, np.int64),
@@ -53,8 +60,18 @@ def roster(config: Config, task: Task, shards: Any, named: tuple[str, ...] = (),
         facts=task.facts(),
         in_order=bool(named),
         by_label=_by_label(shards, task),
-        owners=_owners(config, task),
+        owners=owners,
+        held_out=None if owners is None else np.bincount(owners[owners >= 0], minlength=len(shards)).astype(np.int64),
     )
+
+
+def held_out(names: Sequence[str], owners: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The held-out examples of each of the clients `names` that has any, as sorted indices `[n]` int64; `owners` `[m]`: the
+    place in `names` of each one's owner. Of the client that has the examples of all, those of all."""
+    if owners is None:
+        return {}
+    found = {name: np.flatnonzero(owners == place) for place, name in enumerate(names)} | {POOLED: np.flatnonzero(owners >= 0)}
+    return {name: index for name, index in found.items() if len(index)}
 
 
 def _owners(config: Config, task: Task) -> np.ndarray | None:

@@ -30,7 +30,7 @@ TAKEN = frozenset(
     {
         *("round", "accuracy", "loss", "worst_client_accuracy", "client_accuracy_std", "client_accuracy", "train_loss"),
         *("collapse", "effective_rank", "spectrum", "upload_bytes", "download_bytes", "seconds", "clients", "rejected"),
-        *("shortened", "idle"),
+        *("shortened", "idle", "scored_round", "scored_by", "scored_of"),
         *("epsilon", "best_accuracy", "last_accuracy", "start_accuracy", "start_loss", "metrics", "start_metrics"),
         *("worst_client", "upload", "download", "rounds_to_target", "within_budget"),
     }

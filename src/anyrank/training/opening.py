@@ -12,6 +12,8 @@ def open_model(task: Task, config: Config, largest_rank: int) -> tuple[LoraModel
     """The model, and how clients may be stacked in it (`auto`, `always`, `never`). Raises `ModelError`."""
     model = LoraModel(task, config.train.gradient_checkpointing)
     stacking = config.run.stacking
+    if config.sites and stacking == "auto":
+        stacking = "never"  # named sites train as each would on its own machine
     try:
         model.check_rank(largest_rank)
         if config.model.task == HANDED_IN or config.model.file:

@@ -18,18 +18,19 @@ from anyrank.errors import AnyRankError, FrameError
 from anyrank.messages import calls
 from anyrank.messages.body import expect
 from anyrank.messages.frame import Frame
-from anyrank.messages.records import Failure
+from anyrank.messages.records import Failure, Reported
 from anyrank.messages.roster import POOLED, Names
 from anyrank.messages.scores import scores_frame
-from anyrank.messages.wire import DOWNLOAD, failure_frame, job_of, plan_of, update_frame
+from anyrank.messages.wire import DOWNLOAD, counts_frame, failure_frame, job_of, plan_of, update_frame
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
 from anyrank.tasks.base import score
-from anyrank.tasks.dealing import dealt, roster
+from anyrank.tasks.dealing import dealt, held_out, roster
 from anyrank.tasks.load import load_task
 from anyrank.training import stacked, trainer
 from anyrank.training.lora import LoraModel
 from anyrank.training.opening import open_model
+from anyrank.training.scoring import Scorer
 
 Receive = Callable[[], Frame]  # the next frame that comes
 _PAUSE_S = 0.2  # seconds between two reports of progress
@@ -44,6 +45,7 @@ class Held:
     stacking: str
     shards: trainer.ExamplesOf
     ready: calls.Ready
+    scorer: Scorer
 
 
 class Desk:
@@ -90,9 +92,16 @@ class Desk:
         jobs, plan = [job_of(each) for each in frames], plan_of(frames[0])
         known = {job.client.name: job for job in jobs}
         way = Mechanism.of(wanted.mechanism) if wanted.mechanism else None
-        for reply in trainer.train_cohort(held.model, jobs, held.shards, plan, way, held.stacking, wanted.deadline_s):
+        scorer = held.scorer if wanted.score else None
+        if wanted.train:
+            replies = trainer.train_cohort(held.model, jobs, held.shards, plan, way, held.stacking, wanted.deadline_s, scorer)
+        else:
+            replies = trainer.score_cohort(jobs, held.scorer, wanted.deadline_s)
+        for reply in replies:
             if isinstance(reply, Failure):
                 yield failure_frame(reply, run, plan.round, with_reason=True)
+            elif isinstance(reply, Reported):
+                yield counts_frame(reply, run, plan.round)
             else:
                 yield update_frame(reply, known[reply.client].download, run, plan.round)
 
@@ -128,7 +137,8 @@ def load(config: Config, largest_rank: int, progress: Progress) -> Held:
     place = Names(len(shards), known.names).index
     examples: Any = {POOLED: pooled(shards)[0]} if method.pools_data else ByName(shards, place)
     together = model.can_stack() and (stacking == "always" or (stacking == "auto" and stacked.worthwhile(model)))
-    return Held(config, model, stacking, examples, calls.Ready(known, together, resident()))
+    scorer = Scorer(model, held_out(known.names, known.owners), config.eval.batch_size, config.eval.by_label)
+    return Held(config, model, stacking, examples, calls.Ready(known, together, resident()), scorer)
 
 
 def resident() -> int:

@@ -30,7 +30,8 @@ class RunConfig:
     threads: int = key(1, "CPU threads for local training.", COUNT, {"torch": "set_num_threads"})
     stacking: str = key(
         "auto",
-        "Whether the clients of a round train together in one stacked model. auto: if the model is small enough to be faster.",
+        "Whether the clients of a round train together in one stacked model. auto: if the model is small enough to be faster, "
+        "and never with [[sites]], which train as each would on its own machine.",
         STACKINGS,
     )
 

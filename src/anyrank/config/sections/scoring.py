@@ -9,6 +9,7 @@ from anyrank.config.sections.values import expect, one_of
 
 SCORES = ("auto", "exact", "generate", "likelihood")
 EXTRACTS = ("auto", "text", "number", "option")
+WHERE = ("server", "sites")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,15 @@ class EvalConfig:
         metadata=LATER,
     )
     file: str = key("", "A Python file that registers your own metrics under names in eval.metrics.", metadata=LATER)
+    where: str = key(
+        "server",
+        "Who scores: the server, on all held-out examples after a round (server), or each client, on its own held-out "
+        "examples, what it downloads before it trains (sites). A round's figures are then those of the state that it started "
+        "from. With privacy, sites report no scores.",
+        WHERE,
+        metadata=LATER,
+    )
+    by_label: bool = key(False, "Whether clients report their scores by label, too, for where = 'sites'.", metadata=LATER)
 
     def __post_init__(self) -> None:
         expect(self.every >= 1, "eval.every", COUNT, self.every)
@@ -61,3 +71,8 @@ class EvalConfig:
         one_of(self.extract, EXTRACTS, "eval.extract")
         expect(self.max_new_tokens >= 1, "eval.max_new_tokens", COUNT, self.max_new_tokens)
         expect(len(set(self.metrics)) == len(self.metrics), "eval.metrics", "different names", list(self.metrics))
+        one_of(self.where, WHERE, "eval.where")
+        at_sites = self.where == "sites"
+        none = "no metrics with eval.where = 'sites', which reports accuracy and loss"
+        expect(not (at_sites and (self.metrics or self.file)), "eval.metrics", none, list(self.metrics) or self.file)
+        expect(at_sites or not self.by_label, "eval.by_label", "false with eval.where = 'server'", self.by_label)

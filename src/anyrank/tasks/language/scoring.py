@@ -95,6 +95,14 @@ class Questions:
     def __len__(self) -> int:
         return len(self.items)
 
+    def part(self, index: np.ndarray) -> Questions:
+        """The questions `index` `[n]`, in that order."""
+        items, choices = [self.items[i] for i in index.tolist()], self.choices
+        if choices is not None:
+            ends = np.cumsum([len(item.options) for item in self.items])
+            choices = choices.part(np.concatenate([np.arange(ends[i] - len(self.items[i].options), ends[i]) for i in index]))
+        return replace(self, items=items, sequences=self.sequences.part(index), choices=choices)
+
 
 class Judged(NamedTuple):
     """Which questions are `correct` `[n]` bool; for questions with options also the most likely one, `predictions` `[n]`, and
@@ -218,6 +226,10 @@ class Completion:
         found = self.judge(module, self.questions, exact, batch_size)
         labels = examples.labels.cpu().numpy()  # kinds of questions; predictions are compared with the right options
         return Scores(found.correct, losses, labels, found.predictions, targets=found.targets, names=found.names)
+
+    def part(self, index: np.ndarray) -> Completion:
+        """The objective of some of the held-out questions."""
+        return replace(self, questions=self.questions.part(index))
 
     def under(self, config: EvalConfig) -> Completion:
         name = self.questions.score if config.score == "auto" else config.score

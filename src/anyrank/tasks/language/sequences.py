@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,14 @@ class Sequences:
     @property
     def nbytes(self) -> int:
         return self.tokens.nbytes + self.lengths.nbytes + self.prompts.nbytes + self.starts.nbytes
+
+    def part(self, index: np.ndarray) -> Sequences:
+        """The examples `index` `[n]`, in that order."""
+        chosen = torch.from_numpy(np.asarray(index, np.int64).copy())
+        pieces = [
+            self.tokens[start : start + length] for start, length in zip(self.starts[chosen], self.lengths[chosen], strict=True)
+        ]
+        return Sequences(torch.cat(pieces), self.lengths[chosen], self.prompts[chosen], self.pad, self.packs)
 
     def prompt(self, i: int) -> list[int]:
         """The token ids of the prompt of example `i`."""

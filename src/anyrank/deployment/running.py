@@ -1,0 +1,78 @@
+"""Run a federation over sites from this process, the server, which has neither examples nor base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anyrank import devices, methods
+from anyrank.config.sections import Config
+from anyrank.deployment.public import check, kept, public
+from anyrank.engines.seat import Make, process
+from anyrank.engines.sites import Sites
+from anyrank.errors import AnyRankError, ConfigError, RunFailed
+from anyrank.federation import assembly, loop
+from anyrank.federation.checks import check_ranks
+from anyrank.messages.records import Scaling
+from anyrank.progress import Progress
+from anyrank.runs.folder import RunDir
+from anyrank.runs.removal import remove_start
+
+MOST_BYTES = 1 << 34  # of a frame from a site
+
+
+def federate(
+    config: Config,
+    sites: Mapping[str, Sequence[str] | Make],
+    out: Path,
+    resume: bool = False,
+    on_round: Callable[[Mapping[str, Any]], None] | None = None,
+    progress: Progress | None = None,
+    wait_s: float = 600.0,
+    most_bytes: int = MOST_BYTES,
+) -> dict[str, Any]:
+    """Run a configuration over sites in the folder `out`; returns the summary.
+
+    `sites`: for each `[[sites]]` table, by name, the command that runs its worker on this machine, or a function that makes
+    what carries frames to it and back (see `anyrank.engines.seat.Make`). The run begins when all sites are there, within
+    `wait_s` seconds; `progress(there, all)` counts them. `most_bytes`: the largest frame that a site may send.
+
+    The folder is an ordinary run folder. Its config.toml has no sources and no folder of a base model, which only the sites
+    know. In place of digests of data files and base model, identity.json has those of the base model and of the start adapter
+    on which the sites agree; a run goes on with the same. Raises `AnyRankError`, in one line.
+    """
+    method = methods.make(config.method.name, config.method.options)
+    check(config, method)
+    check_ranks(config, method)
+    makes = _makes(config, sites, most_bytes)
+    known = kept(config)
+    RunDir.check(out, known, resume)
+    new = not out.exists()
+    scaling = Scaling(config.lora.alpha, config.lora.scaling)
+    with devices.threads(config.run.threads), torch.enable_grad():
+        engine = Sites(public(config), (max(config.clients.ranks), scaling, config.run.seed), makes, config.run.name)
+        try:
+            roster = engine.open(wait_s, lambda away: progress and progress(len(makes) - len(away), len(makes)))
+            built = replace(assembly.assemble(known, method, roster), engine=engine)
+            with RunDir.open(out, known, resume, engine.agreed) as store:
+                return loop.run(built, store, on_round)
+        except RunFailed:
+            raise
+        except AnyRankError:
+            if new:  # wrong before round 1: the request has to be corrected, and there is nothing to resume
+                remove_start(out)
+            raise
+        finally:
+            engine.close()
+
+
+def _makes(config: Config, sites: Mapping[str, Sequence[str] | Make], most_bytes: int) -> dict[str, Make]:
+    named = {site.name for site in config.sites}
+    if odd := sorted(named ^ sites.keys()):
+        has, lacks = ("[[sites]]", "the given sites") if odd[0] in named else ("the given sites", "[[sites]]")
+        raise ConfigError(f"sites: {odd[0]!r} is among {has} and not among {lacks}; name the same ones in both")
+    return {name: given if callable(given) else process(given, most_bytes) for name, given in sites.items()}
