@@ -407,25 +407,11 @@ MISTAKES = (
     Mistake(
         "site: charged after the training",
         "worker/site.py",
-        (
-            "        charge = self.grant.charge(release, about)\n"
-            "        try:\n"
-            "            reply = trainer.train(held.model, job, held.examples, plan, Mechanism(privacy), self.site.limits.seconds)\n"
-            "            if not isinstance(reply, ClientUpdate):\n"
-            '                raise RunError(f"{reply.code.name}: {reply.reason}")\n'
-            "            bare = ClientUpdate(reply.adapter, held.declared, self.site.name)\n"
-            "            made = wire.update_frame(bare, job.download, held.run, plan.round)\n"
-        ),
-        (
-            "        charge = 0\n"
-            "        try:\n"
-            "            reply = trainer.train(held.model, job, held.examples, plan, Mechanism(privacy), self.site.limits.seconds)\n"
-            "            if not isinstance(reply, ClientUpdate):\n"
-            '                raise RunError(f"{reply.code.name}: {reply.reason}")\n'
-            "            bare = ClientUpdate(reply.adapter, held.declared, self.site.name)\n"
-            "            made = wire.update_frame(bare, job.download, held.run, plan.round)\n"
-            "            charge = self.grant.charge(release, about)\n"
-        ),
+        "        charge = self.grant.charge(release, about)\n        try:\n            made = self._made(held, job, plan)\n",
+        "        charge = 0\n"
+        "        try:\n"
+        "            made = self._made(held, job, plan)\n"
+        "            charge = self.grant.charge(release, about)\n",
         SITE,
     ),
     Mistake(
@@ -459,8 +445,11 @@ MISTAKES = (
     Mistake(
         "site: a budget for each run",
         "worker/site.py",
-        '        self.log.write(\n            "ready"',
-        '        own = self.store._run(held.key)\n        own.mkdir(exist_ok=True)\n        self.grant = Grant(own, self.site.privacy.level, self.site.privacy.epsilon, self.site.privacy.delta)\n        self.log.write(\n            "ready"',
+        '        self.log.write("ready"',
+        "        own, asked = self.store._run(held.key), self.site.privacy\n"
+        "        own.mkdir(exist_ok=True)\n"
+        "        self.grant = Grant(own, asked.level, asked.epsilon, asked.delta)\n"
+        '        self.log.write("ready"',
         SITE,
     ),
     Mistake(
@@ -500,7 +489,13 @@ MISTAKES = (
         'bare = dataclasses.replace(reply, metrics={"seconds": 1.0})',
         SITE,
     ),
-    Mistake("site: the plan taken on trust", "worker/site.py", "        sitechecks.check_plan(held.config, plan)\n", "", SITE),
+    Mistake(
+        "site: the plan taken on trust",
+        "worker/site.py",
+        "        sitechecks.check_plan(held.config, plan, wanted.train)\n",
+        "",
+        SITE,
+    ),
     Mistake(
         "site: the download taken on trust",
         "worker/site.py",

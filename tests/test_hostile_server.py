@@ -148,7 +148,7 @@ def check_left(frames: list[Frame], own: tuple[str, ...]) -> None:
         if frame.header.kind == calls.READY:
             facts = values["facts"]
             assert (facts["train_examples"], facts["test_examples"], facts["inputs_bytes"]) == (DECLARED, 0, 0)
-            assert set(frame.arrays) == {"sizes"}
+            assert set(frame.arrays) == {"sizes"}  # and not the number of held-out examples
             assert frame.arrays["sizes"].tolist() == [DECLARED]
 
 

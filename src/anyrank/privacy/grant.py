@@ -2,9 +2,9 @@
 
 A release is charged before the training begins: the charge is on disk when `charge` returns. For the budget it does not matter
 for which run it was: all charges add up, by an accountant for steps of different noise. A release of another unit than the one
-that the site protects counts by what it reveals about that unit: noise for a whole site's data is, for one example, noise of half
-the size, because replacing one upload by another counts as twice the clip norm. Noise for one example does not bound what is
-revealed about a whole site.
+that the site protects counts by what it reveals about that unit: noise for a whole site's data is, for one example, noise of
+half the size, because replacing one upload by another counts as twice the clip norm. Noise for one example does not bound what
+is revealed about a whole site.
 
 `ledger.jsonl` has a line for each charge, with the digest of the line before it, and `ledger.json` the number of charges and
 the last digest. A line that was changed, removed or cut, and an older copy of one of the two files, are found when the ledger

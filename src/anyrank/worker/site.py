@@ -41,20 +41,21 @@ from anyrank.messages import calls, wire
 from anyrank.messages.body import expect as expect_frame
 from anyrank.messages.frame import Frame, from_bytes, to_bytes
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import Client, ClientUpdate, Code, Counts, Failure, Job, Scaling, ServerState
+from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Scaling, ServerState
 from anyrank.messages.roster import Names, Roster
 from anyrank.methods import Method
 from anyrank.privacy.grant import Grant, Release, Spent
 from anyrank.privacy.noise import Mechanism
 from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.progress import Progress
-from anyrank.tasks.base import score
 from anyrank.tasks.dealing import dealt
 from anyrank.tasks.load import load_task
 from anyrank.tasks.pretrained import sha256, weight_files
 from anyrank.training import trainer
+from anyrank.training.digest import base_digest
 from anyrank.training.lora import LoraModel
 from anyrank.training.opening import open_model
+from anyrank.training.scoring import Scorer
 from anyrank.worker import sitechecks
 from anyrank.worker.sitechecks import Refused, expect
 from anyrank.worker.sitefile import SiteFile
@@ -70,8 +71,9 @@ _ONE = 1  # job in a request: a site is one client
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What a site has loaded for a run: `key` is the folder of its own parts, `declared` its number of examples as it may be
-    known, `privacy` its own plan."""
+    """What a site has loaded for a run: `key` is the folder of its own parts, `rank` its rank as the configuration has it (0:
+    the downloads say it), `declared` its number of examples as it may be known, `privacy` its own plan, `scorer` what scores
+    its held-out examples, if it reports scores."""
 
     run: str
     key: str
@@ -79,11 +81,12 @@ class Held:
     largest_rank: int
     base_model: str
     method: Method
-    client: Client
+    rank: int
     model: LoraModel
     examples: np.ndarray
     declared: int
     privacy: PrivacyPlan | None
+    scorer: Scorer | None
 
     @functools.cached_property
     def start(self) -> ServerState:
@@ -143,15 +146,13 @@ class SiteDesk:
             self.held = None
         config = sitechecks.fitted(self.site, table, largest_rank)
         self.held = held = self._loaded(frame.header.run, table, config, largest_rank, _now_and_then(progress))
-        self.log.write(
-            "ready", run=held.run, key=held.key, method=held.method.name, rank=held.client.rank, rounds=config.run.rounds
-        )
+        self.log.write("ready", run=held.run, key=held.key, method=held.method.name, rank=held.rank, rounds=config.run.rounds)
         yield self._left(calls.ready_frame(self._ready(held), held.run))
 
     def _loaded(self, run: str, table: Mapping[str, Any], config: Config, largest_rank: int, progress: Progress) -> Held:
         torch.set_num_threads(config.run.threads)
         self._check_base_model()
-        method, (rank,) = methods.make(config.method.name, config.method.options), config.clients.ranks
+        method = methods.make(config.method.name, config.method.options)
         _check_labels(config)
         task = load_task(config, progress)
         shards, _ = dealt(config, task)
@@ -162,9 +163,26 @@ class SiteDesk:
         model, _ = open_model(task, config, largest_rank)
         declared = privacy.declared(len(examples)) if privacy else len(examples)
         return Held(
-            run, _key(table, run), config, largest_rank, str(table.get("model", {}).get("name") or ""), method,
-            Client(self.site.name, rank), model, examples, declared, privacy,
-        )  # fmt: skip
+            run=run,
+            key=_key(table, run),
+            config=config,
+            largest_rank=largest_rank,
+            base_model=str(table.get("model", {}).get("name") or ""),
+            method=method,
+            rank=config.clients.ranks[0] if "sites" in table else 0,
+            model=model,
+            examples=examples,
+            declared=declared,
+            privacy=privacy,
+            scorer=self._scorer(config, model),
+        )
+
+    def _scorer(self, config: Config, model: LoraModel) -> Scorer | None:
+        """What scores the held-out examples, where the site reports scores, the run wants them, and it is not private."""
+        if not self.site.accept.scores or config.eval.where != "sites" or config.privacy.level != "none":
+            return None
+        held_out = {self.site.name: np.arange(len(model.task.test))}
+        return Scorer(model, held_out, config.eval.batch_size, self.site.accept.by_label and config.eval.by_label)
 
     def _plan(self, config: Config, method: Method, num_examples: int) -> PrivacyPlan | None:
         """The site's own privacy plan: from the configuration and its own number of examples."""
@@ -190,15 +208,18 @@ class SiteDesk:
 
     def _ready(self, held: Held) -> calls.Ready:
         """What the site says of itself: its name, its declared number of examples, and what its base model is."""
-        scores = self._scores(held)
+        held_out = len(held.model.task.test) if held.scorer else 0
         facts = dataclasses.replace(
             held.model.task.facts(),
-            base_model=held.base_model, train_examples=held.declared, inputs_bytes=0, inputs_on_disk=False,
-            test_examples=len(held.model.task.test) if scores else 0,
-        )  # fmt: skip
-        owners = np.zeros(facts.test_examples, np.int64) if scores else None
-        sizes = np.array([held.declared], np.int64)
-        return calls.Ready(Roster((self.site.name,), sizes, 0, facts, in_order=True, owners=owners))
+            base_model=held.base_model,
+            train_examples=held.declared,
+            test_examples=held_out,
+            inputs_bytes=0,
+            inputs_on_disk=False,
+        )
+        sizes, counted = np.array([held.declared], np.int64), np.array([held_out], np.int64)
+        known = Roster((self.site.name,), sizes, 0, facts, in_order=True, held_out=counted if held.scorer else None)
+        return calls.Ready(known, base_digest=base_digest(held.model))
 
     def _start(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
         held = self._open(frame)
@@ -244,27 +265,29 @@ class SiteDesk:
     def _carried_out(self, held: Held, wanted: calls.Cohort, frame: Frame, sent: Frame) -> Frame:
         expect_frame(sent, wire.DOWNLOAD, run=held.run, client=self.site.name)
         expect(wanted.mechanism is None, "cohort.mechanism", "none: the site has its own", "one")
-        expect(wanted.train, "cohort.train", "training, because this site sends no scores alone", "none")
+        expect(wanted.train or held.scorer is not None, "cohort.train", "training: this site reports no scores here", "none")
         expect(
             sent.array_bytes <= self.site.limits.download_bytes, "download", self.site.limits.download_bytes, sent.array_bytes
         )
         plan = wire.plan_of(sent)
-        sitechecks.check_plan(held.config, plan)
+        sitechecks.check_plan(held.config, plan, wanted.train)
         job = self._job(held, plan, sent)
+        if not wanted.train:
+            return self._scored(held, job, plan, wanted)
         if held.privacy:
             return self._released(held, job, plan, _request(held, frame, sent))
         return self._trained(held, job, plan, wanted)
 
     def _job(self, held: Held, plan: Plan, sent: Frame) -> Job:
         """The job of a download's frame, checked, with what the site has itself."""
-        own, form = None, None
+        client, own, form = wire.client_of(sent), None, None
+        sitechecks.check_client(self.site, held.rank, held.largest_rank, client)
         if wire.absent(sent):
-            form = sitechecks.expected_download(held.method, held.start, held.client, plan.round, Adapter({}))
+            form = sitechecks.expected_download(held.method, held.start, client, plan.round, Adapter({}))
             own = self._own(held, plan.round, form.adapter)
         job = wire.job_of(sent, own)
-        expect(job.client == held.client, "client", held.client, job.client)
         expect(job.num_examples == held.declared, "num_examples", held.declared, job.num_examples)
-        form = form or sitechecks.expected_download(held.method, held.start, held.client, plan.round, job.download.adapter)
+        form = form or sitechecks.expected_download(held.method, held.start, client, plan.round, job.download.adapter)
         sitechecks.check_download(job.download, form)
         size = job.download.upload_bytes()
         expect(size <= self.site.limits.upload_bytes, "upload", self.site.limits.upload_bytes, size)
@@ -282,15 +305,25 @@ class SiteDesk:
         return Adapter(layers, kept.tensors if "tensors" in private else start.tensors, start.config)
 
     def _trained(self, held: Held, job: Job, plan: Plan, wanted: calls.Cohort) -> Frame:
-        counts = self._counts(held, job) if wanted.score and self._scores(held) else None
-        limit = min(self.site.limits.seconds, wanted.deadline_s or self.site.limits.seconds)
-        reply = trainer.train(held.model, job, held.examples, plan, None, limit)
+        scorer = held.scorer if wanted.score else None
+        reply = trainer.train(held.model, job, held.examples, plan, None, self._limit(wanted), scorer)
         if isinstance(reply, Failure):
             self.log.write("failed", kind="training", run=held.run, round=plan.round, code=reply.code.name, reason=reply.reason)
             return wire.failure_frame(reply, held.run, plan.round)
         if held.method.private:
             self.store.keep(held.key, plan.round, reply.adapter, {"run": held.run, "method": held.method.name})
-        return wire.update_frame(dataclasses.replace(reply, counts=counts), job.download, held.run, plan.round)
+        return wire.update_frame(reply, job.download, held.run, plan.round)
+
+    def _scored(self, held: Held, job: Job, plan: Plan, wanted: calls.Cohort) -> Frame:
+        (reply,) = trainer.score_cohort([job], held.scorer, self._limit(wanted))
+        if isinstance(reply, Failure):
+            self.log.write("failed", kind="scoring", run=held.run, round=plan.round, code=reply.code.name, reason=reply.reason)
+            return wire.failure_frame(reply, held.run, plan.round)
+        return wire.counts_frame(reply, held.run, plan.round)
+
+    def _limit(self, wanted: calls.Cohort) -> float:
+        """Seconds for a job that is not private: the server may lower the site's own limit."""
+        return min(self.site.limits.seconds, wanted.deadline_s or self.site.limits.seconds)
 
     def _released(self, held: Held, job: Job, plan: Plan, request: str) -> Frame:
         """A private reply: the one that was sent for the same request, or a new release, charged before it is made."""
@@ -303,11 +336,7 @@ class SiteDesk:
         about = {"run": held.run[:100], "key": held.key, "round": plan.round, "request": request}
         charge = self.grant.charge(release, about)
         try:
-            reply = trainer.train(held.model, job, held.examples, plan, Mechanism(privacy), self.site.limits.seconds)
-            if not isinstance(reply, ClientUpdate):
-                raise RunError(f"{reply.code.name}: {reply.reason}")
-            bare = ClientUpdate(reply.adapter, held.declared, self.site.name)
-            made = wire.update_frame(bare, job.download, held.run, plan.round)
+            made = self._made(held, job, plan)
             self.store.keep_reply(request, charge, to_bytes(made))
         except Exception as error:  # of which no more is said than that it happened
             self.log.write("failed", kind="training", run=held.run, round=plan.round, charge=charge, reason=_in_full(error))
@@ -315,22 +344,14 @@ class SiteDesk:
         self.log.write("charged", run=held.run, round=plan.round, charge=charge, epsilon=self.grant.spent())
         return made
 
-    # --- scores ---
-
-    def _scores(self, held: Held) -> bool:
-        return self.site.accept.scores and held.privacy is None
-
-    def _counts(self, held: Held, job: Job) -> Counts:
-        """The results of the download on the site's held-out examples, as sums."""
-        held.model.apply(job.download.adapter, job.download.merged)
-        found = score(held.model.task, held.config.eval.batch_size)
-        correct = None if found.correct is None else int(found.correct.sum())
-        by_label: dict[str, tuple[int, int]] = {}
-        if self.site.accept.by_label and found.correct is not None:
-            for number, name in enumerate(held.model.task.label_names):
-                at = found.labels == number
-                by_label |= {name: (int(at.sum()), int(found.correct[at].sum()))} if at.any() else {}
-        return Counts(len(found.losses), float(found.losses.sum()), correct, by_label)
+    def _made(self, held: Held, job: Job, plan: Plan) -> Frame:
+        """A release, with nothing beside it. The server's deadline does not count: when it ends would depend on the examples."""
+        way, limit = Mechanism(held.privacy), self.site.limits.seconds
+        reply = trainer.train(held.model, job, held.examples, plan, way, limit)
+        if not isinstance(reply, ClientUpdate):
+            raise RunError(f"{reply.code.name}: {reply.reason}")
+        bare = ClientUpdate(reply.adapter, held.declared, self.site.name)
+        return wire.update_frame(bare, job.download, held.run, plan.round)
 
     # --- what leaves ---
 

@@ -30,7 +30,7 @@ FORBIDDEN = (
     *("model.path", "model.file", "model.handed_in", "method.file", "method.handed_in", "eval.file"),
     *("data.source", "data.test_source", "data.partition.file", "data.partition.handed_in"),
 )
-KNOWN = frozenset(key.path for key in explain.keys()) | frozenset(explain.sections())
+KNOWN = frozenset(explain.sections()).union(key.path for key in explain.keys())  # noqa: SIM118 - no mapping
 _OF_SITES = ("source", "test_source")
 _USUAL = {"data.source": "digits"}  # what stands for nothing
 _KEY = re.compile(r"[a-z_]+(\.[a-z_]+){0,2}")
@@ -59,7 +59,7 @@ def fitted(site: SiteFile, table: Mapping[str, Any], largest_rank: int) -> Confi
     data, model and device. Raises `Refused`."""
     _check_forbidden(table)
     merged = copy.deepcopy(dict(table))
-    own = _entry(site, merged)
+    own = _entry(site, merged, min(site.limits.rank, largest_rank))
     for section in ("data", "model", "run"):
         expect(isinstance(merged.setdefault(section, {}), dict), section, "a table", merged[section])
     merged["data"] |= {key: list(value) if isinstance(value, tuple) else value for key, value in vars(site.data).items()}
@@ -99,9 +99,11 @@ def _check_forbidden(table: Mapping[str, Any]) -> None:
             expect(not (isinstance(each, Mapping) and each.get(name)), f"sites.{name}", "nothing from a server", each)
 
 
-def _entry(site: SiteFile, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The site's own table in `[[sites]]`."""
-    sites = table.get("sites")
+def _entry(site: SiteFile, table: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """The site's own table in `[[sites]]`; with the largest `rank` that it may have, if the server does not name sites."""
+    if "sites" not in table:
+        return {"name": site.name, "rank": rank}
+    sites = table["sites"]
     expect(isinstance(sites, list), "sites", "a list of sites", sites)
     own = [each for each in sites if isinstance(each, Mapping) and each.get("name") == site.name]
     expect(len(own) == 1, "sites", f"one site of the name {site.name}", len(own))
@@ -163,15 +165,23 @@ def check_steps(site: SiteFile, config: Config, num_examples: int) -> None:
     expect(steps <= site.limits.steps, "train.local_epochs", f"at most {site.limits.steps} local steps", steps)
 
 
+def check_client(site: SiteFile, rank: int, largest_rank: int, client: Client) -> None:
+    """Refuse a job for another client, or of a rank that the site does not have (`rank`: the agreed one, 0 if none is)."""
+    expect(client.name == site.name and not client.layer_ranks, "client", site.name, client)
+    expect(client.rank == (rank or client.rank), "client.rank", rank, client.rank)
+    most = min(site.limits.rank, largest_rank)
+    expect(1 <= client.rank <= most, "client.rank", f"1 to {most}", client.rank)
+
+
 # --- a job -----------------------------------------------------------------------------------------------------------
 
 
-def check_plan(config: Config, plan: Plan) -> None:
-    """Refuse a plan that is not the configuration's for that round."""
+def check_plan(config: Config, plan: Plan, train: bool) -> None:
+    """Refuse a plan that is not the configuration's for that round. After the last one, a state may be scored (not `train`)."""
     rounds = config.run.rounds
-    expect(1 <= plan.round <= rounds, "plan.round", f"1 to {rounds}", plan.round)
+    expect(1 <= plan.round <= rounds + (not train), "plan.round", f"1 to {rounds}", plan.round)
     expect(plan.step_factor == 1, "plan.step_factor", 1, plan.step_factor)
-    expected = plan_round(config.train, plan.round, rounds, config.run.seed)
+    expected = plan_round(config.train, min(plan.round, rounds), rounds, config.run.seed)
     for key in ("config", "learning_rate", "seed"):
         expect(getattr(plan, key) == getattr(expected, key), f"plan.{key}", getattr(expected, key), getattr(plan, key))
 
