@@ -345,7 +345,7 @@ class SiteDesk:
         return made
 
     def _made(self, held: Held, job: Job, plan: Plan) -> Frame:
-        """A release, with nothing beside it. The server's deadline does not count: when it ends would depend on the examples."""
+        """A release, with nothing beside it. Its time limit is the site's own: what ends in time depends on the examples."""
         way, limit = Mechanism(held.privacy), self.site.limits.seconds
         reply = trainer.train(held.model, job, held.examples, plan, way, limit)
         if not isinstance(reply, ClientUpdate):

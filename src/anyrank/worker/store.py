@@ -36,7 +36,7 @@ OWN = "own"  # the kind of frame of an adapter that stays at the site
 KEPT = 4  # rounds of a run whose own parts are kept: a server may resume some rounds back
 MOST_REPLIES = 8
 _MOST_INDEX_BYTES = 1 << 20
-_REPLY = re.compile(r"(\d{1,9})-([0-9a-f]{64})\.frame")
+_REPLY = re.compile(r"(\d{1,9})-([0-9a-f]{64})-([0-9a-f]{32})\.frame")  # charge, request, reply
 
 
 @dataclass(frozen=True)
@@ -121,22 +121,21 @@ class Store:
             return None
         path = folder / INDEX
         try:
-            table = files.parse_json(files.read_bounded(path, _MOST_INDEX_BYTES))
-            first, listed = table["first"], table["kept"]
+            _, first, listed = fields(INDEX, _sealed_table(path), about=dict, first=int, kept=list)
             kept = [Generation(*fields("kept", each, round=int, file=str, digest=str)) for each in listed]
-            if type(first) is not int or [each.round for each in kept] != sorted({each.round for each in kept}):
+            if [each.round for each in kept] != sorted({each.round for each in kept}):
                 raise ValueError("its rounds are not in order")
         except FileNotFoundError:
             if not any(folder.glob("own-*")):  # the worker was ended before anything was kept
                 return None
             raise _damaged(path, "it is gone") from None
-        except (OSError, ValueError, KeyError, TypeError, FrameError) as error:
+        except (OSError, ValueError, FrameError) as error:
             raise _damaged(path, str(error)) from None
         return {"first": first, "kept": kept} if kept else None
 
     def _write_index(self, key: str, first: int, kept: list[Generation], about: Mapping[str, Any]) -> None:
         table = {"about": dict(about), "first": first, "kept": [vars(each) for each in kept]}
-        files.write_whole_text(self._run(key) / INDEX, json.dumps(table, indent=2) + "\n")
+        _write_sealed(self._run(key) / INDEX, table)
 
     def _run(self, key: str) -> Path:
         return self.folder / RUNS / key
@@ -164,7 +163,7 @@ class Store:
         for path in files.contents(self.folder / REPLIES):
             found = _REPLY.fullmatch(path.name)
             if found and found[2] == request:
-                return self._read_reply(path)
+                return self._read_reply(path, found[3])
         return None
 
     def keep_reply(self, request: str, charge: int, data: bytes) -> None:
@@ -172,18 +171,20 @@ class Store:
         folder = self.folder / REPLIES
         self._check_room(len(data), False)
         files.make_folder(folder)
-        files.write_whole(folder / f"{charge}-{request}.frame", lambda path: path.write_bytes(data))
+        name = f"{charge}-{request}-{hashlib.sha256(data).hexdigest()[:32]}.frame"
+        files.write_whole(folder / name, lambda path: path.write_bytes(data))
         self._write_site(charge)
         kept = sorted(_charges(folder).items())[:-MOST_REPLIES]
         for _, path in kept:
             files.remove(path)
 
-    def _read_reply(self, path: Path) -> bytes:
+    def _read_reply(self, path: Path, digest: str) -> bytes:
         try:
             data = files.read_bounded(path, self.most_bytes)
-            from_bytes(data, self.most_bytes)  # whose digest it checks
-        except (OSError, FrameError) as error:
+        except OSError as error:
             raise _damaged(path, str(error)) from None
+        if hashlib.sha256(data).hexdigest()[:32] != digest:
+            raise _damaged(path, "its digest is another one")
         return data
 
     def check_charges(self, charges: int) -> None:
@@ -206,8 +207,7 @@ class Store:
         path = self.folder / SITE
         self._answered = 0
         try:
-            table = files.parse_json(files.read_bounded(path, _MOST_INDEX_BYTES))
-            name, self._answered = fields(SITE, table, site=str, answered=int)
+            name, self._answered = fields(SITE, _sealed_table(path), site=str, answered=int)
         except FileNotFoundError:
             if any(self.folder.glob("ledger.json*")) or any((self.folder / RUNS).iterdir()):
                 raise _damaged(path, "it is gone") from None
@@ -221,7 +221,7 @@ class Store:
 
     def _write_site(self, answered: int) -> None:
         self._answered = max(self._answered, answered)
-        files.write_whole_text(self.folder / SITE, json.dumps({"site": self.name, "answered": self._answered}) + "\n")
+        _write_sealed(self.folder / SITE, {"site": self.name, "answered": self._answered})
 
 
 def _taken(folder: Path) -> Any:
@@ -252,6 +252,21 @@ def _unframed(frame: Frame, key: str, round: int) -> Adapter:
     adapter = body.unpack(parts, "", table, frozenset(), None)
     parts.finish()
     return adapter
+
+
+def _write_sealed(path: Path, table: Mapping[str, Any]) -> None:
+    """Write a table with its digest."""
+    text = json.dumps(table, sort_keys=True)
+    files.write_whole_text(path, json.dumps({"noted": table, "digest": hashlib.sha256(text.encode()).hexdigest()}) + "\n")
+
+
+def _sealed_table(path: Path) -> dict[str, Any]:
+    """The table that `_write_sealed` wrote. Raises `ValueError` and `FrameError` for another one, and `OSError`."""
+    whole = files.parse_json(files.read_bounded(path, _MOST_INDEX_BYTES))
+    table, digest = fields(path.name, whole, noted=dict, digest=str)
+    if hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest() != digest:
+        raise ValueError("its digest is another one")
+    return table
 
 
 def _damaged(path: Path, what: str) -> RunError:
