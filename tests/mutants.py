@@ -39,6 +39,7 @@ PRIVATE = (
     ("tests/test_private_training.py", "tests/test_private_upload.py", "tests/test_privacy_plan.py"),
     ("tests/test_privacy_run.py",),
 )
+SITE = (("tests/test_hostile_server.py",),)
 CENTRAL = (("tests/test_central_noise.py",),)
 DEFENCE = (("tests/test_rounds.py", "tests/test_robust.py", "tests/test_steps.py", "tests/test_coordinates.py"),)
 SIDE_BY_SIDE = (("tests/test_forward.py", "tests/test_stacked.py"),)
@@ -401,6 +402,113 @@ MISTAKES = (
     Mistake("a key cut short", "privacy/noise.py", "hmac.digest(self.key, f", "hmac.digest(self.key[:1], f", PRIVATE),
     Mistake(
         "one noise for every configuration", "privacy/noise.py", "json.dumps(config, sort_keys=True).encode()", 'b""', PRIVATE
+    ),
+    # a site's own budget, against a hostile server
+    Mistake(
+        "site: charged after the training",
+        "worker/site.py",
+        "        charge = self.grant.charge(release, about)\n        try:\n            made = self._made(held, job, plan)\n",
+        "        charge = 0\n"
+        "        try:\n"
+        "            made = self._made(held, job, plan)\n"
+        "            charge = self.grant.charge(release, about)\n",
+        SITE,
+    ),
+    Mistake(
+        "site: new noise for an old request, at no charge",
+        "worker/site.py",
+        (
+            "        if stored is not None:\n"
+            "            return from_bytes(stored, len(stored))\n"
+            "        privacy = held.privacy\n"
+            "        spending = privacy.spending(held.declared, 1)\n"
+            "        release = Release(privacy.level, spending.sampling_rate, spending.noise_multiplier, spending.steps)\n"
+            '        about = {"run": held.run[:100], "key": held.key, "round": plan.round, "request": request}\n'
+            "        charge = self.grant.charge(release, about)\n"
+        ),
+        (
+            "        privacy = held.privacy\n"
+            "        spending = privacy.spending(held.declared, 1)\n"
+            "        release = Release(privacy.level, spending.sampling_rate, spending.noise_multiplier, spending.steps)\n"
+            '        about = {"run": held.run[:100], "key": held.key, "round": plan.round, "request": request}\n'
+            "        charge = self.grant.count if stored is not None else self.grant.charge(release, about)\n"
+        ),
+        SITE,
+    ),
+    Mistake(
+        "site: a request known by its round alone",
+        "worker/site.py",
+        "to_bytes(cohort), to_bytes(download)):",
+        "str(download.header.round).encode()):",
+        SITE,
+    ),
+    Mistake(
+        "site: a budget for each run",
+        "worker/site.py",
+        '        self.log.write("ready"',
+        "        own, asked = self.store._run(held.key), self.site.privacy\n"
+        "        own.mkdir(exist_ok=True)\n"
+        "        self.grant = Grant(own, asked.level, asked.epsilon, asked.delta)\n"
+        '        self.log.write("ready"',
+        SITE,
+    ),
+    Mistake(
+        "site: charges of other noise forgotten",
+        "privacy/grant.py",
+        "count in steps.items():",
+        "count in list(steps.items())[-1:]:",
+        SITE,
+    ),
+    Mistake(
+        "site: charges before the start forgotten",
+        "privacy/grant.py",
+        "            self._note(row, line)\n        if not",
+        '            self.count, self._last = row["number"], _digest(line)\n        if not',
+        SITE,
+    ),
+    Mistake(
+        "site: one release too many", "privacy/grant.py", "after = self._spendings(release)", "after = self._spendings()", SITE
+    ),
+    Mistake(
+        "site: noise that can be drawn again", "worker/site.py", "Mechanism(privacy)", 'Mechanism(privacy, b"0" * 32)', SITE
+    ),
+    Mistake("site: a line changed in the ledger", "privacy/grant.py", ' or row["before"] != digests[-1]', "", SITE),
+    Mistake("site: an older ledger", "privacy/grant.py", ' or len(lines) - head["charges"] > 1', "", SITE),
+    Mistake("site: an older copy of both files", "worker/store.py", "if answered > charges:", "if False:", SITE),
+    Mistake(
+        "site: half the noise for a whole site taken as all",
+        "privacy/grant.py",
+        "noise if level == unit else noise / 2",
+        "noise",
+        SITE,
+    ),
+    Mistake(
+        "site: figures beside the release",
+        "worker/site.py",
+        "bare = ClientUpdate(reply.adapter, held.declared, self.site.name)",
+        'bare = dataclasses.replace(reply, metrics={"seconds": 1.0})',
+        SITE,
+    ),
+    Mistake(
+        "site: the plan taken on trust",
+        "worker/site.py",
+        "        sitechecks.check_plan(held.config, plan, wanted.train)\n",
+        "",
+        SITE,
+    ),
+    Mistake(
+        "site: the download taken on trust",
+        "worker/site.py",
+        "        sitechecks.check_download(job.download, form)\n",
+        "",
+        SITE,
+    ),
+    Mistake(
+        "site: any level of privacy",
+        "worker/sitechecks.py",
+        'expect(asked.level == own.level, "privacy.level", own.level, asked.level)',
+        "pass",
+        SITE,
     ),
     Mistake(
         "training that is not charged",

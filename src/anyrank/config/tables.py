@@ -9,7 +9,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
 from typing import Any
@@ -231,20 +231,30 @@ def _override(table: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def _build(kind: type, table: Any, where: str) -> Any:
+def read_section(kind: type, table: Any, where: str = "") -> Any:
+    """A dataclass of keys and sections from a table that is no run's configuration. Raises `ConfigError` as `from_table` does,
+    with hints at the keys of `kind` alone."""
+    try:
+        _check_values(table)
+    except ValueError as error:
+        raise ConfigError(f"{where or 'table'}: {error}") from None
+    return _build(kind, table, where, lambda name: "")
+
+
+def _build(kind: type, table: Any, where: str, hint: Callable[[str], str] = explain.hint) -> Any:
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where}: expected a table of keys, got {table!r}")
     hints = typing.get_type_hints(kind)
     unknown = sorted(table.keys() - hints.keys())
     if unknown:
         what = f"{where}.{unknown[0]}" if where else f"[{unknown[0]}]"
-        meant = explain.hint(unknown[0]) or nearest(unknown[0], hints)  # a name of another section or library, or a misspelling
+        meant = hint(unknown[0]) or nearest(unknown[0], hints)  # a name of another section or library, or a misspelling
         raise ConfigError(f"{what}: unknown {'key' if where else 'section'}; {meant}")
     values = {}
     for name, value in table.items():
         path = f"{where}.{name}" if where else name
-        read = _build if dataclasses.is_dataclass(hints[name]) else _typed
-        values[name] = read(hints[name], value, path)
+        section = dataclasses.is_dataclass(hints[name])
+        values[name] = _build(hints[name], value, path, hint) if section else _typed(hints[name], value, path)
     return kind(**values)
 
 

@@ -116,15 +116,21 @@ def download_of(frame: Frame, own: Adapter | None = None) -> Download:
     return dataclasses.replace(outline, adapter=adapter, slices=slices, merged=merged, pruning=pruning)
 
 
-def job_of(frame: Frame, own: Adapter | None = None) -> Job:
-    """The job of a download's frame, as a trainer takes it; the download is made at once."""
-    download, values = download_of(frame, own), _values(frame)
-    name, rank, layer_ranks = fields("download, client", values["client"], name=str, rank=int, layer_ranks=dict)
-    for where, number in (("rank", rank), ("num_examples", values["num_examples"]), *layer_ranks.items()):
+def client_of(frame: Frame) -> Client:
+    """The client that a download's frame is for."""
+    name, rank, layer_ranks = fields("download, client", _values(frame)["client"], name=str, rank=int, layer_ranks=dict)
+    for where, number in (("rank", rank), *layer_ranks.items()):
         check_least(f"download, {where}", number, 1)
     if name != frame.header.client:
         raise FrameError(f"download, client: expected {frame.header.client}, the frame's, got {name}")
-    return Job(Client(name, rank, layer_ranks), values["num_examples"], lambda: download)
+    return Client(name, rank, layer_ranks)
+
+
+def job_of(frame: Frame, own: Adapter | None = None) -> Job:
+    """The job of a download's frame, as a trainer takes it; the download is made at once."""
+    download, client, num_examples = download_of(frame, own), client_of(frame), _values(frame)["num_examples"]
+    check_least("download, num_examples", num_examples, 1)
+    return Job(client, num_examples, lambda: download)
 
 
 def _sent(download: Download) -> frozenset[str]:

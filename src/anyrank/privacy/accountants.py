@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ _PLD_GRIDS = (1e-3, 1e-4)  # of the privacy loss, for an epsilon above 1 and bel
 _ORDERS = (*range(2, 64), 96, 128, 192, 256, 512, 1024)  # whole orders of RDP have a closed form that always converges
 _BEYOND = 1000.0  # an epsilon above this gives no protection: RDP's bound is reported, and no finer figure is computed
 _MOST_NOISE, _LEAST_NOISE = 1e5, 1e-2
+_MOST_KINDS = 32  # kinds of steps whose privacy loss distributions are composed; each takes up to seconds
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,33 @@ def epsilon(accountant: str, spending: Spending, delta: float) -> float:
         return 0.0
     bound = _rdp(spending, delta)
     return bound if bound > _BEYOND else ACCOUNTANTS[accountant](spending, delta)
+
+
+@functools.lru_cache(maxsize=4096)
+def composed(spendings: tuple[Spending, ...], delta: float) -> float:
+    """An upper bound of epsilon at `delta` for the steps of all `spendings` together, whatever the noise of each.
+
+    Each kind of step stands in `spendings` once. The smaller of two bounds: the Rényi bound, and the privacy loss distribution
+    where there are at most `_MOST_KINDS` kinds of steps.
+
+    >>> composed((Spending(0.05, 1.0, 400),), 1e-5) == epsilon("pld", Spending(0.05, 1.0, 400), 1e-5)
+    True
+    """
+    taken = [each for each in spendings if each.steps]
+    if not taken:
+        return 0.0
+    bound = _rdp_of_all(taken, delta)
+    if bound > _BEYOND or len(taken) > _MOST_KINDS:
+        return bound
+    grid = _PLD_GRIDS[0 if bound > 1 else 1]
+    steps = [_pld_of_a_step(each.sampling_rate, each.noise_multiplier, grid).self_compose(each.steps) for each in taken]
+    return min(bound, float(functools.reduce(lambda one, other: one.compose(other), steps).get_epsilon_for_delta(delta)))
+
+
+def within(spendings: tuple[Spending, ...], delta: float, target: float) -> bool:
+    """Whether `composed` is at most `target`. The finer bound is computed only where the quick one does not decide it."""
+    taken = [each for each in spendings if each.steps]
+    return not taken or _rdp_of_all(taken, delta) <= target or composed(spendings, delta) <= target
 
 
 @functools.lru_cache(maxsize=4096)
@@ -106,13 +134,19 @@ def _pld_of_a_step(sampling_rate: float, noise_multiplier: float, grid: float) -
 
 @functools.lru_cache(maxsize=4096)
 def _rdp(spending: Spending, delta: float) -> float:
+    return _rdp_of_all([spending], delta)
+
+
+def _rdp_of_all(spendings: Iterable[Spending], delta: float) -> float:
     """Rényi differential privacy (Mironov et al. 2019), turned into epsilon after Canonne, Kamath and Steinke (2020)."""
     dp = _library("dp_accounting", "dp-accounting")
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(_ORDERS)
-    step = dp.PoissonSampledDpEvent(spending.sampling_rate, dp.GaussianDpEvent(spending.noise_multiplier))
-    return float(accountant.compose(step, spending.steps).get_epsilon(delta))
+    for each in spendings:
+        step = dp.PoissonSampledDpEvent(each.sampling_rate, dp.GaussianDpEvent(each.noise_multiplier))
+        accountant.compose(step, each.steps)
+    return float(accountant.get_epsilon(delta))
 
 
 def _prv(spending: Spending, delta: float) -> float:

@@ -23,8 +23,8 @@ _GONE = 3  # exit status: the supervisor has gone, or has sent what is no frame
 class Channel:
     """Frames in and out. A thread of its own reads, so that the worker ends with its supervisor, whatever it is doing."""
 
-    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
-        self._source, self._sink = source, sink
+    def __init__(self, source: BinaryIO, sink: BinaryIO, most_bytes: int = MOST_BYTES) -> None:
+        self._source, self._sink, self._most_bytes = source, sink, most_bytes
         self._came: queue.Queue[Frame] = queue.Queue(maxsize=1)
         self._sending = threading.Lock()
         threading.Thread(target=self._follow, daemon=True).start()
@@ -43,17 +43,18 @@ class Channel:
     def _follow(self) -> None:
         while True:
             try:
-                frame = read(self._source, MOST_BYTES)
+                frame = read(self._source, self._most_bytes)
             except (FrameError, OSError):  # also at the end of the stream
                 stopping.end(_GONE)
             self._came.put(frame)
 
 
-def take_over() -> Channel:
-    """This process's stdin and stdout as a channel. stdin is empty from now on, and stdout is stderr."""
+def take_over(most_bytes: int = MOST_BYTES) -> Channel:
+    """This process's stdin and stdout as a channel, for frames of at most `most_bytes`. stdin is empty from now on, and stdout
+    is stderr."""
     source, sink = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=1 << 18)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the supervisor's process
-    return Channel(source, sink)
+    return Channel(source, sink, most_bytes)

@@ -1,0 +1,431 @@
+"""The worker of a site that does not trust the server beyond what its own file allows.
+
+It has its own examples only. What it is asked is checked against its site file, its configuration and its own method object;
+what does not fit is refused, with the reason in its own log and a code on the wire. What is private by the method stays in its
+store. Under differential privacy it draws its own noise from the system's source, anew for each attempt, charges its own ledger
+before it trains, and sends nothing but the noised release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anyrank import methods
+from anyrank.adapter.adapter import Adapter
+from anyrank.config.sections import Config
+from anyrank.data import images, texts
+from anyrank.data.partition import ByName
+from anyrank.errors import (
+    AnyRankError,
+    ConfigError,
+    DataError,
+    FrameError,
+    MethodError,
+    ModelError,
+    RunError,
+    RunFailed,
+    in_a_line,
+)
+from anyrank.messages import calls, wire
+from anyrank.messages.body import expect as expect_frame
+from anyrank.messages.frame import Frame, from_bytes, to_bytes
+from anyrank.messages.plan import Plan
+from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Scaling, ServerState
+from anyrank.messages.roster import Names, Roster
+from anyrank.methods import Method
+from anyrank.privacy.grant import Grant, Release, Spent
+from anyrank.privacy.noise import Mechanism
+from anyrank.privacy.plan import PrivacyPlan, plan_privacy
+from anyrank.progress import Progress
+from anyrank.tasks.dealing import dealt
+from anyrank.tasks.load import load_task
+from anyrank.tasks.pretrained import sha256, weight_files
+from anyrank.training import trainer
+from anyrank.training.digest import base_digest
+from anyrank.training.lora import LoraModel
+from anyrank.training.opening import open_model
+from anyrank.training.scoring import Scorer
+from anyrank.worker import sitechecks
+from anyrank.worker.sitechecks import Refused, expect
+from anyrank.worker.sitefile import SiteFile
+from anyrank.worker.sitelog import SiteLog
+from anyrank.worker.store import Store
+
+Receive = Callable[[], Frame]
+_PAUSE_S = 0.2  # seconds between two reports of progress
+_LATER = ("rounds",)  # keys of [run] that may grow when a run is resumed
+_CLOSED = {"text-classification": texts, "image-classification": images}  # readers of tasks whose labels are classes
+_ONE = 1  # job in a request: a site is one client
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a site has loaded for a run: `key` is the folder of its own parts, `rank` its rank as the configuration has it (0:
+    the downloads say it), `declared` its number of examples as it may be known, `privacy` its own plan, `scorer` what scores
+    its held-out examples, if it reports scores."""
+
+    run: str
+    key: str
+    config: Config
+    largest_rank: int
+    base_model: str
+    method: Method
+    rank: int
+    model: LoraModel
+    examples: np.ndarray
+    declared: int
+    privacy: PrivacyPlan | None
+    scorer: Scorer | None
+
+    @functools.cached_property
+    def start(self) -> ServerState:
+        """The state before round 1: the seed and the base model determine it."""
+        lora, seed = self.config.lora, self.config.run.seed
+        scaling = Scaling(lora.alpha, lora.scaling)
+        return self.method.init(self.model.start(self.largest_rank, scaling, seed), scaling, seed)
+
+
+class SiteDesk:
+    """Answers the frames of one site. Raises `RunError` if its store or its ledger is damaged, or in use."""
+
+    def __init__(self, site: SiteFile) -> None:
+        self.site, self.held = site, None
+        folder = Path(site.store.folder)
+        self.store = Store(folder, site.name, site.store.most_bytes, site.store.runs)
+        try:
+            self.grant = _grant(site)
+            self.store.check_charges(self.grant.count)
+        except BaseException:
+            self.store.close()
+            raise
+        self.log = SiteLog(folder)
+
+    def close(self) -> None:
+        """Release the store and the model."""
+        if self.held:
+            self.held.model.close()
+            self.held = None
+        self.store.close()
+
+    def answer(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        """The replies to a frame. Nothing that is sent raises an exception: what is wrong is an error frame, or a failure."""
+        kinds = {calls.SETUP: self._setup, calls.START: self._start, calls.COHORT: self._cohort, calls.EVALUATE: self._evaluate}
+        if frame.header.kind == wire.DOWNLOAD:  # of a request that was refused
+            self.log.write("ignored", kind=frame.header.kind, bytes=frame.array_bytes)
+            return
+        try:
+            expect_frame(frame, *kinds)
+            yield from kinds[frame.header.kind](frame, receive, progress)
+        except Refused as refused:
+            self.log.write("refused", kind=frame.header.kind, run=frame.header.run, reason=str(refused))
+            yield calls.error_frame(sitechecks.refusal(refused), frame.header.run)
+        except FrameError as error:  # of what the server has sent
+            self.log.write("refused", kind=frame.header.kind, run=frame.header.run, reason=str(error))
+            yield calls.error_frame(FrameError("frame: is not what the site expected"), frame.header.run)
+        except Exception as error:
+            self.log.write("failed", kind=frame.header.kind, run=frame.header.run, reason=_in_full(error))
+            yield calls.error_frame(_public(error), frame.header.run)
+
+    # --- setup and start ---
+
+    def _setup(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        table, largest_rank = calls.setup_of(frame)
+        if self.held:
+            self.held.model.close()
+            self.held = None
+        config = sitechecks.fitted(self.site, table, largest_rank)
+        self.held = held = self._loaded(frame.header.run, table, config, largest_rank, _now_and_then(progress))
+        self.log.write("ready", run=held.run, key=held.key, method=held.method.name, rank=held.rank, rounds=config.run.rounds)
+        yield self._left(calls.ready_frame(self._ready(held), held.run))
+
+    def _loaded(self, run: str, table: Mapping[str, Any], config: Config, largest_rank: int, progress: Progress) -> Held:
+        torch.set_num_threads(config.run.threads)
+        self._check_base_model()
+        method = methods.make(config.method.name, config.method.options)
+        _check_labels(config)
+        task = load_task(config, progress)
+        shards, _ = dealt(config, task)
+        examples = ByName(shards, Names(1, (self.site.name,)).index)[self.site.name]
+        expect(len(examples) >= 1, "data", "at least one training example", len(examples))
+        sitechecks.check_steps(self.site, config, len(examples))
+        privacy = self._plan(config, method, len(examples))
+        model, _ = open_model(task, config, largest_rank)
+        declared = privacy.declared(len(examples)) if privacy else len(examples)
+        return Held(
+            run=run,
+            key=_key(table, run),
+            config=config,
+            largest_rank=largest_rank,
+            base_model=str(table.get("model", {}).get("name") or ""),
+            method=method,
+            rank=config.clients.ranks[0] if "sites" in table else 0,
+            model=model,
+            examples=examples,
+            declared=declared,
+            privacy=privacy,
+            scorer=self._scorer(config, model),
+        )
+
+    def _scorer(self, config: Config, model: LoraModel) -> Scorer | None:
+        """What scores the held-out examples, where the site reports scores, the run wants them, and it is not private."""
+        if not self.site.accept.scores or config.eval.where != "sites" or config.privacy.level != "none":
+            return None
+        held_out = {self.site.name: np.arange(len(model.task.test))}
+        return Scorer(model, held_out, config.eval.batch_size, self.site.accept.by_label and config.eval.by_label)
+
+    def _plan(self, config: Config, method: Method, num_examples: int) -> PrivacyPlan | None:
+        """The site's own privacy plan: from the configuration and its own number of examples."""
+        try:
+            plan = plan_privacy(config, [num_examples])
+        except AnyRankError as error:
+            raise Refused(sitechecks.key_of(error), str(error)) from None
+        if plan is None:
+            return None
+        one_factor = plan.level == "example" or len(method.train) == 1
+        expect(one_factor and not method.private and not method.prunes, "method.name", "a method for private runs", method.name)
+        largest = plan.level == "client" or self.site.privacy.delta < 1 / plan.declared(num_examples)
+        expect(largest, "privacy.delta", "less than 1 over the number of examples", self.site.privacy.delta)
+        sitechecks.check_noise(self.site, plan.noise[plan.declared(num_examples)])
+        return plan
+
+    def _check_base_model(self) -> None:
+        expected, folder = self.site.accept.base_model, self.site.model.folder
+        if expected:
+            expect(bool(folder), "accept.base_model", "a folder of the base model", self.site.model.name)
+            got = digest_of_model(Path(folder))
+            expect(got == expected, "accept.base_model", expected, got)
+
+    def _ready(self, held: Held) -> calls.Ready:
+        """What the site says of itself: its name, its declared number of examples, and what its base model is."""
+        held_out = len(held.model.task.test) if held.scorer else 0
+        facts = dataclasses.replace(
+            held.model.task.facts(),
+            base_model=held.base_model,
+            train_examples=held.declared,
+            test_examples=held_out,
+            inputs_bytes=0,
+            inputs_on_disk=False,
+        )
+        sizes, counted = np.array([held.declared], np.int64), np.array([held_out], np.int64)
+        known = Roster((self.site.name,), sizes, 0, facts, in_order=True, held_out=counted if held.scorer else None)
+        return calls.Ready(known, base_digest=base_digest(held.model))
+
+    def _start(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        held = self._open(frame)
+        asked, lora = calls.start_of(frame), held.config.lora
+        rank, scaling, seed = asked
+        expect(rank == held.largest_rank, "start.rank", held.largest_rank, rank)
+        expect(scaling == Scaling(lora.alpha, lora.scaling), "start.scaling", f"{lora.alpha} {lora.scaling}", scaling)
+        expect(seed == held.config.run.seed, "start.seed", held.config.run.seed, seed)
+        start = held.model.start(rank, scaling, seed)
+        config = {**start.config, "base_model_name_or_path": held.base_model or None}
+        yield self._left(calls.adapter_frame(Adapter(start.layers, start.tensors, config), run=held.run))
+
+    def _evaluate(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        """Results example by example would be the labels themselves."""
+        raise Refused("evaluate", "a site reports no results example by example")
+        yield
+
+    def _open(self, frame: Frame) -> Held:
+        if self.held is None:
+            raise Refused("setup", "expected a setup frame first")
+        expect(frame.header.run == self.held.run, "run", self.held.run, frame.header.run)
+        return self.held
+
+    # --- a round ---
+
+    def _cohort(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
+        wanted = calls.cohort_of(frame)
+        expect(wanted.jobs == _ONE, "cohort.jobs", _ONE, wanted.jobs)
+        download = receive()
+        yield self._left(self._reply(frame, wanted, download))
+
+    def _reply(self, frame: Frame, wanted: calls.Cohort, download: Frame) -> Frame:
+        """The reply to a request, whatever it is."""
+        round = download.header.round
+        try:
+            return self._carried_out(self._open(frame), wanted, frame, download)
+        except (Refused, Spent, AnyRankError) as error:
+            self.log.write("refused", kind=wire.DOWNLOAD, run=frame.header.run, round=round, reason=str(error))
+        except Exception as error:  # whatever a frame can lead to
+            self.log.write("refused", kind=wire.DOWNLOAD, run=frame.header.run, round=round, reason=_in_full(error))
+        return wire.failure_frame(Failure(self.site.name, Code.REFUSED), frame.header.run, round)
+
+    def _carried_out(self, held: Held, wanted: calls.Cohort, frame: Frame, sent: Frame) -> Frame:
+        expect_frame(sent, wire.DOWNLOAD, run=held.run, client=self.site.name)
+        expect(wanted.mechanism is None, "cohort.mechanism", "none: the site has its own", "one")
+        expect(wanted.train or held.scorer is not None, "cohort.train", "training: this site reports no scores here", "none")
+        expect(
+            sent.array_bytes <= self.site.limits.download_bytes, "download", self.site.limits.download_bytes, sent.array_bytes
+        )
+        plan = wire.plan_of(sent)
+        sitechecks.check_plan(held.config, plan, wanted.train)
+        job = self._job(held, plan, sent)
+        if not wanted.train:
+            return self._scored(held, job, plan, wanted)
+        if held.privacy:
+            return self._released(held, job, plan, _request(held, frame, sent))
+        return self._trained(held, job, plan, wanted)
+
+    def _job(self, held: Held, plan: Plan, sent: Frame) -> Job:
+        """The job of a download's frame, checked, with what the site has itself."""
+        client, own, form = wire.client_of(sent), None, None
+        sitechecks.check_client(self.site, held.rank, held.largest_rank, client)
+        if wire.absent(sent):
+            form = sitechecks.expected_download(held.method, held.start, client, plan.round, Adapter({}))
+            own = self._own(held, plan.round, form.adapter)
+        job = wire.job_of(sent, own)
+        expect(job.num_examples == held.declared, "num_examples", held.declared, job.num_examples)
+        form = form or sitechecks.expected_download(held.method, held.start, client, plan.round, job.download.adapter)
+        sitechecks.check_download(job.download, form)
+        size = job.download.upload_bytes()
+        expect(size <= self.site.limits.upload_bytes, "upload", self.site.limits.upload_bytes, size)
+        return job
+
+    def _own(self, held: Held, round: int, start: Adapter) -> Adapter:
+        """What is not sent: private parts after the last training, everything else as the run's seed has it."""
+        kept = self.store.own(held.key, round) if held.method.private else None
+        if kept is None:
+            return start
+        private, layers = held.method.private, {}
+        for name, layer in start.layers.items():
+            A, B = (getattr(kept.layers[name] if factor in private else layer, factor) for factor in "AB")
+            layers[name] = layer.with_factors(A, B)
+        return Adapter(layers, kept.tensors if "tensors" in private else start.tensors, start.config)
+
+    def _trained(self, held: Held, job: Job, plan: Plan, wanted: calls.Cohort) -> Frame:
+        scorer = held.scorer if wanted.score else None
+        reply = trainer.train(held.model, job, held.examples, plan, None, self._limit(wanted), scorer)
+        if isinstance(reply, Failure):
+            self.log.write("failed", kind="training", run=held.run, round=plan.round, code=reply.code.name, reason=reply.reason)
+            return wire.failure_frame(reply, held.run, plan.round)
+        if held.method.private:
+            self.store.keep(held.key, plan.round, reply.adapter, {"run": held.run, "method": held.method.name})
+        return wire.update_frame(reply, job.download, held.run, plan.round)
+
+    def _scored(self, held: Held, job: Job, plan: Plan, wanted: calls.Cohort) -> Frame:
+        (reply,) = trainer.score_cohort([job], held.scorer, self._limit(wanted))
+        if isinstance(reply, Failure):
+            self.log.write("failed", kind="scoring", run=held.run, round=plan.round, code=reply.code.name, reason=reply.reason)
+            return wire.failure_frame(reply, held.run, plan.round)
+        return wire.counts_frame(reply, held.run, plan.round)
+
+    def _limit(self, wanted: calls.Cohort) -> float:
+        """Seconds for a job that is not private: the server may lower the site's own limit."""
+        return min(self.site.limits.seconds, wanted.deadline_s or self.site.limits.seconds)
+
+    def _released(self, held: Held, job: Job, plan: Plan, request: str) -> Frame:
+        """A private reply: the one that was sent for the same request, or a new release, charged before it is made."""
+        stored = self.store.reply(request)
+        if stored is not None:
+            return from_bytes(stored, len(stored))
+        privacy = held.privacy
+        spending = privacy.spending(held.declared, 1)
+        release = Release(privacy.level, spending.sampling_rate, spending.noise_multiplier, spending.steps)
+        about = {"run": held.run[:100], "key": held.key, "round": plan.round, "request": request}
+        charge = self.grant.charge(release, about)
+        try:
+            made = self._made(held, job, plan)
+            self.store.keep_reply(request, charge, to_bytes(made))
+        except Exception as error:  # of which no more is said than that it happened
+            self.log.write("failed", kind="training", run=held.run, round=plan.round, charge=charge, reason=_in_full(error))
+            return wire.failure_frame(Failure(self.site.name, Code.PRIVATE), held.run, plan.round)
+        self.log.write("charged", run=held.run, round=plan.round, charge=charge, epsilon=self.grant.spent())
+        return made
+
+    def _made(self, held: Held, job: Job, plan: Plan) -> Frame:
+        """A release, with nothing beside it. Its time limit is the site's own: what ends in time depends on the examples."""
+        way, limit = Mechanism(held.privacy), self.site.limits.seconds
+        reply = trainer.train(held.model, job, held.examples, plan, way, limit)
+        if not isinstance(reply, ClientUpdate):
+            raise RunError(f"{reply.code.name}: {reply.reason}")
+        bare = ClientUpdate(reply.adapter, held.declared, self.site.name)
+        return wire.update_frame(bare, job.download, held.run, plan.round)
+
+    # --- what leaves ---
+
+    def _left(self, frame: Frame) -> Frame:
+        """`frame`, noted before it is sent."""
+        digest = to_bytes(frame)[-32:].hex()
+        header = frame.header
+        self.log.write("sent", kind=header.kind, run=header.run, round=header.round, bytes=frame.array_bytes, digest=digest)
+        return frame
+
+
+def spent(site: SiteFile) -> dict[str, Any]:
+    """What of a site's privacy budget is spent, for its operator: `level`, `granted`, `delta`, `spent`, `charges`, `ledger`.
+
+    Reads the ledger and writes nothing, also while a worker runs. Raises `RunError` for a damaged one.
+    """
+    return _grant(site, reading=True).table()
+
+
+def _grant(site: SiteFile, reading: bool = False) -> Grant:
+    asked = site.privacy
+    return Grant(Path(site.store.folder), asked.level, asked.epsilon, asked.delta, reading)
+
+
+def digest_of_model(folder: Path) -> str:
+    """SHA-256 over the weight files of a model folder, by name: what `accept.base_model` names. Raises `ModelError`."""
+    files = [f"{path.name} {sha256(path)}" for path in weight_files(folder, str(folder))]
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def _check_labels(config: Config) -> None:
+    """Refuse labels that the configuration does not number: alone, the site would number them differently than other sites."""
+    reader, (own,) = _CLOSED.get(config.model.task), config.sites
+    if reader is None:
+        return
+    known = config.data.label_names
+    expect(bool(known), "data.label_names", "the labels of all sites, in their order", "none")
+    found = reader.training(dataclasses.replace(config.data, source=own.source, test_source="", label_names=())).label_names
+    lacking = sorted(set(found) - set(known))
+    expect(not lacking, "data.label_names", f"all labels of this site among {list(known)}", lacking)
+
+
+def _key(table: Mapping[str, Any], run: str) -> str:
+    """The name of a run of a federation in the store: a digest of the public configuration and of the run's name."""
+    plain = {**table, "run": {key: value for key, value in table.get("run", {}).items() if key not in _LATER}}
+    return hashlib.sha256(json.dumps([plain, run], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _request(held: Held, cohort: Frame, download: Frame) -> str:
+    """The digest of a request: of the run's configuration, and of both frames, byte for byte."""
+    total = hashlib.sha256(held.key.encode())
+    for part in (str(held.config.run.rounds).encode(), to_bytes(cohort), to_bytes(download)):
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
+
+
+def _public(error: Exception) -> AnyRankError:
+    """An error as it may leave the site: what it is about, without names, paths or values."""
+    about = {DataError: "data", ModelError: "model", MethodError: "method", RunError: "store", RunFailed: "store"}
+    what = sitechecks.key_of(error) if isinstance(error, ConfigError) else about.get(type(error), "site")
+    return RunError(f"{what}: the site cannot take part; its operator finds the reason in the site's log")
+
+
+def _in_full(error: Exception) -> str:
+    return str(error) if isinstance(error, AnyRankError) else in_a_line(error)
+
+
+def _now_and_then(send: Callable[[Frame], None]) -> Progress:
+    """Progress as frames, at most one in `_PAUSE_S`, in hundredths: how many examples there are is not said."""
+    last = [0.0]
+
+    def report(done: int, total: int) -> None:
+        if time.monotonic() - last[0] >= _PAUSE_S:
+            last[0] = time.monotonic()
+            send(calls.progress_frame(100 * done // max(total, 1), 100))
+
+    return report
