@@ -14,9 +14,11 @@ from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
+from anyrank.adapter.lazy import outlined
 from anyrank.errors import AnyRankError, FrameError, in_a_line, shortened
 from anyrank.messages import reduction
 from anyrank.messages.frame import Frame, Header
+from anyrank.messages.spool import Place, Spooled
 
 _KINDS = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64", "bfloat16")
 TYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in _KINDS}
@@ -101,7 +103,7 @@ class Packing:
 class Parts:
     """The arrays of a frame that was received. Each is taken once, in the form that is expected, and none may be left."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame | Spooled) -> None:
         self.frame, self.left = frame, dict(frame.arrays)
 
     def __contains__(self, name: str) -> bool:
@@ -113,22 +115,29 @@ class Parts:
         return self.left.pop(name)
 
     def tensor(self, name: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
-        """The array as a tensor of that type and of one of `shapes`; it shares the array's memory, where torch can use that."""
+        """The array as a tensor of that type and of one of `shapes`; it shares the array's memory, where torch can use that.
+        Of one that lies in a spool, shape and type without numbers (on the device "meta").
+        """
         array, kind = self.array(name), self.frame.dtype(name)
         if TYPES.get(kind) != dtype or array.shape not in shapes:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             got = f"{kind} of shape {list(array.shape)}"
             raise FrameError(f"{self.frame.header.kind}, {name}: expected {NAMES[dtype]} of shape {expected}, got {got}")
-        if not (array.flags.carray and array.dtype.isnative and min(array.strides, default=0) >= 0):
-            array = np.array(array, array.dtype.newbyteorder("="), order="C")
-        if dtype == torch.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
+        return torch.empty(array.shape, dtype=dtype, device="meta") if isinstance(array, Place) else tensor_of(array, dtype)
 
     def finish(self) -> None:
         for name, array in self.left.items():
             got = f"{self.frame.dtype(name)} of shape {list(array.shape)}"
             raise FrameError(f"{self.frame.header.kind}, {name}: expected no array of that name, got {got}")
+
+
+def tensor_of(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """An array of a frame as a tensor of `dtype`, which is the array's own type, or bfloat16 for `uint16`."""
+    if not (array.flags.carray and array.dtype.isnative and min(array.strides, default=0) >= 0):
+        array = np.array(array, array.dtype.newbyteorder("="), order="C")
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def numbers(tensor: Tensor) -> np.ndarray:
@@ -143,8 +152,8 @@ def numbers(tensor: Tensor) -> np.ndarray:
 def describe(adapter: Adapter) -> dict[str, Any]:
     """What of an adapter is not in its arrays: shapes, types, scalings, kinds, and the names in their order."""
     layers = {name: [layer.rank, *layer.shape, _name(layer.A), layer.scaling, layer.kind, list(layer.kernel)]
-              for name, layer in adapter.layers.items()}  # fmt: skip
-    tensors = {name: [_name(tensor), list(tensor.shape)] for name, tensor in adapter.tensors.items()}
+              for name, layer in outlined(adapter.layers).items()}  # fmt: skip
+    tensors = {name: [_name(tensor), list(tensor.shape)] for name, tensor in outlined(adapter.tensors).items()}
     return {"layers": layers, "tensors": tensors, "config": dict(adapter.config)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar, Literal
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter, iter_names
 from anyrank.adapter.layer import LoraLayer
+from anyrank.adapter.lazy import outlined
 from anyrank.errors import AnyRankError, MethodError, in_a_line
 from anyrank.messages.records import BOTH, Client, ClientUpdate, Download, Scaling, ServerState
+from anyrank.messages.spooled import layers_in, spool_of
 from anyrank.methods.averages import EmptySlice, average_layer, average_slices, mean_a, mean_b
 from anyrank.methods.parts import Part, client_weights, mean_tensors, ownership, padded_weights, slice_weights
 from anyrank.methods.products import (
@@ -171,18 +173,28 @@ class Method(ABC):
         if not self.traits.mixed_ranks:
             self._refuse_mixed_ranks(updates)
         self._refuse_ranks_above(state, updates)
-        parts = {name: [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates] for name in names}
-        merged = settled([self._merged(state, name, parts[name]) for name in names])
-        layers, into_base = {}, {}
-        for name, layer in zip(names, merged, strict=True):
-            layers[name] = pad(layer, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
-            base = self.merge_base(state, name, parts[name], layers[name])
-            if base is not None:
-                into_base[name] = base
+        spool = spool_of(updates)
+        spool = spool and spool.fresh()
+        layers, into_base = layers_in(spool), layers_in(spool)
+        for some in [[name] for name in names] if spool else [names]:  # updates in a spool are read one layer at a time
+            for name, layer, base in self._merged_layers(state, some, updates):
+                layers[name] = layer
+                if base is not None:
+                    into_base[name] = base
         tensors = mean_tensors(state.adapter.tensors, updates)
         adapter = replace(state.adapter, layers=layers, tensors=tensors)
         merged = Adapter(into_base, {}, state.adapter.config) if into_base else state.merged
         return replace(state, round=state.round + 1, adapter=adapter, merged=merged)
+
+    def _merged_layers(
+        self, state: ServerState, names: Sequence[str], updates: Sequence[ClientUpdate]
+    ) -> Iterator[tuple[str, LoraLayer, LoraLayer | None]]:
+        """The new layers, and what goes into the base weight."""
+        parts = {name: [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates] for name in names}
+        merged = settled([self._merged(state, name, parts[name]) for name in names])
+        for name, layer in zip(names, merged, strict=True):
+            layer = pad(layer, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
+            yield name, layer, self.merge_base(state, name, parts[name], layer)
 
     def _merged(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer | Unsettled:
         """What `merge_layer` gives, if it is a layer. A rule of somebody's own that breaks is named, with the layer."""
@@ -225,7 +237,7 @@ class Method(ABC):
 
     def _refuse_mixed_ranks(self, updates: Sequence[ClientUpdate]) -> None:
         for name in updates[0].adapter.layers:
-            ranks = sorted({update.adapter.layers[name].rank for update in updates})
+            ranks = sorted({outlined(update.adapter.layers)[name].rank for update in updates})
             if len(ranks) > 1:
                 raise MethodError(
                     f"{self.name}: expected clients of one rank, got ranks {', '.join(map(str, ranks))} in layer {name}; "
@@ -233,9 +245,10 @@ class Method(ABC):
                 )
 
     def _refuse_ranks_above(self, state: ServerState, updates: Sequence[ClientUpdate]) -> None:
+        held = outlined(state.adapter.layers)
         for update in updates:
-            for name, layer in update.adapter.layers.items():
-                largest = state.adapter.layers[name].rank if name in state.adapter.layers else layer.rank
+            for name, layer in outlined(update.adapter.layers).items():
+                largest = held[name].rank if name in held else layer.rank
                 if layer.rank > largest:
                     raise MethodError(
                         f"{self.name}: layer {name}: expected a rank of at most {largest}, the server's, from client "
