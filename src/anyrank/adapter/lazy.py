@@ -30,6 +30,21 @@ class Lazy(Mapping[str, T]):
         return len(self.outline)
 
 
+class Gathered(Lazy[T]):
+    """A `Lazy` mapping that is put together value by value. `later`: whether any of them is made on access."""
+
+    def __init__(self) -> None:
+        self._makes: dict[str, Callable[[], T]] = {}
+        self.later = False
+        super().__init__({}, lambda name: self._makes[name]())
+
+    def add(self, name: str, value: T) -> None:
+        self.outline[name], self._makes[name] = value, lambda: value
+
+    def add_later(self, name: str, outline: T, make: Callable[[], T]) -> None:
+        self.outline[name], self._makes[name], self.later = outline, make, True
+
+
 def outlined(values: Mapping[str, T]) -> Mapping[str, T]:
     """`values` for asking names, shapes and types: nothing is read for it."""
     return values.outline if isinstance(values, Lazy) else values

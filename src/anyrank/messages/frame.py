@@ -22,9 +22,9 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -87,11 +87,30 @@ class Header:
         check_json(self.body)
 
 
+class Later(NamedTuple):
+    """An array that is made when it is written, and not held: its type by the name that a frame has for it, its shape, and the
+    function that makes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def made(self) -> np.ndarray:
+        array = self.make()
+        if array.shape != self.shape or array.dtype.newbyteorder("<") != DTYPES[self.dtype]:
+            raise FrameError(f"frame: expected an array of {self.dtype} {list(self.shape)}, got {array.dtype} {array.shape}")
+        return array
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """A header and named arrays of any shape. `bfloat16`: names of the `uint16` arrays whose bits are bfloat16 numbers.
 
-    Raises `FrameError` for names or arrays that a frame cannot hold.
+    In a frame that is only written, arrays may be `Later`. Raises `FrameError` for names or arrays that a frame cannot hold.
 
     >>> frame = Frame(Header("example", round=3), {"A": np.ones((2, 3), np.float32)})
     >>> from_bytes(to_bytes(frame), limit=1000).arrays["A"].tolist()
@@ -99,7 +118,7 @@ class Frame:
     """
 
     header: Header
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray | Later]
     bfloat16: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -107,6 +126,9 @@ class Frame:
             raise FrameError(f"frame: expected at most {MOST_ARRAYS} arrays, got {len(self.arrays)}")
         for name, array in self.arrays.items():
             check_name(name)
+            if type(array) is Later:
+                check_shape(name, list(array.shape), DTYPES[array.dtype].itemsize)
+                continue
             if type(array) not in (np.ndarray, np.memmap):  # others may hold more than numbers, as a mask
                 raise FrameError(f"frame, array {name}: expected a NumPy array, got {type(array).__name__}")
             dtype = self.dtype(name)
@@ -126,7 +148,10 @@ class Frame:
 
     def dtype(self, name: str) -> str:
         """The number type of an array, by the name that the header has for it."""
-        return "bfloat16" if name in self.bfloat16 else self.arrays[name].dtype.newbyteorder("=").name
+        array = self.arrays[name]
+        if type(array) is Later:
+            return array.dtype
+        return "bfloat16" if name in self.bfloat16 else array.dtype.newbyteorder("=").name
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -136,6 +161,7 @@ def pieces(frame: Frame) -> Iterator[memoryview]:
     """The bytes of a frame in bounded pieces, without a copy of arrays that are contiguous and little-endian."""
     digest, header = hashlib.sha256(), _encode(frame)
     for block in (_PREFIX.pack(_MAGIC, VERSION, len(header), frame.array_bytes), header, *frame.arrays.values()):
+        block = block.made() if type(block) is Later else block
         data = memoryview(bytes_of(block) if isinstance(block, np.ndarray) else block)
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]

@@ -1,7 +1,7 @@
 """Large replies in a file instead of in memory: received in pieces, checked while they are written, read array by array.
 
-The file has no name (`O_TMPFILE`, or a name that is removed at once), so that it is gone when nothing refers to it any more, also
-after a kill, and nobody else can put a link or another file in its place. It belongs to this user, mode 0600.
+The file has no name (`O_TMPFILE`, or a name that is removed at once), so that it is gone when nothing refers to it any more,
+also after a kill, and nobody else can put a link or another file in its place. It belongs to this user, mode 0600.
 
 A frame's digest is compared when the frame has arrived. Each array that lies in the file has a CRC-32 of its own, which is
 compared whenever it is read: numbers that the disk has changed between the check and the merge are an error. This module needs

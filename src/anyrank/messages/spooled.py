@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from anyrank import files
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.adapter.lazy import Lazy
-from anyrank.messages import wire
+from anyrank.adapter.lazy import Lazy, outlined
+from anyrank.messages import calls, wire
 from anyrank.messages.body import NAMES, TYPES, numbers, tensor_of
 from anyrank.messages.frame import Frame
 from anyrank.messages.records import ClientUpdate, Download, Failure
@@ -104,26 +105,50 @@ def reply_of(frame: Frame | Spooled, download: Download) -> ClientUpdate | Failu
 
     What the client did not send comes from the download, and is put into the spool too, so that the download is not held.
     """
-    reply = wire.reply_of(frame, download)
-    if isinstance(reply, Failure) or not isinstance(frame, Spooled):
+    if not isinstance(frame, Spooled):
+        return wire.reply_of(frame, download)
+    reply = wire.reply_of(frame, replace(download, adapter=_without_numbers(download.adapter)))
+    if isinstance(reply, Failure):
         return reply
     try:
-        return replace(reply, adapter=_adapter(frame, reply.adapter))
+        return replace(reply, adapter=_adapter(frame, reply.adapter, download.adapter))
     except OSError as error:
         return wire.failure_of(failure(frame.header, error))
 
 
-def _adapter(frame: Spooled, outline: Adapter) -> Adapter:
-    """The adapter of an update whose spooled tensors have no numbers yet."""
+def _without_numbers(adapter: Adapter) -> Adapter:
+    layers = {name: _shapes(layer) for name, layer in outlined(adapter.layers).items()}
+    return replace(adapter, layers=layers, tensors={name: each.to("meta") for name, each in outlined(adapter.tensors).items()})
 
-    def place(name: str, tensor: Tensor) -> Place | Tensor:
-        return frame.arrays[name] if tensor.device.type == "meta" else _put(frame.spool, tensor)
 
-    entries = {}
-    for name, layer in outline.layers.items():
-        entries[name] = _Entry(_shapes(layer), place(f"A/{name}", layer.A), place(f"B/{name}", layer.B))
-    tensors = {name: place(f"tensor/{name}", tensor) for name, tensor in outline.tensors.items()}
-    return Adapter(Kept(frame.spool, entries), _lazy(frame.spool, tensors), outline.config)
+def adapter_of(frame: Frame | Spooled) -> Adapter:
+    """The adapter in a frame, as `calls.adapter_of` has it; the large factors of one in a spool stay there."""
+    adapter, _ = calls.adapter_of(frame)
+    return _adapter(frame, adapter, adapter) if isinstance(frame, Spooled) else adapter
+
+
+def _adapter(frame: Spooled, shapes: Adapter, sent: Adapter) -> Adapter:
+    """The adapter of a frame whose spooled tensors have no numbers yet; what the frame does not have comes from `sent`."""
+
+    def place(name: str, tensor: Tensor, own: Callable[[], Tensor]) -> Place | Tensor:
+        if tensor.device.type != "meta":
+            return tensor
+        found = frame.arrays.get(name)
+        return found if isinstance(found, Place) else _put(frame.spool, own())
+
+    entries, tensors = {}, {}
+    for name, layer in shapes.layers.items():
+        own = partial(_first_slices, sent.layers, name, layer.rank)
+        factors = (place(f"{factor}/{name}", getattr(layer, factor), partial(own, factor)) for factor in "AB")
+        entries[name] = _Entry(_shapes(layer), *factors)
+    for name, tensor in shapes.tensors.items():
+        tensors[name] = place(f"tensor/{name}", tensor, partial(sent.tensors.__getitem__, name))
+    return Adapter(Kept(frame.spool, entries), _lazy(frame.spool, tensors), shapes.config)
+
+
+def _first_slices(layers: Mapping[str, LoraLayer], name: str, rank: int, factor: str) -> Tensor:
+    layer = layers[name]
+    return layer.A[:rank] if factor == "A" else layer.B[:, :rank]
 
 
 # --- single tensors --------------------------------------------------------------------------------------------------
@@ -143,8 +168,8 @@ def _taken(spool: Spool, held: Place | Tensor) -> Tensor:
 
 
 def _lazy(spool: Spool, held: Mapping[str, Place | Tensor]) -> Mapping[str, Tensor]:
-    outline = {name: _outline(each) for name, each in held.items()}
-    return Lazy(outline, lambda name: _taken(spool, held[name]))
+    shapes = {name: _outline(each) for name, each in held.items()}
+    return Lazy(shapes, lambda name: _taken(spool, held[name]))
 
 
 def _outline(held: Place | Tensor) -> Tensor:

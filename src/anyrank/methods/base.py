@@ -36,7 +36,7 @@ from anyrank.methods.products import (
     top_of,
     weighted_product,
 )
-from anyrank.methods.slices import frozen_rest, init_a, pad, reordered, slice_order, take, widened
+from anyrank.methods.slices import frozen_rest, init_a, layer_by_layer, pad, reordered, slice_order, take, widened
 
 __all__ = [
     "EmptySlice",
@@ -151,8 +151,8 @@ class Method(ABC):
 
     def dispatch(self, state: ServerState, client: Client) -> Download:
         """The download of `client`: the first r slices of each layer, rescaled so that their product is the same under s(r)."""
-        layers = {name: self.share_layer(state, name, client.rank_of(name)) for name in state.adapter.layers}
-        slices = {name: tuple(range(layer.rank)) for name, layer in layers.items()}
+        layers = layer_by_layer(state, lambda held, name: self.share_layer(held, name, client.rank_of(name)))
+        slices = {name: tuple(range(layer.rank)) for name, layer in outlined(layers).items()}
         adapter = replace(state.adapter, layers=layers)
         return Download(adapter, slices, self.train, self.send, self.private, state.merged, rescale=self.rescale)
 

@@ -122,9 +122,7 @@ def reach(method: Method, mean: Adapter, updates: Sequence[ClientUpdate], downlo
 
 def cover(mean: Adapter, reach: Reach, deviation: float, draws: Draws) -> Adapter:
     """`mean` with Gaussian noise of `deviation` times each number's value in `reach`."""
-    layers = rebuilt(
-        mean, lambda name: _covered(mean.layers[name], reach.factors[name], deviation, draws), sorted(mean.layers)
-    )
+    layers = rebuilt(mean, lambda name: _covered(mean.layers[name], reach.factors[name], deviation, draws), sorted(mean.layers))
     tensors = {name: _noisy(tensor, reach.tensors * deviation, draws) for name, tensor in sorted(mean.tensors.items())}
     return replace(mean, layers=layers, tensors=tensors)
 

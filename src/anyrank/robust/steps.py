@@ -201,9 +201,9 @@ def _against(
     """Each of the other blocks, with the inner products of this block's steps and theirs. The downloads of two are held."""
     sent = _downloads(jobs[block], updates[block])
     for others in all_others:
+        own, theirs = updates[block], updates[others]
         # No name for the other block's downloads: it would keep them while the next ones are made.
-        theirs = updates[others]
-        yield others, _between(sent, updates[block], sent if others == block else _downloads(jobs[others], theirs), theirs, kept)
+        yield others, _between(sent, own, sent if others == block else _downloads(jobs[others], theirs), theirs, kept)
 
 
 def _between(
