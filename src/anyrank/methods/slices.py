@@ -15,6 +15,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.adapter.lazy import Lazy, outlined
 from anyrank.messages.records import Scaling, ServerState
+from anyrank.messages.spooled import rebuilt
 
 # --- other slices than the first -------------------------------------------------------------------------------------
 
@@ -72,9 +73,13 @@ def frozen_rest(state: ServerState, ranks: Mapping[str, int]) -> Adapter | None:
 
 def widened(adapter: Adapter, rank: int, scaling: Scaling, seed: int) -> Adapter:
     """The untrained `adapter` at `rank` (or its own, if larger), limited in each layer by the layer's shape."""
-    wide = {name: pad(layer, min(rank, *layer.shape), seed, "fresh", 0, name) for name, layer in adapter.layers.items()}
-    layers = {name: replace(layer, scaling=scaling.of(name, layer.rank)) for name, layer in wide.items()}
-    return replace(adapter, layers=layers)
+
+    def wide(name: str) -> LoraLayer:
+        layer = adapter.layers[name]
+        layer = pad(layer, min(rank, *layer.shape), seed, "fresh", 0, name)
+        return replace(layer, scaling=scaling.of(name, layer.rank))
+
+    return replace(adapter, layers=rebuilt(adapter, wide))
 
 
 def pad(layer: LoraLayer, rank: int, seed: int, *names: str | int) -> LoraLayer:
