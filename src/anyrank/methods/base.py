@@ -36,7 +36,7 @@ from anyrank.methods.products import (
     top_of,
     weighted_product,
 )
-from anyrank.methods.slices import frozen_rest, init_a, layer_by_layer, pad, reordered, slice_order, take, widened
+from anyrank.methods.slices import frozen_rest, init_a, layer_by_layer, pad, reordered, slice_order, take, times, widened
 
 __all__ = [
     "EmptySlice",
@@ -228,7 +228,7 @@ class Method(ABC):
         kept = min(rank, layer.rank)
         ratio = layer.scaling / scaling
         on_a, on_b = (math.sqrt(ratio), math.sqrt(ratio)) if self.rescale == "both" else (1.0, ratio)
-        first = layer.with_factors(layer.A[:kept] * on_a, layer.B[:, :kept] * on_b, scaling)
+        first = layer.with_factors(times(layer.A[:kept], on_a), times(layer.B[:, :kept], on_b), scaling)
         return pad(first, rank, state.seed, "fresh", state.round, name)
 
     def served(self, state: ServerState) -> Mapping[str, Adapter]:

@@ -53,11 +53,25 @@ def reordered(state: ServerState, order: Mapping[str, Sequence[int]]) -> ServerS
     return replace(state, adapter=replace(state.adapter, layers=layers))
 
 
+def times(factor: Tensor, number: float) -> Tensor:
+    """`factor * number`; a factor that has a shape and no numbers stays as it is."""
+    return factor if factor.device.type == "meta" else factor * number
+
+
+def _bare(layer: LoraLayer, rank: int) -> LoraLayer | None:
+    """If `layer` has shapes and no numbers, the same at another rank. torch's own operations on such tensors load its compiler,
+    which takes 70 MB and a second."""
+    if layer.A.device.type != "meta":
+        return None
+    out, width = layer.shape
+    return layer.with_factors(layer.A.new_zeros(rank, width), layer.B.new_zeros(out, rank))
+
+
 def take(layer: LoraLayer, slices: Sequence[int]) -> LoraLayer:
     """The named slices of a layer, in that order."""
     if list(slices) == list(range(layer.rank)):
         return layer
-    return layer.with_factors(layer.A[slices], layer.B[:, slices])
+    return _bare(layer, len(slices)) or layer.with_factors(layer.A[slices], layer.B[:, slices])
 
 
 def frozen_rest(state: ServerState, ranks: Mapping[str, int]) -> Adapter | None:
@@ -87,6 +101,8 @@ def pad(layer: LoraLayer, rank: int, seed: int, *names: str | int) -> LoraLayer:
     missing = rank - layer.rank
     if missing <= 0:
         return layer
+    if bare := _bare(layer, rank):
+        return bare
     fresh = init_a(missing, layer, keys.generator(seed, *names))
     A = torch.cat([layer.A, fresh])
     B = torch.cat([layer.B, layer.B.new_zeros(layer.B.shape[0], missing)], dim=1)
