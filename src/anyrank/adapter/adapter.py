@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anyrank.adapter.header import DTYPES, read_header
 from anyrank.adapter.layer import LoraLayer, finite
+from anyrank.adapter.lazy import outlined
 from anyrank.adapter.names import FACTOR, PREFIX, plain_names
 from anyrank.adapter.peft import (
     CONFIG_FILE,
@@ -55,7 +56,7 @@ class Adapter:
     @property
     def ranks(self) -> dict[str, int]:
         """`{layer: rank}`."""
-        return {name: layer.rank for name, layer in self.layers.items()}
+        return {name: layer.rank for name, layer in outlined(self.layers).items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], config: Any) -> Adapter:

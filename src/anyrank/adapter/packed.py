@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
+from anyrank.adapter.lazy import Gathered, Lazy, outlined
 
 
-def pack(prefix: str, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    for name, layer in adapter.layers.items():
-        tensors[f"{prefix}/layers/{name}/A"] = layer.A.contiguous()
-        tensors[f"{prefix}/layers/{name}/B"] = layer.B.contiguous()
-    for name, tensor in adapter.tensors.items():
-        tensors[f"{prefix}/tensors/{name}"] = tensor.contiguous()
-    layers = {name: [layer.scaling, layer.kind, list(layer.kernel)] for name, layer in adapter.layers.items()}
+def pack(prefix: str, adapter: Adapter, tensors: Gathered[torch.Tensor]) -> dict[str, Any]:
+    """Add the adapter's tensors to `tensors`; those that are read when they are asked for are read when they are written."""
+    shapes = outlined(adapter.layers)
+    for name, layer in shapes.items():
+        for factor in "AB":
+            read = partial(_factor, adapter.layers, name, factor) if isinstance(adapter.layers, Lazy) else None
+            _add(tensors, f"{prefix}/layers/{name}/{factor}", getattr(layer, factor), read)
+    for name, tensor in outlined(adapter.tensors).items():
+        read = partial(adapter.tensors.__getitem__, name) if isinstance(adapter.tensors, Lazy) else None
+        _add(tensors, f"{prefix}/tensors/{name}", tensor, read)
+    layers = {name: [layer.scaling, layer.kind, list(layer.kernel)] for name, layer in shapes.items()}
     return {"layers": layers, "tensors": list(adapter.tensors), "config": dict(adapter.config)}
+
+
+def _add(tensors: Gathered[torch.Tensor], key: str, tensor: torch.Tensor, read: Callable[[], torch.Tensor] | None) -> None:
+    if read is None:
+        tensors.add(key, tensor.contiguous())
+    else:
+        tensors.add_later(key, tensor, lambda: read().contiguous())
+
+
+def _factor(layers: Mapping[str, LoraLayer], name: str, factor: str) -> torch.Tensor:
+    return getattr(layers[name], factor)
 
 
 def unpack(prefix: str, packed: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Adapter:

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from anyrank.adapter.bounds import CONFIG_BYTES, CONFIG_DEPTH
 from anyrank.adapter.layer import LoraLayer, finite
+from anyrank.adapter.lazy import Gathered, Lazy, outlined
 from anyrank.adapter.names import PREFIX
 from anyrank.adapter.patterns import Patterns
 from anyrank.errors import AdapterError, shortened
@@ -220,13 +222,29 @@ def plain(value: Any) -> Any:
 OWN_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
-def peft_tensors(layers: Mapping[str, LoraLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layers and plain tensors under PEFT's keys."""
+def peft_tensors(layers: Mapping[str, LoraLayer], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Layers and plain tensors under PEFT's keys. Layers that are read when they are asked for are read when they are saved."""
+    if isinstance(layers, Lazy):
+        return _peft_tensors_later(layers, tensors)
     # Copies, because the file format refuses tensors that share memory, as two views of one tensor do.
     keyed = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
     for name, layer in layers.items():
         keyed |= layer_tensors(name, layer)
     return {key: _copy(tensor) for key, tensor in keyed.items()}
+
+
+def _peft_tensors_later(layers: Lazy[LoraLayer], tensors: Mapping[str, Tensor]) -> Gathered[Tensor]:
+    found: Gathered[Tensor] = Gathered()
+    for name, outline in outlined(tensors).items():
+        found.add_later(f"{PREFIX}{name}", outline, partial(tensors.__getitem__, name))
+    for name, layer in layers.outline.items():
+        for key, outline in layer_tensors(name, layer).items():
+            found.add_later(key, outline, partial(_layer_tensor, layers, name, key))
+    return found
+
+
+def _layer_tensor(layers: Mapping[str, LoraLayer], name: str, key: str) -> Tensor:
+    return layer_tensors(name, layers[name])[key]
 
 
 def layer_tensors(name: str, layer: LoraLayer) -> dict[str, Tensor]:
@@ -248,7 +266,7 @@ _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")  # task types of which PEFT wants a head i
 
 def peft_config(layers: Mapping[str, LoraLayer], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """What `adapter_config.json` says of an adapter: its own `config`, with the ranks and alphas that its layers have."""
-    rslora = bool(config.get("use_rslora"))
+    rslora, layers = bool(config.get("use_rslora")), outlined(layers)
     alphas = {name: layer.scaling * (math.sqrt(layer.rank) if rslora else layer.rank) for name, layer in layers.items()}
     alphas = {name: _tidy(alpha) for name, alpha in alphas.items()}
     rank, rank_pattern = _common({name: layer.rank for name, layer in layers.items()})

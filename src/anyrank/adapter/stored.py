@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from anyrank import files
 from anyrank.adapter.adapter import Adapter, from_plain_state
 from anyrank.adapter.header import DTYPES, read_header
 from anyrank.adapter.layer import LoraLayer, finite
+from anyrank.adapter.lazy import Lazy, outlined
 from anyrank.adapter.names import FACTOR, PREFIX, plain_names
 from anyrank.adapter.peft import (
     CONFIG_FILE,
@@ -70,15 +71,16 @@ class _Weights:
         return aligned.view(dtype).reshape(entry["shape"])
 
 
-class _StoredLayers(Mapping[str, LoraLayer]):
+class _StoredLayers(Lazy[LoraLayer]):
     def __init__(self, weights: _Weights, where: str, outline: Mapping[str, LoraLayer]) -> None:
-        self._weights, self._where, self.outline = weights, where, outline
+        super().__init__(outline, self._checked)
+        self._weights, self._where = weights, where
         self._keys: dict[str, dict[str, str]] = {}
         for key in weights.entries:
             if match := FACTOR.fullmatch(key):
                 self._keys.setdefault(match[1], {})[match[3]] = key
 
-    def __getitem__(self, name: str) -> LoraLayer:
+    def _checked(self, name: str) -> LoraLayer:
         layer = self.unchecked(name)
         finite(layer.A, self._where, name)
         finite(layer.B, self._where, name)
@@ -89,26 +91,6 @@ class _StoredLayers(Mapping[str, LoraLayer]):
         read = self._weights.read(*keys.values())
         A, B = (read[keys[factor]].flatten(1) for factor in "AB")
         return LoraLayer(A, B, layer.scaling, layer.kind, layer.kernel)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.outline)
-
-    def __len__(self) -> int:
-        return len(self.outline)
-
-
-class _StoredTensors(Mapping[str, Tensor]):
-    def __init__(self, weights: _Weights, where: str, outline: Mapping[str, Tensor]) -> None:
-        self._weights, self._where, self.outline = weights, where, outline
-
-    def __getitem__(self, name: str) -> Tensor:
-        return finite(self._weights.read(name)[name], self._where, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.outline)
-
-    def __len__(self) -> int:
-        return len(self.outline)
 
 
 def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -121,14 +103,13 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     weights = _Weights(find_weights(folder), config)
     known = from_plain_state({key: weights.outline(key) for key in weights.entries}, config, str(folder))
     layers = _StoredLayers(weights, str(folder), known.layers)
-    return Adapter(layers, _StoredTensors(weights, str(folder), known.tensors), known.config)
+    tensors = Lazy(known.tensors, lambda name: finite(weights.read(name)[name], str(folder), name))
+    return Adapter(layers, tensors, known.config)
 
 
 def outline(adapter: Adapter) -> Adapter:
     """`adapter` for asking names, shapes, ranks and scalings: of a stored one, no number is read."""
-    layers = adapter.layers.outline if isinstance(adapter.layers, _StoredLayers) else adapter.layers
-    tensors = adapter.tensors.outline if isinstance(adapter.tensors, _StoredTensors) else adapter.tensors
-    return Adapter(layers, tensors, adapter.config)
+    return Adapter(outlined(adapter.layers), outlined(adapter.tensors), adapter.config)
 
 
 def unchecked(adapter: Adapter, name: str) -> LoraLayer:
@@ -137,7 +118,7 @@ def unchecked(adapter: Adapter, name: str) -> LoraLayer:
 
 
 def is_stored(adapter: Adapter) -> bool:
-    return isinstance(adapter.layers, _StoredLayers)
+    return isinstance(adapter.layers, Lazy)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

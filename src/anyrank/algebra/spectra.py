@@ -24,7 +24,8 @@ def spectra(adapter: Adapter, merged: Adapter | None = None) -> dict[str, Tensor
     `merged`: what has gone into the base model counts along with it, since users run the sum.
     """
     found = {}
-    for name, layer in sorted(adapter.layers.items()):
+    for name in sorted(adapter.layers):
+        layer = adapter.layers[name]
         into_base = [merged.layers[name]] if merged and name in merged.layers else []
         found[name] = lowrank.spectrum(lowrank.stack([lowrank.of_layer(part) for part in (layer, *into_base)]))
     return found

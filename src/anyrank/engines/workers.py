@@ -10,17 +10,19 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from anyrank.adapter.adapter import Adapter
+from anyrank.engines.inbox import Inbox
 from anyrank.engines.posts import Posts, Work
 from anyrank.errors import RunFailed
-from anyrank.messages import calls
+from anyrank.messages import calls, spooled
 from anyrank.messages.frame import Frame, to_bytes
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import BOTH, ClientUpdate, Download, Failure, Job, Profile, Reported, Scaling, Scores
 from anyrank.messages.scores import scores_of
-from anyrank.messages.wire import FAILURE, counts_of, download_frame, failure_of, reply_of
+from anyrank.messages.wire import FAILURE, counts_of, download_frame, failure_of
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
 from anyrank.worker.supervisor import Died, Late, Supervised
@@ -44,13 +46,15 @@ class Workers:
         self._opening, self._progress = calls.setup_frame(config, largest_rank), progress
         self._lock = threading.Lock()
         self._ready: calls.Ready | None = None
-        self._posts = Posts()
+        self._posts, self._inbox = Posts(), Inbox()
         for env in envs:
             self.add(env)
 
     def add(self, env: Mapping[str, str]) -> None:
         """One more worker, which starts when it is first needed."""
-        made = Supervised(lambda: self._opening, self._opened, _MOST_BYTES, env, on_progress=self._reported)
+        made = Supervised(
+            lambda: self._opening, self._opened, _MOST_BYTES, env, on_progress=self._reported, receive=self._inbox
+        )
         self._posts.add(made)
 
     @property
@@ -60,8 +64,13 @@ class Workers:
             self._first(lambda worker: worker.start())
         return self._ready
 
+    def keep_in(self, folder: Path) -> None:
+        """Keep large replies in a file in `folder` until they are merged, not in memory."""
+        self._inbox.folder = folder
+
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
-        return calls.adapter_of(self._ask(calls.start_frame(rank, scaling, seed)))[0]
+        with self._inbox.open():
+            return spooled.adapter_of(self._ask(calls.start_frame(rank, scaling, seed)))
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         return scores_of(self._ask(calls.adapter_frame(adapter, merged, calls.EVALUATE)))
@@ -79,11 +88,12 @@ class Workers:
         groups = [list(jobs)] if together and jobs else [[job] for job in jobs]
         table = mechanism.table() if mechanism else None
         known = {job.client.name: job for job in jobs}
-        for found in self._carried(groups, plan, calls.Cohort(1, deadline_s, table, score)):
-            if isinstance(found, Failure):
-                yield found
-            else:
-                yield reply_of(found, _whole(known[found.header.client].download))
+        with self._inbox.open():
+            for found in self._carried(groups, plan, calls.Cohort(1, deadline_s, table, score)):
+                if isinstance(found, Failure):
+                    yield found
+                else:
+                    yield spooled.reply_of(found, _whole(known[found.header.client].download))
 
     def score(self, jobs: Sequence[Job], plan: Plan, deadline_s: float | None = None) -> Iterator[Reported | Failure]:
         for found in self._carried([[job] for job in jobs], plan, calls.Cohort(1, deadline_s, score=True, train=False)):
@@ -94,7 +104,8 @@ class Workers:
 
     def _carried(self, groups: Sequence[Sequence[Job]], plan: Plan, wanted: calls.Cohort) -> Iterator[Frame | Failure]:
         """What the workers reply to the jobs of each group, of which `wanted` says what is wanted."""
-        works = [Work([job.client.name for job in group], partial(_frames, group, plan, wanted)) for group in groups]
+        frames = partial(_frames, plan=plan, wanted=wanted, inbox=self._inbox)
+        works = [Work([job.client.name for job in group], partial(frames, group)) for group in groups]
         timeout_s = None if wanted.deadline_s is None else wanted.deadline_s * _FACTOR + _MORE_S
         for reply in self._posts.carry_out(works, timeout_s):
             yield reply.found
@@ -145,7 +156,9 @@ def _whole(download: Download) -> Download:
     return replace(download, send=BOTH, private=frozenset())
 
 
-def _frames(group: Sequence[Job], plan: Plan, wanted: calls.Cohort) -> list[Frame]:
+def _frames(group: Sequence[Job], plan: Plan, wanted: calls.Cohort, inbox: Inbox) -> list[Frame]:
+    for job in group:
+        inbox.expect(_whole(job.download), in_memory=bool(job.download.private))
     downloads = [download_frame(_whole(job.download), plan, job.client, job.num_examples) for job in group]
     return [calls.cohort_frame(replace(wanted, jobs=len(group))), *downloads]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from anyrank.adapter.lazy import Lazy
 from anyrank.algebra.spectra import effective_rank, energy_beyond, spectra
 from anyrank.federation.federation import Federation
 from anyrank.federation.intake import Collected
@@ -49,9 +52,10 @@ def score(federation: Federation, state: ServerState) -> Standing:
     return of_personal(scores, federation.labels)
 
 
-def shares(federation: Federation, state: ServerState) -> dict[str, Any]:
-    """The adapters of a finished run: the global one, the one for a client of each rank, and the update of the base model."""
+def shares(federation: Federation, state: ServerState) -> Mapping[str, Any]:
+    """The adapters of a finished run: the global one, the one for a client of each rank, and the update of the base model. Each
+    is made when it is asked for."""
     ranks = {f"adapter-rank-{rank}": rank for rank in federation.population.levels()}
-    by_rank = {folder: federation.method.share(state, Client(folder, rank)) for folder, rank in ranks.items()}
-    into_base = {"base-update": state.merged} if state.merged else {}
-    return {"adapter": state.adapter, **by_rank, **into_base}
+    made = {folder: partial(federation.method.share, state, Client(folder, rank)) for folder, rank in ranks.items()}
+    made = {"adapter": lambda: state.adapter} | made | ({"base-update": lambda: state.merged} if state.merged else {})
+    return Lazy(dict.fromkeys(made), lambda folder: made[folder]())

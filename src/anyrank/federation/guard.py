@@ -17,6 +17,7 @@ from anyrank.adapter.layer import LoraLayer, overflow
 from anyrank.errors import AnyRankError, shortened
 from anyrank.messages import change
 from anyrank.messages.records import ClientUpdate, Download
+from anyrank.messages.spooled import is_kept
 
 _TOLD = 3  # names of which a reason tells
 _MOST_METRICS = 100
@@ -30,7 +31,8 @@ class Rejected(AnyRankError):
 def admit(update: Any, download: Download, client: str, num_examples: int, bound: float = math.inf) -> ClientUpdate:
     """The part of `update` that the server believes: the trained factors, under the server's own name, rank and weight.
 
-    Its tensors are the server's own: plain copies, which nothing that sent them can change. Whatever the download did not ask
+    Its tensors are the server's own: plain copies, which nothing that sent them can change, or those in a spool, layer by
+    layer. Whatever the download did not ask
     to train is taken from the download itself. Where the download allows pruning, a layer may come back at exactly the rank
     that pruning leaves. Raises `Rejected` for what is no update, an upload from somebody else, other layers or tensors than
     were sent, other shapes or dtypes, values or metrics that are not finite, factors whose change is too large to be stored,
@@ -46,9 +48,14 @@ def admit(update: Any, download: Download, client: str, num_examples: int, bound
     _same_names("layers", sent.layers, got.layers)
     _same_names("tensors", sent.tensors, got.tensors)
     metrics = _metrics(update.metrics)
-    layers = {name: _layer(name, sent.layers[name], got.layers[name], download) for name in sorted(sent.layers)}
-    tensors = {name: _tensor(name, sent.tensors[name], got.tensors[name]) for name in sorted(sent.tensors)}
-    believed = Adapter(layers, tensors, sent.config)
+    layers = ((name, _layer(name, sent.layers[name], got.layers[name], download)) for name in sorted(sent.layers))
+    tensors = ((name, _tensor(name, sent.tensors[name], got.tensors[name])) for name in sorted(sent.tensors))
+    if is_kept(got):  # in a file of this server, which nothing that sent it can change: it is checked there
+        for _ in itertools.chain(layers, tensors):
+            pass
+        believed = Adapter(got.layers, got.tensors, sent.config)
+    else:
+        believed = Adapter(dict(layers), dict(tensors), sent.config)
     if bound < math.inf and not change.norm(download, believed) <= bound:
         raise Rejected(f"its change since the download is larger than the clip norm, {bound:g}")  # by how much is not told
     return ClientUpdate(believed, num_examples, client, metrics)

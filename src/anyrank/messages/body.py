@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
+from anyrank.adapter.lazy import Lazy, outlined
 from anyrank.errors import AnyRankError, FrameError, in_a_line, shortened
 from anyrank.messages import reduction
-from anyrank.messages.frame import Frame, Header
+from anyrank.messages.frame import Frame, Header, Later
+from anyrank.messages.spool import Place, Spooled
 
 _KINDS = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64", "bfloat16")
 TYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in _KINDS}
@@ -81,10 +84,11 @@ def made(where: str, kind: Any, *values: Any, **named: Any) -> Any:
 
 
 class Packing:
-    """The arrays of a frame that is being written. Tensors on the CPU share their memory with it."""
+    """The arrays of a frame that is being written. Tensors on the CPU share their memory with it; layers that are read when
+    they are asked for are read when the frame is written."""
 
     def __init__(self) -> None:
-        self.arrays: dict[str, np.ndarray] = {}
+        self.arrays: dict[str, np.ndarray | Later] = {}
         self.bfloat16: set[str] = set()
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -94,6 +98,12 @@ class Packing:
             self.bfloat16.add(name)
         self.arrays[name] = numbers(tensor)
 
+    def add_later(self, name: str, outline: Tensor, make: Callable[[], Tensor]) -> None:
+        """A tensor with the type and shape of `outline` that is made when the frame is written."""
+        if outline.dtype not in NAMES:
+            raise FrameError(f"{name}: expected numbers of {', '.join(_KINDS)}, got {outline.dtype}")
+        self.arrays[name] = Later(NAMES[outline.dtype], tuple(outline.shape), lambda: numbers(make()))
+
     def frame(self, header: Header) -> Frame:
         return Frame(header, self.arrays, frozenset(self.bfloat16))
 
@@ -101,7 +111,7 @@ class Packing:
 class Parts:
     """The arrays of a frame that was received. Each is taken once, in the form that is expected, and none may be left."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame | Spooled) -> None:
         self.frame, self.left = frame, dict(frame.arrays)
 
     def __contains__(self, name: str) -> bool:
@@ -113,22 +123,29 @@ class Parts:
         return self.left.pop(name)
 
     def tensor(self, name: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
-        """The array as a tensor of that type and of one of `shapes`; it shares the array's memory, where torch can use that."""
+        """The array as a tensor of that type and of one of `shapes`; it shares the array's memory, where torch can use that.
+        Of one that lies in a spool, shape and type without numbers (on the device "meta").
+        """
         array, kind = self.array(name), self.frame.dtype(name)
         if TYPES.get(kind) != dtype or array.shape not in shapes:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             got = f"{kind} of shape {list(array.shape)}"
             raise FrameError(f"{self.frame.header.kind}, {name}: expected {NAMES[dtype]} of shape {expected}, got {got}")
-        if not (array.flags.carray and array.dtype.isnative and min(array.strides, default=0) >= 0):
-            array = np.array(array, array.dtype.newbyteorder("="), order="C")
-        if dtype == torch.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
+        return torch.empty(array.shape, dtype=dtype, device="meta") if isinstance(array, Place) else tensor_of(array, dtype)
 
     def finish(self) -> None:
         for name, array in self.left.items():
             got = f"{self.frame.dtype(name)} of shape {list(array.shape)}"
             raise FrameError(f"{self.frame.header.kind}, {name}: expected no array of that name, got {got}")
+
+
+def tensor_of(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """An array of a frame as a tensor of `dtype`, which is the array's own type, or bfloat16 for `uint16`."""
+    if not (array.flags.carray and array.dtype.isnative and min(array.strides, default=0) >= 0):
+        array = np.array(array, array.dtype.newbyteorder("="), order="C")
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def numbers(tensor: Tensor) -> np.ndarray:
@@ -143,18 +160,25 @@ def numbers(tensor: Tensor) -> np.ndarray:
 def describe(adapter: Adapter) -> dict[str, Any]:
     """What of an adapter is not in its arrays: shapes, types, scalings, kinds, and the names in their order."""
     layers = {name: [layer.rank, *layer.shape, _name(layer.A), layer.scaling, layer.kind, list(layer.kernel)]
-              for name, layer in adapter.layers.items()}  # fmt: skip
-    tensors = {name: [_name(tensor), list(tensor.shape)] for name, tensor in adapter.tensors.items()}
+              for name, layer in outlined(adapter.layers).items()}  # fmt: skip
+    tensors = {name: [_name(tensor), list(tensor.shape)] for name, tensor in outlined(adapter.tensors).items()}
     return {"layers": layers, "tensors": tensors, "config": dict(adapter.config)}
 
 
 def pack(packing: Packing, prefix: str, adapter: Adapter, parts: Iterable[str], reduced: str = "") -> None:
     """Add those of `A`, `B` and `tensors` that `parts` names."""
-    for name, layer in adapter.layers.items():
+    later = isinstance(adapter.layers, Lazy)
+    for name, layer in outlined(adapter.layers).items():
         for factor in sorted(set(parts) - {"tensors"}):
-            _pack_factor(packing, f"{prefix}{factor}", name, getattr(layer, factor), factor, reduced)
-    for name, tensor in adapter.tensors.items() if "tensors" in parts else ():
-        packing.add(f"{prefix}tensor/{name}", tensor)
+            if later:
+                _pack_later(packing, f"{prefix}{factor}", name, adapter.layers, factor, reduced)
+            else:
+                _pack_factor(packing, f"{prefix}{factor}", name, getattr(layer, factor), factor, reduced)
+    for name, outline in outlined(adapter.tensors).items() if "tensors" in parts else ():
+        if isinstance(adapter.tensors, Lazy):
+            packing.add_later(f"{prefix}tensor/{name}", outline, partial(adapter.tensors.__getitem__, name))
+        else:
+            packing.add(f"{prefix}tensor/{name}", outline)
 
 
 def _pack_factor(packing: Packing, place: str, name: str, tensor: Tensor, factor: str, reduced: str) -> None:
@@ -162,6 +186,27 @@ def _pack_factor(packing: Packing, place: str, name: str, tensor: Tensor, factor
         tensor, step = reduction.steps(factor, tensor)
         packing.add(f"{place}-steps/{name}", step)
     packing.add(f"{place}/{name}", reduction.rounded(tensor) if reduced == "bfloat16" else tensor)
+
+
+def _pack_later(packing: Packing, place: str, name: str, layers: Lazy[LoraLayer], factor: str, reduced: str) -> None:
+    """As `_pack_factor`, of a layer that is read when the frame is written."""
+    outline = getattr(layers.outline[name], factor)
+
+    def read() -> Tensor:
+        return getattr(layers[name], factor)
+
+    def steps() -> tuple[Tensor, Tensor]:
+        return reduction.steps(factor, read())
+
+    if reduced == "int8":
+        rank = layers.outline[name].rank
+        packing.add_later(f"{place}-steps/{name}", outline.new_empty(rank, dtype=torch.float64), lambda: steps()[1])
+        packing.add_later(f"{place}/{name}", outline.to(torch.int8), lambda: steps()[0])
+    elif reduced == "bfloat16":
+        narrow = outline if outline.itemsize <= 2 else outline.to(torch.bfloat16)
+        packing.add_later(f"{place}/{name}", narrow, lambda: reduction.rounded(read()))
+    else:
+        packing.add_later(f"{place}/{name}", outline, read)
 
 
 def unpack(parts: Parts, prefix: str, table: Any, absent: frozenset[str], own: Adapter | None, reduced: str = "") -> Adapter:

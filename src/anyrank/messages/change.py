@@ -33,8 +33,10 @@ def units(layer: LoraLayer, rescale: str) -> dict[str, float]:
 def norm(download: Download, adapter: Adapter) -> float:
     """The norm of the change from `download` to `adapter` in the trained parts."""
     before = download.adapter
-    changes = [units(layer, download.rescale)[factor] * _size(getattr(adapter.layers[name], factor), getattr(layer, factor))
-               for name, layer in before.layers.items() for factor in download.train]  # fmt: skip
+    changes = []
+    for name, layer in before.layers.items():
+        after, unit = adapter.layers[name], units(layer, download.rescale)
+        changes += [unit[factor] * _size(getattr(after, factor), getattr(layer, factor)) for factor in download.train]
     return math.hypot(*changes, *(_size(adapter.tensors[name], tensor) for name, tensor in before.tensors.items()))
 
 

@@ -22,9 +22,9 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -87,11 +87,30 @@ class Header:
         check_json(self.body)
 
 
+class Later(NamedTuple):
+    """An array that is made when it is written, and not held: its type by the name that a frame has for it, its shape, and the
+    function that makes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def made(self) -> np.ndarray:
+        array = self.make()
+        if array.shape != self.shape or array.dtype.newbyteorder("<") != DTYPES[self.dtype]:
+            raise FrameError(f"frame: expected an array of {self.dtype} {list(self.shape)}, got {array.dtype} {array.shape}")
+        return array
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """A header and named arrays of any shape. `bfloat16`: names of the `uint16` arrays whose bits are bfloat16 numbers.
 
-    Raises `FrameError` for names or arrays that a frame cannot hold.
+    In a frame that is only written, arrays may be `Later`. Raises `FrameError` for names or arrays that a frame cannot hold.
 
     >>> frame = Frame(Header("example", round=3), {"A": np.ones((2, 3), np.float32)})
     >>> from_bytes(to_bytes(frame), limit=1000).arrays["A"].tolist()
@@ -99,7 +118,7 @@ class Frame:
     """
 
     header: Header
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray | Later]
     bfloat16: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -107,6 +126,9 @@ class Frame:
             raise FrameError(f"frame: expected at most {MOST_ARRAYS} arrays, got {len(self.arrays)}")
         for name, array in self.arrays.items():
             check_name(name)
+            if type(array) is Later:
+                check_shape(name, list(array.shape), DTYPES[array.dtype].itemsize)
+                continue
             if type(array) not in (np.ndarray, np.memmap):  # others may hold more than numbers, as a mask
                 raise FrameError(f"frame, array {name}: expected a NumPy array, got {type(array).__name__}")
             dtype = self.dtype(name)
@@ -126,7 +148,10 @@ class Frame:
 
     def dtype(self, name: str) -> str:
         """The number type of an array, by the name that the header has for it."""
-        return "bfloat16" if name in self.bfloat16 else self.arrays[name].dtype.newbyteorder("=").name
+        array = self.arrays[name]
+        if type(array) is Later:
+            return array.dtype
+        return "bfloat16" if name in self.bfloat16 else array.dtype.newbyteorder("=").name
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -136,7 +161,8 @@ def pieces(frame: Frame) -> Iterator[memoryview]:
     """The bytes of a frame in bounded pieces, without a copy of arrays that are contiguous and little-endian."""
     digest, header = hashlib.sha256(), _encode(frame)
     for block in (_PREFIX.pack(_MAGIC, VERSION, len(header), frame.array_bytes), header, *frame.arrays.values()):
-        data = memoryview(_flat(block) if isinstance(block, np.ndarray) else block)
+        block = block.made() if type(block) is Later else block
+        data = memoryview(bytes_of(block) if isinstance(block, np.ndarray) else block)
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
             digest.update(piece)
@@ -171,7 +197,7 @@ def _encode(frame: Frame) -> bytes:
     return text
 
 
-def _flat(array: np.ndarray) -> np.ndarray:
+def bytes_of(array: np.ndarray) -> np.ndarray:
     """The bytes of an array `[nbytes]`: its own memory where that is possible."""
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
 
@@ -185,7 +211,18 @@ def read(stream: Readable, limit: int, last: bool = False) -> Frame:
     The stream is left behind the frame. `last`: nothing may follow it. Raises `FrameError`, in one line, for anything that is
     not one whole, undamaged frame within the limits. An `OSError` of the stream is raised as it is.
     """
-    source = _Source(stream)
+    source = Source(stream)
+    header, entries, size = begin(source, limit)
+    arrays = {name: _array(source, name, dtype, shape) for name, (dtype, shape) in entries.items()}
+    end(source)
+    if last and stream.readinto(memoryview(bytearray(1))):
+        raise FrameError(f"frame: expected the end after {size} bytes, got more")
+    return Frame(header, arrays, frozenset(name for name, (dtype, _) in entries.items() if dtype == "bfloat16"))
+
+
+def begin(source: Source, limit: int) -> tuple[Header, dict[str, tuple[str, list[int]]], int]:
+    """Read a frame of at most `limit` bytes up to its arrays: the header, `{name: (dtype, shape)}` of the arrays, and the
+    bytes of the frame."""
     magic, version, header_bytes, array_bytes = _PREFIX.unpack(source.take(_PREFIX.size, "the beginning"))
     if magic != _MAGIC:
         raise FrameError(f"frame: expected the first bytes {_MAGIC!r}, got {magic!r}; this is not a frame")
@@ -196,16 +233,16 @@ def read(stream: Readable, limit: int, last: bool = False) -> Frame:
         raise FrameError(f"frame: expected at most {limit} bytes, got a frame of {size}; raise the limit if it is too low")
     if header_bytes > MOST_HEADER_BYTES:
         raise FrameError(f"frame, header: expected at most {MOST_HEADER_BYTES} bytes, got {header_bytes}")
-    header, entries = _decode(source.take(header_bytes, "the header").tobytes(), array_bytes)
-    arrays = {name: _array(source, name, dtype, shape) for name, (dtype, shape) in entries.items()}
+    return *_decode(source.take(header_bytes, "the header").tobytes(), array_bytes), size
+
+
+def end(source: Source) -> None:
+    """Read a frame's digest, and compare it with that of what was read."""
     expected = source.digest.digest()
     found = source.take(_DIGEST_BYTES, "the digest").tobytes()
     if found != expected:
         shown = f"{expected.hex()[:16]}…, got {found.hex()[:16]}…"
         raise FrameError(f"frame: expected the digest {shown}; it was damaged on its way, send it again")
-    if last and stream.readinto(memoryview(bytearray(1))):
-        raise FrameError(f"frame: expected the end after {size} bytes, got more")
-    return Frame(header, arrays, frozenset(name for name, (dtype, _) in entries.items() if dtype == "bfloat16"))
 
 
 def from_bytes(data: bytes | bytearray | memoryview, limit: int) -> Frame:
@@ -225,7 +262,7 @@ class _Memory:
         return count
 
 
-class _Source:
+class Source:
     """Reads a stream in bounded pieces, and hashes and counts what it reads."""
 
     def __init__(self, stream: Readable) -> None:
@@ -241,6 +278,14 @@ class _Source:
                 return held
             held.resize(min(size, filled + self.received), refcheck=False)
 
+    def pieces(self, size: int, what: str) -> Iterator[memoryview]:
+        """The next `size` bytes in bounded pieces, all in the same memory: each is valid until the next one is read."""
+        held = memoryview(bytearray(min(size, _PIECE)))
+        for start in range(0, size, _PIECE):
+            piece = held[: min(_PIECE, size - start)]
+            self._fill(piece, start, size, what)
+            yield piece
+
     def _fill(self, view: memoryview, filled: int, size: int, what: str) -> None:
         at = 0
         while at < len(view):
@@ -255,10 +300,14 @@ class _Source:
         self.received += at
 
 
-def _array(source: _Source, name: str, dtype: str, shape: list[int]) -> np.ndarray:
+def _array(source: Source, name: str, dtype: str, shape: list[int]) -> np.ndarray:
+    return array_of(source.take(math.prod(shape) * DTYPES[dtype].itemsize, f"array {name}"), dtype, shape)
+
+
+def array_of(data: np.ndarray, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    """The array of the bytes `data`, `[n]` uint8, as they stand in a frame."""
     stored = DTYPES[dtype]
-    held = source.take(math.prod(shape) * stored.itemsize, f"array {name}")
-    return held.view(stored).reshape(shape).astype(stored.newbyteorder("="), copy=False)
+    return data.view(stored).reshape(shape).astype(stored.newbyteorder("="), copy=False)
 
 
 def _decode(data: bytes, array_bytes: int) -> tuple[Header, dict[str, tuple[str, list[int]]]]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.lazy import outlined
 from anyrank.errors import AdapterError, ConfigError
 from anyrank.messages.reduction import Reduced, nbytes
 
@@ -100,7 +101,7 @@ class Download:
 
     def download_bytes(self, reduced: Reduced = "") -> int:
         """Bytes of the download; `reduced`: how the sum in the base model is sent, exactly by default."""
-        layers = self.merged.layers.values() if self.merged else ()
+        layers = outlined(self.merged.layers).values() if self.merged else ()
         merged = sum(nbytes(factor, layer.rank, reduced) for layer in layers for factor in (layer.A, layer.B))
         return self._travelling(self.adapter, self.send) + merged
 
@@ -269,7 +270,7 @@ def factor_bytes(adapter: Adapter, factors: frozenset[str]) -> int:
     """Bytes of the named factors (`{"A", "B"}` or one of them) over all layers."""
     return sum(
         factor.nbytes
-        for layer in adapter.layers.values()
+        for layer in outlined(adapter.layers).values()
         for name, factor in (("A", layer.A), ("B", layer.B))
         if name in factors
     )
@@ -277,7 +278,7 @@ def factor_bytes(adapter: Adapter, factors: frozenset[str]) -> int:
 
 def tensor_bytes(adapter: Adapter) -> int:
     """Bytes of the plain tensors (head, biases)."""
-    return sum(tensor.nbytes for tensor in adapter.tensors.values())
+    return sum(tensor.nbytes for tensor in outlined(adapter.tensors).values())
 
 
 @dataclass(frozen=True, eq=False)

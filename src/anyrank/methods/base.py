@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar, Literal
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter, iter_names
 from anyrank.adapter.layer import LoraLayer
+from anyrank.adapter.lazy import outlined
 from anyrank.errors import AnyRankError, MethodError, in_a_line
 from anyrank.messages.records import BOTH, Client, ClientUpdate, Download, Scaling, ServerState
+from anyrank.messages.spooled import layers_in, spool_of
 from anyrank.methods.averages import EmptySlice, average_layer, average_slices, mean_a, mean_b
 from anyrank.methods.parts import Part, client_weights, mean_tensors, ownership, padded_weights, slice_weights
 from anyrank.methods.products import (
@@ -34,7 +36,7 @@ from anyrank.methods.products import (
     top_of,
     weighted_product,
 )
-from anyrank.methods.slices import frozen_rest, init_a, pad, reordered, slice_order, take, widened
+from anyrank.methods.slices import frozen_rest, init_a, layer_by_layer, pad, reordered, slice_order, take, times, widened
 
 __all__ = [
     "EmptySlice",
@@ -149,8 +151,8 @@ class Method(ABC):
 
     def dispatch(self, state: ServerState, client: Client) -> Download:
         """The download of `client`: the first r slices of each layer, rescaled so that their product is the same under s(r)."""
-        layers = {name: self.share_layer(state, name, client.rank_of(name)) for name in state.adapter.layers}
-        slices = {name: tuple(range(layer.rank)) for name, layer in layers.items()}
+        layers = layer_by_layer(state, lambda held, name: self.share_layer(held, name, client.rank_of(name)))
+        slices = {name: tuple(range(layer.rank)) for name, layer in outlined(layers).items()}
         adapter = replace(state.adapter, layers=layers)
         return Download(adapter, slices, self.train, self.send, self.private, state.merged, rescale=self.rescale)
 
@@ -171,18 +173,28 @@ class Method(ABC):
         if not self.traits.mixed_ranks:
             self._refuse_mixed_ranks(updates)
         self._refuse_ranks_above(state, updates)
-        parts = {name: [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates] for name in names}
-        merged = settled([self._merged(state, name, parts[name]) for name in names])
-        layers, into_base = {}, {}
-        for name, layer in zip(names, merged, strict=True):
-            layers[name] = pad(layer, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
-            base = self.merge_base(state, name, parts[name], layers[name])
-            if base is not None:
-                into_base[name] = base
+        spool = spool_of(updates)
+        spool = spool and spool.fresh()
+        layers, into_base = layers_in(spool), layers_in(spool)
+        for some in [[name] for name in names] if spool else [names]:  # updates in a spool are read one layer at a time
+            for name, layer, base in self._merged_layers(state, some, updates):
+                layers[name] = layer
+                if base is not None:
+                    into_base[name] = base
         tensors = mean_tensors(state.adapter.tensors, updates)
         adapter = replace(state.adapter, layers=layers, tensors=tensors)
         merged = Adapter(into_base, {}, state.adapter.config) if into_base else state.merged
         return replace(state, round=state.round + 1, adapter=adapter, merged=merged)
+
+    def _merged_layers(
+        self, state: ServerState, names: Sequence[str], updates: Sequence[ClientUpdate]
+    ) -> Iterator[tuple[str, LoraLayer, LoraLayer | None]]:
+        """The new layers, and what goes into the base weight."""
+        parts = {name: [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates] for name in names}
+        merged = settled([self._merged(state, name, parts[name]) for name in names])
+        for name, layer in zip(names, merged, strict=True):
+            layer = pad(layer, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
+            yield name, layer, self.merge_base(state, name, parts[name], layer)
 
     def _merged(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer | Unsettled:
         """What `merge_layer` gives, if it is a layer. A rule of somebody's own that breaks is named, with the layer."""
@@ -216,7 +228,7 @@ class Method(ABC):
         kept = min(rank, layer.rank)
         ratio = layer.scaling / scaling
         on_a, on_b = (math.sqrt(ratio), math.sqrt(ratio)) if self.rescale == "both" else (1.0, ratio)
-        first = layer.with_factors(layer.A[:kept] * on_a, layer.B[:, :kept] * on_b, scaling)
+        first = layer.with_factors(times(layer.A[:kept], on_a), times(layer.B[:, :kept], on_b), scaling)
         return pad(first, rank, state.seed, "fresh", state.round, name)
 
     def served(self, state: ServerState) -> Mapping[str, Adapter]:
@@ -225,7 +237,7 @@ class Method(ABC):
 
     def _refuse_mixed_ranks(self, updates: Sequence[ClientUpdate]) -> None:
         for name in updates[0].adapter.layers:
-            ranks = sorted({update.adapter.layers[name].rank for update in updates})
+            ranks = sorted({outlined(update.adapter.layers)[name].rank for update in updates})
             if len(ranks) > 1:
                 raise MethodError(
                     f"{self.name}: expected clients of one rank, got ranks {', '.join(map(str, ranks))} in layer {name}; "
@@ -233,9 +245,10 @@ class Method(ABC):
                 )
 
     def _refuse_ranks_above(self, state: ServerState, updates: Sequence[ClientUpdate]) -> None:
+        held = outlined(state.adapter.layers)
         for update in updates:
-            for name, layer in update.adapter.layers.items():
-                largest = state.adapter.layers[name].rank if name in state.adapter.layers else layer.rank
+            for name, layer in outlined(update.adapter.layers).items():
+                largest = held[name].rank if name in held else layer.rank
                 if layer.rank > largest:
                     raise MethodError(
                         f"{self.name}: layer {name}: expected a rank of at most {largest}, the server's, from client "

@@ -13,6 +13,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.algebra import lowrank
 from anyrank.messages.records import Scaling, ServerState
+from anyrank.messages.spooled import rebuilt
 from anyrank.methods.base import Holds, Method, Part, Traits, Unsettled, init_a, mean_b, pad
 from anyrank.methods.registry import register
 
@@ -35,7 +36,11 @@ class FedSVD(Method):
     train = frozenset({"B"})
 
     def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
-        layers = {name: _complete(layer, layer.A[:0], layer.B[:, :0], seed, name, 0) for name, layer in adapter.layers.items()}
+        def start(name: str) -> LoraLayer:
+            layer = adapter.layers[name]
+            return _complete(layer, layer.A[:0], layer.B[:, :0], seed, name, 0)
+
+        layers = rebuilt(adapter, start)
         return super().init(replace(adapter, layers=layers), scaling, seed)
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:

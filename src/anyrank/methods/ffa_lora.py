@@ -13,6 +13,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.errors import MethodError
 from anyrank.messages.records import Scaling, ServerState
+from anyrank.messages.spooled import rebuilt
 from anyrank.methods.base import Holds, Method, Part, Traits, init_a, mean_b, slice_weights
 from anyrank.methods.registry import register
 
@@ -38,7 +39,7 @@ class FFALoRA(Method):
     init_a: Literal["kaiming", "orthonormal", "gaussian"] = "kaiming"
 
     def init(self, adapter: Adapter, scaling: Scaling, seed: int) -> ServerState:
-        layers = {name: self._start(name, layer, seed) for name, layer in adapter.layers.items()}
+        layers = rebuilt(adapter, lambda name: self._start(name, adapter.layers[name], seed))
         return super().init(replace(adapter, layers=layers), scaling, seed)
 
     def _start(self, name: str, layer: LoraLayer, seed: int) -> LoraLayer:

@@ -69,7 +69,7 @@ class HetLoRA(Method):
         if not (self.prune and updates):
             return after
         before = state.extra[_RANKS].tensors if _RANKS in state.extra else {}
-        ranks = {u.client: torch.tensor([layer.rank for _, layer in sorted(u.adapter.layers.items())]) for u in updates}
+        ranks = {u.client: torch.tensor([rank for _, rank in sorted(u.adapter.ranks.items())]) for u in updates}
         return replace(after, extra={**state.extra, _RANKS: Adapter({}, {**before, **ranks})})
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:

@@ -27,6 +27,8 @@ from anyrank.adapter.layer import LoraLayer
 from anyrank.errors import ConfigError
 from anyrank.messages.change import units
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, ServerState
+from anyrank.messages.spool import Spool
+from anyrank.messages.spooled import rebuilt, shelved, spool_of
 from anyrank.methods.base import Holds, Method
 from anyrank.methods.parts import Part
 from anyrank.methods.registry import REGISTRY
@@ -92,12 +94,12 @@ class CentralNoise(Rule):
 
 def complete(jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
     """One update for each job; a client without an update counts as unchanged."""
-    sent = {update.client: update for update in updates}
-    return [sent.get(job.client.name) or _unchanged(job) for job in jobs]
+    sent, spool = {update.client: update for update in updates}, spool_of(updates)
+    return [sent.get(job.client.name) or _unchanged(job, spool) for job in jobs]
 
 
-def _unchanged(job: Job) -> ClientUpdate:
-    adapter = job.download.adapter
+def _unchanged(job: Job, spool: Spool | None) -> ClientUpdate:
+    adapter = shelved(job.download.adapter, spool)
     job.settle()
     return ClientUpdate(adapter, job.num_examples, job.client.name)
 
@@ -120,7 +122,7 @@ def reach(method: Method, mean: Adapter, updates: Sequence[ClientUpdate], downlo
 
 def cover(mean: Adapter, reach: Reach, deviation: float, draws: Draws) -> Adapter:
     """`mean` with Gaussian noise of `deviation` times each number's value in `reach`."""
-    layers = {name: _covered(layer, reach.factors[name], deviation, draws) for name, layer in sorted(mean.layers.items())}
+    layers = rebuilt(mean, lambda name: _covered(mean.layers[name], reach.factors[name], deviation, draws), sorted(mean.layers))
     tensors = {name: _noisy(tensor, reach.tensors * deviation, draws) for name, tensor in sorted(mean.tensors.items())}
     return replace(mean, layers=layers, tensors=tensors)
 

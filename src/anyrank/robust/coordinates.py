@@ -30,6 +30,7 @@ from torch import Tensor
 from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.change import units
 from anyrank.messages.records import Client, ClientUpdate, Download, ServerState
+from anyrank.messages.spooled import rebuilt
 from anyrank.methods.base import Method
 from anyrank.methods.parts import Part
 from anyrank.methods.registry import REGISTRY
@@ -57,7 +58,7 @@ class TrimmedMean(Rule):
         updates = sorted(updates, key=lambda update: update.client)
         sent = method.dispatch(state, Client(updates[0].client, 1))  # of a round, all downloads have the same factors to train
         adapter = after.adapter
-        layers = {name: self._layer(method, sent, name, layer, updates) for name, layer in adapter.layers.items()}
+        layers = rebuilt(adapter, lambda name: self._layer(method, sent, name, adapter.layers[name], updates))
         return replace(after, adapter=replace(adapter, layers=layers, tensors=self._tensors(adapter.tensors, updates)))
 
     def _layer(self, method: Method, sent: Download, name: str, layer: LoraLayer, updates: Sequence[ClientUpdate]) -> LoraLayer:

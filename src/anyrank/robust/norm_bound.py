@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
+from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.change import between, units
 from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
+from anyrank.messages.spooled import rebuilt
 from anyrank.robust.base import Rule, Screened
 from anyrank.robust.steps import along, norm
 
@@ -145,12 +147,15 @@ def _share(square: Sequence[float], bound: float) -> float:
 
 def _part(download: Download, trained: Adapter, share: float) -> Adapter:
     """`share` of the way from the download to `trained`, in each factor and tensor that the client sends."""
-    layers, moves = {}, download.train - download.private
-    for name, after in trained.layers.items():
-        before = download.adapter.layers[name]
+    moves = download.train - download.private
+
+    def moved(name: str) -> LoraLayer:
+        before, after = download.adapter.layers[name], trained.layers[name]
         A = between(before.A[: after.rank], after.A, share) if "A" in moves else after.A
         B = between(before.B[:, : after.rank], after.B, share) if "B" in moves else after.B
-        layers[name] = after.with_factors(A, B)
+        return after.with_factors(A, B)
+
+    layers = rebuilt(trained, moved)
     if "tensors" in download.private:
         return replace(trained, layers=layers)
     tensors = {name: between(tensor, trained.tensors[name], share) for name, tensor in download.adapter.tensors.items()}

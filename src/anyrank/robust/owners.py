@@ -15,6 +15,7 @@ import torch
 from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.change import between
 from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
+from anyrank.messages.spooled import rebuilt
 from anyrank.robust.base import Rule, Screened
 
 
@@ -54,7 +55,7 @@ def _slices(job: Job, update: ClientUpdate) -> dict[str, tuple[int, ...]]:
     """The server's slices that came back, layer by layer; a pruned layer has fewer than were sent."""
     slices = job.download.slices
     job.settle()
-    return {name: slices[name][: layer.rank] for name, layer in update.adapter.layers.items()}
+    return {name: slices[name][:rank] for name, rank in update.adapter.ranks.items()}
 
 
 def _part(job: Job, update: ClientUpdate, alone: dict[str, list[bool]], share: float) -> ClientUpdate:
@@ -62,9 +63,10 @@ def _part(job: Job, update: ClientUpdate, alone: dict[str, list[bool]], share: f
     if not any(map(any, alone.values())):
         return update
     download = job.download
-    layers = {name: _shortened(download, name, layer, alone[name], share) for name, layer in update.adapter.layers.items()}
+    trained = update.adapter
+    layers = rebuilt(trained, lambda name: _shortened(download, name, trained.layers[name], alone[name], share))
     job.settle()
-    return replace(update, adapter=replace(update.adapter, layers=layers))
+    return replace(update, adapter=replace(trained, layers=layers))
 
 
 def _shortened(download: Download, name: str, after: LoraLayer, alone: list[bool], share: float) -> LoraLayer:

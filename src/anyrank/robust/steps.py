@@ -15,6 +15,7 @@ about 150 MB, however many clients there are, and two blocks of downloads, besid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.records import ClientUpdate, Download, Job, factor_bytes
+from anyrank.messages.spool import Spool
+from anyrank.messages.spooled import shelved, spool_of
 
 _COLUMNS = 1 << 10  # of the steps of a block of clients: its products with another block are 8 MB
 _DOWNLOADS = 1 << 28  # bytes of the downloads of a block
@@ -196,13 +199,11 @@ def _against(
     block: slice, all_others: Sequence[slice], jobs: Sequence[Job], updates: Sequence[ClientUpdate], kept: Kept
 ) -> Iterator[tuple[slice, Tensor]]:
     """Each of the other blocks, with the inner products of this block's steps and theirs. The downloads of two are held."""
-    sent = _downloads(jobs[block])
+    sent = _downloads(jobs[block], updates[block])
     for others in all_others:
+        own, theirs = updates[block], updates[others]
         # No name for the other block's downloads: it would keep them while the next ones are made.
-        yield (
-            others,
-            _between(sent, updates[block], sent if others == block else _downloads(jobs[others]), updates[others], kept),
-        )
+        yield others, _between(sent, own, sent if others == block else _downloads(jobs[others], theirs), theirs, kept)
 
 
 def _between(
@@ -252,7 +253,7 @@ def _blocks(updates: Sequence[ClientUpdate]) -> Iterator[slice]:
     """The clients in blocks, in their order."""
     start, columns, held = 0, 0, 0
     for k, update in enumerate(updates):
-        wide = 2 * max((layer.rank for layer in update.adapter.layers.values()), default=0)
+        wide = 2 * max(update.adapter.ranks.values(), default=0)
         size = factor_bytes(update.adapter, frozenset("AB"))
         if k > start and (columns + wide > _COLUMNS or held + size > _DOWNLOADS):
             yield slice(start, k)
@@ -261,13 +262,20 @@ def _blocks(updates: Sequence[ClientUpdate]) -> Iterator[slice]:
     yield slice(start, len(updates))
 
 
-def _downloads(jobs: Sequence[Job]) -> list[Download]:
-    """The downloads of these jobs, which the caller alone holds."""
+def _downloads(jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> list[Download]:
+    """The downloads of these jobs, which the caller alone holds. Where the updates lie in a spool, the adapters do so, too: in
+    another one, which goes with them."""
+    spool = spool_of(updates)
+    spool = spool and spool.fresh()
     sent = []
     for job in jobs:
-        sent.append(job.download)
+        sent.append(_shelved(job.download, spool) if spool else job.download)
         job.settle()
     return sent
+
+
+def _shelved(download: Download, spool: Spool) -> Download:
+    return replace(download, adapter=shelved(download.adapter, spool), merged=None)
 
 
 def _common(jobs: Sequence[Job]) -> dict[str, frozenset[int]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from anyrank.adapter.lazy import Gathered
 from anyrank.adapter.packed import pack, unpack
 from anyrank.adapter.saving import save_file
 from anyrank.errors import RunError, in_a_line
@@ -42,7 +43,7 @@ def save_state(
 ) -> None:
     """Write a server state, with the marks of the logs that belong to it, and the digest of what its `run` began with, whole
     or not at all. `before`: where the checkpoint goes that stands at `path`."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Gathered[torch.Tensor] = Gathered()
     header = {
         "format": _FORMAT,
         "round": state.round,
@@ -104,7 +105,8 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Se
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     """The sha256 of the header and of all tensors' names, types, shapes and bytes."""
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode("utf-8", "surrogatepass"))
         total.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return total.hexdigest()

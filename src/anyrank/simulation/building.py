@@ -113,6 +113,7 @@ def execute(
         built = build(config, progress, **instead)
         try:
             with RunDir.open(out, config, resume) as store:
+                workers.keep_replies(built, out)
                 return loop.run(built, store, on_round)
         except RunFailed:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from anyrank import devices
 from anyrank.config.sections import HANDED_IN, Config
@@ -32,6 +33,12 @@ def build(config: Config, method: Method, progress: Progress | None = None) -> F
         engine.close()
         raise
     return replace(settled, engine=engine)
+
+
+def keep_replies(federation: Federation, folder: Path) -> None:
+    """Let large replies of workers lie in a file in the run's folder until they are merged."""
+    if isinstance(federation.engine, Workers):
+        federation.engine.keep_in(folder)
 
 
 def envs(config: Config, cohort: int, memory: int) -> list[Mapping[str, str]]:

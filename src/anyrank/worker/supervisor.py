@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from anyrank import stopping
 from anyrank.errors import FrameError, printable, shortened
-from anyrank.messages.frame import Frame, read, write
+from anyrank.messages.frame import Frame, Readable, read, write
 
 COMMAND = (sys.executable, "-m", "anyrank.worker")
 PROGRESS, ERROR = "progress", "error"  # kinds of frames: one that goes ahead of a reply, and one that is the last
@@ -38,7 +38,7 @@ class Supervised:
     """One worker process. One thread at a time may ask it.
 
     `opening` gives the frame that a new process gets first; its reply goes to `opened`, which may raise what it likes. `env`:
-    changes to the environment.
+    changes to the environment. `receive` reads the replies to questions, as `frame.read` does.
     """
 
     def __init__(
@@ -49,13 +49,14 @@ class Supervised:
         env: Mapping[str, str] | None = None,
         command: Sequence[str] = COMMAND,
         on_progress: Callable[[Frame], None] = lambda frame: None,
+        receive: Callable[[Readable, int], Frame] = read,
     ) -> None:
         self._opening, self._opened, self._limit = opening, opened, limit
         self._env, self._command, self._on_progress = dict(env or {}), tuple(command), on_progress
         self._process: subprocess.Popen[bytes] | None = None
         self._life = contextlib.ExitStack()
         self._words: collections.deque[str] = collections.deque(maxlen=_WORDS)
-        self._deaths, self._closed = 0, False
+        self._deaths, self._closed, self._receive = 0, False, receive
 
     @property
     def pid(self) -> int | None:
@@ -91,7 +92,7 @@ class Supervised:
                 self._put(frame)
         for _ in range(replies):
             with self._owing(timeout_s):
-                reply = self._take()
+                reply = self._take(self._receive)
             self._deaths = 0
             yield reply
             if reply.header.kind == ERROR:
@@ -135,9 +136,9 @@ class Supervised:
     def _put(self, frame: Frame) -> None:
         write(self._process.stdin, frame)
 
-    def _take(self) -> Frame:
+    def _take(self, receive: Callable[[Readable, int], Frame] = read) -> Frame:
         while True:
-            frame = read(self._process.stdout, self._limit)
+            frame = receive(self._process.stdout, self._limit)
             if frame.header.kind != PROGRESS:
                 return frame
             self._on_progress(frame)

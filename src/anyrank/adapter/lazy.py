@@ -1,0 +1,50 @@
+"""Layers and tensors that are read each time they are asked for, so that memory holds one of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Lazy(Mapping[str, T]):
+    """A mapping whose values are made on each access by `read(name)`, and are not kept.
+
+    `outline`: values of the same names with shapes and types only, for everything that needs no numbers.
+    """
+
+    def __init__(self, outline: Mapping[str, T], read: Callable[[str], T]) -> None:
+        self.outline, self._read = outline, read
+
+    def __getitem__(self, name: str) -> T:
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.outline
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outline)
+
+    def __len__(self) -> int:
+        return len(self.outline)
+
+
+class Gathered(Lazy[T]):
+    """A `Lazy` mapping that is put together value by value. `later`: whether any of them is made on access."""
+
+    def __init__(self) -> None:
+        self._makes: dict[str, Callable[[], T]] = {}
+        self.later = False
+        super().__init__({}, lambda name: self._makes[name]())
+
+    def add(self, name: str, value: T) -> None:
+        self.outline[name], self._makes[name] = value, lambda: value
+
+    def add_later(self, name: str, outline: T, make: Callable[[], T]) -> None:
+        self.outline[name], self._makes[name], self.later = outline, make, True
+
+
+def outlined(values: Mapping[str, T]) -> Mapping[str, T]:
+    """`values` for asking names, shapes and types: nothing is read for it."""
+    return values.outline if isinstance(values, Lazy) else values
