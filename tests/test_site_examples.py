@@ -188,7 +188,7 @@ def test_another_site_leaves_the_features_on_disk_as_they_are(folders, tmp_path,
     assert before.items() <= after.items()
 
 
-@given(own=st.lists(st.integers(3, 40), min_size=2, max_size=3))
+@given(own=st.lists(st.integers(9, 40), min_size=2, max_size=3))
 @settings(max_examples=8, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_picture_is_in_a_batch_with_those_of_another_site(own, folders, tmp_path_factory) -> None:
     """The frozen part is replaced by one that adds the mean of its batch to each picture's features."""
