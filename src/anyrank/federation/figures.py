@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from anyrank.algebra.spectra import effective_rank, energy_beyond, spectra
+from anyrank.federation import sites
 from anyrank.federation.federation import Federation
 from anyrank.federation.intake import Collected
 from anyrank.federation.standing import UNSCORED, Standing, of_global, of_personal
 from anyrank.messages.records import Client, ServerState
+from anyrank.runs.names import ADAPTER, BASE_UPDATE
 
 
 def measure(
@@ -50,8 +52,10 @@ def score(federation: Federation, state: ServerState) -> Standing:
 
 
 def shares(federation: Federation, state: ServerState) -> dict[str, Any]:
-    """The adapters of a finished run: the global one, the one for a client of each rank, and the update of the base model."""
-    ranks = {f"adapter-rank-{rank}": rank for rank in federation.population.levels()}
-    by_rank = {folder: federation.method.share(state, Client(folder, rank)) for folder, rank in ranks.items()}
-    into_base = {"base-update": state.merged} if state.merged else {}
-    return {"adapter": state.adapter, **by_rank, **into_base}
+    """The adapters of a finished run: the global one, the one for a client of each rank, the update of the base model, and
+    those of named sites."""
+    ranks = {rank: f"adapter-rank-{rank}" for rank in federation.population.levels()}
+    by_rank = {rank: federation.method.share(state, Client(folder, rank)) for rank, folder in ranks.items()}
+    into_base = {BASE_UPDATE: state.merged} if state.merged else {}
+    own = sites.adapters(federation, state, by_rank, state.merged or None)
+    return {ADAPTER: state.adapter, **{ranks[rank]: adapter for rank, adapter in by_rank.items()}, **into_base, **own}
