@@ -215,6 +215,37 @@ def study(
 
 
 @app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run with named sites.")],
+    site: Annotated[str, typer.Option("--site", help="Score this site only; default: all sites.")] = "",
+    data: Annotated[
+        str, typer.Option("--data", metavar="FILE", help="Rows with labels to score the site on, instead of its held-out ones.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Score a finished run for its named sites: each by the adapter of its own rank, on its own rows.
+
+    Example: [cyan]anyrank evaluate runs/three-sites --site lakeside[/cyan]
+    """
+    from anyrank.cli import evaluated
+    from anyrank.runs.finding import finished
+
+    config = finished(run)
+    names = evaluated.chosen(run, config, site, data)
+    from anyrank.cli import console
+    from anyrank.studies import evaluation
+
+    with console.Preparing("scoring", quiet=as_json) as progress:
+        found = evaluation.of_sites(run, config, names, data, progress)
+    if as_json:
+        return _print_json(found)
+    for table in evaluated.tables(found):
+        console.out.print(table)
+    if found["private"]:
+        console.out.print("The run's privacy guarantee does not cover these scores: they are of the sites' rows as they are.")
+
+
+@app.command()
 def aggregate(
     clients: Annotated[
         list[str],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.lazy import Lazy
 from anyrank.algebra.spectra import effective_rank, energy_beyond, spectra
+from anyrank.federation import sites
 from anyrank.federation.federation import Federation
 from anyrank.federation.intake import Collected
 from anyrank.federation.standing import UNSCORED, Standing, of_global, of_personal
 from anyrank.messages.records import Client, ServerState
+from anyrank.runs.names import ADAPTER, BASE_UPDATE
 
 
 def measure(
@@ -52,10 +55,13 @@ def score(federation: Federation, state: ServerState) -> Standing:
     return of_personal(scores, federation.labels)
 
 
-def shares(federation: Federation, state: ServerState) -> Mapping[str, Any]:
-    """The adapters of a finished run: the global one, the one for a client of each rank, and the update of the base model. Each
-    is made when it is asked for."""
-    ranks = {f"adapter-rank-{rank}": rank for rank in federation.population.levels()}
-    made = {folder: partial(federation.method.share, state, Client(folder, rank)) for folder, rank in ranks.items()}
-    made = {"adapter": lambda: state.adapter} | made | ({"base-update": lambda: state.merged} if state.merged else {})
+def shares(federation: Federation, state: ServerState) -> Mapping[str, Adapter | str]:
+    """The adapters of a finished run by folder: the global one, the one for a client of each rank, the update of the base model,
+    and those of named sites. Each is made when it is asked for; a name stands for the adapter of the folder of that name."""
+    ranks = {rank: f"adapter-rank-{rank}" for rank in federation.population.levels()}
+    share = federation.method.share
+    made: dict[str, Callable[[], Adapter | str]] = {ADAPTER: lambda: state.adapter}
+    made |= {folder: partial(share, state, Client(folder, rank)) for rank, folder in ranks.items()}
+    made |= {BASE_UPDATE: lambda: state.merged} if state.merged else {}
+    made |= sites.adapters(federation, state, ranks)
     return Lazy(dict.fromkeys(made), lambda folder: made[folder]())

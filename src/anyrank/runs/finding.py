@@ -17,6 +17,17 @@ def is_finished(path: Path) -> bool:
     return (path / SUMMARY).is_file()
 
 
+def finished(path: Path) -> Config:
+    """The configuration of the finished run in the folder. Raises `RunError` if there is none, or if it has not ended."""
+    if not (path / CONFIG).is_file():
+        what = f"no {CONFIG} in it" if path.is_dir() else "no such folder"
+        raise RunError(f"{path}: {what}; expected the folder of a finished run")
+    config = stored_config(path)
+    if not is_finished(path):
+        raise RunError(f"{path}: the run is not finished; finish it by anyrank run {path / CONFIG} --out {path} --resume")
+    return config
+
+
 def find_runs(folder: Path) -> list[Path]:
     """The folder if it holds a run, else the runs below it: in a comparison's own order, or sorted, at most two levels down."""
     if (folder / CONFIG).is_file():

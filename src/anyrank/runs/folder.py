@@ -190,11 +190,10 @@ class RunDir:
         files.make_folder(folder)
         checkpoint.save_state(state, folder / STATE, marks, folder / BEFORE, self._mark)
 
-    def finish(self, adapters: Mapping[str, Adapter], summary: Mapping[str, Any]) -> None:
-        """Write the adapters by folder name and the scores of named sites, then the summary, whose presence says that the run
+    def finish(self, adapters: Mapping[str, Adapter | str], summary: Mapping[str, Any]) -> None:
+        """Write the adapters by folder name and what named sites take away, then the summary, whose presence says that the run
         is finished, and last the digests of these files."""
-        for name, adapter in adapters.items():
-            adapter.save(self.path / name)
+        sites.save(self.path, adapters)
         sites.write(self.path, summary)
         files.write_whole_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
         seal.write(self.path)

@@ -11,12 +11,15 @@ from anyrank.errors import RunError, RunFailed
 from anyrank.runs import lock
 from anyrank.runs.lock import LOCK
 from anyrank.runs.names import (
+    ADAPTER,
+    BASE_UPDATE,
     BEFORE,
     CHECKPOINT,
     CLIENTS,
     COMPARISON,
     CONFIG,
     IDENTITY,
+    LABELS,
     LEDGER,
     METRICS,
     PRIVACY,
@@ -32,6 +35,7 @@ from anyrank.runs.names import (
 _COMPARED = {COMPARISON, LOCK, "report.html", "figure.png", "demo.toml"}
 _IN_RUN = {CONFIG, METRICS, CLIENTS, SUMMARY, PRIVACY, LEDGER, IDENTITY, SEAL, LOCK, "report.html", "labels.json"}
 _IN_ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "README.md"}
+_OF_SITE = {ADAPTER, BASE_UPDATE}  # folders of adapters in that of a site
 _FOLDER = re.compile(rf"{CHECKPOINT}|adapter(-[\w-]+)?|base-update")
 _START = {CONFIG, IDENTITY, PRIVACY, LOCK}  # what a run writes before its first round
 
@@ -107,7 +111,8 @@ def _is_ours(entry: Path, parts: Parts, runs: set[Parts]) -> bool:
     if entry.is_symlink():
         return False
     if entry.is_dir():
-        of_sites = parts[2:3] == (SITES,) and len(parts) <= 4  # sites, and sites/NAME
+        of_site = len(parts) <= 4 or (len(parts) == 5 and name in _OF_SITE)  # sites, sites/NAME, and sites/NAME/adapter
+        of_sites = parts[2:3] == (SITES,) and of_site
         inside = parts[:2] in runs and (of_sites or (len(parts) == 3 and bool(_FOLDER.fullmatch(name))))
         return inside or (bool(parts) and any(run[: len(parts)] == parts for run in runs))
     if len(above) <= 1:
@@ -115,7 +120,9 @@ def _is_ours(entry: Path, parts: Parts, runs: set[Parts]) -> bool:
         return not above and marked and (name in _COMPARED or files.is_temporary(entry))
     of_sites = above[2:3] == [SITES]
     in_folder = set() if of_sites else {STATE, BEFORE} if CHECKPOINT in above else _IN_ADAPTER
-    known = {2: _IN_RUN, 3: in_folder, 4: {SCORES} if of_sites else set()}
+    known = {2: _IN_RUN, 3: in_folder}
+    if of_sites:
+        known |= {4: {SCORES, LABELS}, 5: _IN_ADAPTER if above[4:] and above[4] in _OF_SITE else set()}
     return tuple(above[:2]) in runs and (files.is_temporary(entry) or name in known.get(len(above), ()))
 
 
