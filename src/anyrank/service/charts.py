@@ -39,10 +39,9 @@ def line(points: Points, what: str, rings: Sequence[int] = (), scale: float = 10
         at = f"{y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{at}" dy="0.35em" text-anchor="end">{_short(tick)}</text>')
-    for round in sorted({first, points[-1][0], last}):
-        if round in (first, last) or x(last) - x(round) > 30:
-            anchor = "middle" if round not in (first, last) else ("start" if round == first else "end")
-            parts.append(f'<text x="{x(round):.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{round}</text>')
+    for round, anchor in ((first, "start"), (last, "end")):
+        parts.append(f'<text x="{x(round):.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{round}</text>')
+    parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">round</text>')
     drawn = [(x(round), y(value)) for (round, _), value in zip(points, values, strict=True)]
     parts.append(f'<polyline class="curve" points="{_path(drawn)}"/>')
     parts.append(f'<circle class="dot" cx="{drawn[-1][0]:.1f}" cy="{drawn[-1][1]:.1f}" r="3"/>')

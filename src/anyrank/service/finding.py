@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,50 +51,64 @@ def find(named: Sequence[tuple[Path, Path]]) -> tuple[list[Place], list[str]]:
     """The runs in these folders, each once, at most `MOST_RUNS`; and notes on what is not among them."""
     places: dict[Path, Place] = {}
     notes: list[str] = []
-    budget = [_MOST_FOLDERS]
+    left = _MOST_FOLDERS
     for typed, real in named:
-        for place in _below(typed, real, real, budget, notes, of_comparison=False):
+        search = _Search(typed, real, len(named) == 1, left, notes)
+        for place in _below(search, real, of_comparison=False):
             if len(places) >= MOST_RUNS:
                 return list(places.values()), [*notes, f"Only the first {MOST_RUNS} runs are shown; name fewer folders."]
             places.setdefault(place.folder, place)
-    if budget[0] <= 0:
+        left = search.left
+    if left < 0:
         notes.append(f"Only {_MOST_FOLDERS:,} folders were looked through; name folders with fewer in them.")
     return list(places.values()), notes
 
 
-def _below(typed: Path, real: Path, folder: Path, budget: list[int], notes: list[str], of_comparison: bool) -> Iterator[Place]:
-    """The runs in `folder`, which is `real` or below it; `typed`: how `real` was named."""
-    budget[0] -= 1
-    if budget[0] < 0:
+@dataclass
+class _Search:
+    """A search below `real`, which was named `typed`; `alone`: no other folder was named. `left`: folders that may still be
+    looked into."""
+
+    typed: Path
+    real: Path
+    alone: bool
+    left: int
+    notes: list[str]
+
+
+def _below(search: _Search, folder: Path, of_comparison: bool) -> Iterator[Place]:
+    """The runs in `folder`, which is that of the search or below it."""
+    search.left -= 1
+    if search.left < 0:
         return
-    depth = len(folder.relative_to(real).parts)
+    depth = len(folder.relative_to(search.real).parts)
     try:
         with os.scandir(folder) as entries:
             inside = sorted(itertools.islice(entries, _MOST_ENTRIES), key=lambda each: each.name)
     except OSError as error:
-        yield _place(typed, real, folder, of_comparison, f"its folder cannot be read ({error.strerror})")
+        yield _place(search, folder, of_comparison, f"its folder cannot be read ({error.strerror})")
         return
     names = {entry.name for entry in inside}
     if names & _MARKS:
-        yield _place(typed, real, folder, of_comparison)
+        yield _place(search, folder, of_comparison)
         return
     of_comparison = of_comparison or COMPARISON in names
     if COMPARISON in names:
-        notes += _not_begun(folder)
+        search.notes += _not_begun(folder)
     for entry in inside:
         if entry.name.startswith("."):
             continue
         if entry.is_symlink():
             if entry.is_dir():
-                yield _place(typed, real, Path(entry.path), of_comparison, "a link; name what it leads to")
+                yield _place(search, Path(entry.path), of_comparison, "a link; name what it leads to")
         elif entry.is_dir(follow_symlinks=False) and depth < _DEEPEST:
-            yield from _below(typed, real, Path(entry.path), budget, notes, of_comparison)
+            yield from _below(search, Path(entry.path), of_comparison)
 
 
-def _place(typed: Path, real: Path, folder: Path, of_comparison: bool, problem: str = "") -> Place:
-    inside = folder.relative_to(real)
-    name = text(Path(real.name, inside), _LONGEST)
-    where = text(typed / inside, 1000)
+def _place(search: _Search, folder: Path, of_comparison: bool, problem: str = "") -> Place:
+    inside = folder.relative_to(search.real)
+    name = text(inside if search.alone and inside.parts else Path(search.real.name, inside), _LONGEST)
+    where = text(search.typed / inside, 1000)
     resume = "the same anyrank compare or study command with --resume"
     if not of_comparison:
         resume = f"anyrank run {where}/{CONFIG} --out {where} --resume"

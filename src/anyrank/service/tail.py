@@ -49,8 +49,8 @@ class Tail:
 
     @property
     def behind(self) -> bool:
-        """Whether whole pieces of the log are still to be read."""
-        return self.stamp is not None and self.stamp.size - self.offset >= PIECE
+        """Whether there is more in the log than was looked at."""
+        return self.stamp is not None and self._seen < self.stamp.size
 
     def is_cut(self) -> bool:
         """Whether the log no longer begins with what was read of it. Raises what `advance` raises."""

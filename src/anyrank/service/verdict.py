@@ -43,6 +43,12 @@ class Facts:
     figures: Mapping[str, float] = field(default_factory=dict)
     resume: str = ""
 
+    @property
+    def waits(self) -> Waiting | None:
+        """`waiting`, if it is of the round in progress and of anybody."""
+        waiting = self.waiting
+        return waiting if waiting and waiting.clients and waiting.round == self.round + 1 else None
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -90,15 +96,14 @@ def _running(facts: Facts, now: float) -> Verdict | None:
     if not facts.held and (facts.held is False or quiet):
         return None
     text = f"running, round {_of(facts.round + 1, facts)}" if not _is_over(facts) else "running, writing its results"
-    waiting = facts.waiting if facts.waiting and facts.waiting.round == facts.round + 1 and facts.waiting.clients else None
-    if waiting:
-        text += f", waiting for {words.few(waiting.clients)} ({duration(now - waiting.began)})"
+    if facts.waits:
+        text += f", waiting for {words.few(facts.waits.clients)} ({duration(now - facts.waits.began)})"
     if facts.idle_in_a_row:
         text += f"; {words.count(facts.idle_in_a_row, 'idle round')} so far in a row"
     if not quiet:
         return Verdict("running", text)
     usual = f", a round takes {duration(facts.round_s)}" if facts.round_s else ""
-    hint = f"No event for {duration(now - facts.changed)}{usual}. Its process is there: one of its clients may hang."
+    hint = f"No event for {duration(now - facts.changed)}{usual}. Its process is still there: a client may hang."
     return Verdict("slow", text, hint)
 
 

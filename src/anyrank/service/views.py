@@ -40,7 +40,7 @@ def overview(watch: Watch, now: float) -> dict[str, Any]:
 
 
 _STATE_WORDS = {
-    "failed": "failed", "unreadable": "cannot be read", "stopped": "stopped", "slow": "running, but quiet",
+    "failed": "failed", "unreadable": "cannot be read", "stopped": "stopped", "slow": "running but quiet",
     "running": "running", "done": "done",
 }  # fmt: skip
 
@@ -92,6 +92,8 @@ def page(run: Run, now: float) -> dict[str, Any]:
         "rounds": [_round(row, now) for row in reversed(run.tally.recent)],
         "files": [item._asdict() | {"size": size(item.bytes)} for item in downloads.listed(run.place.folder)],
         "total_clients": len(rows),
+        "any_round": run.tally.round > 0,
+        "any_idle": any(row["idle"] for row in run.tally.recent),
     }
 
 
@@ -143,7 +145,7 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
         if isinstance(site, Mapping) and len(known) < MOST_ROWS:
             known.setdefault(text(site.get("name"), 100), ClientTally(rank=number(site.get("rank"))))
     epsilons = section(section(run.summary, "privacy"), "epsilon_by_client")
-    most = number(run.plan.get("max_rounds"))
+    most, waited = number(run.plan.get("max_rounds")), _waited(run, now)
     return [
         {
             "name": shortened(name, _LONGEST_CELL),
@@ -151,8 +153,8 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
             "examples": "–" if client.num_examples is None else f"{client.num_examples:,.0f}",
             "heard": f"round {client.heard}" if client.heard else "not yet",
             "heard_at": moment(client.heard_at, now),
-            "status": _status(client, tally.round),
-            "state": client.status if client.status in _AWAY else "",
+            "status": _status(client, tally.round) if name not in waited else f"waited for ({waited[name]})",
+            "state": "late" if name in waited else client.status if client.status in _AWAY else "",
             "reason": client.reason,
             "counts": client.conduct.counts,
             "least": words.share(client.conduct.least) if client.conduct.counts["shortened"] else "",
@@ -164,6 +166,14 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
         }
         for name, client in sorted(known.items(), key=lambda item: natural(item[0]))
     ]
+
+
+def _waited(run: Run, now: float) -> dict[str, str]:
+    """The clients that a run in progress waits for, and how long."""
+    facts = run.facts()
+    if not facts.waits or run.verdict(now).state not in ("running", "slow"):
+        return {}
+    return dict.fromkeys(facts.waits.clients, duration(now - facts.waits.began))
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -179,7 +189,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def _status(client: ClientTally, round: int) -> str:
     if not client.round:
         return "no row yet"
-    shown = "shortened" if client.event and client.event.kind == "shortened" else client.status
+    shown = client.event.kind if client.event and client.event.last == client.round else client.status
     return shown if client.round == round else f"{shown} (round {client.round})"
 
 
@@ -189,7 +199,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"counts": counts} | {f"any_{name}": any(row[name] for row in rows) for name in _OPTIONAL}
 
 
-_OPTIONAL = ("seconds", "bytes", "epsilon", "accuracy")
+_OPTIONAL = ("reason", "seconds", "bytes", "epsilon", "accuracy")
 
 
 def _attention(run: Run) -> str:
@@ -286,7 +296,7 @@ def run_json(run: Run, now: float) -> dict[str, Any]:
         "upload_bytes": tally.upload_bytes,
         "download_bytes": tally.download_bytes,
         "idle_rounds": tally.idle,
-        "waiting_for": list(run.facts().waiting.clients) if run.waiting else None,
+        "waiting_for": list(_waited(run, now)),
         "notes": run.told,
     }
 
