@@ -15,6 +15,7 @@ from anyrank.report import words
 Points = Sequence[tuple[int, float]]
 _WIDTH, _HEIGHT = 380, 190  # in units that are pixels on a phone
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 10, 26
+_MOST = 1e300  # beyond it, differences are no numbers
 _MOST_RINGS = 100
 _SPARK_WIDTH, _SPARK_HEIGHT = 90, 22
 _STEPS = (1, 2, 2.5, 5, 10)
@@ -24,7 +25,7 @@ def line(points: Points, what: str, rings: Sequence[int] = (), scale: float = 10
     """A figure over the rounds, `[(round, value)]`, with a ring at each of the rounds `rings`; the axis has `scale` times the
     values, 100 for shares in %. `what`: its name, for those who do not see it. `last_round`: where the axis ends, if later."""
     first, last = points[0][0], max(points[-1][0], last_round or 0, points[0][0] + 1)
-    values = [value * scale for _, value in points]
+    values = [max(min(value * scale, _MOST), -_MOST) for _, value in points]
     ticks = _ticks(min(values), max(values))
     low, high = ticks[0], ticks[-1]
 
@@ -78,9 +79,8 @@ def _ticks(low: float, high: float) -> list[float]:
     >>> _ticks(12.0, 87.0)
     [0.0, 25.0, 50.0, 75.0, 100.0]
     """
-    if not math.isfinite(high - low):  # the difference of the largest numbers is none
-        low, high = low / 4, high / 4
-    span = (high - low) or abs(high) * 0.1 or 1.0
+    largest = max(abs(low), abs(high))
+    span = max((high - low) or 0.1 * largest or 1.0, 1e-9 * largest)  # smaller steps would not tell numbers apart
     rough = max(span / 4, 1e-300)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step * power for step in _STEPS if step * power >= rough * 0.999)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jinja2
@@ -11,8 +12,9 @@ from anyrank.errors import printable
 _HERE = Path(__file__).parent
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
-    """The templates of this folder."""
+    """The templates of this folder, compiled once."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
