@@ -112,9 +112,7 @@ def ask(app: Any, path: str, method: str = "GET", headers: Sequence[tuple[str, s
             if len(sent) and not sent[-1].get("more_body", False) and sent[-1]["type"] == "http.response.body":
                 done.set()
             await anyio.sleep(0)
-            return (
-                {"type": "http.request", "body": b"", "more_body": False} if not done.is_set() else {"type": "http.disconnect"}
-            )
+            return {"type": "http.disconnect"} if done.is_set() else {"type": "http.request", "body": b"", "more_body": False}
 
         async def send(message: Mapping[str, Any]) -> None:
             sent.append(message)

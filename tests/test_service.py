@@ -16,6 +16,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ def only(watch: Watch) -> Run:
 
 # --- following a log ---------------------------------------------------------------------------------------------------
 
-_lines = st.lists(
-    st.one_of(st.integers(0, 10**30).map(lambda n: json.dumps({"n": n})), st.sampled_from(["", "null", "{", "[1]"]))
-)
+_numbers = st.integers(0, 10**30).map(lambda n: json.dumps({"n": n}))
+_lines = st.lists(_numbers | st.sampled_from(["", "null", "{", "[1]"]))
 
 
 @given(lines=_lines, rest=st.sampled_from(["", "{", '{"n": 1}']), cuts=st.lists(st.integers(1, 40)), most=st.integers(1, 60))
@@ -132,8 +132,7 @@ def test_a_curve_stays_short_and_has_the_first_and_the_last(values: list[float],
     assert all(values[round - 1] == value for round, value in points)
     rounds = [round for round, _ in points]
     assert rounds == sorted(set(rounds))
-    gaps = {after - before for before, after in zip(rounds[:-2], rounds[1:-1], strict=True)}
-    assert len(gaps) <= 1  # even, but for the last
+    assert len({after - before for before, after in pairwise(rounds[:-1])}) <= 1  # equal steps, but for the last
 
 
 # --- what the logs add up to -------------------------------------------------------------------------------------------
@@ -201,9 +200,7 @@ _row = st.dictionaries(st.sampled_from(_KEYS), _junk) | st.fixed_dictionaries(
 
 
 @settings(max_examples=60)
-@given(
-    logs=st.lists(st.tuples(st.booleans(), _row), max_size=12), summary=_junk | st.dictionaries(st.sampled_from(_KEYS), _junk)
-)
+@given(logs=st.lists(st.tuples(st.booleans(), _row), max_size=12), summary=_junk | _row)
 def test_whatever_rows_hold_every_page_is_made(logs: list[tuple[bool, Any]], summary: Any) -> None:
     """Types, sizes and names that no run writes: all pages answer, the JSON is JSON, and no number in it is infinite."""
     with tempfile.TemporaryDirectory() as parent:
@@ -428,7 +425,7 @@ def test_a_chart_of_any_numbers_is_xml_within_its_frame(values: list[float], sca
     root = ElementTree.fromstring(svg)
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     assert root.attrib["aria-label"].startswith('x<"&')
-    curve = next(each for each in root if each.attrib["class"] == "curve").attrib["points"]
+    curve = next(each for each in root if each.attrib.get("class") == "curve").attrib["points"]
     for x, y in (map(float, point.split(",")) for point in curve.split()):
         assert 0 <= x <= width
         assert 0 <= y <= height
@@ -582,7 +579,7 @@ def test_a_long_log_is_read_in_turns_each_of_which_has_an_end(tmp_path: Path) ->
     folder = make_run(tmp_path / "long", rounds=0)
     make_run(tmp_path / "short")
     line = json.dumps(client(1, "north")) + "\n"
-    (folder / "clients.jsonl").write_text(line * 200_000)
+    (folder / "clients.jsonl").write_text(line * 60_000)
     add(folder, "metrics.jsonl", metrics(1))
     watch = Watch([tmp_path], clock=lambda: NOW)
     turns = 0
@@ -591,7 +588,7 @@ def test_a_long_log_is_read_in_turns_each_of_which_has_an_end(tmp_path: Path) ->
         assert any("being read" in note for run in watch.runs.values() for note in run.told)
         assert {run.place.name: run.tally.round for run in watch.runs.values()}["short"] == 3
     assert turns > 1
-    assert next(run for run in watch.runs.values() if run.place.name == "long").tally.clients["north"].seconds == 100_000
+    assert next(run for run in watch.runs.values() if run.place.name == "long").tally.clients["north"].seconds == 30_000
 
 
 def test_a_link_to_a_run_and_a_loop_of_links_are_not_followed(tmp_path: Path) -> None:
@@ -769,8 +766,9 @@ def test_head_has_no_body_and_a_stream_is_not_begun(tmp_path: Path) -> None:
     ("hosts", "status"),
     [
         (["localhost"], 200), (["LOCALHOST:80"], 200), (["127.0.0.1:8030"], 200), (["[::1]:8030"], 200), (["10.0.0.7"], 200),
-        (["status.example.org"], 200), (["status.example.org.:443"], 200), (["evil.example.org"], 421), (["localhost.evil"], 421),
-        ([], 421), ([""], 421), (["localhost", "evil"], 421), (["[::1"], 200), (["127.0.0.1.evil"], 421), (["[evil]"], 421),
+        (["status.example.org"], 200), (["status.example.org.:443"], 200), (["evil.example.org"], 421), (["[evil]"], 421),
+        ([], 421), ([""], 421), (["localhost", "evil"], 421), (["[::1"], 200), (["127.0.0.1.evil"], 421),
+        (["localhost.evil"], 421),
     ],
 )  # fmt: skip
 def test_a_host_name_of_somebody_else_is_refused(hosts: list[str], status: int, tmp_path: Path) -> None:
@@ -827,23 +825,20 @@ def test_without_the_token_nothing_is_shown_and_with_it_a_cookie_takes_its_place
 
 
 def test_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever is shown, the only comparison with a secret is the one of `hmac`."""
-    import hmac
-
+    """What is shown meets a secret in `hmac.compare_digest` alone: if that says no, even the right token is refused."""
     from anyrank.service import guarding
 
-    seen: list[tuple[bytes, bytes]] = []
-
-    def compared(shown: bytes, expected: bytes) -> bool:
-        seen.append((shown, expected))
-        return hmac.compare_digest(shown, expected)
-
-    monkeypatch.setattr(guarding.hmac, "compare_digest", compared) if False else None
     app = build(watching(make_run(tmp_path / "run")), token=TOKEN)
-    monkeypatch.setattr(guarding, "_same", lambda shown, expected: compared(shown.encode(), expected.encode()))
-    assert ask(app, f"/?token={TOKEN[:-1]}").status == 401
-    assert ask(app, "/", headers=[("host", "localhost"), ("authorization", "Bearer x")]).status == 401
-    assert [expected for _, expected in seen][:2] == [TOKEN.encode()] * 2
+    seen: list[bytes] = []
+
+    def no(shown: bytes, expected: bytes) -> bool:
+        seen.append(shown)
+        return False
+
+    monkeypatch.setattr(guarding.hmac, "compare_digest", no)
+    assert ask(app, f"/?token={TOKEN}").status == 401
+    assert ask(app, "/", headers=[("host", "localhost"), ("authorization", f"Bearer {TOKEN}")]).status == 401
+    assert seen[:2] == [TOKEN.encode()] * 2
 
 
 @given(junk=st.binary(max_size=60))
@@ -876,7 +871,7 @@ def test_wrong_requests_are_one_line(tmp_path: Path) -> None:
             (["run", "--port", port], f"port {port} of 127.0.0.1 is in use; choose another --port, or --port 0 for a free one"),
             (["run", "--port", "70000"], "--port 70000: expected a number from 0"),
             (["run", "--host", "0.0.0.0"], "--host 0.0.0.0: others could read the page; give --token-file FILE"),
-            (["run", "--host", "no-such-host.invalid", "--token-file", "t"], "--host no-such-host.invalid: no such host"),
+            (["run", "--host", "a..b", "--token-file", "t"], "--host a..b: no such host"),
             (["run", "--token-file", "short"], "expected a word of at least 16"),
             (["run", "--token-file", "run"], "--token-file run: cannot be read"),
         ):
@@ -1004,7 +999,7 @@ def _until(condition, seconds: float = 60) -> None:
 
 @LINUX
 def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_page(tmp_path: Path, cache: Path) -> None:
-    config = '[run]\nname = "real"\nrounds = 4000\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 2\n'
+    config = '[run]\nname = "real"\nrounds = 300\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 1\n'
     (tmp_path / "real.toml").write_text(config)
     environment = os.environ | {"ANYRANK_CACHE": str(cache)}
     begin = [sys.executable, "-m", "anyrank", "run", "real.toml", "--out", "runs/real"]
@@ -1014,7 +1009,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         process = subprocess.Popen(begin, cwd=tmp_path, env=environment, **quiet)
         try:
             _until(lambda: json.loads(server.get("/runs.json").read())["runs"])
-            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 4000", _verdict_of(server)))
+            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 300", _verdict_of(server)))
         finally:
             process.kill()
             process.wait(30)
@@ -1022,11 +1017,10 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         page = server.get("/").read().decode()
         assert "(no process on this machine writes it)" in page
         typed = re.search(r"To go on: anyrank (run runs/real/config.toml --out runs/real --resume)", page)[1]
-        rounds = len((tmp_path / "runs" / "real" / "metrics.jsonl").read_text().splitlines()) + 2
-        command = [sys.executable, "-m", "anyrank", *typed.split(), "--set", f"run.rounds={rounds}"]
+        command = [sys.executable, "-m", "anyrank", *typed.split()]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        _until(lambda: _verdict_of(server).startswith(f"done, {rounds} rounds, accuracy"))
+        _until(lambda: _verdict_of(server).startswith("done, 300 rounds, accuracy"))
         page = server.get("/").read().decode()
         for name in ("adapter.zip", "report.html", "summary.json"):
             assert f"/files/{name}" in page

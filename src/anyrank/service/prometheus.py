@@ -48,11 +48,11 @@ def _of_runs(runs: list[Run], now: float) -> Iterator[Iterator[str]]:
     labels = {run.place.key: {"run": run.place.name, "key": run.place.key} for run in runs}
     yield _family(
         "anyrank_run_state", "gauge", "1 for the state that the run is in, 0 for the others.",
-        (Sample(labels[run.place.key] | {"state": each}, int(each == state)) for run, state in states for each in STATES),
+        [Sample(labels[run.place.key] | {"state": each}, int(each == state)) for run, state in states for each in STATES],
     )  # fmt: skip
     for name, kind, help, value in _FIGURES:
-        found = ((labels[run.place.key], value(run)) for run in runs)
-        yield _family(name, kind, help, (Sample(own, number) for own, number in found if number is not None))
+        found = [Sample(labels[run.place.key], number) for run in runs if (number := value(run)) is not None]
+        yield _family(name, kind, help, found)
 
 
 # name, kind, help, and the value of a run, or None where it has none
@@ -86,10 +86,10 @@ def _of_clients(runs: list[Run]) -> Iterator[Iterator[str]]:
     omitted = len(known) - MOST_CLIENTS
     shown = [({"run": at.name, "key": at.key, "client": name}, client) for at, name, client in known[:MOST_CLIENTS]]
     for name, kind, help, value in _CLIENT_FIGURES:
-        yield _family(name, kind, help, (Sample(labels, value(client)) for labels, client in shown))
+        yield _family(name, kind, help, [Sample(labels, value(client)) for labels, client in shown])
     yield _family(
         "anyrank_client_rows_total", "counter", "Rows of the client by what became of them.",
-        (Sample(labels | {"outcome": key}, count) for labels, client in shown for key, count in client.conduct.counts.items()),
+        [Sample(labels | {"outcome": key}, count) for labels, client in shown for key, count in client.conduct.counts.items()],
     )  # fmt: skip
     yield _family(
         "anyrank_clients_omitted", "gauge", "Clients that have no series here, because there are too many.",

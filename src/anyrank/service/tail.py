@@ -116,7 +116,7 @@ class Tail:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        value = parse_json(line)
+        value = parse_json(line.decode())
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

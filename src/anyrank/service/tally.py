@@ -19,6 +19,7 @@ _MOST_POINTS, _MOST_SITE_POINTS = 400, 48  # of a curve
 _MOST_ROUNDS = 20  # in full
 _MOST_IDLE = 100_000  # rounds that are known to be idle, by number
 _LONGEST_NAME, _LONGEST_REASON = 100, 300  # characters
+_BYTES = ("upload_bytes", "download_bytes")
 _ANSWERED = ("ok", "rejected", "excluded", "late", "stray")  # the statuses of a client that was heard
 _MOST_ROUND = 1 << 53
 
@@ -166,7 +167,9 @@ class Tally:
         if status in _ANSWERED:
             client.heard, client.heard_at = round, at
         client.seconds += max(finite(row.get("seconds")) or 0.0, 0.0)
-        client.bytes += sum(max(finite(row.get(name)) or 0.0, 0.0) for name in ("upload_bytes", "download_bytes"))
+        for name in _BYTES:
+            if name in row:
+                client.bytes += max(finite(row[name]) or 0.0, 0.0)
         client.conduct.note(row, round in self._idle_rounds)
         kind = _kind(row, status)
         if not kind or (kind == "skipped" and again):  # what is skipped in every round is told once
@@ -201,5 +204,6 @@ def number(value: Any) -> int | None:
 
 
 def text(value: Any, longest: int) -> str:
-    """Somebody's text as one line of at most `longest` characters that is safe to show."""
-    return printable(shortened(str(value), longest))
+    """Somebody's text as one line of at most `longest` characters that is safe to show; of lists and tables, their kind."""
+    plain = value if isinstance(value, str) else type(value).__name__ if isinstance(value, (dict, list)) else str(value)
+    return printable(plain if len(plain) <= longest else shortened(plain, longest))
