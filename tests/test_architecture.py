@@ -25,7 +25,7 @@ LEVELS = [
     ["federation", "worker"],
     ["engines"],
     ["simulation", "deployment"],
-    ["studies"],
+    ["studies", "service"],
     ["cli"],
     ["__main__"],
 ]
@@ -34,6 +34,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 NEVER = {
     "federation": ("anyrank.tasks", "anyrank.training", "anyrank.engines", "transformers", "peft"),
     "report": ("torch", "transformers", "peft", "anyrank.adapter", "anyrank.tasks"),
+    "service": ("torch", "transformers", "peft", "anyrank.adapter", "anyrank.tasks"),
     "config": ("torch", "numpy"),
     "runs.names": ("torch",),
     "studies.variants": ("torch", "numpy"),
@@ -59,6 +60,8 @@ HEAVY = {  # third-party package -> the only rooms that may import it when they 
     "datasets": set(),
     "pyarrow": set(),
     "matplotlib": {"report"},
+    "starlette": {"service"},
+    "uvicorn": set(),
     "typer": {"cli"},
     "rich": {"cli"},
 }

@@ -44,7 +44,21 @@ STUDIES = {
     "ranks.toml": ('"rbla"', '"fedavg"'),
     "set.toml": ("[[setting]]", 'set = ["run.rounds=0"]\n[[setting]]'),
 }
-VERBS = ["demo", "run", "plan", "compare", "study", "aggregate", "inspect", "methods", "explain", "privacy", "audit", "report"]
+VERBS = [
+    "demo",
+    "run",
+    "plan",
+    "compare",
+    "study",
+    "aggregate",
+    "inspect",
+    "methods",
+    "explain",
+    "privacy",
+    "audit",
+    "report",
+    "serve",
+]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ _GO_ON = {
     "run": "go on with the same command and --resume",
     "compare": "go on with the same command and --resume",
     "study": "go on with the same command: it keeps what is finished",
+    "serve": "the runs go on; give the same command again to see them",
     "demo": "give the same command again: it starts anew",
 }
 _AGAIN = "nothing is left of it; give the same command again"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anyrank.cli import serving
 from anyrank.devices import cores
 
 if TYPE_CHECKING:
@@ -454,6 +455,9 @@ def report(
     if as_json:
         return _print_json({"report": str(page)})
     console.out.print(f"report  {console.shown(page)}", soft_wrap=True)
+
+
+app.command()(serving.serve)
 
 
 def _compare(cells: list[Cell], out: Path, jobs: int, resume: bool, quiet: bool) -> Results:
