@@ -82,7 +82,15 @@ class System:
             kit = self.kits / name
             kind, program = ("server", "server_train") if name == "localhost" else ("client", "client_train")
             options = ["secure_train=true", "org=lab", "config_folder=config", *([f"uid={name}"] if kind == "client" else [])]
-            command = [sys.executable, "-m", f"nvflare.private.fed.app.{kind}.{program}", "-m", str(kit), "-s", f"fed_{kind}.json"]
+            command = [
+                sys.executable,
+                "-m",
+                f"nvflare.private.fed.app.{kind}.{program}",
+                "-m",
+                str(kit),
+                "-s",
+                f"fed_{kind}.json",
+            ]
             env = {**os.environ, "PYTHONPATH": f"{HERE.parent / 'src'}:{HERE}", "OMP_NUM_THREADS": "1"}
             with (kit / "out.txt").open("ab") as out:
                 # A group of its own: what it starts can be ended with it.
@@ -99,11 +107,11 @@ class System:
 
     def job_process(self, name: str) -> psutil.Process:
         """The process of the job at a party."""
-        (found,) = [each for each in self.family(name)[1:] if any("runner_process" in part or "worker_process" in part for part in each.cmdline())]
-        return found
-
-    def worker(self, name: str) -> psutil.Process:
-        (found,) = [each for each in self.family(name)[1:] if "anyrank.worker" in each.cmdline() or "flare_worker" in each.cmdline()]
+        (found,) = [
+            each
+            for each in self.family(name)[1:]
+            if any("runner_process" in part or "worker_process" in part for part in each.cmdline())
+        ]
         return found
 
     def alive(self, *names: str) -> list[psutil.Process]:
@@ -112,7 +120,9 @@ class System:
         found = []
         for each in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if each.status() != psutil.STATUS_ZOMBIE and any(f"{mark}/" in f"{part}/" for mark in marks for part in each.cmdline()):
+                if each.status() != psutil.STATUS_ZOMBIE and any(
+                    f"{mark}/" in f"{part}/" for mark in marks for part in each.cmdline()
+                ):
                     found.append(each)
         return found
 

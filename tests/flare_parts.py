@@ -1,4 +1,4 @@
-"""Stand-ins for the tests of the NVFlare engine: a worker that trains nothing, an executor that starts it, and rounds for it."""
+"""Stand-ins for tests of the NVFlare engine: a worker that trains nothing, an executor that starts it, and rounds for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anyrank.worker.supervisor import Died, Late
 class StandIn(AnyRankExecutor):
     """Starts the worker below instead of one that loads a model."""
 
-    command = (sys.executable, "-m", "flare_worker")
+    command = (sys.executable, str(Path(__file__).with_name("flare_worker.py")))
 
 
 def opening(run: str = "r") -> Frame:
@@ -38,7 +38,9 @@ class Rounds:
     `plan`: what a site is asked to do besides, `{site: {round: {...}}}` in JSON. `segment`: rounds of one job.
     """
 
-    def __init__(self, rounds: int, size: int = 8, plan: str = "", timeout_s: float = 30.0, segment: int = 1000, limit: int = 10**9) -> None:
+    def __init__(
+        self, rounds: int, size: int = 8, plan: str = "", timeout_s: float = 30.0, segment: int = 1000, limit: int = 10**9
+    ) -> None:
         self.rounds, self.size, self.timeout_s, self.segment, self.limit = rounds, size, timeout_s, segment, limit
         self.plan = json.loads(bytes.fromhex(plan)) if plan else {}
 
@@ -53,7 +55,9 @@ class Rounds:
                 began = time.monotonic()
                 rows = list(pool.map(lambda site, n=number: self._ask(workers[site], site, n), job.sites))
                 for row in rows:
-                    out.write(json.dumps(row | {"seconds": time.monotonic() - began, "at": time.time(), "pid": os.getpid()}) + "\n")
+                    out.write(
+                        json.dumps(row | {"seconds": time.monotonic() - began, "at": time.time(), "pid": os.getpid()}) + "\n"
+                    )
                 out.flush()
                 state.write_text(json.dumps(number + 1))
                 job.told(number, self.rounds)
@@ -84,6 +88,8 @@ def replies(frame: Frame) -> Iterator[Frame]:
     if body.get("die"):
         os._exit(7)
     time.sleep(body.get("sleep", 0))
-    array = np.zeros(body["bytes"], np.uint8) if "bytes" in body else frame.arrays["a"] + np.uint8(1)
-    header = Header("update", "r", frame.header.round, frame.header.client, {"got": to_bytes(frame)[-32:].hex(), "worker": os.getpid()})
+    array = np.zeros(body["bytes"], np.uint8) if "bytes" in body else next(iter(frame.arrays.values())) + np.uint8(1)
+    header = Header(
+        "update", "r", frame.header.round, frame.header.client, {"got": to_bytes(frame)[-32:].hex(), "worker": os.getpid()}
+    )
     yield Frame(header, {"a": array})

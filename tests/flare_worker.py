@@ -1,4 +1,4 @@
-"""The stand-in worker of `flare_parts`, as a process: `python -m flare_worker FILE`."""
+"""The stand-in worker of `flare_parts`, as a process: `python flare_worker.py FILE`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Desk:
         import flare_parts
 
         if frame.header.kind == "setup":
-            yield Frame(Header("ready", frame.header.run, body={"memory": os.getpid()}), {})
+            own = {"own": os.getpid()} if frame.header.body.get("another") else {}  # says something else in each process
+            yield Frame(Header("ready", frame.header.run, body={"memory": os.getpid(), **own}), {})
         else:
             yield from flare_parts.replies(frame)
 

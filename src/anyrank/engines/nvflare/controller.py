@@ -28,7 +28,11 @@ from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
 from anyrank.errors import AnyRankError, RunFailed, in_a_line
 from anyrank.worker.supervisor import Died
 
-TASK, STOP, STATUS = "anyrank", "anyrank.stop", "anyrank.status"  # name of our tasks; topics of messages to sites and from owners
+TASK, STOP, STATUS = (
+    "anyrank",
+    "anyrank.stop",
+    "anyrank.status",
+)  # name of our tasks; topics of messages to sites and from owners
 RESULT = "anyrank.json"  # in the job's folder, which NVFlare keeps: how the job ended
 _CHECK_S = 0.2  # between two looks at NVFlare's signal
 _MORE_S = 5  # seconds after which NVFlare drops a task that nobody waits for any more
@@ -61,12 +65,13 @@ class Rounds(Protocol):
 @dataclass(frozen=True)
 class Job:
     """What `Rounds` has to work with. `folder`: the run's own folder on the server, which outlives the job. `sites`: names of
-    the sites that take part in this job. `worker`: makes the worker of a site, as `RemoteWorker` takes the other arguments.
-    `told`: takes (round, rounds) after each round."""
+    the sites that take part in this job. `reply`: bytes of a reply at most. `worker`: makes the worker of a site; it takes the
+    other arguments of `RemoteWorker`. `told`: takes (round, rounds) after each round."""
 
     run: str
     folder: Path
     sites: tuple[str, ...]
+    reply: int
     worker: Callable[..., RemoteWorker]
     told: Callable[[int, int], None]
 
@@ -89,7 +94,9 @@ class AnyRankController(Controller):
     def stop_controller(self, fl_ctx: FLContext) -> None:
         self._stop()
 
-    def process_result_of_unknown_task(self, client: Any, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext) -> None:
+    def process_result_of_unknown_task(
+        self, client: Any, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
         log.info("site %s: a late reply was dropped", client.name)
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
@@ -109,10 +116,13 @@ class AnyRankController(Controller):
         rounds = self._engine.get_component(self._rounds)
         if rounds is None or not hasattr(rounds, "serve"):
             raise RunFailed(f"job: expected a component {self._rounds!r} that runs the rounds, got none")
-        folder = kits.state(local) / self._standing.run
+        own = kits.server(local)
+        if own.memory:
+            _limit_memory(own.memory)
+        folder = own.state / self._standing.run
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         sites = tuple(sorted(client.name for client in self._engine.get_clients()))
-        return rounds.serve(Job(self._standing.run, folder, sites, self._worker, self._told))
+        return rounds.serve(Job(self._standing.run, folder, sites, own.reply, self._worker, self._told))
 
     def _failed(self, error: BaseException, abort_signal: Signal) -> None:
         stopped = abort_signal.triggered
@@ -129,7 +139,7 @@ class AnyRankController(Controller):
                 self._stop()
 
     def _stop(self) -> None:
-        """From now on every question raises `RunFailed`, those that are open included: a job that ends is no fault of a site."""
+        """From now on every question raises `RunFailed`, also those that are open: that a job ends is no fault of a site."""
         self._stopped.set()
         with self._lock:
             waiting = list(self._open.values())
@@ -204,3 +214,13 @@ class AnyRankController(Controller):
 def _fill(client_task: ClientTask, fl_ctx: FLContext) -> None:
     """A site fetches its task: put in what it is asked."""
     client_task.task.data.update(client_task.task.props[TASK].message())
+
+
+def _limit_memory(size: int) -> None:
+    """The system refuses this process more memory of its own than `size` bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        log.error("memory_gb: this system cannot limit the memory of a process")
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -89,18 +89,16 @@ class AnyRankExecutor(Executor):
                 self._end()
 
     def _end(self) -> None:
-        self._stops.set()
         with self._lock:
-            worker = self._worker
-        if worker is not None:
-            worker.kill()
+            self._stops.set()
+            if self._worker is not None:
+                self._worker.kill()
 
     def _stop(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         """The server does not wait for a question any more."""
         with self._lock:
-            worker = self._worker if request.get("number") == self._number else None
-        if worker is not None:
-            worker.kill()
+            if self._worker is not None and request.get("number") == self._number:
+                self._worker.kill()
         return Shareable()
 
     # --- one question ---
@@ -109,10 +107,8 @@ class AnyRankExecutor(Executor):
         if self._limits is None:
             return self._reply(asked.number, Code.FAILED)
         frames = self._frames(asked, parts)
-        with self._lock:
-            self._number = asked.number
         try:
-            return self._sent(asked.number, self._open(asked, frames) if asked.kind == OPEN else self._ask(asked, frames))
+            return self._sent(asked, self._open(asked, frames) if asked.kind == OPEN else self._ask(asked, frames))
         except _Coded as error:
             log.error("question %d: %s: %s", asked.number, error.code, error.text)
             return self._reply(asked.number, error.code)
@@ -132,21 +128,22 @@ class AnyRankExecutor(Executor):
             raise FrameError(f"question: expected at least one frame, and one alone to open a worker, got {len(frames)}")
         for header in (frame.header for frame in frames):
             if header.kind not in kinds or header.client not in ("", self._site):
-                raise FrameError(f"question: expected {' or '.join(kinds)} for {self._site}, got {header.kind} for {header.client}")
+                raise FrameError(
+                    f"question: expected {' or '.join(kinds)} for {self._site}, got {header.kind} for {header.client}"
+                )
             if header.run != asked.run or header.round not in (0, asked.round):
-                raise FrameError(f"question: expected run {asked.run} and round {asked.round}, got {header.run} and {header.round}")
+                raise FrameError(
+                    f"question: expected run {asked.run} and round {asked.round}, got {header.run} and {header.round}"
+                )
         return frames
 
     def _open(self, asked: Question, frames: Sequence[Frame]) -> list[Frame]:
         (opening,) = frames
         came: list[Frame] = []
         worker = Supervised(lambda: opening, _same(came), self._limits.upload, command=(*self.command, str(self._path)))
-        with self._lock:
-            before, self._worker = self._worker, worker
-        if before is not None:
-            before.close()
-        if self._stops.is_set():
-            raise _Coded(Code.DIED, "the job ends")
+        if self._worker is not None:
+            self._worker.close()
+        self._turn(asked, worker)
         with _told():
             worker.start(asked.seconds)
         return came
@@ -154,17 +151,25 @@ class AnyRankExecutor(Executor):
     def _ask(self, asked: Question, frames: list[Frame]) -> list[Frame]:
         if self._worker is None:
             raise _Coded(Code.CLOSED, "its worker has not been opened")
-        if hasattr(self._worker, "revive"):
-            self._worker.revive()
+        self._turn(asked, self._worker)
         with _told():
             return list(self._worker.ask(frames, asked.replies, asked.seconds))
 
-    def _sent(self, number: int, frames: Sequence[Frame]) -> Shareable:
+    def _turn(self, asked: Question, worker: Supervised) -> None:
+        """It is this worker's turn, with this question: what stops the question or the job from now on ends the worker."""
+        with self._lock:
+            if self._stops.is_set():
+                raise _Coded(Code.DIED, "the job ends")
+            if hasattr(worker, "revive"):
+                worker.revive()
+            self._worker, self._number = worker, asked.number
+
+    def _sent(self, asked: Question, frames: Sequence[Frame]) -> Shareable:
         parts = parcels.cut(frames)
-        sizes = parcels.sizes(parts)
-        if sum(sizes) > self._limits.upload:
-            raise _Coded(Code.TOO_LARGE, f"expected at most {self._limits.upload} bytes, got {sum(sizes)}")
-        return self._reply(number, Code.OK, sizes, parts)
+        sizes, most = parcels.sizes(parts), min(asked.most, self._limits.upload)
+        if sum(sizes) > most:
+            raise _Coded(Code.TOO_LARGE, f"expected at most {most} bytes, got {sum(sizes)}")
+        return self._reply(asked.number, Code.OK, sizes, parts)
 
     def _reply(self, number: int, code: Code, sizes: Sequence[int] = (), parts: Sequence[Any] = ()) -> Shareable:
         return Shareable(parcels.message(Reply(max(number, 0), self._site, code.value, tuple(sizes)), parts))

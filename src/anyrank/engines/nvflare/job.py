@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +59,21 @@ def write(
     _json(config / "config_fed_server.json", server)
     _json(config / "config_fed_client.json", client)
     return folder
+
+
+def enclosed(text: str) -> str:
+    """Text as an argument of a component: NVFlare fills in what stands in braces in a job's texts."""
+    return base64.b64encode(text.encode()).decode()
+
+
+def opened(argument: Any) -> str:
+    """What `enclosed` was given. Raises `ConfigError` for anything else."""
+    try:
+        return base64.b64decode(argument, validate=True).decode()
+    except (ValueError, TypeError, binascii.Error):
+        raise ConfigError(
+            "job: expected an enclosed text, got something else; write jobs with `anyrank deploy submit`"
+        ) from None
 
 
 def _json(path: Path, table: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """How a site starts the process of a job: as NVFlare does, but its end costs only this site.
 
-NVFlare fails the whole job, for all sites, when the process of one site ends by a signal. This component, named in the site's own
-`local/resources.json` as `process_launcher`, starts that process again, and reports an end only where nothing else helps.
+NVFlare fails the whole job, for all sites, when the process of one site ends by a signal. This component, which the site's own
+`local/resources.json` names as `process_launcher`, starts that process again, and reports no failure of the job.
 """
 
 from __future__ import annotations

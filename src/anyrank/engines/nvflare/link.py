@@ -1,7 +1,7 @@
 """The server's side of one site: asked as a supervised worker on this machine would be. No torch and no NVFlare here.
 
-A question goes to the site as one task, with its frames built when the site fetches it, and its replies come back together. What
-comes is only put into a queue where it arrives: it is checked and decoded by who asked.
+A question goes to the site as one task, whose frames are cut when the site fetches it, and its replies come back together.
+What comes is only put into a queue where it arrives: it is checked and decoded by who asked.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Asked:
     frames: Sequence[Frame]
     replies: int
     seconds: float | None
+    most: int
     came: queue.SimpleQueue[Came | Exception] = field(default_factory=queue.SimpleQueue)
 
     def message(self) -> dict[str, Any]:
@@ -40,9 +41,8 @@ class Asked:
         parts = parcels.cut(self.frames)
         header = self.frames[0].header
         last = max(frame.header.round for frame in self.frames)
-        known = parcels.Question(
-            self.number, self.site, self.kind, header.run, last, self.replies, self.seconds, parcels.sizes(parts)
-        )
+        limits = (self.replies, self.seconds, self.most)
+        known = parcels.Question(self.number, self.site, self.kind, header.run, last, *limits, parcels.sizes(parts))
         return parcels.message(known, parts)
 
 
@@ -124,7 +124,7 @@ class RemoteWorker:
 
     def _question(self, kind: str, frames: Sequence[Frame], replies: int, timeout_s: float | None) -> Iterator[Frame]:
         total_s = None if timeout_s is None else timeout_s * replies
-        asked = Asked(next(self._numbers), self.site, kind, frames, replies, timeout_s)
+        asked = Asked(next(self._numbers), self.site, kind, frames, replies, timeout_s, self._limit)
         self._asked = asked
         try:
             if self._killed:
@@ -146,14 +146,13 @@ class RemoteWorker:
         yield from self._replies(asked, came)
 
     def _replies(self, asked: Asked, came: Came) -> Iterator[Frame]:
-        known, parts = self._checked(asked, came)
-        for part in parts:
+        for part in self._checked(asked, came):
             frame = self._frame(part)
             yield frame
             if frame.header.kind == ERROR:
                 return
 
-    def _checked(self, asked: Asked, came: Came) -> tuple[parcels.Reply, list[list[np.ndarray]]]:
+    def _checked(self, asked: Asked, came: Came) -> list[list[np.ndarray]]:
         try:
             known = parcels.about(parcels.Reply, came.about)
             if (known.number, known.site) != (asked.number, asked.site):
@@ -162,7 +161,7 @@ class RemoteWorker:
             self._check_code(known)
             if len(known.sizes) > asked.replies:
                 raise FrameError(f"reply: expected at most {asked.replies} frames, got {len(known.sizes)}")
-            return known, parcels.check_parts(known, came.parts)
+            return parcels.check_parts(known, came.parts)
         except FrameError as error:
             raise Died(str(error)) from None
 
@@ -176,7 +175,11 @@ class RemoteWorker:
         raise Died(f"the site reports {known.code}")
 
     def _frame(self, part: list[np.ndarray]) -> Frame:
+        stream = parcels.Stream(part)
         try:
-            return self._receive(parcels.Stream(part), self._limit)
+            frame = self._receive(stream, self._limit)
+            if stream.readinto(memoryview(bytearray(1))):
+                raise FrameError("reply: expected the end after its frame, got more")
+            return frame
         except FrameError as error:
             raise Died(str(error)) from None

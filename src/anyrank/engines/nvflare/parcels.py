@@ -1,7 +1,7 @@
 """What goes over NVFlare between server and site: frames cut into NumPy arrays, and a table about them. No torch, no pickle.
 
-    question   {"version", "number", "site", "kind", "run", "round", "replies", "seconds", "sizes"}    server to site
-    reply      {"version", "number", "site", "code", "sizes"}                                         site to server
+    question   {"version", "number", "site", "kind", "run", "round", "replies", "seconds", "most", "sizes"}    server to site
+    reply      {"version", "number", "site", "code", "sizes"}                                                 site to server
 
 `number` counts the questions of a job, so that a reply belongs to one of them; `sizes` are the bytes of each frame. Everything
 that was received is checked before it is used: first what was declared, then what is there.
@@ -9,7 +9,7 @@ that was received is checked before it is used: first what was declared, then wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from anyrank.messages.frame import Frame, Readable, pieces
 from anyrank.messages.limits import LARGEST, check_text, told
 
 VERSION = 1
+_BLOCK = 1 << 23  # bytes of an array at most
 ABOUT, FRAMES = "anyrank", "frames"  # the two keys of a message
 OPEN, ASK = "open", "ask"  # kinds of questions: the first one of a worker, and every other
 MOST_FRAMES = 4_096  # of one question or reply
@@ -42,7 +43,7 @@ class Code(StrEnum):
 
 @dataclass(frozen=True)
 class Question:
-    """About a question's frames. `seconds`: for each reply, `None` without a limit."""
+    """About a question's frames. `seconds`: for each reply, `None` without a limit; `most`: bytes of all replies together."""
 
     number: int
     site: str
@@ -51,6 +52,7 @@ class Question:
     round: int
     replies: int
     seconds: float | None
+    most: int
     sizes: Sequence[int]
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class Question:
         check_text("run", self.run)
         _check_count("round", self.round, 0, LARGEST)
         _check_count("replies", self.replies, 1, MOST_FRAMES)
+        _check_count("most", self.most, 1, LARGEST)
         number = isinstance(self.seconds, (int, float)) and not isinstance(self.seconds, bool)
         if self.seconds is not None and not (number and 0 < self.seconds <= MOST_SECONDS):
             raise FrameError(f"question, seconds: expected a number above 0 or null, got {told(self.seconds)}")
@@ -79,7 +82,9 @@ class Reply:
         if self.code not in list(Code):
             raise FrameError(f"reply, code: expected one of {', '.join(Code)}, got {told(self.code)}")
         if (self.code == Code.OK) != bool(self.sizes):
-            raise FrameError(f"reply, sizes: expected frames with the code {Code.OK} alone, got {len(self.sizes)} with {self.code}")
+            raise FrameError(
+                f"reply, sizes: expected frames with the code {Code.OK} alone, got {len(self.sizes)} with {self.code}"
+            )
 
 
 def _check_common(record: Question | Reply) -> None:
@@ -104,7 +109,23 @@ _R = TypeVar("_R", Question, Reply)
 
 def cut(frames: Iterable[Frame]) -> list[list[np.ndarray]]:
     """Each frame as arrays `[bytes]` uint8, which share the memory of the frame's own arrays."""
-    return [[np.frombuffer(piece, np.uint8) for piece in pieces(frame)] for frame in frames]
+    return [list(_blocks(frame)) for frame in frames]
+
+
+def _blocks(frame: Frame) -> Iterator[np.ndarray]:
+    """The bytes of a frame, each of its arrays in blocks of `_BLOCK`: NVFlare asks for them one by one."""
+    for block in _whole(frame):
+        for start in range(0, len(block), _BLOCK):
+            yield block[start : start + _BLOCK]
+
+
+def _whole(frame: Frame) -> Iterator[np.ndarray]:
+    """The pieces of a frame that lie in one block of memory, together."""
+    block: Any = None
+    for piece in pieces(frame):
+        if piece.obj is not block:
+            block = piece.obj
+            yield np.frombuffer(block, np.uint8)
 
 
 def sizes(parts: Sequence[Sequence[np.ndarray]]) -> list[int]:
@@ -134,7 +155,9 @@ def about(kind: type[_R], found: Any) -> _R:
 def check_declared(known: Question | Reply, most: int) -> None:
     """Refuse frames that are declared to be larger than `most` bytes together."""
     if sum(known.sizes) > most:
-        raise FrameError(f"parcel: expected at most {most} bytes, got {sum(known.sizes)} declared; raise the limit if it is too low")
+        raise FrameError(
+            f"parcel: expected at most {most} bytes, got {sum(known.sizes)} declared; raise the limit if it is too low"
+        )
 
 
 def check_parts(known: Question | Reply, parts: Any) -> list[list[np.ndarray]]:
