@@ -47,6 +47,8 @@ NEVER = {
     "messages.frame": ("torch",),
     "worker.supervisor": ("torch",),
     "worker.channel": ("torch",),
+    "engines.nvflare": ("torch", "transformers", "peft"),
+    "deployment.nvflare": ("torch", "transformers", "peft"),
 }
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded
     "torch": {
@@ -61,6 +63,7 @@ HEAVY = {  # third-party package -> the only rooms that may import it when they 
     "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "nvflare": {"engines"},
 }
 
 
