@@ -10,6 +10,7 @@
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
 #                starts of light commands (half a minute), and the checks of a round and of a merge (five minutes)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
+# make sites     a system on NVFlare in real processes, its sites and server killed in turn (about ten minutes)
 # make lint      style and imports
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ BIN    := $(VENV)/bin
 FUZZ   ?= --seconds 300 --seed 0
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants fuzz bench experiments faults lint clean
+.PHONY: demo test mutants fuzz bench experiments faults sites lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -43,6 +44,9 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/defence.py
+
+sites: $(VENV)/.installed-test
+	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_nvflare.py
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py

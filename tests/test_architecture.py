@@ -48,6 +48,8 @@ NEVER = {
     "messages.frame": ("torch",),
     "worker.supervisor": ("torch",),
     "worker.channel": ("torch",),
+    "engines.nvflare": ("torch", "transformers", "peft"),
+    "deployment.nvflare": ("torch", "transformers", "peft"),
 }
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded
     "torch": {
@@ -64,6 +66,7 @@ HEAVY = {  # third-party package -> the only rooms that may import it when they 
     "uvicorn": set(),
     "typer": {"cli"},
     "rich": {"cli"},
+    "nvflare": {"engines"},
 }
 
 

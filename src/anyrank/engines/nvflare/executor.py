@@ -1,0 +1,220 @@
+"""The site's side of a job: NVFlare's client process, with our worker beside it. No torch here.
+
+The heavy work is done in the worker, a process of its own that the supervisor starts again: this process stays small, and its
+end would end the site's part in the job. It passes frames through, once their header and size are right, and answers each
+question with frames or with a code. No text about a failure leaves the site: it stands in the site's own log.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+
+from anyrank.engines.nvflare import kits, parcels
+from anyrank.engines.nvflare.parcels import OPEN, Code, Question, Reply
+from anyrank.errors import AnyRankError, FrameError, in_a_line
+from anyrank.messages.frame import Frame, Header, read, to_bytes
+from anyrank.worker.supervisor import Died, Late, Supervised
+
+TASK, STOP = "anyrank", "anyrank.stop"
+COMMAND = (sys.executable, "-P", "-m", "anyrank.worker", "--site")
+_SETUP = "setup"  # the kind of the frame that opens a worker
+_KINDS = ("cohort", "download", "start", "evaluate")  # the kinds of all others
+_CHECK_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+class AnyRankExecutor(Executor):
+    """Has no arguments: what the worker may do is in the site's own file, `local/site.toml` in its kit."""
+
+    command: Sequence[str] = COMMAND
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._site, self._path = "", Path()
+        self._limits: kits.Limits | None = None
+        self._worker: Supervised | None = None
+        self._number, self._stops = -1, threading.Event()
+        self._lock = threading.Lock()
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.START_RUN:
+            self._begin(fl_ctx)
+        elif event_type in (EventType.ABORT_TASK, EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
+            self._end()
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        number = -1
+        try:
+            asked = parcels.about(Question, shareable.pop(parcels.ABOUT, None))
+            number = asked.number
+            return self._answer(asked, shareable.pop(parcels.FRAMES, None))
+        except FrameError as error:
+            log.error("refused: %s", in_a_line(error))
+            return self._reply(number, Code.REFUSED)
+        except BaseException as error:  # nothing may end this process, and no text leaves it
+            log.exception("failed: %s", in_a_line(error))
+            return self._reply(number, Code.FAILED)
+
+    # --- the job ---
+
+    def _begin(self, fl_ctx: FLContext) -> None:
+        local = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir())
+        self._site, self._path = fl_ctx.get_identity_name(), local / kits.SITE
+        engine = fl_ctx.get_engine()
+        engine.register_aux_message_handler(STOP, self._stop)
+        threading.Thread(target=self._follow, args=(fl_ctx.get_run_abort_signal(),), daemon=True).start()
+        try:
+            self._limits = kits.limits(self._path)
+        except AnyRankError as error:
+            log.error("%s", in_a_line(error))
+
+    def _follow(self, abort_signal: Signal) -> None:
+        """End the worker with the job, whatever this process is doing."""
+        while not self._stops.wait(_CHECK_S):
+            if abort_signal is not None and abort_signal.triggered:
+                self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._stops.set()
+            if self._worker is not None:
+                self._worker.kill()
+
+    def _stop(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
+        """The server does not wait for a question any more."""
+        with self._lock:
+            if self._worker is not None and request.get("number") == self._number:
+                self._worker.kill()
+        return Shareable()
+
+    # --- one question ---
+
+    def _answer(self, asked: Question, parts: Any) -> Shareable:
+        if self._limits is None:
+            return self._reply(asked.number, Code.FAILED)
+        frames = self._frames(asked, parts)
+        try:
+            return self._sent(asked, self._open(asked, frames) if asked.kind == OPEN else self._ask(asked, frames))
+        except _Coded as error:
+            log.error("question %d: %s: %s", asked.number, error.code, error.text)
+            return self._reply(asked.number, error.code)
+        finally:
+            with self._lock:
+                self._number = -1
+
+    def _frames(self, asked: Question, parts: Any) -> list[Frame]:
+        """The frames of a question, after all checks that need no worker."""
+        if asked.site != self._site:
+            raise FrameError(f"question: expected one to {self._site}, got one to {asked.site}")
+        parcels.check_declared(asked, self._limits.download)
+        parcels.check_parts(asked, parts)
+        frames = [read(parcels.Stream(part), self._limits.download, last=True) for part in parts]
+        kinds = (_SETUP,) if asked.kind == OPEN else _KINDS
+        if not frames or (asked.kind == OPEN and len(frames) > 1):
+            raise FrameError(f"question: expected at least one frame, and one alone to open a worker, got {len(frames)}")
+        for header in (frame.header for frame in frames):
+            if header.kind not in kinds or header.client not in ("", self._site):
+                raise FrameError(
+                    f"question: expected {' or '.join(kinds)} for {self._site}, got {header.kind} for {header.client}"
+                )
+            if header.run != asked.run or header.round not in (0, asked.round):
+                raise FrameError(
+                    f"question: expected run {asked.run} and round {asked.round}, got {header.run} and {header.round}"
+                )
+        return frames
+
+    def _open(self, asked: Question, frames: Sequence[Frame]) -> list[Frame]:
+        (opening,) = frames
+        came: list[Frame] = []
+        worker = Supervised(lambda: opening, _same(came), self._limits.upload, command=(*self.command, str(self._path)))
+        if self._worker is not None:
+            self._worker.close()
+        self._turn(asked, worker)
+        with _told():
+            worker.start(asked.seconds)
+        return came
+
+    def _ask(self, asked: Question, frames: list[Frame]) -> list[Frame]:
+        if self._worker is None:
+            raise _Coded(Code.CLOSED, "its worker has not been opened")
+        self._turn(asked, self._worker)
+        with _told():
+            return list(self._worker.ask(frames, asked.replies, asked.seconds))
+
+    def _turn(self, asked: Question, worker: Supervised) -> None:
+        """It is this worker's turn, with this question: what stops the question or the job from now on ends the worker."""
+        with self._lock:
+            if self._stops.is_set():
+                raise _Coded(Code.DIED, "the job ends")
+            if hasattr(worker, "revive"):
+                worker.revive()
+            self._worker, self._number = worker, asked.number
+
+    def _sent(self, asked: Question, frames: Sequence[Frame]) -> Shareable:
+        parts = parcels.cut(frames)
+        sizes, most = parcels.sizes(parts), min(asked.most, self._limits.upload)
+        if sum(sizes) > most:
+            raise _Coded(Code.TOO_LARGE, f"expected at most {most} bytes, got {sum(sizes)}")
+        return self._reply(asked.number, Code.OK, sizes, parts)
+
+    def _reply(self, number: int, code: Code, sizes: Sequence[int] = (), parts: Sequence[Any] = ()) -> Shareable:
+        return Shareable(parcels.message(Reply(max(number, 0), self._site, code.value, tuple(sizes)), parts))
+
+
+class _Coded(Exception):
+    """A question without a reply: the code that leaves the site, and the text that does not."""
+
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.code, self.text = code, text
+
+
+class _told:
+    """Within it what goes wrong with a worker has its code."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Died):
+            raise _Coded(Code.DIED, str(error)) from None
+        if isinstance(error, Late):
+            raise _Coded(Code.LATE, str(error)) from None
+        if isinstance(error, _Changed):
+            raise _Coded(Code.CHANGED, "its worker, started anew, answers the opening otherwise") from None
+
+
+class _Changed(Exception):
+    """A worker that was started anew answers the opening otherwise than the first one."""
+
+
+def _same(came: list[Frame]) -> Any:
+    """What takes a worker's reply to the opening: the first one is kept in `came`, and all later ones have to equal it."""
+
+    def opened(reply: Frame) -> None:
+        if came and _plain(came[0]) != _plain(reply):
+            raise _Changed
+        came[:] = came or [reply]
+
+    return opened
+
+
+def _plain(frame: Frame) -> bytes:
+    """A reply to the opening without what differs between two processes."""
+    header = frame.header
+    body = {key: value for key, value in header.body.items() if key != "memory"}
+    return to_bytes(replace(frame, header=Header(header.kind, header.run, header.round, header.client, body)))

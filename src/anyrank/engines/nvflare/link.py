@@ -1,0 +1,185 @@
+"""The server's side of one site: asked as a supervised worker on this machine would be. No torch and no NVFlare here.
+
+A question goes to the site as one task, whose frames are cut when the site fetches it, and its replies come back together.
+What comes is only put into a queue where it arrives: it is checked and decoded by who asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from anyrank.engines.nvflare import parcels
+from anyrank.engines.nvflare.parcels import ASK, OPEN, Code
+from anyrank.errors import FrameError
+from anyrank.messages.frame import Frame, Readable, read
+from anyrank.worker.supervisor import ERROR, Died, Late
+
+Receive = Callable[[Readable, int], Frame]  # how a frame is taken from a stream, of at most so many bytes
+
+
+@dataclass(eq=False)
+class Asked:
+    """One question while it is open. `came` gets what becomes of it; `frames` are let go then."""
+
+    number: int
+    site: str
+    kind: str
+    frames: Sequence[Frame]
+    replies: int
+    seconds: float | None
+    most: int
+    came: queue.SimpleQueue[Came | Exception] = field(default_factory=queue.SimpleQueue)
+
+    def message(self) -> dict[str, Any]:
+        """What the site is sent. It can be made again: a site whose connection broke fetches its task twice."""
+        parts = parcels.cut(self.frames)
+        header = self.frames[0].header
+        last = max(frame.header.round for frame in self.frames)
+        limits = (self.replies, self.seconds, self.most)
+        known = parcels.Question(self.number, self.site, self.kind, header.run, last, *limits, parcels.sizes(parts))
+        return parcels.message(known, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Came:
+    """What a site has sent in reply, not yet checked."""
+
+    about: Any
+    parts: Any
+
+
+class Port(Protocol):
+    """What carries questions to sites."""
+
+    def send(self, asked: Asked) -> None:
+        """Offer the question to its site, and put what comes into `asked.came`. Returns at once."""
+
+    def cancel(self, asked: Asked) -> None:
+        """Nobody waits any more: what comes is dropped, and the site's worker stops."""
+
+
+class RemoteWorker:
+    """A site's worker, in the place of a `Supervised` one. One thread at a time may ask it.
+
+    `opening`, `opened` and `limit` (bytes of all frames of a reply) as there. `receive`: how a frame is taken from what came.
+    `opening_s`: seconds for the opening, with the load of the base model in it.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        site: str,
+        opening: Callable[[], Frame],
+        opened: Callable[[Frame], None],
+        limit: int,
+        receive: Receive = read,
+        opening_s: float | None = None,
+    ) -> None:
+        self.site = site
+        self._port, self._opening, self._opened, self._limit = port, opening, opened, limit
+        self._receive, self._opening_s = receive, opening_s
+        self._is_open, self._killed = False, False
+        self._asked: Asked | None = None
+        self._numbers = itertools.count()
+
+    def start(self, timeout_s: float | None = None) -> None:
+        """Open the site's worker, if it is not. Raises `Died`, `Late`, and what `opened` raises."""
+        if not self._is_open:
+            (reply,) = self._question(OPEN, [self._opening()], 1, timeout_s if timeout_s is not None else self._opening_s)
+            self._opened(reply)
+            self._is_open = True
+
+    def ask(self, frames: Iterable[Frame], replies: int, timeout_s: float | None = None) -> Iterator[Frame]:
+        """Send `frames` and yield as many `replies`; an `error` frame is the last one. `timeout_s`: seconds for each reply.
+
+        Raises `Died` or `Late`. The question after that opens the site's worker anew where it has to.
+        """
+        self.start()
+        yield from self._question(ASK, list(frames), replies, timeout_s)
+
+    def kill(self) -> None:
+        """Give up what is asked now; any thread may do so. Who asks it gets `Died`, until `revive`."""
+        self._killed = True
+        if (asked := self._asked) is not None:
+            asked.came.put(Died("it was given up"))
+
+    def revive(self) -> None:
+        self._killed = False
+
+    def end(self) -> None:
+        """The next question opens the site's worker anew."""
+        self._is_open = False
+
+    def close(self) -> None:
+        """Nobody asks any more. The site's worker ends with the job."""
+        self.kill()
+
+    # --- one question ---
+
+    def _question(self, kind: str, frames: Sequence[Frame], replies: int, timeout_s: float | None) -> Iterator[Frame]:
+        total_s = None if timeout_s is None else timeout_s * replies
+        asked = Asked(next(self._numbers), self.site, kind, frames, replies, timeout_s, self._limit)
+        self._asked = asked
+        try:
+            if self._killed:
+                raise Died("it was given up")
+            self._port.send(asked)
+            came = asked.came.get(timeout=total_s)
+        except queue.Empty:
+            self._port.cancel(asked)
+            raise Late("the site did not reply in time") from None
+        except BaseException:
+            self._port.cancel(asked)
+            raise
+        finally:
+            self._asked = None
+        asked.frames = ()
+        if isinstance(came, Exception):
+            self._port.cancel(asked)
+            raise came
+        yield from self._replies(asked, came)
+
+    def _replies(self, asked: Asked, came: Came) -> Iterator[Frame]:
+        for part in self._checked(asked, came):
+            frame = self._frame(part)
+            yield frame
+            if frame.header.kind == ERROR:
+                return
+
+    def _checked(self, asked: Asked, came: Came) -> list[list[np.ndarray]]:
+        try:
+            known = parcels.about(parcels.Reply, came.about)
+            if (known.number, known.site) != (asked.number, asked.site):
+                raise FrameError(f"reply: expected one to question {asked.number}, got one to {known.number}")
+            parcels.check_declared(known, self._limit)
+            self._check_code(known)
+            if len(known.sizes) > asked.replies:
+                raise FrameError(f"reply: expected at most {asked.replies} frames, got {len(known.sizes)}")
+            return parcels.check_parts(known, came.parts)
+        except FrameError as error:
+            raise Died(str(error)) from None
+
+    def _check_code(self, known: parcels.Reply) -> None:
+        if known.code == Code.OK:
+            return
+        if known.code in (Code.CLOSED, Code.CHANGED):
+            self._is_open = False
+        if known.code == Code.LATE:
+            raise Late("the site's worker took too long")
+        raise Died(f"the site reports {known.code}")
+
+    def _frame(self, part: list[np.ndarray]) -> Frame:
+        stream = parcels.Stream(part)
+        try:
+            frame = self._receive(stream, self._limit)
+            if stream.readinto(memoryview(bytearray(1))):
+                raise FrameError("reply: expected the end after its frame, got more")
+            return frame
+        except FrameError as error:
+            raise Died(str(error)) from None
