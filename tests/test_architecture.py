@@ -25,7 +25,7 @@ LEVELS = [
     ["federation", "worker"],
     ["engines"],
     ["simulation", "deployment"],
-    ["studies"],
+    ["studies", "parties"],
     ["cli"],
     ["__main__"],
 ]
@@ -46,6 +46,7 @@ NEVER = {
     "methods.catalog": ("torch", "numpy"),
     "messages.frame": ("torch",),
     "worker.supervisor": ("torch",),
+    "parties.starting": ("torch", "nvflare"),
     "worker.channel": ("torch",),
 }
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded

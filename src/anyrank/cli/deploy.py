@@ -1,4 +1,4 @@
-"""`anyrank deploy`: a federation over real machines, from its first file to its last round. Each verb says what to type next."""
+"""`anyrank deploy`: a federation over real machines, from its first file to its last round."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def init(
     Example: [cyan]anyrank deploy init three --sites st-mary,lakeside,county --host fl.example.org[/cyan]
     """
     from anyrank.config.federation import FederationFile, Person, ServerPlace
-    from anyrank.deployment import provisioning
+    from anyrank.parties import provisioning
 
     listed = tuple(each.strip() for each in sites.split(",")) if sites.strip() else ()
     chosen = name or place.absolute().name
@@ -73,7 +73,7 @@ def provision(
     from anyrank.config import federation as federations
 
     federations.load(place)
-    from anyrank.deployment import provisioning
+    from anyrank.parties import provisioning
 
     federation, made = provisioning.provision(place, renew)
     kept = provisioning.former(place, federation)
@@ -116,7 +116,7 @@ def start(
 
     Example: [cyan]anyrank deploy start kits/st-mary[/cyan]
     """
-    from anyrank.deployment import starting
+    from anyrank.parties import starting
 
     if container:
         return _show_text(as_json, "container_file", starting.container(kit))
@@ -143,8 +143,8 @@ def doctor(kit: KitFolder, as_json: Json = False) -> None:
 
     Example: [cyan]anyrank deploy doctor kits/st-mary[/cyan]
     """
-    from anyrank.deployment import doctor as doctors
-    from anyrank.deployment import kits
+    from anyrank.parties import doctor as doctors
+    from anyrank.parties import kits
 
     kits.open_kit(kit)
     found = []
@@ -173,7 +173,7 @@ def submit(
 
     Example: [cyan]anyrank deploy submit run.toml --kit kits/owner@example.org --keep-going[/cyan]
     """
-    from anyrank.deployment import commanding
+    from anyrank.parties import commanding
 
     owner = commanding.owner(kit)
     request = commanding.request(owner, config)
@@ -194,7 +194,7 @@ def status(
 
     Example: [cyan]anyrank deploy status --watch --kit kits/owner@example.org[/cyan]
     """
-    from anyrank.deployment import commanding
+    from anyrank.parties import commanding
 
     reader = commanding.reader(kit)
     before: list[str] = []
@@ -220,7 +220,7 @@ def stop(run: RunName, kit: OwnKit, as_json: Json = False) -> None:
 
     Example: [cyan]anyrank deploy stop first --kit kits/owner@example.org[/cyan]
     """
-    from anyrank.deployment import commanding
+    from anyrank.parties import commanding
 
     jobs = commanding.stop(commanding.owner(kit), run)
     _finish(as_json, {"run": run, "stopped": jobs}, [f"stopped {run}"], f"anyrank deploy resume {run} --kit {kit}")
@@ -239,7 +239,7 @@ def resume(
 
     Example: [cyan]anyrank deploy resume first --kit kits/owner@example.org[/cyan]
     """
-    from anyrank.deployment import commanding
+    from anyrank.parties import commanding
 
     owner = commanding.owner(kit)
     job = commanding.resume(owner, run)
@@ -258,7 +258,7 @@ def leave(
 
     Example: [cyan]anyrank deploy leave kits/st-mary[/cyan]
     """
-    from anyrank.deployment import kits, starting
+    from anyrank.parties import kits, starting
 
     opened = kits.open_kit(kit, ("site",))
     words = starting.leave(opened, undo)
@@ -277,7 +277,7 @@ def remove(
 
     Example: [cyan]anyrank deploy remove lakeside --kit kits/owner@example.org[/cyan]
     """
-    from anyrank.deployment import commanding
+    from anyrank.parties import commanding
 
     commanding.remove(commanding.owner(kit), site, undo)
     words = f"{site} may connect again" if undo else f"{site} is kept out; what it contributed stays"
@@ -302,7 +302,7 @@ def rehearse(
 
     chosen = arguments.configuration(config, [])
     check_sites([site.name for site in chosen.sites])
-    from anyrank.deployment import rehearsal
+    from anyrank.parties import rehearsal
 
     folder = out or Path("runs") / f"{chosen.run.name}-rehearsal"
     tell = (lambda line: None) if as_json else (lambda line: _say([line], flush=True))
@@ -316,7 +316,7 @@ def rehearse(
 
 
 def _follow(owner: Any, run: str, as_json: bool) -> None:
-    from anyrank.deployment import commanding
+    from anyrank.parties import commanding
 
     tell = (lambda line: None) if as_json else (lambda line: _say([line], flush=True))
     table = commanding.keep_going(owner, run, tell)

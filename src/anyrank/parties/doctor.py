@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from anyrank import __version__
-from anyrank.deployment import certificates, kits, policies, starting
-from anyrank.deployment.findings import Finding
-from anyrank.deployment.kits import Kit
-from anyrank.deployment.policies import RUNNING, SERVER, SITE
+from anyrank.parties import certificates, kits, policies, starting
+from anyrank.parties.findings import Finding
+from anyrank.parties.kits import Kit
+from anyrank.parties.policies import RUNNING, SERVER, SITE
 from anyrank.errors import AnyRankError, in_a_line
 
 NVFLARE = (2, 9)  # the only minor version that this one works with
@@ -128,7 +128,7 @@ def _site(kit: Kit) -> Iterator[Finding]:
     if find_spec(_SITE_FILE) is None:
         yield Finding("site.toml", False, "this version of anyrank has no site worker yet; nothing to check it with")
         return
-    from anyrank.deployment import siting
+    from anyrank.parties import siting
 
     yield from _guarded("site.toml", lambda: siting.site_file(kit))
     yield from _guarded("data", lambda: siting.data(kit))

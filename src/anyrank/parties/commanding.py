@@ -21,9 +21,9 @@ from anyrank import config as configs
 from anyrank.config.federation import check_sites
 from anyrank.config.sections import Config
 from anyrank.config.tables import to_table
-from anyrank.deployment import kits
-from anyrank.deployment.kits import Kit
-from anyrank.deployment.policies import OWNER, VIEWER
+from anyrank.parties import kits
+from anyrank.parties.kits import Kit
+from anyrank.parties.policies import OWNER, VIEWER
 from anyrank.engines.nvflare import session
 from anyrank.engines.nvflare.session import Commands, Job
 from anyrank.errors import DeployError, RunFailed, nearest
@@ -95,7 +95,6 @@ def request(member: Member, path: Path) -> Request:
 
 def request_of(known: tuple[str, ...], config: Config) -> Request:
     """The run in `config`, over sites of a federation that has the sites `known`."""
-    from anyrank.deployment import public
 
     method = _method(config)
     public.check(config, method)
@@ -105,13 +104,7 @@ def request_of(known: tuple[str, ...], config: Config) -> Request:
         if name not in known:
             raise DeployError(f"sites: {name!r} is no site of this federation; {nearest(name, known)}")
     least = min(config.rounds.least or 1, len(names))
-    return Request(config.run.name, names, max(1, least), tomli_w.dumps(to_table(public.kept(config))))
-
-
-def _method(config: Config):
-    from anyrank import methods
-
-    return methods.make(config.method.name, config.method.options)
+    return Request(config.run.name, names, max(1, least), tomli_w.dumps(to_table(kept(config))))
 
 
 # --- a run's life ---------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from typing import Any
 import tomli_w
 
 from anyrank.config.tables import read_toml
-from anyrank.deployment import certificates, policies
-from anyrank.deployment.policies import OWNER, RUNNING, SERVER, SITE, STATE, VIEWER
+from anyrank.parties import certificates, policies
+from anyrank.parties.policies import OWNER, RUNNING, SERVER, SITE, STATE, VIEWER
 from anyrank.errors import ConfigError, DeployError, in_a_line, shortened
 from anyrank.files import make_folder, parse_json, read_bounded, write_whole, write_whole_text
 

@@ -20,9 +20,9 @@ RUNS = "runs"
 ENGINE_ROLES = {OWNER: "project_admin", VIEWER: "member"}
 _ASK = "app_command"  # NVFlare's word for a question to a running job: ours reply how the run stands
 _NO_RIGHTS = ("byoc", "clone_job", "shell_commands", "server-predeployed-flwr")
-_LAUNCHERS = {
+_LAUNCHERS = {  # a site's starts the process of a job again, so that its end does not fail the job of all
     SERVER: "nvflare.app_common.job_launcher.server_process_launcher.ServerProcessJobLauncher",
-    SITE: "nvflare.app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher",
+    SITE: "anyrank.engines.nvflare.launcher.Launcher",
 }
 _STORAGE = "nvflare.app_common.storages.filesystem_storage.FilesystemStorage"
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from anyrank.config.federation import OWNER, FederationFile
-from anyrank.deployment.policies import SERVER, SITE
+from anyrank.parties.policies import SERVER, SITE
 
 _RANKS = (4, 8, 16)  # of the sites in the example, in turn
 

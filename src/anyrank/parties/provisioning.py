@@ -10,8 +10,8 @@ from pathlib import Path
 
 from anyrank.config import federation as federations
 from anyrank.config.federation import FILE, FederationFile
-from anyrank.deployment import certificates, kits, templates
-from anyrank.deployment.policies import SERVER, SITE
+from anyrank.parties import certificates, kits, templates
+from anyrank.parties.policies import SERVER, SITE
 from anyrank.engines.nvflare.provision import Issued, issue
 from anyrank.errors import DeployError, nearest
 from anyrank.files import make_folder, read_bounded

@@ -23,9 +23,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from anyrank import __version__, stopping
-from anyrank.deployment import kits, templates
-from anyrank.deployment.kits import Kit
-from anyrank.deployment.policies import RUNNING, SERVER, SITE
+from anyrank.parties import kits, templates
+from anyrank.parties.kits import Kit
+from anyrank.parties.policies import RUNNING, SERVER, SITE
 from anyrank.errors import DeployError, RunFailed, printable, shortened
 from anyrank.files import write_whole_text
 
