@@ -21,13 +21,13 @@ from anyrank import config as configs
 from anyrank.config.federation import check_sites
 from anyrank.config.sections import Config
 from anyrank.config.tables import to_table
-from anyrank.parties import kits
-from anyrank.parties.kits import Kit
-from anyrank.parties.policies import OWNER, VIEWER
 from anyrank.engines.nvflare import session
 from anyrank.engines.nvflare.session import Commands, Job
 from anyrank.errors import DeployError, RunFailed, nearest
 from anyrank.files import make_folder, write_whole_text
+from anyrank.parties import kits
+from anyrank.parties.kits import Kit
+from anyrank.parties.policies import OWNER, VIEWER
 
 LOOK_S = 5.0  # between two looks at the server
 ROUNDS = "anyrank.deployment.nvflare.Rounds"  # the class that runs the rounds, in the server's job
@@ -95,9 +95,10 @@ def request(member: Member, path: Path) -> Request:
 
 def request_of(known: tuple[str, ...], config: Config) -> Request:
     """The run in `config`, over sites of a federation that has the sites `known`."""
+    from anyrank import methods
+    from anyrank.deployment.public import check, kept
 
-    method = _method(config)
-    public.check(config, method)
+    check(config, methods.make(config.method.name, config.method.options))
     names = tuple(site.name for site in config.sites)
     check_sites(names)
     for name in names:

@@ -18,11 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from anyrank import __version__
+from anyrank.errors import AnyRankError, in_a_line
 from anyrank.parties import certificates, kits, policies, starting
 from anyrank.parties.findings import Finding
 from anyrank.parties.kits import Kit
 from anyrank.parties.policies import RUNNING, SERVER, SITE
-from anyrank.errors import AnyRankError, in_a_line
 
 NVFLARE = (2, 9)  # the only minor version that this one works with
 _LEAST_DISK, _LEAST_MEMORY = 2 << 30, 1 << 30  # bytes that should be free

@@ -22,10 +22,10 @@ from typing import Any
 import tomli_w
 
 from anyrank.config.tables import read_toml
-from anyrank.parties import certificates, policies
-from anyrank.parties.policies import OWNER, RUNNING, SERVER, SITE, STATE, VIEWER
 from anyrank.errors import ConfigError, DeployError, in_a_line, shortened
 from anyrank.files import make_folder, parse_json, read_bounded, write_whole, write_whole_text
+from anyrank.parties import certificates, policies
+from anyrank.parties.policies import OWNER, RUNNING, SERVER, SITE, STATE, VIEWER
 
 MANIFEST, SIGNATURE = "kit.json", "kit.sig"
 SITE_FILE, SITE_EXAMPLE = "local/site.toml", "local/site.example.toml"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from anyrank.config import federation as federations
 from anyrank.config.federation import FILE, FederationFile
-from anyrank.parties import certificates, kits, templates
-from anyrank.parties.policies import SERVER, SITE
 from anyrank.engines.nvflare.provision import Issued, issue
 from anyrank.errors import DeployError, nearest
 from anyrank.files import make_folder, read_bounded
+from anyrank.parties import certificates, kits, templates
+from anyrank.parties.policies import SERVER, SITE
 
 KITS, AUTHORITY, SITES = "kits", "authority", "sites"
 ALL = "all"

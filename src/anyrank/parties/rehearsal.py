@@ -18,10 +18,10 @@ import tomli_w
 from anyrank import stopping
 from anyrank.config.federation import FILE, FederationFile, Person, ServerPlace
 from anyrank.config.sections import Config, SiteConfig
-from anyrank.parties import commanding, kits, policies, provisioning
-from anyrank.parties.commanding import Member
 from anyrank.errors import DeployError, RunFailed, shortened
 from anyrank.files import make_folder, write_whole_text
+from anyrank.parties import commanding, kits, policies, provisioning
+from anyrank.parties.commanding import Member
 
 OWNER = Person("owner@rehearsal.example", "owner")
 _HOST = "localhost"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from anyrank.config.sections import DataConfig
 from anyrank.data import rows
+from anyrank.errors import DataError
 from anyrank.parties.findings import Finding
 from anyrank.parties.kits import Kit
-from anyrank.errors import DataError
 from anyrank.worker import sitefile
 from anyrank.worker.sitefile import SiteData, SiteFile
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from anyrank import __version__, stopping
+from anyrank.errors import DeployError, RunFailed, printable, shortened
+from anyrank.files import write_whole_text
 from anyrank.parties import kits, templates
 from anyrank.parties.kits import Kit
 from anyrank.parties.policies import RUNNING, SERVER, SITE
-from anyrank.errors import DeployError, RunFailed, printable, shortened
-from anyrank.files import write_whole_text
 
 ORGANISATION = "anyrank"
 LEFT = "left"  # a file in a site's state: it has left, and does not start until it returns
