@@ -34,7 +34,6 @@ ROUNDS = "anyrank.deployment.nvflare.Rounds"  # the class that runs the rounds, 
 _MOST_FAILURES = 3  # jobs in a row that got no further, after which a supervisor gives up
 _SUBMITTED = "submitted"  # the folder in a kit's state
 _SEEN_S = 60.0  # seconds after which a site that was not heard of counts as away
-_ENDED = {"done": "done", "more": "more", "stopped": "stopped", "failed": "failed"}
 _RESTART_S = 60.0  # seconds that a server may be away before a supervisor gives up
 
 
@@ -167,7 +166,7 @@ def resume(member: Member, run: str) -> str:
         jobs = _jobs_of(commands, run)
         if not jobs[-1].over:
             raise DeployError(f"run {run}: is under way; see: anyrank deploy status --kit {member.kit.folder}")
-        if jobs[-1].state == "done" and _end(member, commands, jobs[-1]) == "done":
+        if jobs[-1].state == "done" and _end(member, commands, jobs[-1]).get("state") == "done":
             raise DeployError(f"run {run}: is done; nothing to resume")
         for job in jobs:
             if job.lost:
@@ -175,11 +174,11 @@ def resume(member: Member, run: str) -> str:
         return _send(member, commands, request_of(member.kit.sites, configs.load(kept)))
 
 
-def _end(member: Member, commands: Commands, job: Job) -> str:
-    """How a job says it ended: done, more (its share of rounds is done), stopped or failed; empty if it does not say."""
+def _end(member: Member, commands: Commands, job: Job) -> dict[str, Any]:
+    """What a job says of its end: `state` done, more (its share of rounds is done), stopped or failed; empty if it does not."""
     with contextlib.suppress(DeployError):
-        return _ENDED.get(str(commands.ended(job.id, member.kit.state).get("state")), "")
-    return ""
+        return commands.ended(job.id, member.kit.state)
+    return {}
 
 
 def keep_going(member: Member, run: str, tell: Callable[[str], None], look_s: float = LOOK_S) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def keep_going(member: Member, run: str, tell: Callable[[str], None], look_s: fl
                 jobs_seen, away_since = job.attempt, None
                 state = job.state
                 reached = _round(commands, job) if state == "running" else 0
-                ended = _end(member, commands, job) if state in ("done", "failed") else ""
+                ended = _end(member, commands, job) if state in ("done", "failed") else {}
         except DeployError as error:
             away_since = away_since or time.monotonic()
             if time.monotonic() - away_since > _RESTART_S:
@@ -206,10 +205,10 @@ def keep_going(member: Member, run: str, tell: Callable[[str], None], look_s: fl
         if reached > furthest:
             furthest, failures = reached, 0
             tell(f"{run}: round {reached}")
-        if state == "done" and ended != "more":
-            return {"run": run, "state": "done", "jobs": jobs_seen}
-        if state == "stopped":
-            return {"run": run, "state": "stopped", "jobs": jobs_seen}
+        if state == "stopped" or (state == "done" and ended.get("state") != "more"):
+            return {"run": run, "state": state, "jobs": jobs_seen}
+        if state == "failed" and ended.get("state") == "failed":  # by its own word, which the next job would repeat
+            raise RunFailed(f"run {run}: failed: {ended['reason'] or ended.get('code') or 'the log of its server says why'}")
         if state in ("lost", "failed"):
             failures += 1
             if failures > _MOST_FAILURES:

@@ -110,7 +110,7 @@ def site_table(config: Config, site: SiteConfig) -> dict[str, Any]:
         "model": model,
         "device": {"kind": config.model.device, "threads": config.run.threads},
         "limits": limits,
-        "privacy": privacy,
+        "privacy": {"level": config.privacy.level} | granted,
         "accept": {"scores": not private, "by_label": not private},
         "store": {"folder": f"../{policies.STATE}/store"},
     }

@@ -35,6 +35,7 @@ PID = "start.pid"
 _MODULES = {SERVER: "nvflare.private.fed.app.server.server_train", SITE: "nvflare.private.fed.app.client.client_train"}
 _CONNECTED = {SERVER: "Server started", SITE: "Successfully registered client:"}
 _FAULTS = re.compile(r" - (ERROR|CRITICAL) - ")
+_OURS = re.compile(r" - (controller|executor|launcher) - ")  # whose errors are for the operator; the others stay in log.txt
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # before the process is started again, by the number of its ends in a row
 _MOST_ENDS = 5  # ends in a row, each within `_SHORT_S`, after which `start` gives up
 _SHORT_S = 60.0
@@ -138,6 +139,8 @@ def _one_life(kit: Kit, tell: Callable[[str], None], stop: _Signals, ready_file:
                     write_whole_text(ready_file, f"{process.pid}\n")
             elif _FAULTS.search(line):
                 last = shortened(printable(line.split(" - ")[-1].strip()), _LONGEST)
+                if _OURS.search(line):
+                    tell(f"{kit.name}: {last}")
         if not stop.number:
             process.wait()
     return process.returncode if process.returncode is not None else 0, f": {last}" if last else ""
@@ -173,7 +176,7 @@ def _process(kit: Kit) -> Iterator[subprocess.Popen[bytes]]:
     with stopping.starting_a_child():
         process = subprocess.Popen(
             command(kit), cwd=kit.folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, umask=0o077,
         )  # fmt: skip
     with stopping.child(process):
         try:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
-import itertools
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyrank.errors import DeployError, in_a_line
+from anyrank.errors import DeployError, in_a_line, printable, shortened
 from anyrank.files import parse_json, read_bounded
 
 if TYPE_CHECKING:
     from nvflare.fuel.flare_api.flare_api import Session
 
 STATUS, RESULT = "anyrank.status", "anyrank.json"  # what the controller is asked; the file in which it says how it ended
-_MOST_BYTES = 1 << 20
+_MOST_BYTES, _MOST_LOG = 1 << 20, 64 << 20
+_ERROR = re.compile(r" - controller - ERROR - (?:\[[^\]]*\] - )?(?:run [^:\s]*: )?(.*)")
 _RUNNING = ("RUNNING", "DISPATCHED")
 _WAITING = ("SUBMITTED", "APPROVED")
 _TIMEOUT_S = 10.0
@@ -113,14 +114,14 @@ class Commands:
         return dict(self._ask(lambda: self._session.do_app_command(job, STATUS, {})) or {})
 
     def ended(self, job: str, folder: Path) -> dict[str, Any]:
-        """What a job that is over has said of its run at its end; empty if it could not. `folder`: for what is downloaded."""
+        """What a job that is over has said of its run at its end; empty if it could not. `folder`: for what is downloaded.
+
+        `state`, `code` and more as in `anyrank.engines.nvflare.controller.Standing`; `reason`: its last error in words, if any.
+        """
         with tempfile.TemporaryDirectory(dir=folder) as place:
             found = Path(self._ask(lambda: self._session.download_job_result(job, place)))
-            for path in itertools.islice(found.rglob(RESULT), 1):
-                with contextlib.suppress(OSError, ValueError):
-                    table = parse_json(read_bounded(path, _MOST_BYTES))
-                    return table if isinstance(table, dict) else {}
-        return {}
+            table = _table(next(found.rglob(RESULT), None))
+            return table | {"reason": _reason(next(found.rglob("error_log.txt"), None))} if table else {}
 
     def keep_out(self, site: str) -> None:
         """Let no process of this site connect any more, until `let_in`: its certificate stays valid until it ends."""
@@ -155,6 +156,22 @@ class Commands:
 
 
 _UNREACHED = "the server cannot be reached; is it started, and its port open? anyrank deploy doctor KIT says more"
+
+
+def _table(path: Path | None) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        table = parse_json(read_bounded(path, _MOST_BYTES)) if path else {}
+        return table if isinstance(table, dict) else {}
+    return {}
+
+
+def _reason(path: Path | None) -> str:
+    """The last error of our own in a job's log."""
+    with contextlib.suppress(OSError):
+        text = read_bounded(path, _MOST_LOG).decode(errors="replace") if path else ""
+        found = _ERROR.findall(text)
+        return shortened(printable(found[-1].strip()), 500) if found else ""
+    return ""
 
 
 def _job(meta: dict[str, Any], run: str, attempt: int, running: frozenset[str]) -> Job:
