@@ -14,12 +14,11 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from anyrank import __version__
 from anyrank.errors import AnyRankError, in_a_line
-from anyrank.parties import certificates, kits, policies, starting
+from anyrank.parties import certificates, kits, policies, siting, starting
 from anyrank.parties.findings import Finding
 from anyrank.parties.kits import Kit
 from anyrank.parties.policies import RUNNING, SERVER, SITE
@@ -28,7 +27,6 @@ NVFLARE = (2, 9)  # the only minor version that this one works with
 _LEAST_DISK, _LEAST_MEMORY = 2 << 30, 1 << 30  # bytes that should be free
 _MOST_SKEW_S = 60.0
 _WAIT_S = 5.0
-_SITE_FILE = "anyrank.worker.sitefile"
 
 
 def examine(folder: Path) -> Iterator[Finding]:
@@ -125,11 +123,6 @@ def _site(kit: Kit) -> Iterator[Finding]:
         example = kit.folder / kits.SITE_EXAMPLE
         yield Finding("site.toml", False, f"no such file; copy the example, and edit it: cp {example} {kit.site_file}")
         return
-    if find_spec(_SITE_FILE) is None:
-        yield Finding("site.toml", False, "this version of anyrank has no site worker yet; nothing to check it with")
-        return
-    from anyrank.parties import siting
-
     yield from _guarded("site.toml", lambda: siting.site_file(kit))
     yield from _guarded("data", lambda: siting.data(kit))
     yield from _guarded("model", lambda: siting.model(kit))

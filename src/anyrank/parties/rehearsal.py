@@ -96,9 +96,7 @@ def site_table(config: Config, site: SiteConfig) -> dict[str, Any]:
     data |= {"source": _absolute(site.source), "test_source": _absolute(site.test_source)}
     model = {"folder": _absolute(config.model.path)} if config.model.path else {"name": config.model.name}
     private = config.privacy.level != "none"
-    privacy = {"level": config.privacy.level, "delta": config.privacy.delta} | (
-        {"epsilon": config.privacy.epsilon} if private else {}
-    )
+    granted = {"delta": config.privacy.delta, "epsilon": config.privacy.epsilon} if private else {}
     limits = {
         "rank": max(64, site.rank),
         "largest_rank": max(256, *config.clients.ranks),

@@ -62,6 +62,8 @@ def ready(folder: Path) -> Kit:
         raise DeployError(
             f"{kit.site_file}: no such file; write it from the example, and edit it: cp {example} {kit.site_file}"
         )
+    if kit.role == SITE and (name := sitefile.load(kit.site_file).name) != kit.name:
+        raise DeployError(f"{kit.site_file}: name: expected {kit.name!r}, whose kit this is, got {name!r}")
     kits.settle(kit)
     return kit
 
