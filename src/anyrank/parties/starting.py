@@ -28,6 +28,7 @@ from anyrank.files import write_whole_text
 from anyrank.parties import kits, templates
 from anyrank.parties.kits import Kit
 from anyrank.parties.policies import RUNNING, SERVER, SITE
+from anyrank.worker import sitefile
 
 ORGANISATION = "anyrank"
 LEFT = "left"  # a file in a site's state: it has left, and does not start until it returns
