@@ -311,14 +311,14 @@ def rehearse(
         as_json,
         table,
         rehearsal.in_words(table),
-        f"the same over machines: anyrank deploy init DIR --sites {','.join(table['sites'])}",
+        f"the same over machines: anyrank deploy init DIR --sites {','.join(site.name for site in chosen.sites)}",
     )
 
 
 def _follow(owner: Any, run: str, as_json: bool) -> None:
     from anyrank.parties import commanding
 
-    tell = (lambda line: None) if as_json else (lambda line: _say([line], flush=True))
+    tell = (lambda line: None) if as_json else (lambda line: _say([line] if line else [], flush=True))
     table = commanding.keep_going(owner, run, tell)
     _finish(
         as_json,

@@ -22,7 +22,7 @@ from anyrank.config.federation import check_sites
 from anyrank.config.sections import Config
 from anyrank.config.tables import to_table
 from anyrank.engines.nvflare import session
-from anyrank.engines.nvflare.session import Commands, Job
+from anyrank.engines.nvflare.session import Commands, Job, Unreached
 from anyrank.errors import DeployError, RunFailed, nearest
 from anyrank.files import make_folder, write_whole_text
 from anyrank.parties import kits
@@ -31,10 +31,10 @@ from anyrank.parties.policies import OWNER, VIEWER
 
 LOOK_S = 5.0  # between two looks at the server
 ROUNDS = "anyrank.deployment.nvflare.Rounds"  # the class that runs the rounds, in the server's job
-_MOST_FAILURES = 3  # jobs in a row that got no further, after which a supervisor gives up
+_MOST_LOST = 3  # jobs in a row that were lost without a further round, after which a supervisor gives up
 _SUBMITTED = "submitted"  # the folder in a kit's state
 _SEEN_S = 60.0  # seconds after which a site that was not heard of counts as away
-_RESTART_S = 60.0  # seconds that a server may be away before a supervisor gives up
+_AWAY_S = 120.0  # seconds that a server may be away before a supervisor gives up
 
 
 @dataclass(frozen=True)
@@ -159,19 +159,23 @@ def stop(member: Member, run: str) -> list[str]:
 
 def resume(member: Member, run: str) -> str:
     """Submit a run again, which then goes on from its last whole round on the server: the new job's id."""
+    with member.session() as commands:
+        return _resume(member, commands, run)
+
+
+def _resume(member: Member, commands: Commands, run: str) -> str:
     kept = member.kept(run)
     if not kept.is_file():
         raise DeployError(f"run {run}: this kit has not submitted it; resume it with the kit that did")
-    with member.session() as commands:
-        jobs = _jobs_of(commands, run)
-        if not jobs[-1].over:
-            raise DeployError(f"run {run}: is under way; see: anyrank deploy status --kit {member.kit.folder}")
-        if jobs[-1].state == "done" and _end(member, commands, jobs[-1]).get("state") == "done":
-            raise DeployError(f"run {run}: is done; nothing to resume")
-        for job in jobs:
-            if job.lost:
-                commands.abort(job.id)
-        return _send(member, commands, request_of(member.kit.sites, configs.load(kept)))
+    jobs = _jobs_of(commands, run)
+    if not jobs[-1].over:
+        raise DeployError(f"run {run}: is under way; see: anyrank deploy status --kit {member.kit.folder}")
+    if jobs[-1].state == "done" and _end(member, commands, jobs[-1]).get("state") == "done":
+        raise DeployError(f"run {run}: is done; nothing to resume")
+    for job in jobs:
+        if job.lost:
+            commands.abort(job.id)
+    return _send(member, commands, request_of(member.kit.sites, configs.load(kept)))
 
 
 def _end(member: Member, commands: Commands, job: Job) -> dict[str, Any]:
@@ -184,39 +188,67 @@ def _end(member: Member, commands: Commands, job: Job) -> dict[str, Any]:
 def keep_going(member: Member, run: str, tell: Callable[[str], None], look_s: float = LOOK_S) -> dict[str, Any]:
     """Follow a run to its end, and submit it again where its server was lost, or where its job has had its share of rounds.
 
-    Raises `RunFailed` where jobs fail time after time without a round between them, and where the server stays away.
+    Raises `RunFailed` where a job says that it failed, where jobs are lost time after time without a round between them, and
+    where the server stays away.
     """
-    failures, furthest, away_since, jobs_seen = 0, 0, None, 0
+    followed, away_since = _Followed(member, run, tell), 0.0
     while True:
         try:
             with member.session() as commands:
-                job = _jobs_of(commands, run)[-1]
-                jobs_seen, away_since = job.attempt, None
-                state = job.state
-                reached = _round(commands, job) if state == "running" else 0
-                ended = _end(member, commands, job) if state in ("done", "failed") else {}
-        except DeployError as error:
+                away_since = 0.0
+                while (end := followed.look(commands)) is None:
+                    time.sleep(look_s)
+                return end
+        except Unreached as error:
             away_since = away_since or time.monotonic()
-            if time.monotonic() - away_since > _RESTART_S:
-                raise RunFailed(f"run {run}: {error}; when it is back: anyrank deploy resume {run}") from None
+            if time.monotonic() - away_since > _AWAY_S:
+                again = f"anyrank deploy resume {run} --keep-going --kit {member.kit.folder}"
+                raise RunFailed(f"run {run}: {error}; when it is back: {again}") from None
             tell(f"{run}: the server cannot be reached; looking again")
             time.sleep(look_s)
-            continue
-        if reached > furthest:
-            furthest, failures = reached, 0
-            tell(f"{run}: round {reached}")
-        if state == "stopped" or (state == "done" and ended.get("state") != "more"):
-            return {"run": run, "state": state, "jobs": jobs_seen}
-        if state == "failed" and ended.get("state") == "failed":  # by its own word, which the next job would repeat
-            raise RunFailed(f"run {run}: failed: {ended['reason'] or ended.get('code') or 'the log of its server says why'}")
-        if state in ("lost", "failed"):
-            failures += 1
-            if failures > _MOST_FAILURES:
-                raise RunFailed(f"run {run}: {failures} jobs failed in a row; see {member.where}'s log, then resume it")
-            tell(f"{run}: its job was {state}; submitting it again")
-        if state in ("lost", "failed", "done"):
-            resume(member, run)
-        time.sleep(look_s)
+
+
+@dataclass
+class _Followed:
+    """A run that is followed. `reached`: the furthest round that was seen; `lost`: jobs that were lost since."""
+
+    member: Member
+    run: str
+    tell: Callable[[str], None]
+    reached: int = 0
+    lost: int = 0
+
+    def look(self, commands: Commands) -> dict[str, Any] | None:
+        """How the run has ended; `None` while it has not. Submits it again where that is needed."""
+        job = _jobs_of(commands, self.run)[-1]
+        if not job.over:
+            self._note(commands, job)
+            return None
+        end = _end(self.member, commands, job) if job.state in ("done", "failed") else {}
+        said = end.get("state")
+        if job.state == "stopped" or (job.state == "done" and said != "more"):
+            return {"run": self.run, "state": job.state, "jobs": job.attempt}
+        if job.state == "failed" and said == "failed":  # by its own word, which the next job would repeat
+            reason = end["reason"] or end.get("code") or "the server's log says why"
+            raise RunFailed(f"run {self.run}: failed: {reason}")
+        if said != "more":
+            self._count(job)
+        _resume(self.member, commands, self.run)
+        return None
+
+    def _note(self, commands: Commands, job: Job) -> None:
+        reached = _round(commands, job) if job.state == "running" else 0
+        if reached > self.reached:
+            self.reached, self.lost = reached, 0
+            self.tell(f"{self.run}: round {reached}")
+        else:
+            self.tell("")
+
+    def _count(self, job: Job) -> None:
+        self.lost += 1
+        if self.lost > _MOST_LOST:
+            raise RunFailed(f"run {self.run}: {self.lost} jobs were {job.state} in a row; see the server's log, then resume it")
+        self.tell(f"{self.run}: its job was {job.state}; submitting it again")
 
 
 def _round(commands: Commands, job: Job) -> int:

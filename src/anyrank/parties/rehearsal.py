@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from anyrank.errors import DeployError, RunFailed, shortened
 from anyrank.files import make_folder, write_whole_text
 from anyrank.parties import commanding, kits, policies, provisioning
 from anyrank.parties.commanding import Member
+from anyrank.runs.names import CLIENTS, SUMMARY, read_lines, read_object
 
 OWNER = Person("owner@rehearsal.example", "owner")
 _HOST = "localhost"
@@ -60,13 +61,24 @@ def rehearse(config: Config, folder: Path, tell: Tell) -> dict[str, Any]:
         commanding.submit(owner, asked)
         tell(f"submitted {asked.run}")
         end = _followed(owner, asked.run, started, tell)
-    run = folder / provisioning.KITS / policies.SERVER / policies.STATE / policies.RUNS / asked.run
-    table = {"run": str(run), "sites": list(names), "seconds": round(time.monotonic() - began, 1), **end}
+    run = folder / provisioning.KITS / policies.SERVER / policies.STATE / policies.RUNS / asked.run / "run"
+    seconds = round(time.monotonic() - began, 1)
     if end["state"] != "done":
         raise RunFailed(
             f"the rehearsal of {asked.run} ended: {end['state']}; the server's log: {_log(folder, policies.SERVER)}"
         )
-    return table
+    return {**end, "seconds": seconds, "folder": str(run), "sites": _of_sites(run, names)}
+
+
+def _of_sites(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the run folder has of each site: rank, rounds that it took part in, and its own final scores."""
+    rows, sites = read_lines(run / CLIENTS), read_object(run / SUMMARY).get("sites", {})
+    found = []
+    for name in names:
+        own, scores = [row for row in rows if row.get("client") == name], sites.get(name, {})
+        row = {"name": name, "rank": own[-1]["rank"] if own else None, "rounds": sum(row.get("status") == "ok" for row in own)}
+        found.append(row | {key: scores.get(key) for key in ("train_examples", "accuracy", "loss")})
+    return found
 
 
 def free_port() -> int:
@@ -179,15 +191,23 @@ def _last(folder: Path, name: str) -> str:
 def _followed(owner: Member, run: str, started: Mapping[str, subprocess.Popen[bytes]], tell: Tell) -> dict[str, Any]:
     def watched(line: str) -> None:
         _alive(owner.kit.folder.parents[1], started)
-        tell(line)
+        if line:
+            tell(line)
 
     return commanding.keep_going(owner, run, watched, _LOOK_S)
 
 
 def in_words(table: Mapping[str, Any]) -> list[str]:
     """What happened, for people."""
-    sites = ", ".join(table["sites"])
-    return [
-        f"{table['state']}: {len(table['sites'])} sites ({sites}), {table['jobs']} jobs, {table['seconds']:.0f} s in all",
-        f"run folder: {table['run']}",
-    ]
+    lines = [f"{table['run']}: {table['state']} in {table['seconds']:.0f} s; the server and all sites have ended"]
+    lines.append(f"  {'site':20} {'rank':>5} {'rounds':>7} {'examples':>9} {'accuracy':>9}")
+    for row in table["sites"]:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        lines.append(
+            f"  {row['name']:20} {_or(row['rank']):>5} {row['rounds']:>7} {_or(row['train_examples']):>9} {accuracy:>9}"
+        )
+    return [*lines, f"run folder: {table['folder']}"]
+
+
+def _or(value: Any) -> str:
+    return "" if value is None else str(value)

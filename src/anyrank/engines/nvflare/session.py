@@ -33,6 +33,10 @@ _TIMEOUT_S = 10.0
 _SECOND_LOOK_S = 2.0  # a job that has just been started may be listed before the server counts it as running
 
 
+class Unreached(DeployError):
+    """The server does not reply."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A job of a run, whose name it has. `attempt`: the run's jobs are numbered from 1. `status`: NVFlare's word. `lost`: it is
@@ -148,7 +152,7 @@ class Commands:
         except AuthenticationError as error:
             raise DeployError(f"{self._where}: the server does not accept this kit ({in_a_line(error)})") from None
         except (NoConnection, SessionClosed) as error:
-            raise DeployError(f"{self._where}: {_UNREACHED} ({in_a_line(error)})") from None
+            raise Unreached(f"{self._where}: {_UNREACHED} ({in_a_line(error)})") from None
         except InvalidJobDefinition as error:
             raise DeployError(f"{self._where}: the server does not accept the job ({in_a_line(error)})") from None
         except Exception as error:  # NVFlare raises many kinds; each ends the command in one line
