@@ -25,7 +25,7 @@ LEVELS = [
     ["federation", "worker"],
     ["engines"],
     ["simulation", "deployment"],
-    ["studies", "service"],
+    ["studies", "service", "parties"],
     ["cli"],
     ["__main__"],
 ]
@@ -47,6 +47,7 @@ NEVER = {
     "methods.catalog": ("torch", "numpy"),
     "messages.frame": ("torch",),
     "worker.supervisor": ("torch",),
+    "parties.starting": ("torch", "nvflare"),
     "worker.channel": ("torch",),
     "engines.nvflare": ("torch", "transformers", "peft"),
     "deployment.nvflare": ("torch", "transformers", "peft"),

@@ -76,6 +76,10 @@ class FrameError(AnyRankError):
     """A frame cannot be written, or what was received is not the frame that was expected."""
 
 
+class DeployError(AnyRankError):
+    """A federation's file, a party's kit, or a server that runs cannot be used as asked."""
+
+
 def in_a_line(error: BaseException) -> str:
     r"""Somebody else's error in one line: its kind and the first line that it says; one of ours in its own words.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyrank.cli import serving
+from anyrank.cli import deploy, serving
 from anyrank.devices import cores
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+app.add_typer(deploy.app, name="deploy")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of tables.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Override a key of the configuration; repeatable.")]

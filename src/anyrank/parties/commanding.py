@@ -1,0 +1,317 @@
+"""Commands to a federation's server: submit, status, stop, resume. A run is a line of jobs on the server, and one folder there.
+
+The owner's kit keeps what was submitted, so that a run can be resumed, and so that a run's name means one configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from anyrank import config as configs
+from anyrank.config.federation import check_sites
+from anyrank.config.sections import Config
+from anyrank.config.tables import to_table
+from anyrank.engines.nvflare import session
+from anyrank.engines.nvflare.session import Commands, Job, Unreached
+from anyrank.errors import DeployError, RunFailed, nearest
+from anyrank.files import make_folder, write_whole_text
+from anyrank.parties import kits
+from anyrank.parties.kits import Kit
+from anyrank.parties.policies import OWNER, VIEWER
+
+LOOK_S = 5.0  # between two looks at the server
+ROUNDS = "anyrank.deployment.nvflare.Rounds"  # the class that runs the rounds, in the server's job
+_MOST_LOST = 3  # jobs in a row that were lost without a further round, after which a supervisor gives up
+_SUBMITTED = "submitted"  # the folder in a kit's state
+_SEEN_S = 60.0  # seconds after which a site that was not heard of counts as away
+_AWAY_S = 120.0  # seconds that a server may be away before a supervisor gives up
+
+
+@dataclass(frozen=True)
+class Member:
+    """Somebody with a kit for commands."""
+
+    kit: Kit
+
+    @property
+    def where(self) -> str:
+        return f"{self.kit.host}:{self.kit.port}"
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Commands]:
+        with session.opened(self.kit.folder, self.kit.name, self.where) as commands:
+            yield commands
+
+    def kept(self, run: str) -> Path:
+        """Where this kit keeps what was submitted under the name of a run."""
+        return self.kit.state / _SUBMITTED / f"{run}.toml"
+
+
+def owner(folder: Path) -> Member:
+    """Who may submit, stop and resume. Raises `DeployError` for the kit of anybody else."""
+    return _member(folder, (OWNER,))
+
+
+def reader(folder: Path) -> Member:
+    """Who may look: an owner or a viewer."""
+    return _member(folder, (OWNER, VIEWER))
+
+
+def _member(folder: Path, roles: tuple[str, ...]) -> Member:
+    kit = kits.open_kit(folder, roles)
+    kits.check(kit)
+    make_folder(kit.state / _SUBMITTED, 0o700)
+    return Member(kit)
+
+
+# --- what is submitted ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run as it is submitted. `text`: its configuration in TOML, without sources, paths and code."""
+
+    run: str
+    sites: tuple[str, ...]
+    least: int
+    text: str
+
+
+def request(member: Member, path: Path) -> Request:
+    """The run in the configuration at `path`, checked as far as the owner's machine can. Raises `AnyRankError`."""
+    return request_of(member.kit.sites, configs.load(path))
+
+
+def request_of(known: tuple[str, ...], config: Config) -> Request:
+    """The run in `config`, over sites of a federation that has the sites `known`."""
+    from anyrank import methods
+    from anyrank.deployment.public import check, kept
+
+    check(config, methods.make(config.method.name, config.method.options))
+    names = tuple(site.name for site in config.sites)
+    check_sites(names)
+    for name in names:
+        if name not in known:
+            raise DeployError(f"sites: {name!r} is no site of this federation; {nearest(name, known)}")
+    least = min(config.rounds.least or 1, len(names))
+    return Request(config.run.name, names, max(1, least), tomli_w.dumps(to_table(kept(config))))
+
+
+# --- a run's life ---------------------------------------------------------------------------------------------------------
+
+
+def submit(member: Member, asked: Request) -> str:
+    """Submit a run under a new name: the job's id. Raises `DeployError` where the run is under way or was there before."""
+    kept = member.kept(asked.run)
+    with member.session() as commands:
+        jobs = [job for job in commands.jobs() if job.run == asked.run]
+        if jobs and jobs[-1].state in ("waiting", "running"):
+            raise DeployError(f"run {asked.run}: is under way already; see: anyrank deploy status --kit {member.kit.folder}")
+        if jobs:
+            told = f"anyrank deploy resume {asked.run} --kit {member.kit.folder}"
+            raise DeployError(
+                f"run {asked.run}: was submitted before ({jobs[-1].state}); to go on: {told}; else set another run.name"
+            )
+        write_whole_text(kept, asked.text)
+        return _send(member, commands, asked)
+
+
+def _send(member: Member, commands: Commands, asked: Request) -> str:
+    from anyrank.engines.nvflare import job
+
+    place = Path(tempfile.mkdtemp(dir=member.kit.state))
+    try:
+        arguments = {"config": job.enclosed(asked.text)}
+        return commands.submit(job.write(place / asked.run, asked.run, asked.sites, asked.least, ROUNDS, arguments))
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _jobs_of(commands: Commands, run: str) -> list[Job]:
+    jobs = commands.jobs()
+    found = [job for job in jobs if job.run == run]
+    if not found:
+        runs = sorted({job.run for job in jobs})
+        raise DeployError(f"run {run}: was not submitted here; {nearest(run, runs) if runs else 'there are no runs yet'}")
+    return found
+
+
+def stop(member: Member, run: str) -> list[str]:
+    """Stop a run's jobs: the ids of those that were under way, or that only seemed to be. Raises `DeployError` if none was."""
+    with member.session() as commands:
+        jobs = [job for job in _jobs_of(commands, run) if not job.over or job.lost]
+        if not jobs:
+            raise DeployError(f"run {run}: is not under way; nothing to stop")
+        for job in jobs:
+            commands.abort(job.id)
+    return [job.id for job in jobs]
+
+
+def resume(member: Member, run: str) -> str:
+    """Submit a run again, which then goes on from its last whole round on the server: the new job's id."""
+    with member.session() as commands:
+        return _resume(member, commands, run)
+
+
+def _resume(member: Member, commands: Commands, run: str) -> str:
+    kept = member.kept(run)
+    if not kept.is_file():
+        raise DeployError(f"run {run}: this kit has not submitted it; resume it with the kit that did")
+    jobs = _jobs_of(commands, run)
+    if not jobs[-1].over:
+        raise DeployError(f"run {run}: is under way; see: anyrank deploy status --kit {member.kit.folder}")
+    if jobs[-1].state == "done" and _end(member, commands, jobs[-1]).get("state") == "done":
+        raise DeployError(f"run {run}: is done; nothing to resume")
+    for job in jobs:
+        if job.lost:
+            commands.abort(job.id)
+    return _send(member, commands, request_of(member.kit.sites, configs.load(kept)))
+
+
+def _end(member: Member, commands: Commands, job: Job) -> dict[str, Any]:
+    """What a job says of its end: `state` done, more (its share of rounds is done), stopped or failed; empty if it does not."""
+    with contextlib.suppress(DeployError):
+        return commands.ended(job.id, member.kit.state)
+    return {}
+
+
+def keep_going(member: Member, run: str, tell: Callable[[str], None], look_s: float = LOOK_S) -> dict[str, Any]:
+    """Follow a run to its end, and submit it again where its server was lost, or where its job has had its share of rounds.
+
+    Raises `RunFailed` where a job says that it failed, where jobs are lost time after time without a round between them, and
+    where the server stays away.
+    """
+    followed, away_since = _Followed(member, run, tell), 0.0
+    while True:
+        try:
+            with member.session() as commands:
+                away_since = 0.0
+                while (end := followed.look(commands)) is None:
+                    time.sleep(look_s)
+                return end
+        except Unreached as error:
+            away_since = away_since or time.monotonic()
+            if time.monotonic() - away_since > _AWAY_S:
+                again = f"anyrank deploy resume {run} --keep-going --kit {member.kit.folder}"
+                raise RunFailed(f"run {run}: {error}; when it is back: {again}") from None
+            tell(f"{run}: the server cannot be reached; looking again")
+            time.sleep(look_s)
+
+
+@dataclass
+class _Followed:
+    """A run that is followed. `reached`: the furthest round that was seen; `lost`: jobs that were lost since."""
+
+    member: Member
+    run: str
+    tell: Callable[[str], None]
+    reached: int = 0
+    lost: int = 0
+
+    def look(self, commands: Commands) -> dict[str, Any] | None:
+        """How the run has ended; `None` while it has not. Submits it again where that is needed."""
+        job = _jobs_of(commands, self.run)[-1]
+        if not job.over:
+            self._note(commands, job)
+            return None
+        end = _end(self.member, commands, job) if job.state in ("done", "failed") else {}
+        said = end.get("state")
+        if job.state == "stopped" or (job.state == "done" and said != "more"):
+            return {"run": self.run, "state": job.state, "jobs": job.attempt}
+        if job.state == "failed" and said == "failed":  # by its own word, which the next job would repeat
+            reason = end["reason"] or end.get("code") or "the server's log says why"
+            raise RunFailed(f"run {self.run}: failed: {reason}")
+        if said != "more":
+            self._count(job)
+        _resume(self.member, commands, self.run)
+        return None
+
+    def _note(self, commands: Commands, job: Job) -> None:
+        reached = _round(commands, job) if job.state == "running" else 0
+        if reached > self.reached:
+            self.reached, self.lost = reached, 0
+            self.tell(f"{self.run}: round {reached}")
+        else:
+            self.tell("")
+
+    def _count(self, job: Job) -> None:
+        self.lost += 1
+        if self.lost > _MOST_LOST:
+            raise RunFailed(f"run {self.run}: {self.lost} jobs were {job.state} in a row; see the server's log, then resume it")
+        self.tell(f"{self.run}: its job was {job.state}; submitting it again")
+
+
+def _round(commands: Commands, job: Job) -> int:
+    with contextlib.suppress(DeployError, ValueError, TypeError):
+        return int(commands.progress(job.id).get("round", 0))
+    return 0
+
+
+def remove(member: Member, site: str, undo: bool = False) -> None:
+    """Let the server refuse a site, or accept it again."""
+    with member.session() as commands:
+        (commands.let_in if undo else commands.keep_out)(site)
+
+
+# --- looking --------------------------------------------------------------------------------------------------------------
+
+
+def status(member: Member) -> dict[str, Any]:
+    """What the server says: itself, the sites with the seconds since they were heard, the newest job of each run."""
+    with member.session() as commands:
+        standing, now = commands.standing(), time.time()
+        newest = {job.run: job for job in commands.jobs()}
+        runs = [_row(commands, job) for job in newest.values()]
+    seen = {name: max(0.0, now - at) for name, at in standing.seen.items()}
+    sites = [{"name": name, "seen_s": round(seen[name], 1) if name in seen else None} for name in member.kit.sites]
+    others = [{"name": name, "seen_s": round(age, 1)} for name, age in sorted(seen.items()) if name not in member.kit.sites]
+    return {"federation": member.kit.federation, "server": member.where, "sites": [*sites, *others], "runs": runs}
+
+
+def _row(commands: Commands, job: Job) -> dict[str, Any]:
+    row = dataclasses.asdict(job) | {"state": job.state}
+    if job.state == "running":
+        with contextlib.suppress(DeployError):
+            told = commands.progress(job.id)
+            row |= {key: told[key] for key in ("round", "rounds", "waiting") if key in told}
+    return row
+
+
+def in_words(table: Mapping[str, Any]) -> list[str]:
+    """The lines of a status: a verdict for each run, and who is there."""
+    here = [each["name"] for each in table["sites"] if each["seen_s"] is not None and each["seen_s"] < _SEEN_S]
+    away = [each["name"] for each in table["sites"] if each["name"] not in here]
+    lines = [f"{table['federation']} at {table['server']}: {len(here)} of {len(table['sites'])} sites connected"]
+    lines += [f"  away: {', '.join(away)}"] if away else []
+    return lines + [f"  {_verdict(row)}" for row in table["runs"]] + ([] if table["runs"] else ["  no runs yet"])
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    said = f"{row['run']}: {row['state']}"
+    if row["state"] == "lost":
+        return f"{said}: its server was restarted, and nothing runs it; resume it"
+    if "round" in row:
+        said += f", round {row['round']} of {row['rounds']}"
+    if row.get("waiting"):
+        said += f", waiting for {', '.join(row['waiting'])}"
+    return said
+
+
+def following(table: Mapping[str, Any], kit: Path) -> str:
+    """What to type next, after a status."""
+    again = next((row["run"] for row in table["runs"] if row["state"] in ("lost", "failed", "stopped")), "")
+    if again:
+        return f"anyrank deploy resume {again} --kit {kit}"
+    if any(row["state"] == "running" for row in table["runs"]):
+        return f"anyrank deploy status --watch --kit {kit}"
+    return f"anyrank deploy submit run.toml --kit {kit}"

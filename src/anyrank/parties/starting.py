@@ -1,0 +1,274 @@
+"""`anyrank deploy start`: a party's engine process, watched in the foreground until somebody ends it. No NVFlare here.
+
+NVFlare's processes start others: a job's process, and that one a worker. All of them end with this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from anyrank import __version__, stopping
+from anyrank.errors import DeployError, RunFailed, printable, shortened
+from anyrank.files import write_whole_text
+from anyrank.parties import kits, templates
+from anyrank.parties.kits import Kit
+from anyrank.parties.policies import RUNNING, SERVER, SITE
+from anyrank.worker import sitefile
+
+ORGANISATION = "anyrank"
+LEFT = "left"  # a file in a site's state: it has left, and does not start until it returns
+PID = "start.pid"
+_MODULES = {SERVER: "nvflare.private.fed.app.server.server_train", SITE: "nvflare.private.fed.app.client.client_train"}
+_CONNECTED = {SERVER: "Server started", SITE: "Successfully registered client:"}
+_FAULTS = re.compile(r" - (ERROR|CRITICAL) - ")
+_OURS = re.compile(r" - (controller|executor|launcher) - ")  # whose errors are for the operator; the others stay in log.txt
+_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # before the process is started again, by the number of its ends in a row
+_MOST_ENDS = 5  # ends in a row, each within `_SHORT_S`, after which `start` gives up
+_SHORT_S = 60.0
+_GRACE_S = 8.0  # seconds that processes have for ending by themselves
+_LONGEST = 300  # characters of a line of NVFlare's that is shown
+
+
+def command(kit: Kit) -> list[str]:
+    """The command of a kit's engine process: with the Python that runs this, whatever is first in PATH."""
+    config = f"fed_{'server' if kit.role == SERVER else 'client'}.json"
+    own = [f"uid={kit.name}"] if kit.role == SITE else []
+    options = ["secure_train=true", *own, f"org={ORGANISATION}", "config_folder=config"]
+    return [sys.executable, "-u", "-m", _MODULES[kit.role], "-m", str(kit.folder.absolute()), "-s", config, "--set", *options]
+
+
+def ready(folder: Path) -> Kit:
+    """The kit at `folder`, checked and settled: ready to be started. Raises `DeployError`."""
+    kit = kits.open_kit(folder, RUNNING)
+    kits.check(kit)
+    if (kit.state / LEFT).exists():
+        raise DeployError(f"{folder}: this site has left its federation; to return: anyrank deploy leave --undo {folder}")
+    if kit.role == SITE and not kit.site_file.is_file():
+        example = kit.folder / kits.SITE_EXAMPLE
+        raise DeployError(
+            f"{kit.site_file}: no such file; write it from the example, and edit it: cp {example} {kit.site_file}"
+        )
+    if kit.role == SITE and (name := sitefile.load(kit.site_file).name) != kit.name:
+        raise DeployError(f"{kit.site_file}: name: expected {kit.name!r}, whose kit this is, got {name!r}")
+    kits.settle(kit)
+    return kit
+
+
+def serve(kit: Kit, tell: Callable[[str], None], ready_file: Path | None = None) -> int:
+    """Run the kit's engine process until SIGINT or SIGTERM: the signal's number. `tell` gets a line at each event.
+
+    A process that ends by itself is started again; `RunFailed` where it ends time after time. `ready_file` is written when it
+    is connected for the first time. One `start` a kit: `DeployError` for a second one.
+    """
+    stop = _Signals()
+    lock = FileLock(kit.state / "start.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DeployError(f"{kit.folder}: is started already, on this machine; stop that one first") from None
+    with stop, lock:
+        write_whole_text(kit.state / PID, f"{os.getpid()}\n")
+        try:
+            return _watch(kit, tell, stop, ready_file)
+        finally:
+            with contextlib.suppress(OSError):
+                (kit.state / PID).unlink()
+
+
+class _Signals:
+    """Within it SIGINT and SIGTERM set `number`, so that processes are ended in order; before and after, they end this one."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.came = threading.Event()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _Signals:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            self._before[each] = signal.signal(each, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = self.number or number
+        self.came.set()
+
+
+def _watch(kit: Kit, tell: Callable[[str], None], stop: _Signals, ready_file: Path | None) -> int:
+    ends = 0
+    while True:
+        began = time.monotonic()
+        status, last = _one_life(kit, tell, stop, ready_file)
+        if stop.number:
+            return stop.number
+        ends = 1 if time.monotonic() - began > _SHORT_S else ends + 1
+        if ends >= _MOST_ENDS:
+            raise RunFailed(f"{kit.folder}: its process ended {ends} times in a row, the last time with status {status}{last}")
+        pause = _PAUSES_S[min(ends, len(_PAUSES_S)) - 1]
+        tell(f"its process ended with status {status}{last}; starting it again in {pause:.0f} s")
+        if stop.came.wait(pause):
+            return stop.number
+
+
+def _one_life(kit: Kit, tell: Callable[[str], None], stop: _Signals, ready_file: Path | None) -> tuple[int, str]:
+    """One process from its start to its end: its status, and its last error in words."""
+    _clear(kit)
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    with _process(kit) as process:
+        threading.Thread(target=_listen, args=(process.stdout, lines), daemon=True).start()
+        last = ""
+        for line in _lines(lines, stop):
+            if _CONNECTED[kit.role] in line:
+                tell(_connected(kit))
+                if ready_file:
+                    write_whole_text(ready_file, f"{process.pid}\n")
+            elif _FAULTS.search(line):
+                last = shortened(printable(line.split(" - ")[-1].strip()), _LONGEST)
+                if _OURS.search(line):
+                    tell(f"{kit.name}: {last}")
+        if not stop.number:
+            process.wait()
+    return process.returncode if process.returncode is not None else 0, f": {last}" if last else ""
+
+
+def _lines(lines: queue.SimpleQueue[str | None], stop: _Signals) -> Iterator[str]:
+    """The process's lines, until it ends or a signal comes."""
+    while not stop.number:
+        with contextlib.suppress(queue.Empty):
+            line = lines.get(timeout=0.2)
+            if line is None:
+                return
+            yield line
+
+
+def _connected(kit: Kit) -> str:
+    if kit.role == SERVER:
+        return f"server of {kit.federation}: listening at {kit.host}:{kit.port}"
+    return f"{kit.name}: connected to {kit.host}:{kit.port}"
+
+
+def _clear(kit: Kit) -> None:
+    """Remove what earlier processes left in the kit's own temporary folder."""
+    for path in (kit.state / "tmp").iterdir():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _process(kit: Kit) -> Iterator[subprocess.Popen[bytes]]:
+    """The engine process, in a session of its own, so that the terminal's Ctrl-C comes to us alone. At the end, it and all that
+    it started are ended."""
+    env = {**os.environ, "TMPDIR": str((kit.state / "tmp").absolute()), "PYTHONDONTWRITEBYTECODE": "1"}
+    with stopping.starting_a_child():
+        process = subprocess.Popen(
+            command(kit), cwd=kit.folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, umask=0o077,
+        )  # fmt: skip
+    with stopping.child(process):
+        try:
+            yield process
+        finally:
+            end_with_descendants(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
+
+
+def end_with_descendants(pid: int, grace_s: float = _GRACE_S) -> None:
+    """End a process and all that it started, also those in sessions of their own: by asking, then by killing.
+
+    Those that its end leaves behind are known before: their parent is another one afterwards.
+    """
+    import psutil
+
+    try:
+        top = psutil.Process(pid)
+        family = [*reversed(top.children(recursive=True)), top]
+    except psutil.NoSuchProcess:
+        return
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.terminate()
+    _, alive = psutil.wait_procs(family, timeout=grace_s)
+    for each in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(alive, timeout=2.0)
+
+
+def _listen(stream: object, lines: queue.SimpleQueue[str | None]) -> None:
+    """Put a stream's lines into a queue, each cut, and `None` at its end."""
+    with contextlib.suppress(OSError, ValueError), stream:
+        while data := stream.readline(1 << 16):
+            text = data[:4096].decode(errors="replace")
+            if any(mark in text for mark in _CONNECTED.values()) or _FAULTS.search(text):
+                lines.put(text)
+    lines.put(None)
+
+
+def running(kit: Kit) -> int | None:
+    """The process number of the `start` that runs for this kit, if one does."""
+    lock = FileLock(kit.state / "start.lock")
+    try:
+        with lock.acquire(timeout=0):
+            return None
+    except Timeout:
+        with contextlib.suppress(OSError, ValueError):
+            return int((kit.state / PID).read_text())
+    except OSError:
+        return None
+    return None
+
+
+def leave(kit: Kit, undo: bool = False, wait_s: float = 30.0) -> str:
+    """End the site's part in its federation, from its own machine; what was done, in words. With `undo`, let it start again."""
+    mark = kit.state / LEFT
+    if undo:
+        if not mark.exists():
+            raise DeployError(f"{kit.folder}: this site has not left; nothing to undo")
+        mark.unlink()
+        return "returned: it can be started again"
+    kits.settle(kit)
+    write_whole_text(mark, "this site has left; anyrank deploy leave --undo lets it start again\n")
+    pid = running(kit)
+    if pid is None:
+        return "left: it cannot be started until it returns; nothing was running"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + wait_s
+    while running(kit) is not None:
+        if time.monotonic() > until:
+            raise RunFailed(f"{kit.folder}: process {pid} does not end; end it with: kill -9 {pid}")
+        time.sleep(0.2)
+    return "left: its processes have ended, and it cannot be started until it returns"
+
+
+def service(folder: Path) -> str:
+    """A systemd unit for the kit at `folder`, for this user and this Python. Raises `DeployError`."""
+    kit = kits.open_kit(folder, RUNNING)
+    place = str(kit.folder.resolve())
+    if any(unicodedata.category(letter) == "Cc" for letter in place):
+        raise DeployError(f"{folder}: a systemd unit cannot name a folder with control characters; move the kit")
+    return templates.unit(place, f"{kit.name} of {kit.federation}", sys.executable, getpass.getuser())
+
+
+def container(folder: Path) -> str:
+    """A container file for servers and sites, for this version of Python and anyrank. Raises `DeployError`."""
+    kits.open_kit(folder, RUNNING)
+    return templates.container_file(f"{sys.version_info.major}.{sys.version_info.minor}", __version__)
