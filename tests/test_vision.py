@@ -21,6 +21,7 @@ from anyrank.data.partition import partition
 from anyrank.errors import ConfigError, DataError, ModelError
 from anyrank.federation.federation import Federation
 from anyrank.messages.records import Scaling
+from anyrank.tasks import frozen
 from anyrank.tasks.base import Task
 from anyrank.tasks.load import _cached_task
 from anyrank.tasks.vision import classifier, prefix, small
@@ -601,7 +602,7 @@ def test_a_frozen_prefix_runs_once_and_its_weights_are_let_go(models, zoo, tmp_p
     assert "LoRA from vit.layers.2 on, frozen prefix float32" in first.name
     assert not any(name.startswith(("vit.layers.0", "vit.layers.1")) for name, _ in first.module.named_parameters())
     assert first.train.inputs.values.shape == (18, 17, 32)  # images, 16 patches and the class token, width
-    monkeypatch.setattr(vision.store, "store", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr(frozen.cache, "store", lambda *_: pytest.fail("run again"))
     again = load(models["vit"], zoo, tmp_path / "cache", (LAST["vit"],), features="disk")
     assert torch.equal(logits(first), logits(again))
 

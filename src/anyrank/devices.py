@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from anyrank.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 def cores() -> int:
@@ -52,6 +57,30 @@ def threads(number: int) -> Iterator[None]:
 def all_cores() -> contextlib.AbstractContextManager[None]:
     """Use every core that this process may use within a `with` block, for encoding."""
     return threads(cores())
+
+
+def spread(items: Iterable[Item], compute: Callable[[Item], Found], take: Callable[[Item, Found], None]) -> None:
+    """`take(item, compute(item))` of every item, in order, here; `compute` runs on all cores, each call on a single one.
+
+    The order of additions within a call is therefore the same on every number of cores. At most two items per core wait at a
+    time, so that `items` may be read as they are needed.
+    """
+    import torch
+
+    waiting: deque[tuple[Item, Future[Found]]] = deque()
+    with threads(1), ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(compute, item)))
+                if len(waiting) > 2 * cores():
+                    first, found = waiting.popleft()
+                    take(first, found.result())
+            while waiting:
+                first, found = waiting.popleft()
+                take(first, found.result())
+        finally:
+            for _, found in waiting:
+                found.cancel()
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -49,7 +49,9 @@ def load_split(reader: Reader, data: DataConfig, sites: Sequence[SiteConfig] = (
 
     A site's held-out examples are those of its `test_source`, or else `data.test_fraction` of its source, stratified by label,
     drawn by a key of the site's name (none, if there is a `data.test_source`). Those of `data.test_source` follow; they belong
-    to no site. Labels are numbered over all sites. Raises `DataError` that names the site.
+    to no site. Labels are numbered over all sites, or as in `data.label_names` if these are the labels themselves. A site's
+    rows and columns, and with these names the numbers of its labels, are those that it has alone. Raises `DataError` that names
+    the site.
     """
     if not sites:
         return reader.load_split(data)
@@ -70,9 +72,10 @@ def load_split(reader: Reader, data: DataConfig, sites: Sequence[SiteConfig] = (
         )
     names = _vocabulary([part for _, part in training])
     every = names if reader.CLOSED else _vocabulary([part for _, part in (*training, *held)])
+    listed = _listed(data.label_names, every)
     if reader.CLOSED:
-        _check_labels(names, held)
-    return tuple(_renamed(_joined(reader, parts, every), data) for parts in (training, held))
+        _check_labels(listed or names, held, of_data=bool(listed))
+    return tuple(_renamed(_joined(reader, parts, listed or every), data) for parts in (training, held))
 
 
 def _read(reader: Reader, data: DataConfig, site: SiteConfig) -> tuple[Part, Part | None]:
@@ -100,7 +103,25 @@ def _vocabulary(parts: Sequence[Part]) -> tuple[str, ...]:
     return first if same else ordered(name for part in parts for name in part.label_names)
 
 
-def _check_labels(names: tuple[str, ...], held: Sequence[tuple[str, Part]]) -> None:
+def _listed(given: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
+    """`data.label_names`, if they are the labels themselves, of which the sites may have some only; empty if they are other
+    names. With them, a label has the same number whatever other sites there are."""
+    known = set(own) & set(given)
+    if not known:
+        return ()
+    lacking = sorted(set(own) - known)
+    if lacking or len(set(given)) < len(given):
+        what = f"and not {lacking[0]!r}; {nearest(lacking[0], given)}" if lacking else "and one of them twice"
+        raise DataError(
+            f"data.label_names: has {min(known)!r} of the sites' labels {what}; give all labels of the sites once each, in any "
+            "order, or other names for all of them"
+        )
+    return given
+
+
+def _check_labels(names: tuple[str, ...], held: Sequence[tuple[str, Part]], of_data: bool) -> None:
+    """Raise `DataError` for fewer than two labels, or a held-out label that is not among `names`: those that the sites train
+    on, or (`of_data`) those of `data.label_names`."""
     if len(names) < 2:
         raise DataError(f"sites: expected at least two different labels over all sites, got only {names[0]!r}")
     for site, part in held:
@@ -108,20 +129,26 @@ def _check_labels(names: tuple[str, ...], held: Sequence[tuple[str, Part]]) -> N
         unknown = sorted(used - set(names))
         if unknown:
             where = f"site {site}" if site else "data.test_source"
+            told = "of data.label_names" if of_data else "that the sites train on"
             raise DataError(
-                f"{where}: label {unknown[0]!r} of held-out examples is not among the {len(names)} labels that the sites train "
-                f"on ({len(unknown)} such); {nearest(unknown[0], names)}; remove those examples or add training examples"
+                f"{where}: label {unknown[0]!r} of held-out examples is not among the {len(names)} labels {told} "
+                f"({len(unknown)} such); {nearest(unknown[0], names)}; remove those examples or add training examples"
             )
 
 
 def _joined(reader: Reader, parts: Sequence[tuple[str, Part]], names: tuple[str, ...]) -> Part:
     """One part of all, with the labels `names` and the column of owners."""
     alone = [part for _, part in parts]
-    shared = [name for name in alone[0].columns if all(name in part.columns for part in alone)]
-    columns = {name: np.concatenate([part.columns[name] for part in alone]) for name in shared}
+    named = dict.fromkeys(name for part in alone for name in part.columns)
+    columns = {name: np.concatenate([_column(part, name) for part in alone]) for name in named}
     columns[OWNER] = np.concatenate([np.full(len(part.labels), name, dtype=object) for name, part in parts])
     labels = np.concatenate([_relabelled(part, names) for part in alone])
     return replace(alone[0], labels=labels, label_names=names, columns=columns, **reader.together(alone))
+
+
+def _column(part: Part, name: str) -> np.ndarray:
+    """A column `[n]` of a part; empty text where the part has no such column, so that no site takes a column from another."""
+    return part.columns[name] if name in part.columns else np.full(len(part.labels), "", dtype=object)
 
 
 def _relabelled(part: Part, names: tuple[str, ...]) -> np.ndarray:
@@ -133,13 +160,25 @@ def _relabelled(part: Part, names: tuple[str, ...]) -> np.ndarray:
 def _renamed(part: Part, data: DataConfig) -> Part:
     """The part with the names in `data.label_names`, if they are given."""
     given, own = data.label_names, part.label_names
-    if not given:
+    if not given or given == own:
         return part
     if len(given) != len(own) or len(set(given)) != len(given):
         raise DataError(
             f"data.label_names: expected {len(own)} different names, for the labels of all sites in order, got {len(given)}"
         )
     return replace(part, label_names=given)
+
+
+def groups(columns: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """The numbers of examples of each site, one after the other; empty if the examples are not those of sites.
+
+    Frozen parts run on each group apart, so that a site's features do not depend on the batches of other sites.
+    """
+    if OWNER not in columns:
+        return ()
+    values = columns[OWNER]
+    starts = np.flatnonzero(values[1:] != values[:-1]) + 1
+    return tuple(np.diff([0, *starts, len(values)]).tolist())
 
 
 def shards(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> Shards:

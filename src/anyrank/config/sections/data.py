@@ -104,7 +104,11 @@ class DataConfig:
         "The column or array of labels: a name, or a number from 0 if data.header is false.",
         also={"flwr-datasets": "partition_by"},
     )
-    label_names: tuple[str, ...] = key((), "Other names for the labels of texts, in the order of the labels.")
+    label_names: tuple[str, ...] = key(
+        (),
+        "Other names for the labels of texts, in the order of the labels. With [[sites]], of any examples: also the labels "
+        "themselves, of which each site may have some only; they are then numbered in this order, whatever sites there are.",
+    )
     header: bool = key(
         True, "Whether the first row of a table has the names of its columns. false: columns are numbered from 0."
     )

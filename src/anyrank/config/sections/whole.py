@@ -26,7 +26,7 @@ _LM, _PICTURES, _TEXT = "causal-lm", "image-classification", "text-classificatio
 # Keys that only some tasks read, and a name for these tasks. With another task, such a key is an error, never ignored.
 READ_BY = {
     **{("data", name): ((_LM, _PICTURES, _TEXT), "a source of your own") for name in ("split", "test_split")},
-    ("data", "label_names"): ((_TEXT,), "texts"),
+    ("data", "label_names"): ((_TEXT,), "texts, and for [[sites]]"),
     ("data", "rotate"): ((_PICTURES,), "images of your own source"),
     ("model", "pretrained"): ((_PICTURES,), "images of your own source"),
     **{("data", name): ((_LM, _PICTURES), "images of your own source") for name in ("train_examples", "test_examples")},
@@ -62,8 +62,9 @@ class Config:
             table = getattr(self, section)
             value = getattr(table, name)
             usual = value == getattr(type(table)(), name)
-            own = bool(self.model.file) or task == HANDED_IN  # such a task may read any key
-            expect(usual or own or task in tasks, f"{section}.{name}", f"no value, because this key is only for {what}", value)
+            may = bool(self.model.file) or task == HANDED_IN  # such a task may read any key
+            may = may or (name == "label_names" and bool(self.sites))
+            expect(usual or may or task in tasks, f"{section}.{name}", f"no value, because this key is only for {what}", value)
         if self.model.head in OWN_HEADS and task != _TEXT and not self.model.file:
             raise ConfigError(f"model.head: '{self.model.head}' is only for {_TEXT}; use trained or frozen")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from anyrank.data import cache as store
 from anyrank.data.texts import Text
-from anyrank.devices import all_cores
+from anyrank.devices import all_cores, spread
 from anyrank.progress import Progress
+from anyrank.tasks.frozen import Frozen, Step, Tensors, Wanted
 from anyrank.tasks.text.encoder import Encoder, Tokens, pool
 
 _BATCH_TOKENS = 1024  # small batches stay in the processor cache; larger ones measured slower
@@ -86,10 +88,22 @@ def _flat(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """A request for features: embeddings of `texts`, or the hidden states that layer `stop` takes."""
+    """A request for features: embeddings of `texts`, or the hidden states that layer `stop` takes.
+
+    `groups`: numbers of texts, one after the other, that are encoded apart: the features of a group depend neither on other
+    groups nor on the number of cores. Empty: all texts together.
+    """
 
     texts: Sequence[Text]
     stop: int | None = None
+    groups: tuple[int, ...] = ()
+
+    def parts(self) -> Iterator[Features]:
+        """Each group as a request of its own."""
+        start = 0
+        for size in self.groups:
+            yield Features(self.texts[start : start + size], self.stop, (size,))
+            start += size
 
 
 @dataclass(frozen=True)
@@ -104,32 +118,23 @@ class Encode:
     progress: Progress | None
     on_disk: bool = False
 
-    def __call__(self, wanted: Mapping[str, Features]) -> dict[str, dict[str, Tensor]]:
+    def __call__(self, wanted: Mapping[str, Features]) -> dict[str, Tensors]:
         """`{part: tensors}`; see `_encode` for the tensors."""
-        places = {part: ("features", _key(self.encoder, each)) for part, each in wanted.items()}
-        found = {part: store.load(self.cache, *place, mapped=self.on_disk) for part, place in places.items()}
-        missing = [part for part, tensors in found.items() if tensors is None]
-        total, done = sum(len(wanted[part].texts) for part in missing), 0
+        kept = Frozen(self.cache, "features", self.progress, self.on_disk)
+        return kept({part: self._wanted(each) for part, each in wanted.items()})
 
-        def step(number: int) -> None:
-            nonlocal done
-            done += number
-            if self.progress is not None:
-                self.progress(done, total)
-
-        for part in missing:
-            with all_cores():
-                found[part] = _encode(self.encoder, wanted[part], step)
-            store.store(self.cache, *places[part], found[part])
-            if self.on_disk:
-                found[part] = store.load(self.cache, *places[part], mapped=True)
-        return found
+    def _wanted(self, features: Features) -> Wanted:
+        groups = tuple(self._wanted(part) for part in features.parts()) if len(features.groups) > 1 else ()
+        compute = partial(_encode, self.encoder, features)
+        return Wanted(_key(self.encoder, features), len(features.texts), compute, groups)
 
 
 def _key(encoder: Encoder, wanted: Features) -> dict[str, str]:
     pairs = isinstance(wanted.texts[0], tuple)
     texts = [text for pair in wanted.texts for text in pair] if pairs else wanted.texts
     more = {"device": encoder.device.type} if encoder.device.type != "cpu" else {}
+    if wanted.groups:  # other batches, each on one core: other last digits
+        more["groups"] = " ".join(map(str, wanted.groups))
     return more | {
         "format": _FORMAT,
         "model": encoder.source.digest,
@@ -140,7 +145,7 @@ def _key(encoder: Encoder, wanted: Features) -> dict[str, str]:
     }
 
 
-def _encode(encoder: Encoder, wanted: Features, step: Callable[[int], None]) -> dict[str, Tensor]:
+def _encode(encoder: Encoder, wanted: Features, step: Step) -> dict[str, Tensor]:
     """Embeddings: `values` `[n, d]` float32. Hidden states: `values` `[tokens, d]` in the encoder's dtype, `lengths` `[n]`.
 
     Texts are sorted longest first, so that a batch has little padding and the largest batch comes first.
@@ -151,16 +156,27 @@ def _encode(encoder: Encoder, wanted: Features, step: Callable[[int], None]) -> 
     pooled = wanted.stop is None
     dtype = torch.bfloat16 if encoder.bfloat16 and not pooled else torch.float32
     values = torch.empty(len(lengths) if pooled else int(lengths.sum()), width, dtype=dtype)
-    for index in _batches(lengths):
+
+    def compute(index: Tensor) -> Tensor:
         batch = tokens.batch(index)
         mask = batch["mask"]
         hidden = encoder.hidden(batch["inputs"], mask, batch.get("segments"), wanted.stop)
+        return pool(hidden, mask) if pooled else hidden[mask].to(dtype)
+
+    def take(index: Tensor, computed: Tensor) -> None:
         if pooled:
-            values[index] = pool(hidden, mask)
+            values[index] = computed
         else:
-            rows = (starts[index, None] + torch.arange(mask.shape[1]))[mask]
-            values[rows] = hidden[mask].to(dtype)
+            place = torch.arange(int(lengths[index].max()))
+            values[(starts[index, None] + place)[place < lengths[index, None]]] = computed
         step(len(index))
+
+    if wanted.groups:
+        spread(_batches(lengths), compute, take)
+    else:
+        with all_cores():
+            for index in _batches(lengths):
+                take(index, compute(index))
     return {"values": values} if pooled else {"values": values, "lengths": lengths}
 
 

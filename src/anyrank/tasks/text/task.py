@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,11 @@ def load(
     train, test = of_sites.load_split(sources, data, sites)
     source = find_source(model)
     head = _Head(model.head, len(train.label_names))
-    texts = {"train": train.texts, "test": test.texts}
+    texts = {"train": Features(train.texts, groups=of_sites.groups(train.columns))}
+    texts["test"] = Features(test.texts, groups=of_sites.groups(test.columns))
     if model.head == "label-names":
-        texts["names"] = as_words(train.label_names)
+        names = as_words(train.label_names)
+        texts["names"] = Features(names, groups=(len(names),) if sites else ())
     encode = Encode(Encoder(source, model), cache, progress, on_disk=model.features == "disk")
     if lora.target_modules in ((), (MAP,)):
         built = _on_map(encode, texts, head)
@@ -113,29 +115,29 @@ class _Built:
     peft: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _on_map(encode: Encode, texts: Mapping[str, Sequence[str]], head: _Head) -> _Built:
+def _on_map(encode: Encode, texts: Mapping[str, Features], head: _Head) -> _Built:
     """LoRA on a map above the embeddings of `texts` (`train`, `test` and, for a zero-shot head, `names`)."""
-    found = encode({part: Features(part_texts) for part, part_texts in texts.items()})
+    found = encode(texts)
     embedded = {part: tensors["values"] for part, tensors in found.items()}
     module = MapClassifier(head.build(embedded["train"].shape[1], embedded.get("names")))
     inputs = {part: TensorInputs(embedded[part], on_disk=encode.on_disk) for part in ("train", "test")}
     return _Built(module, (MAP,), inputs, f"LoRA on a map of frozen embeddings, {encode.encoder.dtype_name}")
 
 
-def _in_encoder(encode: Encode, texts: Mapping[str, Sequence[str]], head: _Head, endings: Sequence[str]) -> _Built:
+def _in_encoder(encode: Encode, texts: Mapping[str, Features], head: _Head, endings: Sequence[str]) -> _Built:
     """LoRA on modules of the encoder; the layers below the first adapted one run once for each text."""
     encoder = encode.encoder
     targets = _targets(encoder.model, endings)
     first = _first_layer(targets, encoder.layers)
-    wanted = {"names": Features(texts["names"])} if "names" in texts else {}
+    wanted = {"names": texts["names"]} if "names" in texts else {}
     if first:
-        wanted |= {part: Features(texts[part], first) for part in ("train", "test")}
+        wanted |= {part: replace(texts[part], stop=first) for part in ("train", "test")}
     found = encode(wanted)
     packs = encoder.packs
     inputs = {
         part: RaggedInputs(**found[part], packs=packs, on_disk=encode.on_disk)
         if first
-        else token_inputs(encoder.tokens(texts[part]), encoder.pad, packs)
+        else token_inputs(encoder.tokens(texts[part].texts), encoder.pad, packs)
         for part in ("train", "test")
     }
     classifier = head.build(encoder.model.config.hidden_size, found["names"]["values"] if "names" in texts else None)

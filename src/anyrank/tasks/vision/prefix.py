@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,9 +98,12 @@ def inputs_of(model: nn.Module, place: str, pixels: Tensor) -> Tensor:
     """The input of the module `place` when the model runs on `pixels` `[b, channels, h, w]`; nothing after it is computed."""
     seen: list[Tensor] = []
 
+    own = threading.get_ident()  # others may run the same model at the same time
+
     def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen.extend(arguments[:1])
-        raise _Arrived
+        if threading.get_ident() == own:
+            seen.extend(arguments[:1])
+            raise _Arrived
 
     hook = model.get_submodule(place).register_forward_pre_hook(stop)
     try:

@@ -16,22 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anyrank import devices
+from anyrank import devices, keys
 from anyrank.config.sections import DataConfig, LoraConfig, ModelConfig, SiteConfig
-from anyrank.data import cache as store
 from anyrank.data import images
 from anyrank.data import sites as of_sites
 from anyrank.data.images import Images
-from anyrank.devices import all_cores, has_bfloat16
+from anyrank.devices import all_cores, has_bfloat16, spread
 from anyrank.errors import ConfigError, DataError, ModelError
 from anyrank.progress import Progress
 from anyrank.tasks.base import Examples, Inputs, Task
+from anyrank.tasks.frozen import Frozen, Step, Tensors, Wanted
 from anyrank.tasks.vision import classifier as pretrained
 from anyrank.tasks.vision import prefix, small
 from anyrank.tasks.vision.classifier import Classifier
@@ -189,8 +190,14 @@ class _Frozen:
         return "bfloat16" if self.bfloat16 else "float32"
 
     def sample(self, given: Images) -> Tensor:
-        """Two images in the form of the model's input, float32 `[2, channels, h, w]`, on its device."""
+        """Two images in the form of the model's input, float32 `[2, channels, h, w]`, on its device.
+
+        Of sites, only their size is taken, which all have: what is made of the model must not depend on one of them.
+        """
         _, values = next(self._batches(given.take(np.arange(min(2, len(given))))))
+        if of_sites.OWNER in given.columns:
+            shape, draw = (2, *values.shape[1:]), keys.generator(0, "sample")
+            values = torch.randint(256, shape, generator=draw, dtype=torch.uint8)
         return self.classifier.processor.scale(values).to(self.device)
 
     def pixels(self, parts: Mapping[str, Images]) -> dict[str, Tensor]:
@@ -210,28 +217,42 @@ class _Frozen:
 
     def _once(self, what: str, parts: Mapping[str, Images], run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """`run` of every part's images, batch by batch, or its outputs from the cache."""
-        places = {part: ("images", self._key(what, given)) for part, given in parts.items()}
-        found = {part: store.load(self.cache, *place, mapped=self.on_disk) for part, place in places.items()}
-        missing = [part for part, tensors in found.items() if tensors is None]
-        done, total = 0, sum(len(parts[part]) for part in missing)
-        for part in missing:
-            values = None
-            for index, batch in self._batches(parts[part]):
-                with all_cores():
-                    computed = run(batch)
-                values = computed.new_empty(len(parts[part]), *computed.shape[1:]) if values is None else values
-                values[index] = computed
-                done += len(batch)
-                if self.progress is not None:
-                    self.progress(done, total)
-            store.store(self.cache, *places[part], {"values": values})
-            found[part] = store.load(self.cache, *places[part], mapped=True) if self.on_disk else {"values": values}
+        kept = Frozen(self.cache, "images", self.progress, self.on_disk)
+        found = kept({part: self._wanted(what, given, run, of_sites.groups(given.columns)) for part, given in parts.items()})
         return {part: tensors["values"] for part, tensors in found.items()}
 
-    def _key(self, what: str, given: Images) -> dict[str, str]:
+    def _wanted(self, what: str, given: Images, run: Callable[[Tensor], Tensor], groups: tuple[int, ...]) -> Wanted:
+        ends = np.cumsum(groups)
+        apart = [given.take(np.arange(end - size, end)) for size, end in zip(groups, ends, strict=True)]
+        each = tuple(self._wanted(what, part, run, (len(part),)) for part in apart) if len(groups) > 1 else ()
+        compute = partial(self._compute, given, run, bool(groups))
+        return Wanted(self._key(what, given, groups), len(given), compute, each)
+
+    def _compute(self, given: Images, run: Callable[[Tensor], Tensor], apart: bool, step: Step) -> Tensors:
+        """`run` of all images; `apart`: in the same way on every number of cores."""
+        values: list[Tensor] = []
+
+        def take(batch: tuple[Tensor, Tensor], computed: Tensor) -> None:
+            if not values:
+                values.append(computed.new_empty(len(given), *computed.shape[1:]))
+            values[0][batch[0]] = computed
+            step(len(computed))
+
+        if apart:
+            spread(self._batches(given), lambda batch: run(batch[1]), take)
+        else:
+            for batch in self._batches(given):
+                with all_cores():
+                    computed = run(batch[1])
+                take(batch, computed)
+        return {"values": values[0]}
+
+    def _key(self, what: str, given: Images, groups: tuple[int, ...]) -> dict[str, str]:
         key = {"format": _FORMAT, "model": self.classifier.digest, "what": what, "images": given.digest()}
-        turned = {"rotate": str(self.classifier.processor.degrees)}
-        return key | turned | ({"device": self.device.type} if self.device.type != "cpu" else {})
+        more = {"rotate": str(self.classifier.processor.degrees)}
+        if groups:  # other batches, each on one core: other last digits
+            more["groups"] = " ".join(map(str, groups))
+        return key | more | ({"device": self.device.type} if self.device.type != "cpu" else {})
 
     def _batches(self, given: Images) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices `[b]` of images with their pixels, uint8 `[b, channels, h, w]`."""
