@@ -81,7 +81,8 @@ def good_calls(adapter: Adapter) -> list[Frame]:
 def good_ready() -> calls.Ready:
     facts = Facts("texts", "trained", "tiny", ("yes", "no"), 12, 5, 1000, True, 4000)
     by_label, owners = np.array([[3, 4], [5, 0]]), np.array([0, 1, -1, 0, 0])
-    return calls.Ready(Roster(("ada", "bob"), np.array([7, 5]), 12, facts, True, by_label, owners, np.array([3, 1])), True, 9, "0f")
+    roster = Roster(("ada", "bob"), np.array([7, 5]), 12, facts, True, by_label, owners, np.array([3, 1]))
+    return calls.Ready(roster, True, 10**9, "0f")
 
 
 def frames(data: bytes) -> str:

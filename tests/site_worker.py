@@ -38,10 +38,8 @@ class Site:
 
         kind, run = frame.header.kind, frame.header.run
         deed = self.deed(kind)
-        if deed == "die":
-            os._exit(9)
-        if deed == "hang":
-            time.sleep(3600)
+        if deed in ("die", "hang"):
+            self.end(deed)
         if deed == "refuse":
             yield calls.error_frame(FrameError(f"site: {kind} is refused"), run)
             return
@@ -51,6 +49,11 @@ class Site:
             raise
         except AnyRankError as error:
             yield calls.error_frame(error, run)
+
+    def end(self, how: str) -> None:
+        if how == "hang":
+            time.sleep(3600)
+        os._exit(9)
 
     def deed(self, kind: str) -> str:
         what, *numbers = self.own.get("deeds", {}).get(kind, ["", -1])
@@ -73,7 +76,8 @@ class Site:
         self.held = desk.load(config, self.rank, lambda done, total: None)
         self.method = methods.make(config.method.name, config.method.options)
         ready = replace(self.held.ready, base_digest=base_digest(self.held.model))
-        roster = replace(ready.roster, owners=None, by_label=None)
+        public = replace(ready.roster.facts, base_model=table["model"]["name"])  # not the folder that it is in
+        roster = replace(ready.roster, owners=None, by_label=None, facts=public)
         if "says" in self.own:
             roster = replace(roster, names=(self.own["says"],))
         if deed == "other count":
@@ -89,6 +93,7 @@ class Site:
 
         rank, scaling, seed = calls.start_of(frame)
         adapter = self.held.model.start(rank, scaling, seed + (deed == "other start"))
+        adapter = replace(adapter, config=adapter.config | {"base_model_name_or_path": self.held.config.model.name or None})
         yield calls.adapter_frame(adapter, run=frame.header.run)
 
     def on_cohort(self, frame, receive, deed) -> Iterator:

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from anyrank import devices, methods
 from anyrank.config.sections import Config
 from anyrank.deployment.public import check, kept, public
@@ -53,7 +51,7 @@ def federate(
     RunDir.check(out, known, resume)
     new = not out.exists()
     scaling = Scaling(config.lora.alpha, config.lora.scaling)
-    with devices.threads(config.run.threads), torch.enable_grad():
+    with devices.threads(config.run.threads):
         engine = Sites(public(config), (max(config.clients.ranks), scaling, config.run.seed), makes, config.run.name)
         try:
             roster = engine.open(wait_s, lambda away: progress and progress(len(makes) - len(away), len(makes)))

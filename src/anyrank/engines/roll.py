@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from anyrank.messages.calls import Ready
 from anyrank.messages.records import EVERYTHING, Facts
 from anyrank.messages.roster import Roster
 
-_ALIKE = ("task", "head", "base_model", "label_names", "model_bytes")  # facts that all sites must agree on
+_ALIKE = ("task", "head", "label_names", "model_bytes")  # facts that all sites must agree on
+_BASE = "base_model_name_or_path"  # an entry of an adapter's config: at a site, it may be a folder of its own
 _MOST = 2**53  # examples of a site: a weight that float64 holds exactly
 
 
@@ -74,18 +76,28 @@ def roster_of(joined: Mapping[str, Joined]) -> Roster:
 
 
 def digest_of(adapter: Adapter) -> str:
-    """SHA-256 of all of an adapter: names, shapes, types, scalings and numbers."""
+    """SHA-256 of all of an adapter but the name of its base model: names, shapes, types, scalings and numbers."""
     packing = body.Packing()
     body.pack(packing, "", adapter, EVERYTHING)
-    total = hashlib.sha256(json.dumps(body.describe(adapter), sort_keys=True).encode())
+    total = hashlib.sha256(json.dumps(body.describe(with_base(adapter, "")), sort_keys=True).encode())
     for name, array in sorted(packing.arrays.items()):
         total.update(f"{name}\0".encode() + np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
 
 
+def with_base(adapter: Adapter, name: str) -> Adapter:
+    """The adapter with the `name` of its base model (empty: without one)."""
+    return replace(adapter, config={**adapter.config, _BASE: name or None})
+
+
 def _sum(facts: list[Facts]) -> Facts:
-    """The facts of all sites: numbers of examples are added up, everything else is the same."""
-    sums = {key: sum(getattr(each, key) for each in facts) for key in ("train_examples", "test_examples", "inputs_bytes")}
+    """The facts of all sites: numbers of examples are added up, everything else is the same. A name of the base model that is
+    not the same everywhere, as that of a folder, is left out: digests show that it is the same model."""
+    sums: dict[str, Any] = {
+        key: sum(getattr(each, key) for each in facts) for key in ("train_examples", "test_examples", "inputs_bytes")
+    }
+    named = len({each.base_model for each in facts}) == 1
+    sums |= {"base_model": facts[0].base_model if named else ""}
     return replace(facts[0], **sums, inputs_on_disk=any(each.inputs_on_disk for each in facts))
 
 

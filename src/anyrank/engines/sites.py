@@ -22,7 +22,7 @@ from typing import Any
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.engines.posts import Post, Posts, Work
-from anyrank.engines.roll import Joined, check_one, check_same, digest_of, roster_of
+from anyrank.engines.roll import Joined, check_one, check_same, digest_of, roster_of, with_base
 from anyrank.engines.seat import Make, Seat
 from anyrank.errors import AnyRankError, FrameError, RunFailed
 from anyrank.messages import calls
@@ -83,7 +83,9 @@ class Sites:
             if away:
                 missing(away)
                 time.sleep(_PAUSE_S)
-        return roster_of(self._known)
+        roster = roster_of(self._known)
+        self._adapter = with_base(self._adapter, roster.facts.base_model)
+        return roster
 
     @property
     def agreed(self) -> dict[str, str]:

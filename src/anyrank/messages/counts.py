@@ -10,7 +10,7 @@ from anyrank.errors import FrameError, shortened
 from anyrank.messages.body import check_least, fields
 from anyrank.messages.records import Counts
 
-LARGEST = 10**100  # of a sum of losses, either way: the sums of all clients still add up to a number
+LARGEST = 1e100  # of a sum of losses, either way: the sums of all clients still add up to a number
 MOST_LABELS = 100_000
 
 
@@ -43,9 +43,7 @@ def check(where: str, counts: Counts) -> None:
     if counts.losses is not None:
         number = type(counts.losses) in (int, float)
         if not number or not -LARGEST <= counts.losses <= LARGEST:  # NaN is in no order
-            got = (
-                "a whole number of more than 100 digits" if type(counts.losses) is int else shortened(repr(counts.losses), 100)
-            )
+            got = "a large whole number" if type(counts.losses) is int else shortened(repr(counts.losses), 100)
             raise FrameError(f"{where}, losses: expected a finite number, at most 1e100 either way, or none, got {got}")
     if counts.correct is not None:
         _check_correct(where, counts.examples, counts.correct)
