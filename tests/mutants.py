@@ -470,7 +470,11 @@ MISTAKES = (
         "site: one release too many", "privacy/grant.py", "after = self._spendings(release)", "after = self._spendings()", SITE
     ),
     Mistake(
-        "site: noise that can be drawn again", "worker/site.py", "Mechanism(privacy)", 'Mechanism(privacy, b"0" * 32)', SITE
+        "site: noise that can be drawn again",
+        "worker/site.py",
+        "Mechanism(held.privacy)",
+        'Mechanism(held.privacy, b"0" * 32)',
+        SITE,
     ),
     Mistake("site: a line changed in the ledger", "privacy/grant.py", ' or row["before"] != digests[-1]', "", SITE),
     Mistake("site: an older ledger", "privacy/grant.py", ' or len(lines) - head["charges"] > 1', "", SITE),

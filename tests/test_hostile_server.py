@@ -537,6 +537,8 @@ DAMAGE: dict[str, Any] = {
     "a bit in the middle": lambda data: flip(data, len(data) // 2),
     "a bit at the end": lambda data: flip(data, len(data) - 5),
     "less noise noted": lambda data: data.replace(b'"noise_multiplier": 1.0', b'"noise_multiplier": 9.0'),
+    "less noise noted in the first line": lambda data: data.replace(b'"noise_multiplier": 1.0', b'"noise_multiplier": 9.0', 1),
+    "fewer steps noted in the first line": lambda data: data.replace(b'"steps": 2', b'"steps": 1', 1),
     "no text": lambda data: b"\xff" * 100 + b"\n",
 }
 

@@ -25,9 +25,11 @@ from anyrank.messages import calls, wire
 from anyrank.messages.frame import Frame, to_bytes
 from anyrank.messages.records import Code, Failure, Scaling, ServerState
 from anyrank.methods.registry import REGISTRY
+from anyrank.privacy.accountants import Spending, composed
 from anyrank.privacy.grant import Grant, Release
 from anyrank.simulation import building
 from anyrank.worker import sitefile
+from anyrank.worker.site import spent
 from anyrank.worker.sitelog import LOG
 from anyrank.worker.store import Store
 from anyrank.worker.supervisor import Died, Supervised
@@ -72,13 +74,14 @@ def in_process(config, rounds: int) -> list[ServerState]:
     return states
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_site_workers_give_the_bytes_of_one_process(world: Path, tmp_path: Path, method: str) -> None:
-    public = table(method, rank=0 if REGISTRY[method].traits.mixed_ranks else 4)
+@pytest.mark.parametrize(("method", "inside"), [*((method, True) for method in METHODS), ("stayput", False), ("fedsa", False)])
+def test_site_workers_give_the_bytes_of_one_process(world: Path, method: str, inside: bool) -> None:
+    """`inside`: LoRA in the encoder, else on a map above frozen embeddings, which each site has computed alone."""
+    public = table(method, inside, rank=0 if REGISTRY[method].traits.mixed_ranks else 4)
     config = in_one_process(world, public)
     expected = in_process(config, 3)
     federation = building.build(config)
-    sites = {name: Asked(site_file(world, name, f"{method}-{name}")) for name in RANKS}
+    sites = {name: Asked(site_file(world, name, f"{method}-{inside}-{name}")) for name in RANKS}
     for site in sites.values():
         assert site.ask(setup(public))[0].header.kind == calls.READY
     (start,) = sites["county"].ask(calls.start_frame(max(config.clients.ranks), expected[0].scaling, 7, "winter"))
@@ -509,3 +512,25 @@ def test_a_federation_over_site_workers_has_the_adapter_of_one_process(world: Pa
     text = (tmp_path / "over" / "clients.jsonl").read_text()
     assert '"status": "ok"' in text
     assert '"status": "failed"' not in text
+
+
+def test_a_private_federation_over_site_workers_ends_where_the_sites_grants_do(world: Path, tmp_path: Path) -> None:
+    """Each site takes part as often as its own grant allows, by its own number of examples; the server has no say in it."""
+    noise, delta, granted = 1.0, 1e-5, 4.2
+    public = table("rbla", inside=False, eval={"where": "sites"}, model={"head": "frozen"},
+                   privacy={"level": "example", "noise_multiplier": noise, "delta": delta})  # fmt: skip
+    public["run"] |= {"rounds": 5}
+    own = {"level": "example", "epsilon": granted, "delta": delta}
+    paths = {name: site_file(world, name, f"granted-{name}", privacy=own) for name in RANKS}
+    commands = {name: (sys.executable, "-m", "anyrank.worker", "--site", str(path)) for name, path in paths.items()}
+    federate(in_one_process(world, public), commands, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "clients.jsonl").read_text().splitlines()]
+    for name, declared in {"county": 48, "lakeside": 32, "st-mary": 40}.items():
+        statuses = [row["status"] for row in rows if row["client"] == name]
+        took = statuses.count("ok")
+        assert statuses == ["ok"] * took + ["failed"] * (5 - took)
+        assert {row["reason"] for row in rows if row["client"] == name and row["status"] == "failed"} == {"refused"}
+        assert composed((Spending(8 / declared, noise, 2 * took),), delta) <= granted
+        assert composed((Spending(8 / declared, noise, 2 * (took + 1)),), delta) > granted
+        assert spent(sitefile.load(paths[name]))["charges"] == took
+    assert {row["loss"] for row in rows} == {row["seconds"] for row in rows} == {None}

@@ -8,24 +8,13 @@ before it trains, and sends nothing but the noised release.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from anyrank import methods
 from anyrank.adapter.adapter import Adapter
-from anyrank.config.sections import Config
-from anyrank.data import images, texts
-from anyrank.data.partition import ByName
 from anyrank.errors import (
     AnyRankError,
     ConfigError,
@@ -41,59 +30,21 @@ from anyrank.messages import calls, wire
 from anyrank.messages.body import expect as expect_frame
 from anyrank.messages.frame import Frame, from_bytes, to_bytes
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Scaling, ServerState
-from anyrank.messages.roster import Names, Roster
-from anyrank.methods import Method
+from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Scaling
 from anyrank.privacy.grant import Grant, Release, Spent
 from anyrank.privacy.noise import Mechanism
-from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.progress import Progress
-from anyrank.tasks.dealing import dealt
-from anyrank.tasks.load import load_task
-from anyrank.tasks.pretrained import sha256, weight_files
 from anyrank.training import trainer
-from anyrank.training.digest import base_digest
-from anyrank.training.lora import LoraModel
-from anyrank.training.opening import open_model
-from anyrank.training.scoring import Scorer
-from anyrank.worker import sitechecks
+from anyrank.worker import sitechecks, siteload
 from anyrank.worker.sitechecks import Refused, expect
 from anyrank.worker.sitefile import SiteFile
+from anyrank.worker.siteload import Held
 from anyrank.worker.sitelog import SiteLog
 from anyrank.worker.store import Store
 
 Receive = Callable[[], Frame]
 _PAUSE_S = 0.2  # seconds between two reports of progress
-_LATER = ("rounds",)  # keys of [run] that may grow when a run is resumed
-_CLOSED = {"text-classification": texts, "image-classification": images}  # readers of tasks whose labels are classes
 _ONE = 1  # job in a request: a site is one client
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What a site has loaded for a run: `key` is the folder of its own parts, `rank` its rank as the configuration has it (0:
-    the downloads say it), `declared` its number of examples as it may be known, `privacy` its own plan, `scorer` what scores
-    its held-out examples, if it reports scores."""
-
-    run: str
-    key: str
-    config: Config
-    largest_rank: int
-    base_model: str
-    method: Method
-    rank: int
-    model: LoraModel
-    examples: np.ndarray
-    declared: int
-    privacy: PrivacyPlan | None
-    scorer: Scorer | None
-
-    @functools.cached_property
-    def start(self) -> ServerState:
-        """The state before round 1: the seed and the base model determine it."""
-        lora, seed = self.config.lora, self.config.run.seed
-        scaling = Scaling(lora.alpha, lora.scaling)
-        return self.method.init(self.model.start(self.largest_rank, scaling, seed), scaling, seed)
 
 
 class SiteDesk:
@@ -145,81 +96,9 @@ class SiteDesk:
             self.held.model.close()
             self.held = None
         config = sitechecks.fitted(self.site, table, largest_rank)
-        self.held = held = self._loaded(frame.header.run, table, config, largest_rank, _now_and_then(progress))
+        self.held = held = siteload.load(self.site, frame.header.run, table, config, largest_rank, _now_and_then(progress))
         self.log.write("ready", run=held.run, key=held.key, method=held.method.name, rank=held.rank, rounds=config.run.rounds)
-        yield self._left(calls.ready_frame(self._ready(held), held.run))
-
-    def _loaded(self, run: str, table: Mapping[str, Any], config: Config, largest_rank: int, progress: Progress) -> Held:
-        torch.set_num_threads(config.run.threads)
-        self._check_base_model()
-        method = methods.make(config.method.name, config.method.options)
-        _check_labels(config)
-        task = load_task(config, progress)
-        shards, _ = dealt(config, task)
-        examples = ByName(shards, Names(1, (self.site.name,)).index)[self.site.name]
-        expect(len(examples) >= 1, "data", "at least one training example", len(examples))
-        sitechecks.check_steps(self.site, config, len(examples))
-        privacy = self._plan(config, method, len(examples))
-        model, _ = open_model(task, config, largest_rank)
-        declared = privacy.declared(len(examples)) if privacy else len(examples)
-        return Held(
-            run=run,
-            key=_key(table, run),
-            config=config,
-            largest_rank=largest_rank,
-            base_model=str(table.get("model", {}).get("name") or ""),
-            method=method,
-            rank=config.clients.ranks[0] if "sites" in table else 0,
-            model=model,
-            examples=examples,
-            declared=declared,
-            privacy=privacy,
-            scorer=self._scorer(config, model),
-        )
-
-    def _scorer(self, config: Config, model: LoraModel) -> Scorer | None:
-        """What scores the held-out examples, where the site reports scores, the run wants them, and it is not private."""
-        if not self.site.accept.scores or config.eval.where != "sites" or config.privacy.level != "none":
-            return None
-        held_out = {self.site.name: np.arange(len(model.task.test))}
-        return Scorer(model, held_out, config.eval.batch_size, self.site.accept.by_label and config.eval.by_label)
-
-    def _plan(self, config: Config, method: Method, num_examples: int) -> PrivacyPlan | None:
-        """The site's own privacy plan: from the configuration and its own number of examples."""
-        try:
-            plan = plan_privacy(config, [num_examples])
-        except AnyRankError as error:
-            raise Refused(sitechecks.key_of(error), str(error)) from None
-        if plan is None:
-            return None
-        one_factor = plan.level == "example" or len(method.train) == 1
-        expect(one_factor and not method.private and not method.prunes, "method.name", "a method for private runs", method.name)
-        largest = plan.level == "client" or self.site.privacy.delta < 1 / plan.declared(num_examples)
-        expect(largest, "privacy.delta", "less than 1 over the number of examples", self.site.privacy.delta)
-        sitechecks.check_noise(self.site, plan.noise[plan.declared(num_examples)])
-        return plan
-
-    def _check_base_model(self) -> None:
-        expected, folder = self.site.accept.base_model, self.site.model.folder
-        if expected:
-            expect(bool(folder), "accept.base_model", "a folder of the base model", self.site.model.name)
-            got = digest_of_model(Path(folder))
-            expect(got == expected, "accept.base_model", expected, got)
-
-    def _ready(self, held: Held) -> calls.Ready:
-        """What the site says of itself: its name, its declared number of examples, and what its base model is."""
-        held_out = len(held.model.task.test) if held.scorer else 0
-        facts = dataclasses.replace(
-            held.model.task.facts(),
-            base_model=held.base_model,
-            train_examples=held.declared,
-            test_examples=held_out,
-            inputs_bytes=0,
-            inputs_on_disk=False,
-        )
-        sizes, counted = np.array([held.declared], np.int64), np.array([held_out], np.int64)
-        known = Roster((self.site.name,), sizes, 0, facts, in_order=True, held_out=counted if held.scorer else None)
-        return calls.Ready(known, base_digest=base_digest(held.model))
+        yield self._left(calls.ready_frame(siteload.ready(held), held.run))
 
     def _start(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
         held = self._open(frame)
@@ -374,30 +253,6 @@ def spent(site: SiteFile) -> dict[str, Any]:
 def _grant(site: SiteFile, reading: bool = False) -> Grant:
     asked = site.privacy
     return Grant(Path(site.store.folder), asked.level, asked.epsilon, asked.delta, reading)
-
-
-def digest_of_model(folder: Path) -> str:
-    """SHA-256 over the weight files of a model folder, by name: what `accept.base_model` names. Raises `ModelError`."""
-    files = [f"{path.name} {sha256(path)}" for path in weight_files(folder, str(folder))]
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()
-
-
-def _check_labels(config: Config) -> None:
-    """Refuse labels that the configuration does not number: alone, the site would number them differently than other sites."""
-    reader, (own,) = _CLOSED.get(config.model.task), config.sites
-    if reader is None:
-        return
-    known = config.data.label_names
-    expect(bool(known), "data.label_names", "the labels of all sites, in their order", "none")
-    found = reader.training(dataclasses.replace(config.data, source=own.source, test_source="", label_names=())).label_names
-    lacking = sorted(set(found) - set(known))
-    expect(not lacking, "data.label_names", f"all labels of this site among {list(known)}", lacking)
-
-
-def _key(table: Mapping[str, Any], run: str) -> str:
-    """The name of a run of a federation in the store: a digest of the public configuration and of the run's name."""
-    plain = {**table, "run": {key: value for key, value in table.get("run", {}).items() if key not in _LATER}}
-    return hashlib.sha256(json.dumps([plain, run], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _request(held: Held, cohort: Frame, download: Frame) -> str:
