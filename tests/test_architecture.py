@@ -45,6 +45,7 @@ NEVER = {
     "methods.registry": ("torch", "numpy"),
     "methods.catalog": ("torch", "numpy"),
     "messages.frame": ("torch",),
+    "messages.spool": ("torch",),
     "worker.supervisor": ("torch",),
     "worker.channel": ("torch",),
 }

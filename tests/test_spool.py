@@ -442,6 +442,7 @@ def test_the_file_has_no_name_and_is_for_its_user_alone(kind: str, tmp_path: Pat
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux lists the open files")
 def test_the_file_is_closed_with_the_last_update_that_lies_in_it(kind: str, tmp_path: Path) -> None:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     update = spooled.reply_of(received(DATA, Spool(tmp_path)), start())
     gc.collect()
