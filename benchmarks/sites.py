@@ -277,8 +277,8 @@ def main() -> int:
         print("| " + " | ".join(row(measured(**each))) + " |", flush=True)
     small = measured(clients=3, ranks=(2, 4, 8), modules=3, side=64, dtype="float32", rounds=30, workers=3, method="raflora")
     rounds = sorted(small["rounds"][1:])
-    middle, least, most = (1e3 * rounds[place] for place in (len(rounds) // 2, 0, -1))
-    print(f"\n3 workers, small adapters, no training: {middle:.0f} ms a round (median of {len(rounds)}; {least:.0f} to {most:.0f})")
+    middle, least, most = (f"{1e3 * rounds[place]:.0f}" for place in (len(rounds) // 2, 0, -1))
+    print(f"\n3 workers, small adapters, no training: {middle} ms a round (median of {len(rounds)}; {least} to {most})")
     return 0
 
 

@@ -20,11 +20,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anyrank import config as configs
 from anyrank import files, simulation
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.config.sections import TrainConfig
+from anyrank.config.sections import Config, TrainConfig
 from anyrank.engines.inbox import Inbox
 from anyrank.errors import FrameError, RunFailed
 from anyrank.federation import guard
@@ -489,8 +488,13 @@ def test_a_run_whose_replies_lie_in_files_leaves_the_same_bytes(
     made: list[Path] = []
     begun = Spool.__init__
     monkeypatch.setattr(Spool, "__init__", lambda self, folder: (made.append(folder), begun(self, folder))[1])
-    settings = ["run.rounds=2", "clients.count=4", "clients.ranks=[1,2,8]", "train.local_steps=2", f"method.name={method}"]
-    base = configs.load(Path(__file__).parent.parent / "configs" / "demo.toml", ["model.name=digits-mlp", *settings])
+    base = Config().replace(
+        run={"rounds": 2},
+        model={"name": "digits-mlp", "head": "trained"},
+        clients={"count": 4, "ranks": (1, 2, 8)},
+        train={"local_steps": 2},
+        method={"name": method},
+    )
     for engine in ("process", "workers"):
         simulation.execute(base.replace(run={"engine": engine, "workers": 1}), tmp_path / engine)
     found = [
