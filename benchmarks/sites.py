@@ -4,9 +4,10 @@
     python benchmarks/sites.py --quick        # half a minute
 
 The server is a real one: engine, guard, merge, checkpoint and adapters of `anyrank run` with `run.engine = "workers"`, in a
-process of its own. Its workers are processes, too, and answer frames by the same protocol, but train nothing: they send numbers
-from a table, so that 50 clients need no 50 models. Peak memory is the server's own VmHWM, with Python and torch in it. The floor
-is what no server can do without: the same bytes through a pipe into a file, hashed, and read again once.
+process of its own. Its workers are processes, too, and answer frames by the same protocol, but train nothing: they send
+numbers from a table, so that 50 clients need no 50 models. Peak memory is the server's own VmHWM, with Python and torch in it.
+The floor is what no server can do without: the same bytes through a pipe into a file, hashed, and read again once. CPU seconds
+are of all threads of the server.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Desk:
 
         names = tuple(f"site-{i:03d}" for i in range(self.asked["clients"]))
         sizes = np.arange(100, 100 + len(names), dtype=np.int64)
-        yield calls.ready_frame(calls.Ready(Roster(names, sizes, int(sizes.sum()), Facts("none"), in_order=True)), frame.header.run)
+        yield calls.ready_frame(
+            calls.Ready(Roster(names, sizes, int(sizes.sum()), Facts("none"), in_order=True)), frame.header.run
+        )
 
     def start(self, frame: Any, receive: Any) -> Iterator[Any]:
         import torch
@@ -155,7 +158,7 @@ def serve(asked: dict[str, Any], out: Path) -> dict[str, Any]:
     clock.watch(type(engine), "evaluate", "scores")
     built = replace(assembly.assemble(config, method, engine.ready.roster), engine=engine)
     before, seconds = status("VmRSS"), []
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     try:
         with RunDir.open(out, config) as store:
             if asked["spool"]:
@@ -163,14 +166,14 @@ def serve(asked: dict[str, Any], out: Path) -> dict[str, Any]:
             loop.run(built, store, lambda metrics: seconds.append(metrics["seconds"]))
     finally:
         built.close()
-    wall = time.perf_counter() - began
-    found = {"before": before, "peak": status("VmHWM"), "wall": wall, "rounds": seconds, "parts": clock.seconds}
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    found = {"before": before, "peak": status("VmHWM"), "wall": wall, "cpu": cpu, "rounds": seconds, "parts": clock.seconds}
     (out / "figures.json").write_text(json.dumps(found))
     return found
 
 
 class Clock:
-    """Wall seconds of the parts of a run, and how often each was called."""
+    """CPU seconds of the parts of a run, all threads of the process together."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -179,11 +182,11 @@ class Clock:
         function = getattr(owner, name)
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return function(*arguments, **keywords)
             finally:
-                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.process_time() - began
 
         setattr(owner, name, timed)
 
@@ -195,21 +198,21 @@ def status(name: str) -> float:
 
 
 def floor(size: int, folder: Path) -> float:
-    """Seconds for `size` bytes from another process through a pipe into a file, hashed, and read again once."""
+    """CPU seconds for `size` bytes from another process through a pipe into a file, hashed, and read again once."""
     script = f"import sys\nb=bytes(1<<20)\nfor _ in range({size}>>20): sys.stdout.buffer.write(b)"
-    began, buffer = time.perf_counter(), bytearray(1 << 18)
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, bufsize=0) as source:
-        with open(folder / "floor", "w+b", buffering=0) as file:
-            digest = hashlib.sha256()
-            while count := source.stdout.readinto(buffer):
-                piece = memoryview(buffer)[:count]
-                digest.update(piece)
-                file.write(piece)
-            file.seek(0)
-            while file.readinto(buffer):
-                pass
+    began, buffer = time.process_time(), bytearray(1 << 18)
+    source = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, bufsize=0)
+    with source, open(folder / "floor", "w+b", buffering=0) as file:
+        digest = hashlib.sha256()
+        while count := source.stdout.readinto(buffer):
+            piece = memoryview(buffer)[:count]
+            digest.update(piece)
+            file.write(piece)
+        file.seek(0)
+        while file.readinto(buffer):
+            pass
     (folder / "floor").unlink()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 # --- the table ---------------------------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ def floor(size: int, folder: Path) -> float:
 
 def measured(**changes: Any) -> dict[str, Any]:
     """The figures of a server in a process of its own."""
-    asked = {"clients": 50, "ranks": RANKS, "modules": 64, "side": SIDE, "dtype": "bfloat16", "method": "rbla", "rounds": 2}
+    asked = {"clients": 50, "ranks": RANKS, "modules": 64, "side": SIDE, "dtype": "bfloat16", "method": "rbla", "rounds": 1}
     asked |= {"workers": 2, "spool": True} | changes
     with tempfile.TemporaryDirectory(prefix="anyrank-bench-") as folder:
         out = Path(folder) / "run"
@@ -234,10 +237,20 @@ def measured(**changes: Any) -> dict[str, Any]:
 def row(found: dict[str, Any]) -> list[str]:
     parts, rounds = found["parts"], found["rounds"]
     each = [f"{parts.get(name, 0) / len(rounds):.1f}" for name in ("guard", "norm bound", "merge", "checkpoint and logs")]
+    each = [f"{found['cpu'] / len(rounds):.1f}", *each]
     what = f"{found['clients']} x {found['modules']}, ranks {found['ranks'][0]}–{found['ranks'][-1]}"
     memory = [f"{found['layer']:.0f}", f"{found['before']:.0f}", f"{found['peak']:.0f}"]
     way = "spool" if found["spool"] else "memory"
-    return [what, found["method"], way, f"{found['replies']:.0f}", *memory, f"{min(rounds):.1f}", *each, f"{found['floor']:.1f}"]
+    return [
+        what,
+        found["method"],
+        way,
+        f"{found['replies']:.0f}",
+        *memory,
+        f"{min(rounds):.1f}",
+        *each,
+        f"{found['floor']:.1f}",
+    ]
 
 
 def main() -> int:
@@ -256,16 +269,16 @@ def main() -> int:
     sizes = [{"clients": 5}] if asked.quick else [{"clients": 10}, {"clients": 25}, {"clients": 50}]
     runs = [size | {"method": method} for method in ("rbla", "raflora") for size in sizes]
     if not asked.quick:
-        runs += [{"ranks": WIDE}, {"clients": 10, "spool": False}]
+        runs += [{"ranks": WIDE, "clients": 10}, {"clients": 10, "spool": False}, {"clients": 10, "rounds": 3}]
     heads = ["clients x modules", "method", "replies in", "MB of replies", "MB of one layer of all", "MB before", "peak MB"]
-    heads += ["s a round", "guard", "norm bound", "merge", "checkpoint", "floor s"]
+    heads += ["wall s a round", "CPU s a round", "guard", "norm bound", "merge", "checkpoint", "floor, CPU s"]
     print("| " + " | ".join(heads) + " |\n| " + " | ".join(["---"] * 3 + ["---:"] * (len(heads) - 3)) + " |")
     for each in runs:
         print("| " + " | ".join(row(measured(**each))) + " |", flush=True)
     small = measured(clients=3, ranks=(2, 4, 8), modules=3, side=64, dtype="float32", rounds=30, workers=3, method="raflora")
     rounds = sorted(small["rounds"][1:])
-    print(f"\n3 workers, small adapters, no training: {1e3 * rounds[len(rounds) // 2]:.0f} ms a round (median of {len(rounds)}; "
-          f"{1e3 * rounds[0]:.0f} to {1e3 * rounds[-1]:.0f})")  # fmt: skip
+    middle, least, most = (f"{1e3 * rounds[place]:.0f}" for place in (len(rounds) // 2, 0, -1))
+    print(f"\n3 workers, small adapters, no training: {middle} ms a round (median of {len(rounds)}; {least} to {most})")
     return 0
 
 

@@ -46,6 +46,7 @@ NEVER = {
     "methods.registry": ("torch", "numpy"),
     "methods.catalog": ("torch", "numpy"),
     "messages.frame": ("torch",),
+    "messages.spool": ("torch",),
     "worker.supervisor": ("torch",),
     "parties.starting": ("torch", "nvflare"),
     "worker.channel": ("torch",),

@@ -16,10 +16,11 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.adapter.lazy import Lazy, outlined
 from anyrank.messages import calls, wire
+from anyrank.messages import spool as spools
 from anyrank.messages.body import NAMES, TYPES, numbers, tensor_of
 from anyrank.messages.frame import Frame
 from anyrank.messages.records import ClientUpdate, Download, Failure
-from anyrank.messages.spool import LEAST, Place, Spool, Spooled, failure
+from anyrank.messages.spool import Place, Spool, Spooled, failure
 
 _ROOM = 1 << 20  # bytes of a reply's header beside its entries for arrays: metrics, counts, a reason
 _ENTRY = 200  # bytes of an entry beside the array's name: its type, its sides, punctuation
@@ -111,7 +112,9 @@ def reply_of(frame: Frame | Spooled, download: Download) -> ClientUpdate | Failu
     if isinstance(reply, Failure):
         return reply
     try:
-        return replace(reply, adapter=_adapter(frame, reply.adapter, download.adapter))
+        layers, tensors = (dict(sorted(each.items())) for each in (reply.adapter.layers, reply.adapter.tensors))  # as guarded
+        shapes = Adapter(layers, tensors, reply.adapter.config)
+        return replace(reply, adapter=_adapter(frame, shapes, download.adapter))
     except OSError as error:
         return wire.failure_of(failure(frame.header, error))
 
@@ -160,7 +163,7 @@ def _shapes(layer: LoraLayer) -> LoraLayer:
 
 def _put(spool: Spool, tensor: Tensor) -> Place | Tensor:
     """A tensor in the spool; a small one in memory of its own."""
-    return tensor.detach().clone() if tensor.nbytes < LEAST else spool.keep(NAMES[tensor.dtype], numbers(tensor))
+    return tensor.detach().clone() if tensor.nbytes < spools.LEAST else spool.keep(NAMES[tensor.dtype], numbers(tensor))
 
 
 def _taken(spool: Spool, held: Place | Tensor) -> Tensor:

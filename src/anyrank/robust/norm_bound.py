@@ -25,7 +25,7 @@ from anyrank.messages.change import between, units
 from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
 from anyrank.messages.spooled import rebuilt
 from anyrank.robust.base import Rule, Screened
-from anyrank.robust.steps import along, norm
+from anyrank.robust.steps import along, square, total
 
 FEWEST = 3  # updates that have a median: of a round, or of one rank
 _SLACK = (0.0, *(10.0**-digits for digits in range(7, 0, -1)), 0.5, 0.75, 1.0)  # of the share: stored numbers are rounded
@@ -102,15 +102,17 @@ def _measured(job: Job, update: ClientUpdate) -> Lengths:
 
 def measure(download: Download, trained: Adapter) -> Lengths:
     """The lengths of the way from `download` to `trained`; infinite if their squares are not finite numbers."""
-    changes = [0.0]
+    changes, squares = [0.0], []
     for name, before in download.adapter.layers.items():
         after, unit = trained.layers[name], units(before, download.rescale)
         for factor in download.train - download.private:
             start, end = getattr(before, factor), getattr(after, factor)
             changes.append(unit[factor] * _distance(start[: after.rank] if factor == "A" else start[:, : after.rank], end))
+        if not download.private:
+            squares.append(square(before, after))
     tensors = {} if "tensors" in download.private else download.adapter.tensors
     changes += [_distance(tensor, trained.tensors[name]) for name, tensor in tensors.items()]
-    return Lengths(0.0 if download.private else norm(download, trained), math.hypot(*changes))
+    return Lengths(0.0 if download.private else total(squares, download, trained), math.hypot(*changes))
 
 
 def _distance(start: Tensor, end: Tensor) -> float:

@@ -14,7 +14,7 @@ about 150 MB, however many clients there are, and two blocks of downloads, besid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -44,8 +44,19 @@ class Factors(NamedTuple):
 
 def norm(download: Download, trained: Adapter) -> float:
     """The norm of the step from `download` to `trained`: `tr((L^T L)(R R^T))` for the factors L, R of each layer's step."""
-    steps = ([_change(layer, trained.layers[name])] for name, layer in download.adapter.layers.items())
-    square = sum(float(_products(step, step).sum()) for step in steps)
+    squares = (square(layer, trained.layers[name]) for name, layer in download.adapter.layers.items())
+    return total(squares, download, trained)
+
+
+def square(before: LoraLayer, after: LoraLayer) -> float:
+    """The squared norm of one layer's step."""
+    step = [_change(before, after)]
+    return float(_products(step, step).sum())
+
+
+def total(squares: Iterable[float], download: Download, trained: Adapter) -> float:
+    """The norm of the step whose layers have these `squares`."""
+    square = sum(squares)
     square += sum(float(part @ part) for part in _moves(download.adapter, trained))
     return max(square, 0.0) ** 0.5 if square < float("inf") else float("inf")
 
