@@ -237,7 +237,8 @@ def test_under_privacy_no_site_is_scored_and_counts_are_the_declared_ones(world,
     private = {"privacy": {"level": "client", "epsilon": 8.0, "delta": 0.01, "clip": 0.5}, "method": {"name": "ffa_lora"}}
     same = [one | {"rank": 4} for one in to_table(world.config)["sites"]]
     summary = simulation.execute(from_table(to_table(world.config) | private | {"sites": same}), tmp_path / "run")
-    assert not (tmp_path / "run" / "sites").exists()
+    own = [path.name for path in (tmp_path / "run" / "sites").glob("*/*")]
+    assert sorted(own) == sorted(3 * ["adapter", "labels.json"])  # and no scores.json
     assert all("sites" not in row for row in lines(tmp_path / "run" / "metrics.jsonl"))
     assert summary["worst_site"] is None
     # 60 = 111100b, 20 = 10100b and 40 = 101000b keep their first three binary digits: 56, 20 and 40
@@ -412,7 +413,8 @@ def test_clients_of_a_column_keep_its_values_as_names_and_ranks_in_their_order(w
         assert told == [("east", 2, 30), ("north", 4, 12), ("west", 8, 21)]
     summary = simulation.execute(config, tmp_path / "run")
     assert {name: row["test_examples"] for name, row in summary["sites"].items()} == {"east": None, "north": 4, "west": 6}
-    assert sorted(path.name for path in (tmp_path / "run" / "sites").iterdir()) == ["north", "west"]
+    assert sorted(path.parent.name for path in (tmp_path / "run" / "sites").glob("*/scores.json")) == ["north", "west"]
+    assert sorted(path.parent.name for path in (tmp_path / "run" / "sites").glob("*/adapter")) == ["east", "north", "west"]
     fewer = from_table(whole | {"clients": {"count": 2, "ranks": [2, 4]}})  # a client has two values: no value is its name
     built = build(fewer)
     assert built.population.name(0) == "client-0"
