@@ -24,6 +24,7 @@ from anyrank.methods import make
 from anyrank.runs import seal
 from anyrank.runs.checkpoint import load_state
 from anyrank.runs.finding import finished
+from anyrank.runs.matching import stored_config
 from anyrank.studies import evaluation
 from anyrank.tasks.load import load_task
 
@@ -284,7 +285,8 @@ def test_what_has_changed_since_the_run_is_named(world, tmp_path) -> None:
         change(path)
         with pytest.raises(AnyRankError) as error:
             scores(run, "county")
-        assert str(error.value).startswith(f"{path}") and told in str(error.value) and "\n" not in str(error.value)
+        assert str(error.value).startswith(f"{path}") and told in str(error.value)
+        assert "\n" not in str(error.value)
         path.write_bytes(kept)
 
     flip = lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01")  # noqa: E731
@@ -295,14 +297,8 @@ def test_what_has_changed_since_the_run_is_named(world, tmp_path) -> None:
     (run / "summary.json").unlink()
     with pytest.raises(RunError, match="the run is not finished; finish it by anyrank run .* --resume$"):
         scores(run)
-    simulation.execute(finished_again(run), run, resume=True)
+    simulation.execute(stored_config(run), run, resume=True)
     assert scores(run, "county")["county"]["test_examples"] == HELD_OUT["county"]
-
-
-def finished_again(run: Path):
-    from anyrank.runs.matching import stored_config
-
-    return stored_config(run)
 
 
 def test_a_run_without_sites_and_a_site_without_rows_are_refused(world, tmp_path) -> None:
@@ -332,7 +328,8 @@ def test_the_command_prints_json_or_tables_that_fit(world) -> None:
         assert max(map(len, shown.splitlines())) <= columns
         for name, row in found["sites"].items():
             assert name in shown
-            assert f"{row['accuracy']:.4f}" in shown and f"{row['loss']:.4f}" in shown
+            assert f"{row['accuracy']:.4f}" in shown
+            assert f"{row['loss']:.4f}" in shown
         alone = call(str(run), "--site", "county", columns=columns).stdout
         assert max(map(len, alone.splitlines())) <= columns
         assert "lakeside" not in alone
