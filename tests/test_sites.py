@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyrank import devices, report, simulation
-from anyrank.config import explain
+from anyrank.config import explain, filelist
 from anyrank.config.sections import Config, DataConfig, SiteConfig
 from anyrank.config.tables import from_table, identity, load, override, to_table
 from anyrank.data import images, instructions, sites, texts
@@ -37,6 +37,7 @@ from tiny import WORDS, make_model  # noqa: E402 - needs transformers
 RANKS = {"county": 8, "lakeside": 4, "st-mary": 16}
 ROWS = {"county": 60, "lakeside": 25, "st-mary": 40}
 HELD_OUT = {"county": 12, "lakeside": 5, "st-mary": 7}  # lakeside has no test_source: a fifth of its 25 rows
+KEYS = ("name", "rank", "source", "test_source", "memory_gb")
 LABELS = ("arrival", "exchange", "top-up")
 
 
@@ -439,7 +440,7 @@ def test_sites_are_read_and_written_with_paths_from_the_configurations_folder(tm
     assert override(config, ["clients.participation=0.5"]).clients.participation == 0.5
     assert "sites" not in to_table(Config())
     assert "sites" not in identity(Config())
-    assert [key.path for key in explain.find("sites")] == [f"sites.{key}" for key in ("name", "rank", "source", "test_source")]
+    assert [key.path for key in explain.find("sites")] == [f"sites.{key}" for key in KEYS]
 
 
 def test_the_configuration_in_the_document_is_one() -> None:
@@ -464,6 +465,64 @@ def test_a_list_of_files_makes_a_client_of_each(tmp_path) -> None:
     assert from_table(to_table(config)) == config
 
 
+def test_a_pattern_makes_a_client_of_each_table_in_a_folder(tmp_path) -> None:
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    for name in ("west", "east", "north"):
+        write(folder / f"{name}.csv", 3, name)
+    (folder / "south.csv").symlink_to(write(tmp_path / "elsewhere.csv", 3, "south"))
+    for other in (".hidden.csv", "notes.txt", "east.csv.bak"):
+        (folder / other).write_text("text,label\n")
+    (folder / "deeper.csv").mkdir()
+    (tmp_path / "c.toml").write_text(
+        '[model]\ntask = "text-classification"\n[data]\nsource = "sites/*.csv"\n[clients]\nranks = [2, 4]\n'
+    )
+    config = load(tmp_path / "c.toml")
+    told = [(one.name, one.rank, one.source) for one in config.sites]  # ranks in the order of the sorted names
+    names = [("east", 2), ("north", 4), ("south", 2), ("west", 4)]
+    assert told == [(name, rank, str(folder / f"{name}.csv")) for name, rank in names]
+    assert from_table(to_table(config)) == config
+    whole = {"model": {"task": "text-classification"}, "data": {"source": str(folder / "[ew]est.csv")}}
+    assert [one.name for one in from_table(whole).sites] == ["east", "west"]
+    (folder / "[ew]est.csv").write_text("text,label\n")  # a file of exactly this name is that file
+    assert from_table(whole).data.source == str(folder / "[ew]est.csv")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("*.tsv", "has such a name; correct the pattern"),
+        ("gone/*.csv", "gone cannot be read (No such file or directory); name a folder"),
+        ("*", "expected tables of one kind (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), got .csv, .png (a.csv)"),
+        ("*.png", "got .png (b.png); give the ending in the pattern, as in *.csv"),
+        ("*.csv", "expected at most 2 files, one for each client, got 3"),
+    ],
+)
+def test_a_pattern_that_gives_no_clients_is_told_in_one_line(tmp_path, monkeypatch, pattern: str, says: str) -> None:
+    monkeypatch.setattr(filelist, "MOST_FILES", 2 if pattern == "*.csv" else 99)
+    for name in ("a.csv", "b.png", "c.csv", "d.csv"):
+        (tmp_path / name).write_text("text,label\n")
+    with pytest.raises(ConfigError) as error:
+        from_table({"model": {"task": "text-classification"}, "data": {"source": str(tmp_path / pattern)}})
+    assert str(error.value).startswith("data.source = ")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_link_to_nothing_and_names_of_one_folder_are_errors(tmp_path) -> None:
+    source = {"source": str(tmp_path / "*.csv")}
+    write(tmp_path / "a.csv", 9, "a")
+    (tmp_path / "b.csv").symlink_to(tmp_path / "gone.csv")
+    config = from_table({"model": {"task": "text-classification"}, "data": source})
+    with pytest.raises(DataError, match=r"^site b: source: no such file: "):
+        sites.load_split(texts, config.data, config.sites)
+    (tmp_path / "b.csv").unlink()
+    write(tmp_path / "A.csv", 9, "a")
+    if len(list(tmp_path.iterdir())) == 2:  # the file system tells cases apart
+        with pytest.raises(ConfigError, match="sites: expected different names"):
+            from_table({"model": {"task": "text-classification"}, "data": source})
+
+
 def test_a_comparison_may_set_one_rank_for_all_sites(world) -> None:
     chosen = variant(world.config, "fedavg@8")
     assert {one.name: one.rank for one in chosen.sites} == dict.fromkeys(RANKS, 8)
@@ -479,8 +538,10 @@ WRONG = [
     ({"sites": [A, A]}, "sites: expected different names, whatever the case of their letters, got 'a' and 'a'"),
     ({"sites": [A, A | {"name": "A"}]}, "got 'a' and 'A'"),
     ({"sites": [A | {"name": "\u00e9"}, A | {"name": "e\u0301"}]}, "sites: expected different names"),
-    ({"sites": [A | {"rank": "auto"}]}, "sites.a.rank: 'auto' needs the memory that the site measures"),
-    ({"sites": [A | {"rank": 0}]}, "sites.a.rank: expected a whole number of at least 1, got 0"),
+    ({"sites": [A | {"rank": "Auto"}]}, "sites.a.rank: expected a whole number of at least 1, or auto, got 'Auto'"),
+    ({"sites": [A | {"memory_gb": -1.0}]}, "sites.a.memory_gb: expected a number of at least 0, got -1.0"),
+    ({"sites": [A], "clients": {"ranks": [4, 8]}}, "clients.ranks = [4, 8]: the [[sites]] say"),
+    ({"sites": [A | {"rank": 0}]}, "sites.a.rank: expected a whole number of at least 1, or auto, got 0"),
     ({"sites": [A | {"rank": True}]}, "sites.a.rank: expected whole number or string, got True"),
     ({"sites": [A | {"rnk": 4}]}, "sites.a.rnk: unknown key; did you mean 'rank'?"),
     ({"sites": [{"name": "a"}]}, "sites.a.source: expected the site's own training examples"),
