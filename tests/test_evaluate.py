@@ -285,7 +285,8 @@ def test_what_has_changed_since_the_run_is_named(world, tmp_path) -> None:
         change(path)
         with pytest.raises(AnyRankError) as error:
             scores(run, "county")
-        assert str(error.value).startswith(f"{path}") and told in str(error.value)
+        assert str(error.value).startswith(f"{path}")
+        assert told in str(error.value)
         assert "\n" not in str(error.value)
         path.write_bytes(kept)
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 
 from anyrank import devices, report, simulation
+from anyrank.adapter.adapter import Adapter
 from anyrank.config import explain, filelist
 from anyrank.config.sections import Config, DataConfig, SiteConfig
 from anyrank.config.tables import from_table, identity, load, override, to_table
@@ -30,6 +32,7 @@ from anyrank.runs.removal import remove_run
 from anyrank.simulation.building import build
 from anyrank.studies.variants import variant
 from anyrank.tasks.load import load_task
+from anyrank.training.lora import LoraModel
 
 transformers = pytest.importorskip("transformers")
 from tiny import WORDS, make_model  # noqa: E402 - needs transformers
@@ -386,6 +389,31 @@ def test_a_personal_model_is_scored_on_the_rows_of_its_site() -> None:
     }
 
 
+def test_every_metric_is_each_sites_own_where_its_rows_give_it(world, tmp_path) -> None:
+    names = ["macro_f1", "per_label", "auc"]
+    (tmp_path / "one.csv").write_text("text,label\ncard,top-up\nwhere is my card,top-up\n")
+    listed = [one | ({"test_source": str(tmp_path / "one.csv")} if one["name"] == "lakeside" else {})
+              for one in to_table(world.config)["sites"]]  # fmt: skip
+    config = from_table(to_table(world.config) | {"sites": listed, "eval": {"metrics": names}})
+    summary = simulation.execute(config, tmp_path / "run")
+    last = lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    task = load_task(config)
+    model = LoraModel(task)
+    model.apply(Adapter.load(tmp_path / "run" / "adapter"))
+    found = task.objective.score(task.module, task.test, 1024)
+    model.close()
+    for name, row in summary["sites"].items():
+        own = np.flatnonzero(task.test_columns[sites.OWNER] == name)
+        labels, said = found.labels[own], found.predictions[own]
+        recall = {LABELS[label]: float((said == label)[labels == label].mean()) for label in np.unique(labels).tolist()}
+        assert row["metrics"]["per_label"] == recall
+        assert row["metrics"]["macro_f1"] == pytest.approx(f1_score(labels, said, average="macro", zero_division=0))
+        assert (row["metrics"]["auc"] is None) == (name == "lakeside")  # of one label there is no curve
+        assert last["sites"][name]["metrics"] == row["metrics"]
+        assert json.loads((tmp_path / "run" / "sites" / name / "scores.json").read_text())["metrics"] == row["metrics"]
+    assert "metrics" not in world.summary["sites"]["county"]
+
+
 def test_without_right_and_wrong_a_site_has_a_loss_and_no_accuracy() -> None:
     found = of_global(Scores(None, np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.zeros(5)), OWN)
     assert found.sites["a"] == {"accuracy": None, "loss": 2.0, "test_examples": 2}
@@ -482,10 +510,10 @@ def test_a_pattern_makes_a_client_of_each_table_in_a_folder(tmp_path) -> None:
     names = [("east", 2), ("north", 4), ("south", 2), ("west", 4)]
     assert told == [(name, rank, str(folder / f"{name}.csv")) for name, rank in names]
     assert from_table(to_table(config)) == config
-    whole = {"model": {"task": "text-classification"}, "data": {"source": str(folder / "[ew]est.csv")}}
+    whole = {"model": {"task": "text-classification"}, "data": {"source": str(folder / "*[s]t.csv")}}
     assert [one.name for one in from_table(whole).sites] == ["east", "west"]
-    (folder / "[ew]est.csv").write_text("text,label\n")  # a file of exactly this name is that file
-    assert from_table(whole).data.source == str(folder / "[ew]est.csv")
+    (folder / "*[s]t.csv").write_text("text,label\n")  # a file of exactly this name is that file
+    assert from_table(whole).data.source == str(folder / "*[s]t.csv")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ _WILD = frozenset("*?[")
 
 
 def is_pattern(source: Any) -> bool:
-    """Whether `source` is a pattern such as `sites/*.csv`: `*`, `?` or `[` in its last part, and no file of exactly that name."""
+    """Whether `source` is a pattern such as `sites/*.csv`: `*`, `?` or `[` in its last part, and no file of that very name."""
     return isinstance(source, str) and bool(_WILD & set(os.path.basename(source))) and not os.path.lexists(source)
 
 
@@ -32,8 +32,10 @@ def expanded(pattern: str) -> list[str]:
     told = f"data.source = {shortened(pattern, 200)!r}"
     try:
         names = [each for each in os.listdir(folder or ".") if not each.startswith(".") and fnmatch.fnmatchcase(each, name)]
-    except OSError as error:
-        raise ConfigError(f"{told}: {folder or '.'} cannot be read ({error.strerror or error}); name a folder") from None
+    except (OSError, ValueError) as error:  # a ValueError for a NUL character
+        raise ConfigError(
+            f"{told}: {folder or '.'} cannot be read ({getattr(error, 'strerror', None) or error}); name a folder"
+        ) from None
     files = [path for each in sorted(names) if not (path := Path(folder, each)).is_dir()]
     kinds = sorted({path.suffix.lower() for path in files})
     if not files:
@@ -42,9 +44,10 @@ def expanded(pattern: str) -> list[str]:
         raise ConfigError(f"{told}: expected at most {MOST_FILES:,} files, one for each client, got {len(files):,}")
     if len(kinds) > 1 or kinds[0] not in TABLES:
         odd = next(path.name for path in files if len(kinds) > 1 or path.suffix.lower() not in TABLES)
+        got = ", ".join(kind or "no ending" for kind in kinds)
         raise ConfigError(
-            f"{told}: expected tables of one kind ({', '.join(TABLES)}), got {', '.join(kind or 'no ending' for kind in kinds)} "
-            f"({shortened(odd, 100)}); give the ending in the pattern, as in *.csv"
+            f"{told}: expected tables of one kind ({', '.join(TABLES)}), got {got} ({shortened(odd, 100)}); give the ending in "
+            "the pattern, as in *.csv"
         )
     return [str(path) for path in files]
 
