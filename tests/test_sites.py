@@ -15,9 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 
 from anyrank import devices, report, simulation
-from anyrank.config import explain
+from anyrank.adapter.adapter import Adapter
+from anyrank.config import explain, filelist
 from anyrank.config.sections import Config, DataConfig, SiteConfig
 from anyrank.config.tables import from_table, identity, load, override, to_table
 from anyrank.data import images, instructions, sites, texts
@@ -30,6 +32,7 @@ from anyrank.runs.removal import remove_run
 from anyrank.simulation.building import build
 from anyrank.studies.variants import variant
 from anyrank.tasks.load import load_task
+from anyrank.training.lora import LoraModel
 
 transformers = pytest.importorskip("transformers")
 from tiny import WORDS, make_model  # noqa: E402 - needs transformers
@@ -37,6 +40,7 @@ from tiny import WORDS, make_model  # noqa: E402 - needs transformers
 RANKS = {"county": 8, "lakeside": 4, "st-mary": 16}
 ROWS = {"county": 60, "lakeside": 25, "st-mary": 40}
 HELD_OUT = {"county": 12, "lakeside": 5, "st-mary": 7}  # lakeside has no test_source: a fifth of its 25 rows
+KEYS = ("name", "rank", "source", "test_source", "memory_gb")
 LABELS = ("arrival", "exchange", "top-up")
 
 
@@ -237,7 +241,8 @@ def test_under_privacy_no_site_is_scored_and_counts_are_the_declared_ones(world,
     private = {"privacy": {"level": "client", "epsilon": 8.0, "delta": 0.01, "clip": 0.5}, "method": {"name": "ffa_lora"}}
     same = [one | {"rank": 4} for one in to_table(world.config)["sites"]]
     summary = simulation.execute(from_table(to_table(world.config) | private | {"sites": same}), tmp_path / "run")
-    assert not (tmp_path / "run" / "sites").exists()
+    own = [path.name for path in (tmp_path / "run" / "sites").glob("*/*")]
+    assert sorted(own) == sorted(3 * ["adapter", "labels.json"])  # and no scores.json
     assert all("sites" not in row for row in lines(tmp_path / "run" / "metrics.jsonl"))
     assert summary["worst_site"] is None
     # 60 = 111100b, 20 = 10100b and 40 = 101000b keep their first three binary digits: 56, 20 and 40
@@ -384,6 +389,31 @@ def test_a_personal_model_is_scored_on_the_rows_of_its_site() -> None:
     }
 
 
+def test_every_metric_is_each_sites_own_where_its_rows_give_it(world, tmp_path) -> None:
+    names = ["macro_f1", "per_label", "auc"]
+    (tmp_path / "one.csv").write_text("text,label\ncard,top-up\nwhere is my card,top-up\n")
+    listed = [one | ({"test_source": str(tmp_path / "one.csv")} if one["name"] == "lakeside" else {})
+              for one in to_table(world.config)["sites"]]  # fmt: skip
+    config = from_table(to_table(world.config) | {"sites": listed, "eval": {"metrics": names}})
+    summary = simulation.execute(config, tmp_path / "run")
+    last = lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    task = load_task(config)
+    model = LoraModel(task)
+    model.apply(Adapter.load(tmp_path / "run" / "adapter"))
+    found = task.objective.score(task.module, task.test, 1024)
+    model.close()
+    for name, row in summary["sites"].items():
+        own = np.flatnonzero(task.test_columns[sites.OWNER] == name)
+        labels, said = found.labels[own], found.predictions[own]
+        recall = {LABELS[label]: float((said == label)[labels == label].mean()) for label in np.unique(labels).tolist()}
+        assert row["metrics"]["per_label"] == recall
+        assert row["metrics"]["macro_f1"] == pytest.approx(f1_score(labels, said, average="macro", zero_division=0))
+        assert (row["metrics"]["auc"] is None) == (name == "lakeside")  # of one label there is no curve
+        assert last["sites"][name]["metrics"] == row["metrics"]
+        assert json.loads((tmp_path / "run" / "sites" / name / "scores.json").read_text())["metrics"] == row["metrics"]
+    assert "metrics" not in world.summary["sites"]["county"]
+
+
 def test_without_right_and_wrong_a_site_has_a_loss_and_no_accuracy() -> None:
     found = of_global(Scores(None, np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.zeros(5)), OWN)
     assert found.sites["a"] == {"accuracy": None, "loss": 2.0, "test_examples": 2}
@@ -412,7 +442,8 @@ def test_clients_of_a_column_keep_its_values_as_names_and_ranks_in_their_order(w
         assert told == [("east", 2, 30), ("north", 4, 12), ("west", 8, 21)]
     summary = simulation.execute(config, tmp_path / "run")
     assert {name: row["test_examples"] for name, row in summary["sites"].items()} == {"east": None, "north": 4, "west": 6}
-    assert sorted(path.name for path in (tmp_path / "run" / "sites").iterdir()) == ["north", "west"]
+    assert sorted(path.parent.name for path in (tmp_path / "run" / "sites").glob("*/scores.json")) == ["north", "west"]
+    assert sorted(path.parent.name for path in (tmp_path / "run" / "sites").glob("*/adapter")) == ["east", "north", "west"]
     fewer = from_table(whole | {"clients": {"count": 2, "ranks": [2, 4]}})  # a client has two values: no value is its name
     built = build(fewer)
     assert built.population.name(0) == "client-0"
@@ -437,7 +468,7 @@ def test_sites_are_read_and_written_with_paths_from_the_configurations_folder(tm
     assert override(config, ["clients.participation=0.5"]).clients.participation == 0.5
     assert "sites" not in to_table(Config())
     assert "sites" not in identity(Config())
-    assert [key.path for key in explain.find("sites")] == [f"sites.{key}" for key in ("name", "rank", "source", "test_source")]
+    assert [key.path for key in explain.find("sites")] == [f"sites.{key}" for key in KEYS]
 
 
 def test_the_configuration_in_the_document_is_one() -> None:
@@ -462,6 +493,64 @@ def test_a_list_of_files_makes_a_client_of_each(tmp_path) -> None:
     assert from_table(to_table(config)) == config
 
 
+def test_a_pattern_makes_a_client_of_each_table_in_a_folder(tmp_path) -> None:
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    for name in ("west", "east", "north"):
+        write(folder / f"{name}.csv", 3, name)
+    (folder / "south.csv").symlink_to(write(tmp_path / "elsewhere.csv", 3, "south"))
+    for other in (".hidden.csv", "notes.txt", "east.csv.bak"):
+        (folder / other).write_text("text,label\n")
+    (folder / "deeper.csv").mkdir()
+    (tmp_path / "c.toml").write_text(
+        '[model]\ntask = "text-classification"\n[data]\nsource = "sites/*.csv"\n[clients]\nranks = [2, 4]\n'
+    )
+    config = load(tmp_path / "c.toml")
+    told = [(one.name, one.rank, one.source) for one in config.sites]  # ranks in the order of the sorted names
+    names = [("east", 2), ("north", 4), ("south", 2), ("west", 4)]
+    assert told == [(name, rank, str(folder / f"{name}.csv")) for name, rank in names]
+    assert from_table(to_table(config)) == config
+    whole = {"model": {"task": "text-classification"}, "data": {"source": str(folder / "*[s]t.csv")}}
+    assert [one.name for one in from_table(whole).sites] == ["east", "west"]
+    (folder / "*[s]t.csv").write_text("text,label\n")  # a file of exactly this name is that file
+    assert from_table(whole).data.source == str(folder / "*[s]t.csv")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("*.tsv", "has such a name; correct the pattern"),
+        ("gone/*.csv", "gone cannot be read (No such file or directory); name a folder"),
+        ("*", "expected tables of one kind (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), got .csv, .png (a.csv)"),
+        ("*.png", "got .png (b.png); give the ending in the pattern, as in *.csv"),
+        ("*.csv", "expected at most 2 files, one for each client, got 3"),
+    ],
+)
+def test_a_pattern_that_gives_no_clients_is_told_in_one_line(tmp_path, monkeypatch, pattern: str, says: str) -> None:
+    monkeypatch.setattr(filelist, "MOST_FILES", 2 if pattern == "*.csv" else 99)
+    for name in ("a.csv", "b.png", "c.csv", "d.csv"):
+        (tmp_path / name).write_text("text,label\n")
+    with pytest.raises(ConfigError) as error:
+        from_table({"model": {"task": "text-classification"}, "data": {"source": str(tmp_path / pattern)}})
+    assert str(error.value).startswith("data.source = ")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_link_to_nothing_and_names_of_one_folder_are_errors(tmp_path) -> None:
+    source = {"source": str(tmp_path / "*.csv")}
+    write(tmp_path / "a.csv", 9, "a")
+    (tmp_path / "b.csv").symlink_to(tmp_path / "gone.csv")
+    config = from_table({"model": {"task": "text-classification"}, "data": source})
+    with pytest.raises(DataError, match=r"^site b: source: no such file: "):
+        sites.load_split(texts, config.data, config.sites)
+    (tmp_path / "b.csv").unlink()
+    write(tmp_path / "A.csv", 9, "a")
+    if len(list(tmp_path.iterdir())) == 2:  # the file system tells cases apart
+        with pytest.raises(ConfigError, match="sites: expected different names"):
+            from_table({"model": {"task": "text-classification"}, "data": source})
+
+
 def test_a_comparison_may_set_one_rank_for_all_sites(world) -> None:
     chosen = variant(world.config, "fedavg@8")
     assert {one.name: one.rank for one in chosen.sites} == dict.fromkeys(RANKS, 8)
@@ -477,8 +566,10 @@ WRONG = [
     ({"sites": [A, A]}, "sites: expected different names, whatever the case of their letters, got 'a' and 'a'"),
     ({"sites": [A, A | {"name": "A"}]}, "got 'a' and 'A'"),
     ({"sites": [A | {"name": "\u00e9"}, A | {"name": "e\u0301"}]}, "sites: expected different names"),
-    ({"sites": [A | {"rank": "auto"}]}, "sites.a.rank: 'auto' needs the memory that the site measures"),
-    ({"sites": [A | {"rank": 0}]}, "sites.a.rank: expected a whole number of at least 1, got 0"),
+    ({"sites": [A | {"rank": "Auto"}]}, "sites.a.rank: expected a whole number of at least 1, or auto, got 'Auto'"),
+    ({"sites": [A | {"memory_gb": -1.0}]}, "sites.a.memory_gb: expected a number of at least 0, got -1.0"),
+    ({"sites": [A], "clients": {"ranks": [4, 8]}}, "clients.ranks = [4, 8]: the [[sites]] say"),
+    ({"sites": [A | {"rank": 0}]}, "sites.a.rank: expected a whole number of at least 1, or auto, got 0"),
     ({"sites": [A | {"rank": True}]}, "sites.a.rank: expected whole number or string, got True"),
     ({"sites": [A | {"rnk": 4}]}, "sites.a.rnk: unknown key; did you mean 'rank'?"),
     ({"sites": [{"name": "a"}]}, "sites.a.source: expected the site's own training examples"),

@@ -83,6 +83,24 @@ def spread(items: Iterable[Item], compute: Callable[[Item], Found], take: Callab
                 found.cancel()
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of memory that this process could still take on the device: of a CPU, what Linux says is available, within the
+    limit of its control group. `None` where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+        free = [int(available[1]) << 10] if available else []
+    except OSError:
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit: `max`
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(free)) if free else None
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 products."""
     import torch

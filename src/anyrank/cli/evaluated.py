@@ -18,9 +18,7 @@ def chosen(folder: Path, config: Config, site: str, data: str) -> list[str]:
     """The names of the sites that are scored: `site`, or else all of the run. Raises `ConfigError`, without torch."""
     known = [each.name for each in config.sites]
     if not known:
-        raise ConfigError(
-            f"{folder}: the run has no named sites, which are what is scored; give it [[sites]], see docs/sites.md"
-        )
+        raise ConfigError(f"{folder}: the run has no named sites; expected a run with [[sites]], see docs/sites.md")
     if site and site not in known:
         raise ConfigError(f"--site {shown(site)}: the run has no such site; {nearest(site, known)}")
     if data and not site and len(known) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -22,6 +22,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         "examples": [f"{row['train_examples']:,}" for row in each],
         "accuracy": ["–" if row["accuracy"] is None else f"{row['accuracy']:.3f}" for row in each],
         "loss": ["–" if row["loss"] is None else f"{row['loss']:.4f}" for row in each],
+        **_metrics(each),
         "held out": ["–" if row["test_examples"] is None else f"{row['test_examples']:,}" for row in each],
     }
     return folded("sites, on their own held-out examples", "site", [shown(name) for name in sites], cells)
@@ -34,6 +35,14 @@ def scores(summary: Mapping[str, Any]) -> dict[str, str]:
     if "scored_of" not in summary:
         return {}
     return {"scored by": f"{summary['scored_by']} of {summary['scored_of']} clients, on their own held-out examples"}
+
+
+def _metrics(each: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """A column for each metric that is one number."""
+    told = [row.get("metrics", {}) for row in each]
+    names = dict.fromkeys(name for own in told for name, value in own.items() if not isinstance(value, Mapping))
+    number = lambda value: "–" if value is None else f"{value:.4f}"  # noqa: E731
+    return {shown(name): [number(own.get(name)) for own in told] for name in names}
 
 
 def rows(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -105,16 +105,19 @@ def run(
     """
     from anyrank.cli import arguments
     from anyrank.runs.folder import RunDir
+    from anyrank.runs.matching import with_stored_ranks
 
     chosen = arguments.configuration(config, overrides)
     folder = out or Path("runs") / chosen.run.name
+    chosen = with_stored_ranks(folder, chosen)
     RunDir.check(folder, chosen, resume)
     from anyrank import report, simulation
     from anyrank.cli import console, tables
 
     rounds = console.Rounds(chosen.run.rounds, chosen.method.name, quiet=as_json)
     with console.Preparing("preparing", quiet=as_json) as preparing, rounds:
-        summary = simulation.execute(chosen, folder, resume, lambda metrics: rounds("", metrics), preparing)
+        tell = None if as_json else lambda line: console.err.print(line, soft_wrap=True)
+        summary = simulation.execute(chosen, folder, resume, lambda metrics: rounds("", metrics), preparing, tell)
     page = report.build([folder], folder / "report.html")
     if as_json:
         return _print_json(summary | {"out": str(folder), "report": str(page)})

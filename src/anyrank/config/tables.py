@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from anyrank.config import explain
-from anyrank.config.filelist import with_files
+from anyrank.config.filelist import is_pattern, with_files
 from anyrank.config.sections import Config, SiteConfig
-from anyrank.config.sections.sites import OF_SITES
+from anyrank.config.sections.sites import AUTO, AUTO_RANKS, OF_SITES
 from anyrank.errors import ConfigError, in_a_line, nearest, shortened
 from anyrank.files import check_depth, read_bounded
 
@@ -104,6 +104,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = table.get("data")
     if isinstance(data, dict) and isinstance(data.get("source"), list):
         data["source"] = [_found(file, path.parent) if isinstance(file, str) and file else file for file in data["source"]]
+    if isinstance(data, dict) and is_pattern(data.get("source")):  # the folder of which is found as a file is
+        folder, name = os.path.split(data["source"])
+        data["source"] = os.path.join(_found(folder or ".", path.parent), name)
     for site in table["sites"] if isinstance(table.get("sites"), list) else ():
         for key in ("source", "test_source"):
             if isinstance(site, dict) and isinstance(site.get(key), str) and site[key]:
@@ -153,7 +156,8 @@ def from_table(table: Mapping[str, Any]) -> Config:
         known = {"name", "file", "handed_in"}
         options = {key: value for key, value in method.items() if key not in known}
         table["method"] = {key: value for key, value in method.items() if key in known} | {"options": options}
-    if isinstance(table.get("data"), Mapping) and isinstance(table["data"].get("source"), (list, tuple)):
+    source = table["data"].get("source") if isinstance(table.get("data"), Mapping) else None
+    if isinstance(source, (list, tuple)) or is_pattern(source):
         table = with_files(table)
     if "sites" in table:
         table = _with_sites(table)
@@ -171,7 +175,9 @@ def _with_sites(table: dict[str, Any]) -> dict[str, Any]:
         where = f"sites.{name}" if isinstance(name, str) and name else f"sites[{number}]"
         sites.append(_build(SiteConfig, site, where))
     clients = table.get("clients", {})
-    clients = {"participation": 1.0} | clients if isinstance(clients, Mapping) else clients
+    if isinstance(clients, Mapping):
+        usual = {"ranks": AUTO_RANKS} if any(site.rank == AUTO for site in sites) else {}
+        clients = {"participation": 1.0} | usual | clients
     return table | {"sites": tuple(sites), "clients": clients}
 
 
@@ -183,7 +189,11 @@ def to_table(config: Config) -> dict[str, Any]:
         if not section["handed_in"]:
             del section["handed_in"]  # never written by hand
     for name in OF_SITES if config.sites else ():
-        del table["clients"][name]  # the sites say these
+        if name != "ranks" or not config.undecided:
+            del table["clients"][name]  # the sites say these
+    for site in table["sites"]:
+        if not site["memory_gb"]:
+            del site["memory_gb"]  # runs of earlier versions have no such key
     if not config.sites:
         del table["sites"]
     return _plain(table)

@@ -47,13 +47,14 @@ class Sites:
 
     def scores(self, scores: Scores, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Accuracy (`None` if no answer is right or wrong), loss and number of the held-out examples of each of `names` that
-        has any, from the model's results on all held-out examples."""
+        has any, from the model's results on all held-out examples; and its `metrics`, if there are any."""
         found = {}
         for name in names:
             own = np.flatnonzero(self.owners == self.names.index(name))
             if len(own):
                 accuracy = None if scores.correct is None else float(scores.correct[own].mean())
                 found[name] = {"accuracy": accuracy, "loss": float(scores.losses[own].mean()), "test_examples": len(own)}
+                found[name] |= {"metrics": dict(scores.sites[name])} if name in scores.sites else {}
         return found
 
 

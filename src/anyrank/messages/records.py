@@ -288,7 +288,8 @@ class Scores:
 
     For metrics: `predictions` `[n]`, whole numbers like the labels, or the outputs of a task without classes; `scores`
     `[n, classes]` float32, probabilities, only if a metric needs them; `targets` `[n]` and their `names`, if predictions are
-    compared with something other than the labels. `figures`: the metrics by name, each a number or one number per label.
+    compared with something other than the labels. `figures`: the metrics by name, each a number or one number per label;
+    `sites`: the same by site, each on the site's own examples, `None` where a metric fails on these.
     """
 
     correct: np.ndarray | None
@@ -299,6 +300,13 @@ class Scores:
     targets: np.ndarray | None = None
     names: tuple[str, ...] = ()
     figures: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
+    sites: Mapping[str, Mapping[str, float | Mapping[str, float] | None]] = field(default_factory=dict)
+
+    def of_rows(self, rows: np.ndarray) -> Scores:
+        """The results on the examples `rows` `[m]` alone, without metrics."""
+        names = ("correct", "losses", "labels", "predictions", "scores", "targets")
+        arrays = {name: None if (array := getattr(self, name)) is None else array[rows] for name in names}
+        return Scores(**arrays, names=self.names)
 
     @property
     def accuracy(self) -> float | None:

@@ -21,15 +21,19 @@ def scores_frame(scores: Scores, run: str = "", round: int = 0, client: str = ""
     arrays = {key: np.asarray(value) for key in _ARRAYS if (value := getattr(scores, key)) is not None}
     numbers: list[float] = []
     figures = {name: _placed(value, numbers) for name, value in scores.figures.items()}
+    sites = {name: {metric: _placed(value, numbers) for metric, value in own.items()} for name, own in scores.sites.items()}
     arrays["figures"] = np.array(numbers, np.float64)
-    return Frame(Header(KIND, run, round, client, {"names": list(scores.names), "figures": figures}), arrays)
+    body = {"names": list(scores.names), "figures": figures, "sites": sites}
+    return Frame(Header(KIND, run, round, client, body), arrays)
 
 
 def scores_of(frame: Frame) -> Scores:
     expect(frame, KIND)
-    names, figures = fields("scores", dict(frame.header.body), names=list, figures=dict)
+    names, figures, sites = fields("scores", dict(frame.header.body), names=list, figures=dict, sites=dict)
     for name in names:
         check_type("scores, names", name, str)
+    for name, own in sites.items():
+        check_type(f"scores, site {shortened(name, 100)}", own, dict)
     parts = Parts(frame)
     arrays = {key: parts.array(key) if key in parts else None for key in _ARRAYS}
     numbers = parts.array("figures")
@@ -43,11 +47,20 @@ def scores_of(frame: Frame) -> Scores:
         if array is not None and array.shape[:1] != losses.shape:
             raise FrameError(f"scores, {key}: expected {len(losses)} examples, got shape {list(array.shape)}")
     values = {name: _taken(f"scores, figure {name}", place, numbers) for name, place in figures.items()}
-    return Scores(**arrays, names=tuple(names), figures=values)
+    by_site = {
+        name: {
+            metric: place if place is None else _taken(f"scores, figure {metric}", place, numbers)
+            for metric, place in own.items()
+        }
+        for name, own in sites.items()
+    }
+    return Scores(**arrays, names=tuple(names), figures=values, sites=by_site)
 
 
-def _placed(value: float | Mapping[str, float], numbers: list[float]) -> int | dict[str, int]:
-    """Put one figure, or one per label, into `numbers`; its place there."""
+def _placed(value: float | Mapping[str, float] | None, numbers: list[float]) -> int | dict[str, int] | None:
+    """Put one figure, or one per label, into `numbers`; its place there. `None`, that there is none, stays `None`."""
+    if value is None:
+        return None
     if isinstance(value, Mapping):
         return {label: _placed(each, numbers) for label, each in value.items()}
     numbers.append(float(value))

@@ -24,6 +24,14 @@ def stored_config(path: Path) -> Config:
         raise RunError(f"{path / CONFIG}: cannot be read back ({reason}); choose another --out") from None
 
 
+def with_stored_ranks(path: Path, config: Config) -> Config:
+    """The configuration with the ranks that a run in the folder, if there is one, has for sites whose rank is `auto`."""
+    if not config.undecided or not (path / CONFIG).is_file():
+        return config
+    known = {site.name: site.rank for site in stored_config(path).sites}
+    return config.with_ranks({site.name: known[site.name] for site in config.undecided if site.name in known})
+
+
 def check_config(path: Path, config: Config) -> None:
     """Raise `RunError` that names the first key by which the configuration in the run folder is another one. The run may be
     given more rounds, as `check_grown` has it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +25,10 @@ from anyrank.methods import Method
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.progress import Progress
 from anyrank.runs.folder import RunDir
+from anyrank.runs.matching import with_stored_ranks
+from anyrank.runs.names import CONFIG
 from anyrank.runs.removal import remove_start
-from anyrank.simulation import workers
+from anyrank.simulation import ranks, workers
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.dealing import dealt, held_out, roster
 from anyrank.tasks.load import load_task
@@ -69,6 +72,11 @@ def build(
     `task`, `shards` (`shards[i]` `[n]`: the examples of client i) and `method` replace those of the configuration.
     Close the federation when it is no longer needed.
     """
+    if config.undecided:
+        raise ConfigError(
+            f"sites.{config.undecided[0].name}.rank: 'auto' is measured by anyrank run and anyrank plan; elsewhere, give the "
+            "number that they report"
+        )
     method = method or _method(config)
     check_ranks(config, method)
     if config.run.engine == "workers" and engine is in_process:
@@ -89,6 +97,20 @@ def build(
     return replace(settle, engine=engine(setting))
 
 
+def settled(config: Config, progress: Progress | None = None, tell: Callable[[str], None] | None = None) -> Config:
+    """`config` with numbers for ranks that are `auto`, by the memory of the sites. Raises `ConfigError` for ranks that do not
+    fit in `sites.memory_gb`. `tell` gets a line for each chosen rank. Nothing is measured where nobody asks for it."""
+    if not ranks.asked(config):
+        return config
+    low = ranks.lowest(config).replace(run={"engine": "process"})
+    with devices.threads(config.run.threads), torch.enable_grad():
+        measured = build(low, progress)
+        try:
+            return ranks.settle(measured, measured.engine.model, config, tell)
+        finally:
+            measured.close()
+
+
 def _method(config: Config) -> Method:
     if config.method.file:
         methods.load_file(config.method.file)
@@ -101,14 +123,19 @@ def execute(
     resume: bool = False,
     on_round: Any = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
     **instead: Any,
 ) -> dict[str, Any]:
     """Build and run a configuration in the folder `out`; returns the summary. Nothing is written before all is checked.
 
-    `instead`: `task`, `shards` and `method`, as for `build`.
+    `tell`: as for `settled`, which decides on ranks that are `auto` before a run begins; `instead`: `task`, `shards` and
+    `method`, as for `build`.
     """
+    config = with_stored_ranks(out, config)
     RunDir.check(out, config, resume)
     new = not out.exists()
+    if not os.path.lexists(out / CONFIG):
+        config = settled(config, progress, tell)
     with devices.threads(config.run.threads), torch.enable_grad():
         built = build(config, progress, **instead)
         try:

@@ -15,7 +15,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.peft import CONFIG_FILE, WEIGHTS_FILE
 from anyrank.config.sections import Config
 from anyrank.data import sites
-from anyrank.errors import ConfigError, DataError
+from anyrank.errors import DataError
 from anyrank.messages.records import Scores
 from anyrank.progress import Progress
 from anyrank.runs import identity, seal
@@ -27,7 +27,6 @@ from anyrank.tasks.metrics import Metric
 from anyrank.training.lora import LoraModel
 
 _ALWAYS = "macro_f1"
-_ARRAYS = ("correct", "losses", "labels", "predictions", "scores", "targets")
 
 
 def of_sites(
@@ -96,7 +95,7 @@ def _scored(
             model.apply(*_adapters(folder / SITES / names[0]))
             needed = frozenset(metric.of for metric in of)
             scores = task.objective.score(task.module, task.test, config.eval.batch_size, needed)
-            found |= {name: _figures(_taken(scores, rows[name]), task, of) for name in names}
+            found |= {name: _figures(scores.of_rows(rows[name]), task, of) for name in names}
     finally:
         model.close()
     if progress is not None:
@@ -110,33 +109,20 @@ def _adapters(folder: Path) -> tuple[Adapter, Adapter | None]:
     return Adapter.load(folder / ADAPTER), Adapter.load(base) if base.is_dir() else None
 
 
-def _taken(scores: Scores, rows: np.ndarray) -> Scores:
-    """The results on some of the examples."""
-    arrays = {name: getattr(scores, name) for name in _ARRAYS}
-    return replace(scores, **{name: None if array is None else array[rows] for name, array in arrays.items()})
-
-
 def _figures(scores: Scores, task: Task, of: Sequence[Metric]) -> dict[str, Any]:
     """Number of examples, accuracy, loss, metrics and labels; `None` for what these rows do not give."""
     if not len(scores.losses):
         return {"test_examples": 0, "accuracy": None, "loss": None, "macro_f1": None, "metrics": {}, "labels": {}}
     classes = scores.correct is not None and scores.predictions is not None
+    f1 = metrics.attempted([metrics.REGISTRY[_ALWAYS]], scores, task.label_names) if classes else {_ALWAYS: None}
     return {
         "test_examples": len(scores.losses),
         "accuracy": scores.accuracy,
         "loss": scores.loss,
-        "macro_f1": _figure(metrics.REGISTRY[_ALWAYS], scores, task) if classes else None,
-        "metrics": {metric.name: _figure(metric, scores, task) for metric in of if metric.name != _ALWAYS},
+        **f1,
+        "metrics": metrics.attempted([metric for metric in of if metric.name != _ALWAYS], scores, task.label_names),
         "labels": _by_label(scores, task.label_names),
     }
-
-
-def _figure(metric: Metric, scores: Scores, task: Task) -> Any:
-    """A metric's value; `None` where it fails on these rows, as some do on few rows or on a single label."""
-    try:
-        return metrics.compute([metric], scores, task.label_names)[metric.name]
-    except ConfigError:
-        return None
 
 
 def _by_label(scores: Scores, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from anyrank.robust.central_noise import CentralNoise
 from anyrank.robust.norm_bound import FEWEST, NormBound
 from anyrank.robust.owners import SingleOwner
 from anyrank.robust.rules import bound_of, merges, rule_of
+from anyrank.simulation import building
 from anyrank.studies import budget
 
 
@@ -34,6 +35,7 @@ def cost(config: Config, measure: bool = True, progress: Progress | None = None)
     round and in total are expected values over the draw of the cohorts. `measure`: time one local step of each rank, and
     estimate the time of training from it. Raises the errors of a run for a wrong request.
     """
+    config = building.settled(config, progress)
     with devices.threads(config.run.threads):
         built = simulation.build(config, progress)
         try:

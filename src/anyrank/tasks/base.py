@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from anyrank.config.sections import EvalConfig
+from anyrank.data.sites import OWNER
 from anyrank.errors import DataError, ModelError, nearest
 from anyrank.messages.records import Facts, Scores
 from anyrank.tasks import metrics
@@ -251,7 +252,15 @@ def score(task: Task, batch_size: int) -> Scores:
     """
     chosen = [metrics.as_metric(name, value) for name, value in task.metrics.items()]
     found = task.objective.score(task.module, task.test, batch_size, frozenset(metric.of for metric in chosen))
-    return replace(found, scores=None, figures=metrics.compute(chosen, found, task.label_names))
+    figures = metrics.compute(chosen, found, task.label_names)
+    return replace(found, scores=None, figures=figures, sites=_by_site(task, chosen, found) if chosen else {})
+
+
+def _by_site(task: Task, chosen: Sequence[Metric], found: Scores) -> dict[str, dict[str, Any]]:
+    """The metrics of each named site on its own held-out examples."""
+    owners = task.test_columns.get(OWNER, np.zeros(0, dtype=object))
+    rows = {str(name): np.flatnonzero(owners == name) for name in dict.fromkeys(owners.tolist()) if name}
+    return {name: metrics.attempted(chosen, found.of_rows(own), task.label_names) for name, own in rows.items()}
 
 
 def _are_classes(labels: Tensor) -> bool:

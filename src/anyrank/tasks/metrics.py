@@ -160,6 +160,17 @@ def compute(metrics: Iterable[Metric], scores: Scores, names: Sequence[str] = ()
     return {metric.name: _figure(metric, labels, scores, scores.names or names) for metric in metrics}
 
 
+def attempted(metrics: Iterable[Metric], scores: Scores, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Like `compute`; `None` for a metric that fails on these examples, as some do on few examples, or on a single label."""
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        try:
+            found |= compute([metric], scores, names)
+        except ConfigError:
+            found[metric.name] = None
+    return found
+
+
 def _figure(metric: Metric, labels: np.ndarray, scores: Scores, names: Sequence[str]) -> float | dict[str, float]:
     second = getattr(scores, metric.of)
     if second is None:

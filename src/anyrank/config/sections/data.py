@@ -79,8 +79,8 @@ class DataConfig:
         "digits",
         "The training examples: digits; texts and rows as CSV, TSV, JSON, Parquet, or a dataset on disk or on the hub; images "
         "as IDX, .npz, folders or datasets. A relative path starts at the folder of the configuration; if it is not there, at "
-        "$ANYRANK_DATA. A list of files makes a client of each, as [[sites]] do: with the file's name, and the ranks of "
-        "clients.ranks in order.",
+        "$ANYRANK_DATA. A list of files, or a pattern such as sites/*.csv for tables in one folder, makes a client of "
+        "each file, as [[sites]] do: with the file's name, and the ranks of clients.ranks in order.",
         also={"datasets": "data_files"},
     )
     test_source: str = key("", "The held-out examples, if they have a source of their own; read in the same way as source.")

@@ -7,19 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anyrank.config.describe import key
+from anyrank.config.describe import LATER, key
 from anyrank.config.sections.clients import ClientsConfig
 from anyrank.config.sections.data import DataConfig
 from anyrank.config.sections.values import expect
 from anyrank.errors import ConfigError, printable, shortened
 
 AUTO = "auto"
+AUTO_RANKS = (4, 8, 16, 32, 64)  # that a site with rank = "auto" chooses from, if clients.ranks says nothing else
 _LONGEST = 100  # bytes of a name: it is the name of a folder
 _NAME = f"a name of printable characters that a folder can have, of at most {_LONGEST} bytes"
 _TAKEN = frozenset({"all-data", "global", "start"})  # of models and clients that are nobody's own
 _NOT_IN_FOLDERS = frozenset('/\\:*?"<>|')
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
+NATURAL_GB = "a number of at least 0"
 OF_SITES = ("count", "ranks", "rank_order", "names")  # keys of [clients] that the sites stand in for
 # Keys that are for one source, whose examples no site would have a part in, or not all of them.
 _OF_ONE_SOURCE = ("split", "test_split", "train_examples", "test_examples")
@@ -31,25 +33,33 @@ class SiteConfig:
     `[data]` hold for the files of all sites. Sites are in the order of their names, whatever their order in the file."""
 
     name: str = key("", "The site's name in logs, tables and the report, and of its folder `sites/NAME`.", _NAME)
-    rank: int | str = key(8, "The rank of the site's adapter.", "a whole number of at least 1")
+    rank: int | str = key(
+        8,
+        "The rank of the site's adapter. auto: the largest of clients.ranks (4, 8, 16, 32, 64 if they are not given) at which "
+        "a local step, measured before round 1, fits in the site's memory; config.toml of the run has the number.",
+        "a whole number of at least 1, or auto",
+    )
     source: str = key("", "The site's own training examples, read as data.source is.", "a file or a folder")
     test_source: str = key(
         "",
         "The site's own held-out examples. Empty: data.test_fraction of the site's source, if there is no data.test_source.",
         "a file or a folder, or empty",
     )
+    memory_gb: float = key(
+        0.0,
+        "The site's memory in GB (10^9 bytes), for base model, examples and training. A rank that does not fit is an error. 0: "
+        "not limited, and for rank = auto, what is free on this machine.",
+        NATURAL_GB,
+        metadata=LATER,
+    )
 
     def __post_init__(self) -> None:
         fault = fault_of(self.name)
         expect(not fault, "sites: name", f"{_NAME}, other than {', '.join(sorted(_TAKEN))}", shortened(self.name, 100))
         where = f"sites.{self.name}"
-        if self.rank == AUTO:
-            raise ConfigError(
-                f"{where}.rank: 'auto' needs the memory that the site measures, which this version does not support; give a "
-                "whole number"
-            )
-        whole = type(self.rank) is int and self.rank >= 1
-        expect(whole, f"{where}.rank", "a whole number of at least 1", self.rank)
+        whole = self.rank == AUTO or (type(self.rank) is int and self.rank >= 1)
+        expect(whole, f"{where}.rank", "a whole number of at least 1, or auto", self.rank)
+        expect(self.memory_gb >= 0, f"{where}.memory_gb", NATURAL_GB, self.memory_gb)
         expect(bool(self.source), f"{where}.source", "the site's own training examples, a file or a folder", self.source)
 
     @property
@@ -92,8 +102,11 @@ def in_order(sites: Sequence[SiteConfig]) -> tuple[SiteConfig, ...]:
 
 
 def clients_of(sites: Sequence[SiteConfig], given: ClientsConfig) -> Mapping[str, Any]:
-    """The keys of `[clients]` that the sites stand in for. Raises `ConfigError` if `given` says otherwise."""
-    ranks = tuple(site.rank for site in sites)
+    """The keys of `[clients]` that the sites stand in for. Raises `ConfigError` if `given` says otherwise.
+
+    While a site's rank is `auto`, `clients.ranks` are the ranks to choose from.
+    """
+    ranks = given.ranks if any(site.rank == AUTO for site in sites) else tuple(site.rank for site in sites)
     keys = {"count": len(sites), "ranks": ranks, "rank_order": "cycled", "names": tuple(site.name for site in sites)}
     for name in OF_SITES:
         value = getattr(given, name)

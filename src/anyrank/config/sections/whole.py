@@ -17,7 +17,7 @@ from anyrank.config.sections.privacy import PrivacyConfig
 from anyrank.config.sections.rounds import RoundsConfig
 from anyrank.config.sections.run import RunConfig
 from anyrank.config.sections.scoring import EvalConfig
-from anyrank.config.sections.sites import OF_SITES, SiteConfig, check_data, clients_of, in_order
+from anyrank.config.sections.sites import AUTO, OF_SITES, SiteConfig, check_data, clients_of, in_order
 from anyrank.config.sections.training import LoraConfig, TrainConfig
 from anyrank.config.sections.values import expect
 from anyrank.errors import ConfigError
@@ -83,12 +83,23 @@ class Config:
         """The files that the sites name, by dotted key."""
         return {name: path for site in self.sites for name, path in site.files.items()}
 
+    @property
+    def undecided(self) -> tuple[SiteConfig, ...]:
+        """The sites whose rank is `auto`."""
+        return tuple(site for site in self.sites if site.rank == AUTO)
+
     def at_rank(self, rank: int) -> Config:
         """A copy in which all clients, or sites, have one rank."""
         if not self.sites:
             return self.replace(clients={"ranks": (rank,)})
+        return self.with_ranks({site.name: rank for site in self.sites})
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> Config:
+        """A copy in which the sites that `ranks` names have these ranks."""
+        sites = tuple(dataclasses.replace(site, rank=ranks.get(site.name, site.rank)) for site in self.sites)
         usual = {name: getattr(ClientsConfig(), name) for name in OF_SITES}
-        sites = tuple(dataclasses.replace(site, rank=rank) for site in self.sites)
+        if any(site.rank == AUTO for site in sites):
+            usual["ranks"] = self.clients.ranks
         return dataclasses.replace(self, sites=sites, clients=dataclasses.replace(self.clients, **usual))
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
