@@ -999,7 +999,7 @@ def _until(condition, seconds: float = 60) -> None:
 
 @LINUX
 def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_page(tmp_path: Path, cache: Path) -> None:
-    config = '[run]\nname = "real"\nrounds = 300\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 1\n'
+    config = '[run]\nname = "real"\nrounds = 150\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 1\n'
     (tmp_path / "real.toml").write_text(config)
     environment = os.environ | {"ANYRANK_CACHE": str(cache)}
     begin = [sys.executable, "-m", "anyrank", "run", "real.toml", "--out", "runs/real"]
@@ -1009,7 +1009,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         process = subprocess.Popen(begin, cwd=tmp_path, env=environment, **quiet)
         try:
             _until(lambda: json.loads(server.get("/runs.json").read())["runs"])
-            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 300", _verdict_of(server)))
+            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 150", _verdict_of(server)))
         finally:
             process.kill()
             process.wait(30)
@@ -1020,7 +1020,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         command = [sys.executable, "-m", "anyrank", *typed.split()]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        _until(lambda: _verdict_of(server).startswith("done, 300 rounds, accuracy"))
+        _until(lambda: _verdict_of(server).startswith("done, 150 rounds, accuracy"))
         page = server.get("/").read().decode()
         for name in ("adapter.zip", "report.html", "summary.json"):
             assert f"/files/{name}" in page
