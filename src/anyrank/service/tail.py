@@ -80,8 +80,6 @@ class Tail:
 
     def _goes_on(self, file: BinaryIO) -> bool:
         """Whether the log still begins with what was read."""
-        if os.fstat(file.fileno()).st_size < self.offset:
-            return False
         file.seek(self.offset - len(self._mark))
         return file.read(len(self._mark)) == self._mark
 
