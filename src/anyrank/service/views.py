@@ -156,7 +156,7 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
             "status": _status(client, tally.round) if name not in waited else f"waited for ({waited[name]})",
             "state": "late" if name in waited else client.status if client.status in _AWAY else "",
             "reason": client.reason,
-            "counts": client.conduct.counts,
+            "counts": Counter(client.conduct.counts),
             "least": words.share(client.conduct.least) if client.conduct.counts["shortened"] else "",
             "seconds": _seconds(client.seconds) if client.seconds else "",
             "bytes": size(client.bytes) if client.bytes else "",
@@ -280,9 +280,10 @@ def as_json(watch: Watch, now: float) -> dict[str, Any]:
     return {"now": now, "runs": [run_json(run, now) for run in watch.runs.values()], "notes": watch.notes}
 
 
-def run_json(run: Run, now: float) -> dict[str, Any]:
+def run_json(run: Run, now: float, with_clients: bool = False) -> dict[str, Any]:
     """One run for machines."""
     verdict, tally = run.verdict(now), run.tally
+    clients = {"clients": _clients_json(run)} if with_clients else {}
     return {
         "key": run.place.key,
         "name": run.place.name,
@@ -298,10 +299,11 @@ def run_json(run: Run, now: float) -> dict[str, Any]:
         "idle_rounds": tally.idle,
         "waiting_for": list(_waited(run, now)),
         "notes": run.told,
+        **clients,
     }
 
 
-def clients_json(run: Run) -> list[dict[str, Any]]:
+def _clients_json(run: Run) -> list[dict[str, Any]]:
     """The clients of one run for machines."""
     return [
         {

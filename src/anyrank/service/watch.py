@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from anyrank.errors import in_a_line
@@ -48,6 +49,12 @@ class Watch:
             return behind
         finally:
             self._lock.release()
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Within it nothing is read on, so that what is taken from several runs, or from one, is of one moment."""
+        with self._lock:
+            yield
 
     def _search(self) -> None:
         began = time.monotonic()
