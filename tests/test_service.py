@@ -251,6 +251,7 @@ RUNNING = Facts(round=6, planned=40, held=True, changed=NOW - 10, round_s=12.0, 
         ),
         ({"held": False, "idle_in_a_row": 2, "idle_reason": "x"}, "stopped", None),
         ({"finished": True, "held": False, "round": 40}, "done", "done, 40 rounds"),
+        ({"finished": True, "held": False, "idle_in_a_row": 3, "idle_reason": "x"}, "done", "done, 6 rounds"),
         ({"finished": True, "figures": {"accuracy": 0.871}}, "done", "done, 6 rounds, accuracy 87.1 %"),
         ({"problem": "a link"}, "unreadable", "cannot be read: a link"),
         ({"problem": "x", "finished": True}, "unreadable", "cannot be read: x"),
@@ -328,11 +329,11 @@ def test_the_page_of_a_run_has_its_figures_by_hand(tmp_path: Path) -> None:
     after = {name: cells[cells.index(name) + 1 :] for name in ("north", "south", "west", "accuracy", "uploaded by all")}
     assert after["accuracy"][0] == "25.0 %"
     assert after["uploaded by all"][0] == "2.5 MB"
-    assert after["north"][:7] == ["4", "30", "round 1,", "2 min ago", "ok", "1", "0"]
+    assert after["north"][:7] == ["ok", "round 1,", "2 min ago", "4", "30", "1", "0"]
     assert "75.0 %" in after["north"][:9]
     assert "1 min" in after["north"][:10]
-    assert after["south"][:7] == ["4", "30", "round 1,", "2 min ago", "rejected", "0", "1"]
-    assert after["west"][:4] == ["16", "–", "not yet", "no row yet"]
+    assert after["south"][:7] == ["rejected", "round 1,", "2 min ago", "4", "30", "0", "1"]
+    assert after["west"][:4] == ["no row yet", "not yet", "16", "–"]
     assert "In round 1, 1 of 2 clients gave nothing that counts: south (rejected)." in cells
     assert cells.count("layer x, A: not finite") == 2  # in its row, and among the events
 
