@@ -375,6 +375,33 @@ def test_several_runs_have_an_overview_that_stays_when_they_end_or_go(tmp_path: 
     assert {run["name"] for run in ask(app, "/runs.json").json["runs"]} == {"a", "b", "c/d/seed-0", "new"}
 
 
+def test_pages_are_made_while_the_runs_are_read_on(tmp_path: Path) -> None:
+    """Whatever comes in meanwhile: new clients, events, rounds, runs."""
+    folder = make_run(tmp_path / "run")
+    watch, stop = watching(tmp_path), threading.Event()
+    faults: list[str] = []
+
+    def grow() -> None:
+        round = 3
+        while not stop.is_set():
+            round += 1
+            add(folder, "clients.jsonl", *(client(round, f"c{round}-{number}", "late", "x") for number in range(30)))
+            add(folder, "metrics.jsonl", metrics(round))
+            watch.refresh()
+            faults.extend(run.problem for run in watch.runs.values() if run.problem)
+
+    grower = threading.Thread(target=grow)
+    grower.start()
+    try:
+        app = build(watch)
+        for _ in range(15):
+            assert {ask(app, path).status for path in ("/", "/metrics", "/runs.json")} == {200}
+    finally:
+        stop.set()
+        grower.join(30)
+    assert not faults
+
+
 def test_runs_of_a_comparison_that_have_not_begun_are_counted(tmp_path: Path) -> None:
     make_run(tmp_path / "rbla" / "seed-0")
     (tmp_path / "compare.json").write_text(json.dumps({"runs": ["rbla/seed-0", "rbla/seed-1", "raflora/seed-0"]}))

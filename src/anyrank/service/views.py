@@ -21,7 +21,10 @@ MOST_ROWS = 500  # clients on a page
 _LONGEST_CELL = 60  # characters
 _USED = ("used", "rejected", "shortened", "excluded", "failed", "late", "rested", "stray")
 _AWAY = ("failed", "rejected", "excluded", "late")  # statuses of a client that gave nothing that counts
-_NAMES = {"collapse": "energy past the smallest rank", "epsilon": "ε spent (largest of all clients)"}
+_TITLES = {
+    "accuracy": "Accuracy, %", "loss": "Loss", "collapse": "Energy past the smallest rank, %",
+    "epsilon": "ε spent, the largest of all clients",
+}  # fmt: skip
 
 
 def overview(watch: Watch, now: float) -> dict[str, Any]:
@@ -131,10 +134,7 @@ def _charts(run: Run) -> list[dict[str, Any]]:
     shown = []
     for name, scale in ((first, 100.0 if first == "accuracy" else 1.0), ("collapse", 100.0), ("epsilon", 1.0)):
         if points := curves[name].points:
-            title = _NAMES.get(name, name)
-            unit = ", %" if scale == 100.0 else ""
-            svg = charts.line(points, title + unit, rings, scale, run.planned)
-            shown.append({"title": title[0].upper() + title[1:] + unit, "svg": svg})
+            shown.append({"title": _TITLES[name], "svg": charts.line(points, _TITLES[name], rings, scale, run.planned)})
     return shown
 
 
