@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-extensions", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
+_BEGIN = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3])  # out of the way of 3 and 4
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -25,10 +33,11 @@ class Browser:
     def __init__(self, folder: Path, timeout_s: float = 60.0) -> None:
         self._timeout_s, self._number, self._rest = timeout_s, 0, b""
         to_read, to_write = os.pipe(), os.pipe()  # the browser reads from file 3 and writes to file 4
-        command = ["sh", "-c", f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}', "sh", CHROMIUM, *_FLAGS]
+        fds = (to_read[0], to_write[1])
+        command = [sys.executable, "-c", _BEGIN, *map(str, fds), CHROMIUM, *_FLAGS]
         self._process = subprocess.Popen(
             [*command, f"--user-data-dir={folder}", "about:blank"],
-            pass_fds=(to_read[0], to_write[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            pass_fds=fds, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         os.close(to_read[0])
         os.close(to_write[1])
@@ -81,8 +90,9 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def open(self, url: str) -> None:
+        self.call("Runtime.evaluate", expression="window.isOld = true")
         self.call("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.until("!window.isOld && document.readyState === 'complete'")
 
     def ask(self, expression: str) -> Any:
         """The value of an expression in the page."""

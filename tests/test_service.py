@@ -251,6 +251,7 @@ RUNNING = Facts(round=6, planned=40, held=True, changed=NOW - 10, round_s=12.0, 
         ),
         ({"held": False, "idle_in_a_row": 2, "idle_reason": "x"}, "stopped", None),
         ({"finished": True, "held": False, "round": 40}, "done", "done, 40 rounds"),
+        ({"finished": True, "held": False, "idle_in_a_row": 3, "idle_reason": "x"}, "done", "done, 6 rounds"),
         ({"finished": True, "figures": {"accuracy": 0.871}}, "done", "done, 6 rounds, accuracy 87.1 %"),
         ({"problem": "a link"}, "unreadable", "cannot be read: a link"),
         ({"problem": "x", "finished": True}, "unreadable", "cannot be read: x"),
@@ -328,11 +329,11 @@ def test_the_page_of_a_run_has_its_figures_by_hand(tmp_path: Path) -> None:
     after = {name: cells[cells.index(name) + 1 :] for name in ("north", "south", "west", "accuracy", "uploaded by all")}
     assert after["accuracy"][0] == "25.0 %"
     assert after["uploaded by all"][0] == "2.5 MB"
-    assert after["north"][:7] == ["4", "30", "round 1,", "2 min ago", "ok", "1", "0"]
+    assert after["north"][:7] == ["ok", "round 1,", "2 min ago", "4", "30", "1", "0"]
     assert "75.0 %" in after["north"][:9]
     assert "1 min" in after["north"][:10]
-    assert after["south"][:7] == ["4", "30", "round 1,", "2 min ago", "rejected", "0", "1"]
-    assert after["west"][:4] == ["16", "–", "not yet", "no row yet"]
+    assert after["south"][:7] == ["rejected", "round 1,", "2 min ago", "4", "30", "0", "1"]
+    assert after["west"][:4] == ["no row yet", "not yet", "16", "–"]
     assert "In round 1, 1 of 2 clients gave nothing that counts: south (rejected)." in cells
     assert cells.count("layer x, A: not finite") == 2  # in its row, and among the events
 
@@ -372,6 +373,33 @@ def test_several_runs_have_an_overview_that_stays_when_they_end_or_go(tmp_path: 
     assert "cannot be read: its folder is no longer there" in page
     assert "done, 3 rounds, accuracy 90.0 %" in page
     assert {run["name"] for run in ask(app, "/runs.json").json["runs"]} == {"a", "b", "c/d/seed-0", "new"}
+
+
+def test_pages_are_made_while_the_runs_are_read_on(tmp_path: Path) -> None:
+    """Whatever comes in meanwhile: new clients, events, rounds, runs."""
+    folder = make_run(tmp_path / "run")
+    watch, stop = watching(tmp_path), threading.Event()
+    faults: list[str] = []
+
+    def grow() -> None:
+        round = 3
+        while not stop.is_set():
+            round += 1
+            add(folder, "clients.jsonl", *(client(round, f"c{round}-{number}", "late", "x") for number in range(30)))
+            add(folder, "metrics.jsonl", metrics(round))
+            watch.refresh()
+            faults.extend(run.problem for run in watch.runs.values() if run.problem)
+
+    grower = threading.Thread(target=grow)
+    grower.start()
+    try:
+        app = build(watch)
+        for _ in range(15):
+            assert {ask(app, path).status for path in ("/", "/metrics", "/runs.json")} == {200}
+    finally:
+        stop.set()
+        grower.join(30)
+    assert not faults
 
 
 def test_runs_of_a_comparison_that_have_not_begun_are_counted(tmp_path: Path) -> None:
@@ -999,7 +1027,7 @@ def _until(condition, seconds: float = 60) -> None:
 
 @LINUX
 def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_page(tmp_path: Path, cache: Path) -> None:
-    config = '[run]\nname = "real"\nrounds = 300\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 1\n'
+    config = '[run]\nname = "real"\nrounds = 150\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 1\n'
     (tmp_path / "real.toml").write_text(config)
     environment = os.environ | {"ANYRANK_CACHE": str(cache)}
     begin = [sys.executable, "-m", "anyrank", "run", "real.toml", "--out", "runs/real"]
@@ -1009,7 +1037,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         process = subprocess.Popen(begin, cwd=tmp_path, env=environment, **quiet)
         try:
             _until(lambda: json.loads(server.get("/runs.json").read())["runs"])
-            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 300", _verdict_of(server)))
+            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 150", _verdict_of(server)))
         finally:
             process.kill()
             process.wait(30)
@@ -1020,7 +1048,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         command = [sys.executable, "-m", "anyrank", *typed.split()]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        _until(lambda: _verdict_of(server).startswith("done, 300 rounds, accuracy"))
+        _until(lambda: _verdict_of(server).startswith("done, 150 rounds, accuracy"))
         page = server.get("/").read().decode()
         for name in ("adapter.zip", "report.html", "summary.json"):
             assert f"/files/{name}" in page

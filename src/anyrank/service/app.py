@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import gzip
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from typing import Any
 
 import anyio
 from starlette.applications import Starlette
@@ -104,7 +105,8 @@ class _Service:
 
     def _overview(self, request: Request) -> Response:
         now = self._watch.clock()
-        found = views.overview(self._watch, now)
+        with self._watch.still():
+            found = views.overview(self._watch, now)
         html = self._templates.get_template("overview.html.j2").render(found, root="./", events="events", now=now)
         return _answer(request, html.encode(), _HTML)
 
@@ -121,11 +123,14 @@ class _Service:
         others = len(self._watch.runs) > 1
         events = f"{root}run/{run.place.key}/events"
         template = self._templates.get_template("run.html.j2")
-        html = template.render(views.page(run, now), root=root, events=events, now=now, others=others)
+        with self._watch.still():
+            found = views.page(run, now)
+        html = template.render(found, root=root, events=events, now=now, others=others)
         return _answer(request, html.encode(), _HTML)
 
     async def events(self, request: Request) -> Response:
-        return self._stream(request, Overview(self._watch).news)
+        overview = Overview(self._watch)
+        return self._stream(request, lambda: self._still(overview.news))
 
     async def run_events(self, request: Request) -> Response:
         """The events of a run, after `Last-Event-ID`, or `?after=`, where that is given."""
@@ -134,7 +139,7 @@ class _Service:
             return await _lost(request, KeyError())
         last = request.headers.get("last-event-id", request.query_params.get("after", ""))
         follower = Follower(run, last[:100])
-        return self._stream(request, lambda: follower.news(self._watch.clock()))
+        return self._stream(request, lambda: self._still(follower.news))
 
     def _stream(self, request: Request, news) -> Response:
         if request.method == "HEAD":
@@ -150,16 +155,15 @@ class _Service:
         run = self._found(request)
         if run is None:
             return await _lost(request, KeyError())
-        now = self._watch.clock()
-        return await run_in_threadpool(lambda: JSONResponse(views.run_json(run, now) | {"clients": views.clients_json(run)}))
+        return JSONResponse(await run_in_threadpool(self._still, partial(views.run_json, run, with_clients=True)))
 
     async def runs(self, request: Request) -> Response:
         await self._fresh()
-        return await run_in_threadpool(lambda: JSONResponse(views.as_json(self._watch, self._watch.clock())))
+        return JSONResponse(await run_in_threadpool(self._still, partial(views.as_json, self._watch)))
 
     async def metrics(self, request: Request) -> Response:
         await self._fresh()
-        body = await run_in_threadpool(lambda: prometheus.text(self._watch, self._watch.clock()))
+        body = await run_in_threadpool(self._still, partial(prometheus.text, self._watch))
         return _answer(request, body.encode(), prometheus.CONTENT_TYPE)
 
     async def health(self, request: Request) -> Response:
@@ -182,6 +186,11 @@ class _Service:
 
     def _found(self, request: Request) -> Run | None:
         return self._watch.runs.get(request.path_params["key"])
+
+    def _still(self, make: Callable[[float], Any]) -> Any:
+        """What `make` makes of the runs as they are now."""
+        with self._watch.still():
+            return make(self._watch.clock())
 
     async def _fresh(self) -> None:
         await run_in_threadpool(self._watch.refresh, _FRESH_S)

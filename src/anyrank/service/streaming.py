@@ -24,7 +24,6 @@ from anyrank.service.watch import Watch
 EVERY_S, ALIVE_S = 0.5, 15.0  # between two looks at the logs; between two signs of life
 MOST_STREAMS = 64
 MOST_BEHIND = 8 << 20  # bytes of the logs that are replayed; whoever is further behind loads the page anew
-_TURN = 1 << 20
 _ID = re.compile(r"([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
 
 
@@ -47,7 +46,7 @@ class Follower:
     def _news(self, now: float) -> Iterator[str]:
         verdict = self._run.verdict(now)
         try:
-            turns = [] if self._run.gone else [tail.advance(_TURN) for tail in self._tails]
+            turns = [] if self._run.gone else [tail.advance() for tail in self._tails]
         except OSError:  # the verdict says so
             turns = []
         if self._reset or any(turn.cut for turn in turns) or self._is_far_behind():
@@ -130,8 +129,7 @@ class Overview:
         self._watch = watch
         self._told: object = None
 
-    def news(self) -> str:
-        now = self._watch.clock()
-        state = [(key, run.version, run.verdict(now).text) for key, run in list(self._watch.runs.items())]
+    def news(self, now: float) -> str:
+        state = [(key, run.version, run.verdict(now).text) for key, run in self._watch.runs.items()]
         before, self._told = self._told, state
         return "" if before in (None, state) else "event: change\ndata: {}\n\n"

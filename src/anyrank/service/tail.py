@@ -10,7 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 from anyrank.files import parse_json
 from anyrank.service.reading import Stamp, opened, stamp
 
-PIECE = 4 << 20  # bytes of one turn, and of the longest line
+LONGEST = 4 << 20  # bytes of a line
+_STEP = 256 << 10  # bytes of a turn, unless its first line is longer
 _MARK = 64  # bytes before the offset by which a log is known again
 
 
@@ -33,7 +34,7 @@ class Tail:
     """The end of the log `folder/name`, which may not be there yet.
 
     Its last line counts once it has its line end: what a kill cut off, or is being written, is not read. A line that is no
-    JSON object, or longer than a turn, is left out and counted as `damaged`. `offset`: where to begin, which is the end of a
+    JSON object, or longer than `LONGEST`, is left out and counted as `damaged`. `offset`: where to begin, which is the end of a
     line; if no line of the log ends there, the first turn says that the log was cut.
     """
 
@@ -60,8 +61,9 @@ class Tail:
         with os.fdopen(opened(self._folder, self._name), "rb") as file:
             return not self._goes_on(file)
 
-    def advance(self, most: int = PIECE) -> Turn:
-        """Read on, at most `most` bytes. Raises `OSError` if the log is not a regular file or cannot be read."""
+    def advance(self, most: int = LONGEST) -> Turn:
+        """Read on for one turn; a line of `most` bytes is too long. Raises `OSError` for a log that is no regular file, or
+        cannot be read."""
         now = stamp(self._folder, self._name)
         if now is None:
             cut, self.stamp = self.offset > 0, None
@@ -74,13 +76,15 @@ class Tail:
             if cut:
                 self._begin()
             file.seek(self.offset)
-            data = file.read(most)
+            data = file.read(min(_STEP, most))
+            if len(data) == _STEP < most and b"\n" not in data:
+                data += file.read(most - _STEP)
             self.stamp = now
         return Turn(list(self._lines(data, most)), cut)
 
     def _goes_on(self, file: BinaryIO) -> bool:
         """Whether the log still begins with what was read."""
-        if os.fstat(file.fileno()).st_size < self.offset:
+        if os.fstat(file.fileno()).st_size < self.offset:  # no file system seeks to any number
             return False
         file.seek(self.offset - len(self._mark))
         return file.read(len(self._mark)) == self._mark

@@ -21,7 +21,10 @@ MOST_ROWS = 500  # clients on a page
 _LONGEST_CELL = 60  # characters
 _USED = ("used", "rejected", "shortened", "excluded", "failed", "late", "rested", "stray")
 _AWAY = ("failed", "rejected", "excluded", "late")  # statuses of a client that gave nothing that counts
-_NAMES = {"collapse": "energy past the smallest rank", "epsilon": "ε spent (largest of all clients)"}
+_TITLES = {
+    "accuracy": "Accuracy, %", "loss": "Loss", "collapse": "Energy past the smallest rank, %",
+    "epsilon": "ε spent, the largest of all clients",
+}  # fmt: skip
 
 
 def overview(watch: Watch, now: float) -> dict[str, Any]:
@@ -131,10 +134,7 @@ def _charts(run: Run) -> list[dict[str, Any]]:
     shown = []
     for name, scale in ((first, 100.0 if first == "accuracy" else 1.0), ("collapse", 100.0), ("epsilon", 1.0)):
         if points := curves[name].points:
-            title = _NAMES.get(name, name)
-            unit = ", %" if scale == 100.0 else ""
-            svg = charts.line(points, title + unit, rings, scale, run.planned)
-            shown.append({"title": title[0].upper() + title[1:] + unit, "svg": svg})
+            shown.append({"title": _TITLES[name], "svg": charts.line(points, _TITLES[name], rings, scale, run.planned)})
     return shown
 
 
@@ -156,7 +156,7 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
             "status": _status(client, tally.round) if name not in waited else f"waited for ({waited[name]})",
             "state": "late" if name in waited else client.status if client.status in _AWAY else "",
             "reason": client.reason,
-            "counts": client.conduct.counts,
+            "counts": Counter(client.conduct.counts),
             "least": words.share(client.conduct.least) if client.conduct.counts["shortened"] else "",
             "seconds": _seconds(client.seconds) if client.seconds else "",
             "bytes": size(client.bytes) if client.bytes else "",
@@ -280,9 +280,10 @@ def as_json(watch: Watch, now: float) -> dict[str, Any]:
     return {"now": now, "runs": [run_json(run, now) for run in watch.runs.values()], "notes": watch.notes}
 
 
-def run_json(run: Run, now: float) -> dict[str, Any]:
+def run_json(run: Run, now: float, with_clients: bool = False) -> dict[str, Any]:
     """One run for machines."""
     verdict, tally = run.verdict(now), run.tally
+    clients = {"clients": _clients_json(run)} if with_clients else {}
     return {
         "key": run.place.key,
         "name": run.place.name,
@@ -298,10 +299,11 @@ def run_json(run: Run, now: float) -> dict[str, Any]:
         "idle_rounds": tally.idle,
         "waiting_for": list(_waited(run, now)),
         "notes": run.told,
+        **clients,
     }
 
 
-def clients_json(run: Run) -> list[dict[str, Any]]:
+def _clients_json(run: Run) -> list[dict[str, Any]]:
     """The clients of one run for machines."""
     return [
         {

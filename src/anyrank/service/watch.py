@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from anyrank.errors import in_a_line
@@ -13,6 +14,7 @@ from anyrank.service.finding import find, roots
 from anyrank.service.run import Run
 
 _FIND_EVERY_S, _FIND_SHARE = 5.0, 20  # between two searches: seconds, and how many times as long as one takes
+_FIRST_S = 10.0  # seconds that a request waits for the first turn
 _TURN_S = 0.25  # seconds of reading in one turn
 
 
@@ -34,9 +36,11 @@ class Watch:
     def refresh(self, older_than_s: float = 0.0) -> bool:
         """Look for new runs, if it is time, and read on in all of them; returns whether there is more to read at once.
 
-        Does nothing if the last turn was less than `older_than_s` seconds ago, or while another thread is at it.
+        Does nothing if the last turn was less than `older_than_s` seconds ago, or while another thread is at it; but it waits
+        for the first turn, before which there is nothing to show.
         """
-        if time.monotonic() - self._turned < older_than_s or not self._lock.acquire(blocking=False):
+        is_recent = self._turned and time.monotonic() - self._turned < older_than_s
+        if is_recent or not self._lock.acquire(timeout=0.0 if self._turned else _FIRST_S):
             return False
         try:
             self._search()
@@ -45,6 +49,12 @@ class Watch:
             return behind
         finally:
             self._lock.release()
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Within it nothing is read on, so that what is taken from several runs, or from one, is of one moment."""
+        with self._lock:
+            yield
 
     def _search(self) -> None:
         began = time.monotonic()
