@@ -92,6 +92,7 @@ class System:
                 f"fed_{kind}.json",
             ]
             env = {**os.environ, "PYTHONPATH": f"{HERE.parent / 'src'}:{HERE}", "OMP_NUM_THREADS": "1"}
+            env["NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"] = "20"  # seconds that the end of a job waits for a site that is gone
             with (kit / "out.txt").open("ab") as out:
                 # A group of its own: what it starts can be ended with it.
                 self.processes[name] = subprocess.Popen(

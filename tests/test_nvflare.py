@@ -274,24 +274,33 @@ def test_what_a_hostile_site_sends_is_the_end_of_its_reply_alone(what: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("code", "raised", "again"),
+    ("code", "raised", "kinds"),
     [
-        (Code.DIED, Died, False),
-        (Code.LATE, Late, False),
-        (Code.CLOSED, Died, True),
-        (Code.CHANGED, Died, True),
-        (Code.REFUSED, Died, False),
-        (Code.TOO_LARGE, Died, False),
-        (Code.FAILED, Died, False),
+        (Code.DIED, Died, [OPEN, ASK, ASK]),
+        (Code.LATE, Late, [OPEN, ASK, ASK]),
+        (Code.CLOSED, Died, [OPEN, ASK] * 4),  # opened anew, and asked once more
+        (Code.CHANGED, Died, [OPEN, ASK] * 2),  # opened anew for the next question: who opens it decides
+        (Code.REFUSED, Died, [OPEN, ASK, ASK]),
+        (Code.TOO_LARGE, Died, [OPEN, ASK, ASK]),
+        (Code.FAILED, Died, [OPEN, ASK, ASK]),
     ],
 )
-def test_codes_of_a_site(code: Code, raised: type[Exception], again: bool) -> None:
-    """`again`: whether its worker has to be opened anew."""
+def test_codes_of_a_site(code: Code, raised: type[Exception], kinds: list[str]) -> None:
+    """Two questions; `kinds`: what the site was asked in all."""
     remote = worker(lambda asked: echo(asked) if asked.kind == OPEN else answer(asked, code=code.value))
     for _ in range(2):
         with pytest.raises(raised):
             list(remote.ask([frame()], 1, 5))
-    assert [asked.kind for asked in remote._port.asked] == ([OPEN, ASK] * 2 if again else [OPEN, ASK, ASK])
+    assert [asked.kind for asked in remote._port.asked] == kinds
+
+
+def test_a_site_that_was_started_anew_loses_no_reply() -> None:
+    closed = [False, True, False]
+    remote = worker(lambda asked: echo(asked) if asked.kind == OPEN or not closed.pop(0) else answer(asked, code="closed"))
+    for number in range(2):
+        (reply,) = remote.ask([frame(number=number)], 1, 5)
+        assert to_bytes(reply) == to_bytes(frame(number=number))
+    assert [asked.kind for asked in remote._port.asked] == [OPEN, ASK, ASK, OPEN, ASK]
 
 
 def test_every_code_has_its_row() -> None:
@@ -640,7 +649,8 @@ def test_a_job_process_that_is_killed_is_started_again_and_costs_no_other_site_a
     good = dict.fromkeys(range(1, 15), "update")
     found = run.statuses()
     assert found["a"] == found["c"] == good
-    assert set(found["b"].values()) == {"update", "Late"} or set(found["b"].values()) == {"update", "Died", "Late"}
+    assert set(found["b"].values()) <= {"update", "Died", "Late"}
+    assert sum(status != "update" for status in found["b"].values()) <= 2
     assert found["b"][14] == "update"
     flare.wait_for(lambda: only_parents(system), 30)
 
@@ -702,8 +712,10 @@ def test_an_aborted_job_ends_its_workers_while_they_are_busy(system: flare.Syste
         assert (standing["state"], standing["round"], standing["waiting"]) == ("running", 1, list(SITES))
         began = time.monotonic()
         session.abort_job(run.job)
+        flare.wait_for(lambda: not any("flare_worker.py" in " ".join(each.cmdline()) for each in system.alive()), 60)
+        print("workers ended within", time.monotonic() - began)
         flare.wait_for(lambda: only_parents(system), 60)
-        print("aborted within", time.monotonic() - began)
+        print("all ended within", time.monotonic() - began)
         status, _ = run.finish(tmp_path)
     assert status == "FINISHED:ABORTED"
     assert {row["round"] for row in run.rows} == {1}  # a round that was broken off is no round

@@ -98,10 +98,17 @@ class RemoteWorker:
     def ask(self, frames: Iterable[Frame], replies: int, timeout_s: float | None = None) -> Iterator[Frame]:
         """Send `frames` and yield as many `replies`; an `error` frame is the last one. `timeout_s`: seconds for each reply.
 
-        Raises `Died` or `Late`. The question after that opens the site's worker anew where it has to.
+        Raises `Died` or `Late`. A site whose process was started anew is opened anew, and asked once more.
         """
+        frames = list(frames)
         self.start()
-        yield from self._question(ASK, list(frames), replies, timeout_s)
+        try:
+            yield from self._question(ASK, frames, replies, timeout_s)
+            return
+        except _Closed:
+            pass
+        self.start()
+        yield from self._question(ASK, frames, replies, timeout_s)
 
     def kill(self) -> None:
         """Give up what is asked now; any thread may do so. Who asks it gets `Died`, until `revive`."""
@@ -170,6 +177,8 @@ class RemoteWorker:
             return
         if known.code in (Code.CLOSED, Code.CHANGED):
             self._is_open = False
+        if known.code == Code.CLOSED:
+            raise _Closed("the site's worker is not open")
         if known.code == Code.LATE:
             raise Late("the site's worker took too long")
         raise Died(f"the site reports {known.code}")
@@ -183,3 +192,7 @@ class RemoteWorker:
             return frame
         except FrameError as error:
             raise Died(str(error)) from None
+
+
+class _Closed(Died):
+    """The site's process was started anew, and has not opened its worker yet."""
