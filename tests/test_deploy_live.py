@@ -97,13 +97,20 @@ def place(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def world(place: Path) -> Iterator[dict[str, Started]]:
     """The server and both sites, connected."""
-    started = {"server": Started(place / "kits/server").connected()}
-    for name in SITES:
-        started[name] = Started(place / "kits" / name)
-    yield {name: each.connected() for name, each in started.items()}
-    for each in started.values():
-        if each.process.poll() is None:
-            each.end()
+    started: dict[str, Started] = {}
+    try:
+        started["server"] = Started(place / "kits/server").connected()
+        for name in SITES:
+            started[name] = Started(place / "kits" / name)
+        yield {name: each.connected() for name, each in started.items()}
+    finally:
+        for each in started.values():
+            if each.process.poll() is None:
+                each.end()
+
+
+def both(table: dict) -> bool:
+    return all(each["seen_s"] is not None for each in table["sites"])
 
 
 def test_the_server_says_who_is_connected_to_owners_and_viewers(place: Path, world) -> None:
