@@ -75,7 +75,8 @@ class Started:
     @property
     def engine(self) -> int:
         """The engine process of this moment."""
-        return next(child.pid for child in psutil.Process(self.process.pid).children())
+        children = psutil.Process(self.process.pid).children()
+        return next(child.pid for child in children if any("_train" in word for word in child.cmdline()))
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)

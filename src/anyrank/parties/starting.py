@@ -82,7 +82,7 @@ def serve(kit: Kit, tell: Callable[[str], None], ready_file: Path | None = None)
     except Timeout:
         raise DeployError(f"{kit.folder}: is started already, on this machine; stop that one first") from None
     with stop, lock:
-        write_whole_text(kit.state / PID, f"{os.getpid()}\n")
+        kits.write_private(kit.state / PID, f"{os.getpid()}\n".encode())
         try:
             return _watch(kit, tell, stop, ready_file)
         finally:
