@@ -23,7 +23,7 @@ import tomli_w
 
 from anyrank.config.tables import read_toml
 from anyrank.errors import ConfigError, DeployError, in_a_line, shortened
-from anyrank.files import make_folder, parse_json, read_bounded, write_whole, write_whole_text
+from anyrank.files import make_folder, parse_json, read_bounded, write_whole
 from anyrank.parties import certificates, policies
 from anyrank.parties.policies import OWNER, RUNNING, SERVER, SITE, STATE, VIEWER
 
@@ -286,4 +286,4 @@ def settle(kit: Kit) -> None:
         make_folder(kit.state / name, 0o700)
     for each, table in policies.files(kit.role, kit.folder).items():
         text = tomli_w.dumps(table) if each.endswith(".toml") else json.dumps(table, indent=2) + "\n"
-        write_whole_text(kit.folder / each, text)
+        write_private(kit.folder / each, text.encode())

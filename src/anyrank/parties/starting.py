@@ -35,7 +35,7 @@ LEFT = "left"  # a file in a site's state: it has left, and does not start until
 PID = "start.pid"
 _MODULES = {SERVER: "nvflare.private.fed.app.server.server_train", SITE: "nvflare.private.fed.app.client.client_train"}
 _CONNECTED = {SERVER: "Server started", SITE: "Successfully registered client:"}
-_FAULTS = re.compile(r" - (ERROR|CRITICAL) - ")
+_FAULTS = re.compile(r" - (ERROR|CRITICAL) - |^\w*(Error|Exception): ")
 _OURS = re.compile(r" - (controller|executor|launcher) - ")  # whose errors are for the operator; the others stay in log.txt
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # before the process is started again, by the number of its ends in a row
 _MOST_ENDS = 5  # ends in a row, each within `_SHORT_S`, after which `start` gives up
@@ -82,7 +82,7 @@ def serve(kit: Kit, tell: Callable[[str], None], ready_file: Path | None = None)
     except Timeout:
         raise DeployError(f"{kit.folder}: is started already, on this machine; stop that one first") from None
     with stop, lock:
-        write_whole_text(kit.state / PID, f"{os.getpid()}\n")
+        kits.write_private(kit.state / PID, f"{os.getpid()}\n".encode())
         try:
             return _watch(kit, tell, stop, ready_file)
         finally:
@@ -176,6 +176,8 @@ def _process(kit: Kit) -> Iterator[subprocess.Popen[bytes]]:
     """The engine process, in a session of its own, so that the terminal's Ctrl-C comes to us alone. At the end, it and all that
     it started are ended."""
     env = {**os.environ, "TMPDIR": str((kit.state / "tmp").absolute()), "PYTHONDONTWRITEBYTECODE": "1"}
+    if given := env.get("PYTHONPATH"):  # NVFlare changes to the kit's folder
+        env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(each) for each in given.split(os.pathsep))
     with stopping.starting_a_child():
         process = subprocess.Popen(
             command(kit), cwd=kit.folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

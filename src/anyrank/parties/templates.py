@@ -113,6 +113,9 @@ label_names = []        # REQUIRED over sites: all labels, in one order for all 
 [method]
 name = "raflora"
 
+[eval]
+where = "sites"         # the server has no held-out examples
+
 [rounds]
 least = {min(2, len(federation.sites))}               # replies without which a round changes nothing
 deadline_s = 600.0      # seconds that a round waits for a site

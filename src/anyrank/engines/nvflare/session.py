@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -185,13 +186,18 @@ def _job(meta: dict[str, Any], run: str, attempt: int, running: frozenset[str]) 
 
 @contextlib.contextmanager
 def opened(kit: Path, user: str, where: str, timeout_s: float = _TIMEOUT_S) -> Iterator[Commands]:
-    """A session of the person `user` with the kit at `kit`. `where`: the server in words, for errors. Raises `DeployError`."""
+    """A session of the person `user` with the kit at `kit`. `where`: the server, HOST:PORT. Raises `DeployError`."""
     try:
         from nvflare.fuel.flare_api.flare_api import new_secure_session
     except ImportError:
         raise DeployError("no NVFlare is installed here; install it with: pip install 'anyrank[nvflare]'") from None
     before = Path.cwd()
     commands = Commands(None, where)
+    host, _, port = where.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout_s).close()  # NVFlare itself goes on trying for a long time
+    except OSError as error:
+        raise Unreached(f"{where}: {_UNREACHED} ({error.strerror or in_a_line(error)})") from None
     session = commands._ask(lambda: new_secure_session(user, str(kit.absolute()), timeout=timeout_s, auto_login_max_tries=1))
     os.chdir(before)
     try:
