@@ -9,9 +9,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -131,7 +132,7 @@ KINDS = {
     "a batch in parts": ("method.name=rbla", "train.accumulation_steps=2"),
     "private examples": (*PRIVATE, "privacy.level=example", "privacy.epsilon=3", "privacy.delta=1e-5"),
     "private clients": (*PRIVATE, "privacy.level=client", "privacy.noise_multiplier=0.5", "privacy.delta=1e-4"),
-    "noise at the server": (*PRIVATE, "privacy.level=client", "privacy.noise_at=server", "privacy.epsilon=8", "privacy.delta=1e-3"),
+    "noise at the server": (*PRIVATE, "privacy.level=client", "privacy.noise_at=server", "privacy.epsilon=8"),
     "late replies": ("method.name=flexlora", "clients.late=0.4", "rounds.late=carry", "run.rounds=3", "run.stacking=never"),
     "drop-outs and rests": ("method.name=rbla", "clients.dropout=0.4", "guard.norm=1.0", "guard.offences=1", "run.rounds=3"),
     "a median": ("method.name=zeropad", "robust.rule=median", "clients.participation=1.0"),
@@ -290,8 +291,8 @@ class Killed(Supervised):
     """A supervised process that is killed each time the first of `plan` happens."""
 
     asked = ""
-    plan: list[str] = []
-    all: list[Killed] = []
+    plan: ClassVar[list[str]] = []
+    all: ClassVar[list[Killed]] = []
 
     def __init__(self, *arguments: Any, **ways: Any) -> None:
         super().__init__(*arguments, **ways)
@@ -420,7 +421,7 @@ def test_a_client_that_ends_its_process_in_every_round_fails_and_the_run_goes_on
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux refuses memory")
 def test_memory_above_the_limit_costs_the_client_that_takes_it(tmp_path: Path) -> None:
-    takes = f"""if x.requires_grad and not os.path.exists({str(tmp_path / "taken")!r}):
+    takes = f"""if x.requires_grad and len(x) == 16 and not os.path.exists({str(tmp_path / "taken")!r}):
     open({str(tmp_path / "taken")!r}, "w").close()
     torch.zeros(10**9)"""
     own = ("method.name=rbla", "run.stacking=never", "clients.participation=1.0", "run.engine=workers", "run.workers=1")
@@ -434,17 +435,18 @@ def test_memory_above_the_limit_costs_the_client_that_takes_it(tmp_path: Path) -
 def test_a_client_that_hangs_in_c_is_late_and_its_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python cannot interrupt it. In one process the run would hang for ever."""
     monkeypatch.setattr(workers, "_MORE_S", 3.0)
-    hangs = f"""import re
-if x.requires_grad and not os.path.exists({str(tmp_path / "hung")!r}):
+    hangs = f"""import itertools
+if x.requires_grad and len(x) == 16 and not os.path.exists({str(tmp_path / "hung")!r}):
     open({str(tmp_path / "hung")!r}, "w").close()
-    re.match("(a+)+$", "a" * 60 + "b")"""
+    any(itertools.repeat(0))"""
     own = ("method.name=rbla", "run.stacking=never", "clients.participation=1.0", "rounds.deadline_s=2")
     simulation.execute(chosen(tmp_path, *own_task(tmp_path, hangs), *own, *WORKERS), tmp_path / "run")
     lost = [row for row in rows(tmp_path / "run") if row["status"] != "ok"]
     assert [(row["round"], row["reason"]) for row in lost] == [(1, "its worker hung, and was ended (rounds.deadline_s)")]
 
 
-def test_a_request_that_is_wrong_is_the_same_line_as_in_one_process(tmp_path: Path) -> None:
+def test_a_request_that_is_wrong_is_the_same_line_as_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "Supervised", Direct)
     wrong = ("method.name=rbla", "clients.ranks=[500]")
     lines = []
     for place in ((), WORKERS):
@@ -455,7 +457,8 @@ def test_a_request_that_is_wrong_is_the_same_line_as_in_one_process(tmp_path: Pa
     assert lines[0] == lines[1]
 
 
-def test_what_a_module_raises_while_it_loads_is_one_line(tmp_path: Path) -> None:
+def test_what_a_module_raises_while_it_loads_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "Supervised", Direct)
     settings = own_task(tmp_path, "if not x.requires_grad: raise ValueError('never so')")
     with pytest.raises(AnyRankError, match="never so") as raised:
         simulation.execute(chosen(tmp_path, *settings, "method.name=rbla", *WORKERS), tmp_path / "run")
@@ -524,7 +527,7 @@ def test_each_worker_sees_one_gpu_of_those_that_are_visible() -> None:
 class Counted(Direct):
     """Counts the workers that a run makes and starts, with what it asks of each."""
 
-    made: list[Counted] = []
+    made: ClassVar[list[Counted]] = []
 
     def __init__(self, *arguments: Any, **ways: Any) -> None:
         super().__init__(*arguments, **ways)
@@ -581,7 +584,7 @@ class Script:
 
     def __init__(self, starts: Sequence[str] = (), asks: Sequence[str] = ()) -> None:
         self.starts, self.asks, self.pid, self.begun = list(starts), list(asks), None, 0
-        self.stopped = __import__("threading").Event()
+        self.stopped = threading.Event()
 
     def start(self) -> None:
         if self.pid is None:
@@ -637,8 +640,6 @@ class Script:
 @pytest.fixture
 def made() -> Iterator[Callable[..., posts.Posts]]:
     """Makes posts of scripted workers, and sees that their threads end."""
-    import threading
-
     every, before = [], threading.active_count()
 
     def make(*scripts: Script) -> posts.Posts:

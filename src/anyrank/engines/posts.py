@@ -83,9 +83,10 @@ class Posts:
                     busy[event.post].owed.discard(event.reply.header.client)
                     yield Reply(busy[event.post], event.reply)
                 elif event.post in busy:
+                    work = busy.pop(event.post)
                     if event.broken is not None:
                         raise event.broken
-                    yield from _failures([busy.pop(event.post)], event)
+                    yield from _failures([work], event)
                 elif self._settled(event).reason:
                     yield from _failures(self._hopeless(waiting, event.post), event)
         except BaseException:

@@ -77,8 +77,8 @@ def on_gpu(gpus: tuple[str, ...], place: int) -> Mapping[str, str]:
 
 
 def visible(chosen: str | None, count: int) -> tuple[str, ...]:
-    """The GPUs that this process sees, by CUDA's names for them. `chosen`: the value of `CUDA_VISIBLE_DEVICES`, numbers or UUIDs,
-    of which `count` were found.
+    """The GPUs that this process sees, by CUDA's names for them. `chosen`: the value of `CUDA_VISIBLE_DEVICES`, numbers or
+    UUIDs, of which `count` were found.
 
     >>> visible(None, 2), visible("3,GPU-8f2e", 2), visible("1,-1,0", 1), visible("", 0)
     (('0', '1'), ('3', 'GPU-8f2e'), ('1',), ())

@@ -132,7 +132,7 @@ class Supervised:
             self._life.close()
 
     def kill(self) -> None:
-        """End the worker at once, from any thread. Until `revive`, who asks it gets `Died`: also one that is about to start it."""
+        """End the worker at once, from any thread. Until `revive`, who asks it gets `Died`, also who is about to start it."""
         self._stopped.set()
         with self._changing:
             process = self._process
