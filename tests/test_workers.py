@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +36,7 @@ from anyrank.worker import supervisor
 from anyrank.worker.desk import Desk
 from anyrank.worker.supervisor import Died, Late, Supervised
 from kinds_of_run import whole
-from test_supervisor import LONGEST_S, children, wait_until
+from test_supervisor import LONGEST_S, children, marked, wait_until
 
 ALL = os.environ.get("ANYRANK_SITES") == "all"
 WORKERS = ("run.engine=workers", "run.workers=2")
@@ -758,3 +761,105 @@ def test_who_leaves_early_leaves_nobody_busy(made) -> None:
     replies.close()
     assert slow.stopped.is_set()
     assert outcomes(pool.carry_out([asked("a"), asked("b")])) == [("a", "ok"), ("b", "ok")]
+
+
+# --- commands ------------------------------------------------------------------------------------------------------------
+
+SMALL = COMMON.replace("rounds = 2", 'rounds = 40\nengine = "workers"\nworkers = 2\nstacking = "never"')
+LONGEST_END_S = 8.0  # from a signal to the end, however busy the machine
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path, cache: Path) -> Iterator[Start]:
+    """Starts the command in a folder of its own, and marks whatever it starts."""
+    (tmp_path / "small.toml").write_text(SMALL + '[method]\nname = "rbla"\n')
+    marks = {"ANYRANK_CACHE": str(cache), "ANYRANK_MARK": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
+    begun = []
+
+    def call(*arguments: str) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "anyrank", *arguments]
+        begun.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ | marks, start_new_session=True, **pipes))
+        return begun[-1]
+
+    yield call
+    for process in begun:
+        process.kill()
+        process.communicate()
+    for each in marked(str(tmp_path)):
+        os.kill(each, signal.SIGKILL)
+
+
+def logged(folder: Path) -> int:
+    """How many rounds a run has logged."""
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_command_that_is_killed_and_continued_leaves_the_same_bytes(start: Start, tmp_path: Path) -> None:
+    """Killed as it starts, and at rounds that are drawn; nobody is left, and the run in one process has the same bytes."""
+    simulation.execute(
+        chosen(tmp_path, common=(tmp_path / "small.toml").read_text().replace('"workers"', '"process"')), tmp_path / "whole"
+    )
+    chance, rounds = random.Random(int(os.environ.get("ANYRANK_KILLS_SEED", 0))), [0]
+    rounds += sorted(chance.sample(range(1, 39), 8 if ALL else 1))
+    for rounds_done in rounds:
+        process = start("run", "small.toml", "--out", "run", "--resume", "--json")
+        wait_until(lambda: logged(tmp_path / "run") >= rounds_done and len(marked(str(tmp_path))) > 1)  # noqa: B023
+        process.kill()
+        process.wait()
+        wait_until(lambda: not marked(str(tmp_path)), seconds=20)
+    process = start("run", "small.toml", "--out", "run", "--resume", "--json")
+    assert process.communicate(timeout=LONGEST_S * 2)[1] == ""
+    assert process.returncode == 0
+    assert_same(whole(tmp_path / "whole"), whole(tmp_path / "run"))
+    assert not marked(str(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["its worker starts", "a round"])
+def test_a_signal_ends_the_command_and_its_workers_with_one_line(start: Start, tmp_path: Path, number: int, when: str) -> None:
+    process = start("run", "small.toml", "--set", "run.rounds=100000", "--out", "run", "--json")
+    far = {"its worker starts": lambda: len(marked(str(tmp_path))) > 1, "a round": lambda: logged(tmp_path / "run") > 0}[when]
+    wait_until(far)
+    began = time.monotonic()
+    os.killpg(process.pid, number)  # as a terminal does
+    _, err = process.communicate(timeout=LONGEST_S)
+    assert time.monotonic() - began < LONGEST_END_S
+    assert process.returncode == 128 + number
+    name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    assert err == f"anyrank: stopped by {name}; go on with the same command and --resume\n"
+    wait_until(lambda: not marked(str(tmp_path)), seconds=5)
+
+
+def test_comparisons_side_by_side_in_workers(start: Start, tmp_path: Path) -> None:
+    """Two runs at the same time, each with its own workers; stopped by Ctrl-C, then continued."""
+    words = ("compare", "small.toml", "--methods", "rbla,raflora", "--jobs", "2", "--out", "out", "--json")
+    stopped = start(*words, "--set", "run.rounds=12")
+    wait_until(lambda: any(logged(tmp_path / "out" / name / "seed-0") for name in ("rbla", "raflora")), seconds=2 * LONGEST_S)
+    os.killpg(stopped.pid, signal.SIGINT)
+    _, err = stopped.communicate(timeout=LONGEST_S)
+    assert (stopped.returncode, err) == (130, "anyrank: stopped by Ctrl-C; go on with the same command and --resume\n")
+    wait_until(lambda: not marked(str(tmp_path)), seconds=10)
+    again = start(*words, "--set", "run.rounds=12", "--resume")
+    out, err = again.communicate(timeout=2 * LONGEST_S)
+    assert (again.returncode, err) == (0, "")
+    assert [row["label"] for row in json.loads(out)["rows"]] == ["rbla", "raflora"]
+    wait_until(lambda: not marked(str(tmp_path)), seconds=10)
+
+
+@pytest.mark.parametrize("words", [("plan", "small.toml"), ("audit", "private.toml", "--canaries", "20")])
+def test_what_is_measured_is_measured_in_this_process(start: Start, tmp_path: Path, words: tuple[str, ...]) -> None:
+    private = "\n".join(("[data.partition]", 'kind = "iid"', "[method]", 'name = "ffa_lora"', "[privacy]", 'level = "example"'))
+    text = SMALL.replace("rounds = 40", "rounds = 2") + private + "\nepsilon = 3.0\ndelta = 1e-5\n"
+    (tmp_path / "private.toml").write_text(text.replace("[train]", '[train]\noptimizer = "sgd"'))
+    process = start(*words, "--json")
+    most = 0
+    while process.poll() is None:
+        most = max(most, len(marked(str(tmp_path))))
+        time.sleep(0.05)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out)
+    assert most == 1
