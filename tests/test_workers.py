@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -863,3 +864,30 @@ def test_what_is_measured_is_measured_in_this_process(start: Start, tmp_path: Pa
     assert process.returncode == 0, err
     assert json.loads(out)
     assert most == 1
+
+
+def test_progress_is_that_of_the_first_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of later ones, which load while clients train, nothing is shown."""
+    monkeypatch.setattr(workers, "Supervised", Direct)
+    seen: list[tuple[int, int]] = []
+    engine = workers.Workers({}, 1, lambda done, total: seen.append((done, total)))
+    engine._reported(calls.progress_frame(3, 8))
+    made = simulation.build(chosen(tmp_path, "method.name=rbla", *WORKERS))
+    engine._opened(calls.ready_frame(made.engine.ready))
+    engine._reported(calls.progress_frame(4, 8))
+    assert seen == [(3, 8)]
+    made.close()
+
+
+def test_a_worker_that_has_loaded_another_task_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data file was changed meanwhile. How much memory it took is its own affair."""
+    monkeypatch.setattr(workers, "Supervised", Direct)
+    made = simulation.build(chosen(tmp_path, "method.name=rbla", *WORKERS))
+    ready = made.engine.ready
+    made.engine._opened(calls.ready_frame(dataclasses.replace(ready, memory=ready.memory + 1)))
+    sizes = ready.roster.sizes.copy()
+    sizes[0] += 1
+    other = dataclasses.replace(ready, roster=dataclasses.replace(ready.roster, sizes=sizes))
+    with pytest.raises(RunFailed, match="expected the same task in all of them"):
+        made.engine._opened(calls.ready_frame(other))
+    made.close()

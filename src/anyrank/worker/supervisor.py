@@ -24,6 +24,7 @@ PROGRESS, ERROR = "progress", "error"  # kinds of frames: one that goes ahead of
 _GRACE_S = 2.0  # from the end of a worker's pipes to the end of its process
 _PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # before a start, by the number of deaths since the last reply
 _KILLED = -9
+_SHORT = ("MemoryError", "std::bad_alloc")  # last words, in Python and in C++, of a process that was refused memory
 
 
 class Died(Exception):
@@ -215,11 +216,13 @@ class Supervised:
             return Late("it took too long")
         if self._too_large:
             return Died(f"it took more than its {_gigabytes(self._most_memory)} of memory", out_of_memory=True)
-        if code == memory.STATUS or (code == _KILLED and memory.kills() > self._kills_before):
-            return Died(f"memory ran out{self._words.last()}", out_of_memory=True)
+        words = self._words.last()
+        short = code == _KILLED and memory.kills() > self._kills_before
+        if code == memory.STATUS or short or (code and any(sign in words for sign in _SHORT)):
+            return Died(f"memory ran out{words}", out_of_memory=True)
         if self._stopped.is_set():
             return Died("it was stopped")
-        return Died(f"{_how(code) or error}{self._words.last()}")
+        return Died(f"{_how(code) or error}{words}")
 
 
 class _Limit:
