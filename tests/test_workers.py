@@ -891,3 +891,11 @@ def test_a_worker_that_has_loaded_another_task_ends_the_run(tmp_path: Path, monk
     with pytest.raises(RunFailed, match="expected the same task in all of them"):
         made.engine._opened(calls.ready_frame(other))
     made.close()
+
+
+def test_workers_that_are_closed_are_asked_nothing(made) -> None:
+    pool = made(Script())
+    pool.close()
+    pool.close()
+    with pytest.raises(RunFailed, match="they have been closed"):
+        list(pool.carry_out([asked("a")]))

@@ -74,6 +74,8 @@ class Posts:
         cannot be loaded costs nothing while there is another, or else the replies that are asked of it. If the caller leaves
         early, the workers that are still busy are ended.
         """
+        if not self.all:
+            raise RunFailed("workers: expected at least one, got none; they have been closed")
         waiting, busy = list(works), self._busy
         try:
             while waiting or busy:
