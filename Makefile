@@ -3,6 +3,7 @@
 # make faults    fails each write of six kinds of run in each way, damages each of its files, kills it at each write and 300
 #                times at random (ANYRANK_KILLS, ANYRANK_KILLS_SEED), and stops commands and workers (one to two hours; most of
 #                it waits for the disk: TMPDIR=/dev/shm takes a memory disk)
+# make sites     the whole matrix of workers: every method and kind of run in real processes, and more moments of kills
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
 # make fuzz      fuzzes the doors of the library by coverage for five minutes: adapters, configurations, data, run folders, replies,
 #                frames (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
@@ -31,6 +32,9 @@ test: $(VENV)/.installed-test
 faults: $(VENV)/.installed-test
 	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q -rP tests/test_faults.py tests/test_kills.py \
 		tests/test_processes.py
+
+sites: $(VENV)/.installed-test
+	ANYRANK_SITES=all $(BIN)/python -m pytest -q tests/test_supervisor.py tests/test_workers.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py

@@ -125,7 +125,7 @@ def _watch() -> None:
 
 @contextlib.contextmanager
 def child(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Within it the child process ends when a signal ends this one. It ends by itself when its pipes are closed."""
+    """Within it the child process, which leads a session of its own, ends when a signal ends this one."""
     _children.add(process)
     try:
         yield
@@ -133,10 +133,25 @@ def child(process: subprocess.Popen[bytes]) -> Iterator[None]:
         _children.discard(process)
 
 
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child that was started in a session of its own, with the processes that it has started there."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # they are all gone
+            os.killpg(process.pid, _KILL)
+    with contextlib.suppress(OSError):
+        process.kill()
+
+
 def _end_children() -> None:
     """Ask the children to end, which then leave nothing unfinished, and kill those that take too long."""
-    for process in list(_children):
-        process.kill()
+    last, children = time.monotonic() + _GRACE, list(_children)
+    for process in children:
+        with contextlib.suppress(OSError):
+            process.terminate()
+    for process in children:
+        while process.poll() is None and time.monotonic() < last:
+            time.sleep(0.01)
+        kill_group(process)
     if "multiprocessing.process" not in sys.modules:
         return
     from multiprocessing import active_children
@@ -206,12 +221,17 @@ def end_with(parent: Any) -> None:
     On Linux the system kills it. Everywhere a thread waits for the parent's handle, or for a pipe that the parent holds open;
     this also works if the parent ended before the system was asked. Each of the two suffices.
     """
+    ask_for_death()
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def ask_for_death() -> None:
+    """On Linux: the system is to kill this process when the thread that started it has ended, also with its whole process."""
     if sys.platform == "linux":
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_DEATH_SIGNAL, _KILL)
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
 
 def _follow(parent: Any) -> None:

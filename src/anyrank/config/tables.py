@@ -17,6 +17,7 @@ from typing import Any
 from anyrank.config import explain
 from anyrank.config.filelist import is_pattern, with_files
 from anyrank.config.sections import Config, SiteConfig
+from anyrank.config.sections.run import WHERE
 from anyrank.config.sections.sites import AUTO, AUTO_RANKS, OF_SITES
 from anyrank.errors import ConfigError, in_a_line, nearest, shortened
 from anyrank.files import check_depth, read_bounded
@@ -200,10 +201,17 @@ def to_table(config: Config) -> dict[str, Any]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The table that identifies a configuration in all versions: newer keys are left out if they have their default."""
+    """The table that identifies a configuration in all versions: newer keys are left out if they have their default, and so are
+    those that say where clients train."""
+    config = elsewhere(config, Config())
     table = to_table(config)
     _drop_defaults(config, table)
     return table
+
+
+def elsewhere(config: Config, other: Config) -> Config:
+    """`config` with clients that train where those of `other` do."""
+    return config.replace(run={name: getattr(other.run, name) for name in WHERE})
 
 
 def _drop_defaults(section: Any, table: dict[str, Any]) -> None:

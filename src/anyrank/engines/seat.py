@@ -25,6 +25,10 @@ class Worker(Protocol):
 
     def kill(self) -> None: ...
 
+    def revive(self) -> None: ...
+
+    def end(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -40,6 +44,11 @@ class Seat:
         self._arrival: _Arrival | None = None
         self._absent = False  # whether a round has waited for it already
         self.refusal: AnyRankError | None = None
+
+    pid = 0  # a seat can always be asked: whether its site is there shows then
+
+    def start(self) -> None:
+        """Nothing: a site that is not there must not keep a round from beginning."""
 
     def ask(self, frames: Iterable[Frame], replies: int, timeout_s: float | None = None) -> Iterator[Frame]:
         """The worker's replies. Raises `Died` or `Late` where it owes some: also if it refuses, or is not there yet."""
@@ -68,6 +77,12 @@ class Seat:
 
     def kill(self) -> None:
         self._worker.kill()
+
+    def revive(self) -> None:
+        self._worker.revive()
+
+    def end(self) -> None:
+        self._worker.end()
 
     def close(self) -> None:
         self._worker.close()

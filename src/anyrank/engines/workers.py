@@ -7,7 +7,7 @@ it is sent has all that it needs, also what stays with a client on real sites: o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,20 +16,22 @@ from typing import Any
 from anyrank.adapter.adapter import Adapter
 from anyrank.engines.inbox import Inbox
 from anyrank.engines.posts import Posts, Work
-from anyrank.errors import RunFailed
+from anyrank.errors import FrameError, RunFailed
 from anyrank.messages import calls, spooled
 from anyrank.messages.frame import Frame, to_bytes
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import BOTH, ClientUpdate, Download, Failure, Job, Profile, Reported, Scaling, Scores
+from anyrank.messages.records import BOTH, ClientUpdate, Code, Download, Failure, Job, Profile, Reported, Scaling, Scores
 from anyrank.messages.scores import scores_of
 from anyrank.messages.wire import FAILURE, counts_of, download_frame, failure_of
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
-from anyrank.worker.supervisor import Died, Late, Supervised
+from anyrank.worker.supervisor import Supervised
 
 _MOST_BYTES = 1 << 40  # of a reply: the workers are our own
 _FACTOR, _MORE_S = 1.25, 10.0  # a worker ends its clients' training itself; after this part of the deadline and more it hangs
-_STARTS = 5  # attempts to score a model, each with a worker that was started anew
+_TOGETHER = 2  # deadlines that may pass until a stack replies: it is given up after one, and its clients train one by one
+_WHOLE, _WHOLE_S = 10, 600.0  # deadlines, and seconds at least, for what is no client's: to load, and to score
+_ATTEMPTS = 5  # to score a model, each with a worker that was started anew
 
 
 class Workers:
@@ -40,28 +42,28 @@ class Workers:
         config: Mapping[str, Any],
         largest_rank: int,
         progress: Progress | None = None,
-        envs: Sequence[Mapping[str, str]] = ({},),
+        deadline_s: float | None = None,
+        **limits: Any,
     ) -> None:
-        """`config`: the table of the configuration; `envs`: changes to the environment of each worker."""
-        self._opening, self._progress = calls.setup_frame(config, largest_rank), progress
+        """`config`: the table of the configuration; `deadline_s`: that of its rounds. With a deadline, loading and scoring have
+        a limit too. `limits`: `most_memory` and `refuse` of each worker, as `Supervised` has them.
+        """
+        self._opening, self._progress, self._limits = calls.setup_frame(config, largest_rank), progress, limits
+        self._whole_s = None if deadline_s is None else max(_WHOLE * deadline_s, _WHOLE_S)
         self._lock = threading.Lock()
         self._ready: calls.Ready | None = None
         self._posts, self._inbox = Posts(), Inbox()
-        for env in envs:
-            self.add(env)
 
-    def add(self, env: Mapping[str, str]) -> None:
-        """One more worker, which starts when it is first needed."""
-        made = Supervised(
-            lambda: self._opening, self._opened, _MOST_BYTES, env, on_progress=self._reported, receive=self._inbox
-        )
-        self._posts.add(made)
+    def add(self, env: Mapping[str, str] | None = None) -> None:
+        """One more worker, which starts when it is first needed. `env`: changes to its environment."""
+        ways = {"env": env, "on_progress": self._reported, "load_s": self._whole_s, "receive": self._inbox, **self._limits}
+        self._posts.add(Supervised(lambda: self._opening, self._opened, _MOST_BYTES, **ways))
 
     @property
     def ready(self) -> calls.Ready:
         """What the workers have loaded; the first one is started for it. Raises the errors of a run for a wrong request."""
         if self._ready is None:
-            self._first(lambda worker: worker.start())
+            self._posts.open()
         return self._ready
 
     def keep_in(self, folder: Path) -> None:
@@ -83,32 +85,40 @@ class Workers:
         deadline_s: float | None = None,
         score: bool = False,
     ) -> Iterator[ClientUpdate | Failure]:
-        """Clients that train together in one process train together in one worker, so that the replies are the same."""
+        """Clients that train together in one process train together in one worker, so that the replies are the same. If that
+        worker ends, they train one by one, so that only the client that ends it fails."""
         together = self.ready.together and mechanism is None and plan.config.accumulation_steps == 1
-        groups = [list(jobs)] if together and jobs else [[job] for job in jobs]
-        table = mechanism.table() if mechanism else None
+        wanted = calls.Cohort(1, deadline_s, mechanism.table() if mechanism else None, score)
+        alone = [[job] for job in jobs]
+        groups = [list(jobs)] if together and len(jobs) > 1 else alone
+        lost: list[list[Job]] = []
         known = {job.client.name: job for job in jobs}
         with self._inbox.open():
-            for found in self._carried(groups, plan, calls.Cohort(1, deadline_s, table, score)):
-                if isinstance(found, Failure):
-                    yield found
+            for name, found in self._carried_out(groups, plan, wanted, _TOGETHER if together else 1):
+                if groups is not alone and isinstance(found, Failure):
+                    lost.append([known[name]])
                 else:
-                    yield spooled.reply_of(found, _whole(known[found.header.client].download))
+                    yield _read(known[name], found, spooled.reply_of)
+            for name, found in self._carried_out(lost, plan, wanted, 1):
+                yield _read(known[name], found, spooled.reply_of)
 
     def score(self, jobs: Sequence[Job], plan: Plan, deadline_s: float | None = None) -> Iterator[Reported | Failure]:
-        for found in self._carried([[job] for job in jobs], plan, calls.Cohort(1, deadline_s, score=True, train=False)):
-            if isinstance(found, Failure):
-                yield found
-            else:
-                yield failure_of(found) if found.header.kind == FAILURE else counts_of(found)
+        known = {job.client.name: job for job in jobs}
+        wanted = calls.Cohort(1, deadline_s, score=True, train=False)
+        for name, found in self._carried_out([[job] for job in jobs], plan, wanted, 1):
+            yield _read(known[name], found, _scored)
 
-    def _carried(self, groups: Sequence[Sequence[Job]], plan: Plan, wanted: calls.Cohort) -> Iterator[Frame | Failure]:
-        """What the workers reply to the jobs of each group, of which `wanted` says what is wanted."""
+    def _carried_out(
+        self, groups: Sequence[Sequence[Job]], plan: Plan, wanted: calls.Cohort, deadlines: int
+    ) -> Iterator[tuple[str, Any]]:
+        """For each client of `groups`, of which `wanted` says what is wanted, its name and its reply's frame, or the failure of
+        its worker."""
         frames = partial(_frames, plan=plan, wanted=wanted, inbox=self._inbox)
         works = [Work([job.client.name for job in group], partial(frames, group)) for group in groups]
-        timeout_s = None if wanted.deadline_s is None else wanted.deadline_s * _FACTOR + _MORE_S
-        for reply in self._posts.carry_out(works, timeout_s):
-            yield reply.found
+        limit_s = wanted.deadline_s
+        timeout_s = None if limit_s is None else deadlines * limit_s * _FACTOR + _MORE_S
+        for _, found in self._posts.carry_out(works, timeout_s):
+            yield (found.client if isinstance(found, Failure) else found.header.client), found
 
     def profile(self, jobs: Sequence[Job], plan: Plan, mechanism: Mechanism | None = None) -> Profile:
         raise RunFailed("run.engine = 'workers': one step is measured with run.engine = 'process'")
@@ -119,19 +129,12 @@ class Workers:
     # --- asking one worker, whichever answers ---
 
     def _ask(self, frame: Frame) -> Frame:
-        reply = self._first(lambda worker: next(worker.ask([frame], 1)))
-        if reply.header.kind == calls.ERROR:
-            raise calls.error_of(reply)
-        return reply
-
-    def _first(self, ask: Any) -> Any:
-        """What the first worker says; started anew, and asked again, if it dies."""
-        for _ in range(_STARTS):
-            try:
-                return ask(self._posts.all[0].worker)
-            except (Died, Late) as error:
-                reason = str(error)
-        raise RunFailed(f"worker: {_STARTS} attempts, each without a reply: {reason}")
+        """The reply of a worker, whichever has time; of another one, or one started anew, if that one ends."""
+        for _ in range(_ATTEMPTS):
+            ((_, found),) = self._posts.carry_out([Work([frame.header.client], lambda: [frame])], self._whole_s)
+            if not isinstance(found, Failure):
+                return found
+        raise RunFailed(f"{frame.header.kind}: {_ATTEMPTS} attempts, each without a reply: {found}")
 
     def _opened(self, reply: Frame) -> None:
         if reply.header.kind == calls.ERROR:
@@ -147,7 +150,7 @@ class Workers:
                 )
 
     def _reported(self, frame: Frame) -> None:
-        if self._progress:
+        if self._progress and self._ready is None:
             self._progress(*calls.progress_of(frame))
 
 
@@ -161,6 +164,20 @@ def _frames(group: Sequence[Job], plan: Plan, wanted: calls.Cohort, inbox: Inbox
         inbox.expect(_whole(job.download), in_memory=bool(job.download.private))
     downloads = [download_frame(_whole(job.download), plan, job.client, job.num_examples) for job in group]
     return [calls.cohort_frame(replace(wanted, jobs=len(group))), *downloads]
+
+
+def _read(job: Job, found: Frame | Failure, read: Callable[[Frame, Download], Any]) -> Any:
+    """The reply to a job. A frame that is none costs the client's reply, as everything does that is a client's."""
+    if isinstance(found, Failure):
+        return found
+    try:
+        return read(found, _whole(job.download))
+    except FrameError as error:
+        return Failure(job.client.name, Code.CRASHED, f"its worker sent what is no reply: {error}")
+
+
+def _scored(frame: Frame, download: Download) -> Reported | Failure:
+    return failure_of(frame) if frame.header.kind == FAILURE else counts_of(frame)
 
 
 def _digest(ready: calls.Ready) -> bytes:

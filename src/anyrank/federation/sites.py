@@ -36,9 +36,7 @@ def final(federation: Federation, end: Standing) -> dict[str, Any]:
     return {"sites": rows, "worst_site": worst, "label_names": list(federation.facts.label_names)}
 
 
-def adapters(
-    federation: Federation, state: ServerState, ranks: Mapping[int, str]
-) -> dict[str, Callable[[], Adapter | str]]:
+def adapters(federation: Federation, state: ServerState, ranks: Mapping[int, str]) -> dict[str, Callable[[], Adapter | str]]:
     """What makes the adapter that each site runs, by its folder, and the update of its base model; `ranks`: the folder of each
     rank's adapter, whose name is given where a site has nothing of its own."""
     found: dict[str, Callable[[], Adapter | str]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from anyrank import files
 from anyrank.config.sections import Config
-from anyrank.config.tables import from_table, parse_toml, to_table
+from anyrank.config.tables import elsewhere, from_table, parse_toml, to_table
 from anyrank.errors import AnyRankError, RunError, in_a_line
 from anyrank.runs.names import CONFIG
 
@@ -34,8 +34,8 @@ def with_stored_ranks(path: Path, config: Config) -> Config:
 
 def check_config(path: Path, config: Config) -> None:
     """Raise `RunError` that names the first key by which the configuration in the run folder is another one. The run may be
-    given more rounds, as `check_grown` has it."""
-    stored, rounds = stored_config(path), config.run.rounds
+    given more rounds, as `check_grown` has it, and its clients may train elsewhere."""
+    stored, rounds = elsewhere(stored_config(path), config), config.run.rounds
     if rounds > stored.run.rounds:
         check_grown(path, stored, rounds)
         stored = stored.replace(run={"rounds": rounds})

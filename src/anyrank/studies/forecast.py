@@ -33,11 +33,11 @@ def cost(config: Config, measure: bool = True, progress: Progress | None = None)
 
     Bytes are those of round 1, from the method's downloads for each rank (with some methods, downloads grow later). Bytes per
     round and in total are expected values over the draw of the cohorts. `measure`: time one local step of each rank, and
-    estimate the time of training from it. Raises the errors of a run for a wrong request.
+    estimate the time of training from it, always in this process. Raises the errors of a run for a wrong request.
     """
     config = building.settled(config, progress)
     with devices.threads(config.run.threads):
-        built = simulation.build(config, progress)
+        built = simulation.build(config.replace(run={"engine": "process"}), progress)
         try:
             state = loop.start(built)
             levels = [_level(built, state, rank, count) for rank, count in _counts(built.population.ranks)]

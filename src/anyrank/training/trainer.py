@@ -127,11 +127,14 @@ def _private_failure(client: str) -> Failure:
 def _failure(client: str, error: BaseException) -> Failure:
     if isinstance(error, RunFailed):
         return Failure(client, Code.DIVERGED, str(error))
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return Failure(client, Code.OUT_OF_MEMORY, "its training ran out of memory; lower train.batch_size or its rank")
     return Failure(client, Code.CRASHED, f"its training raised {in_a_line(error)}")
 
 
-def _out_of_memory(error: BaseException) -> bool:
+_SAYS = ("not enough memory", "can't allocate memory")  # torch on the CPU: on Windows, and elsewhere
+
+
+def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch raises a special class on a GPU, and an ordinary error with a certain text on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _SAYS)

@@ -1,4 +1,4 @@
-"""A worker's end of the two pipes to its supervisor. No torch here: the pipes are taken over before it is imported.
+"""A worker's ends of the two pipes to its supervisor. No torch here: the pipes are taken over before it is imported.
 
 stdin carries the frames to the worker, stdout its replies. Whatever else prints on stdout (a library's notice) goes to stderr
 instead, which the supervisor keeps as the worker's last words.
@@ -15,9 +15,10 @@ from typing import BinaryIO
 from anyrank import stopping
 from anyrank.errors import FrameError
 from anyrank.messages.frame import Frame, read, write
+from anyrank.worker import memory
 
 MOST_BYTES = 1 << 40  # of a frame from the worker's own supervisor
-_GONE = 3  # exit status: the supervisor has gone, or has sent what is no frame
+GONE = 3  # exit status: the supervisor has gone, or has sent what is no frame
 
 
 class Channel:
@@ -38,20 +39,28 @@ class Channel:
                 write(self._sink, frame)
                 self._sink.flush()
         except OSError:  # the supervisor has gone
-            stopping.end(_GONE)
+            stopping.end(GONE)
 
     def _follow(self) -> None:
         while True:
             try:
                 frame = read(self._source, self._most_bytes)
             except (FrameError, OSError):  # also at the end of the stream
-                stopping.end(_GONE)
+                stopping.end(GONE)
+            except MemoryError:
+                stopping.end(memory.STATUS, "memory ran out while a frame was read")
             self._came.put(frame)
 
 
 def take_over(most_bytes: int = MOST_BYTES) -> Channel:
     """This process's stdin and stdout as a channel, for frames of at most `most_bytes`. stdin is empty from now on, and stdout
-    is stderr."""
+    is stderr.
+
+    From now on the process ends with its supervisor, whatever it is doing: on Linux the system kills it; everywhere the thread
+    that reads ends it, but in a call of C that holds the interpreter. SIGTERM ends it too, without what is unfinished.
+    """
+    stopping.ask_for_death()
+    stopping.on_signals()
     source, sink = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=1 << 18)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)

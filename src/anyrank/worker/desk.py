@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from anyrank import methods
 from anyrank.config.sections import Config
 from anyrank.config.tables import from_table
 from anyrank.data.partition import ByName, pooled
-from anyrank.errors import AnyRankError, FrameError
+from anyrank.errors import AnyRankError, FrameError, RunFailed, in_a_line
 from anyrank.messages import calls
 from anyrank.messages.body import expect
 from anyrank.messages.frame import Frame
-from anyrank.messages.records import Failure, Reported
+from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Reported
 from anyrank.messages.roster import POOLED, Names
 from anyrank.messages.scores import scores_frame
 from anyrank.messages.wire import DOWNLOAD, counts_frame, failure_frame, job_of, plan_of, update_frame
@@ -31,6 +30,7 @@ from anyrank.training import stacked, trainer
 from anyrank.training.lora import LoraModel
 from anyrank.training.opening import open_model
 from anyrank.training.scoring import Scorer
+from anyrank.worker import memory
 
 Receive = Callable[[], Frame]  # the next frame that comes
 _PAUSE_S = 0.2  # seconds between two reports of progress
@@ -57,8 +57,9 @@ class Desk:
     def answer(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
         """The replies to a frame; `receive` gives the frames that belong to it, and `progress` takes frames that go ahead.
 
-        What is wrong with a request is an error frame. A frame that is not what it should be raises `FrameError`: the sender
-        is not one that can be trusted to go on.
+        What is wrong with a request is an error frame, and so is whatever a module of the user's raises while it is loaded or
+        scored. A frame that is not what it should be raises `FrameError`: the sender is not one that can be trusted to go on. A
+        lack of memory raises `MemoryError`: a new process may have enough.
         """
         kinds = {calls.SETUP: self._setup, calls.START: self._start, calls.COHORT: self._cohort, calls.EVALUATE: self._evaluate}
         expect(frame, *kinds)
@@ -68,6 +69,10 @@ class Desk:
             raise
         except AnyRankError as error:
             yield calls.error_frame(error, frame.header.run)
+        except Exception as error:
+            if trainer.out_of_memory(error):
+                raise MemoryError(in_a_line(error)) from None
+            yield calls.error_frame(RunFailed(f"worker, {frame.header.kind}: {in_a_line(error)}"), frame.header.run)
 
     def _setup(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
         table, largest_rank = calls.setup_of(frame)
@@ -98,18 +103,25 @@ class Desk:
         else:
             replies = trainer.score_cohort(jobs, held.scorer, wanted.deadline_s)
         for reply in replies:
-            if isinstance(reply, Failure):
-                yield failure_frame(reply, run, plan.round, with_reason=True)
-            elif isinstance(reply, Reported):
-                yield counts_frame(reply, run, plan.round)
-            else:
-                yield update_frame(reply, known[reply.client].download, run, plan.round)
+            yield _reply_frame(reply, known[reply.client], run, plan.round)
 
     @property
     def _loaded(self) -> Held:
         if self.held is None:
             raise FrameError("worker: expected a setup frame first")
         return self.held
+
+
+def _reply_frame(reply: ClientUpdate | Reported | Failure, job: Job, run: str, round: int) -> Frame:
+    """A reply as a frame. What no frame can hold, as a figure that is no number, is the client's failure."""
+    if isinstance(reply, Reported):
+        return counts_frame(reply, run, round)
+    if not isinstance(reply, Failure):
+        try:
+            return update_frame(reply, job.download, run, round)
+        except FrameError as error:
+            reply = Failure(reply.client, Code.CRASHED, f"its upload cannot be sent: {error}")
+    return failure_frame(reply, run, round, with_reason=True)
 
 
 def _now_and_then(send: Callable[[Frame], None]) -> Progress:
@@ -138,13 +150,4 @@ def load(config: Config, largest_rank: int, progress: Progress) -> Held:
     examples: Any = {POOLED: pooled(shards)[0]} if method.pools_data else ByName(shards, place)
     together = model.can_stack() and (stacking == "always" or (stacking == "auto" and stacked.worthwhile(model)))
     scorer = Scorer(model, held_out(known.names, known.owners), config.eval.batch_size, config.eval.by_label)
-    return Held(config, model, stacking, examples, calls.Ready(known, together, resident()), scorer)
-
-
-def resident() -> int:
-    """Bytes of memory that this process has taken at most."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Held(config, model, stacking, examples, calls.Ready(known, together, memory.peak()), scorer)

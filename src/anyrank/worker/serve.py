@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from anyrank import stopping
+from anyrank.errors import FrameError
 from anyrank.messages.frame import Frame
-from anyrank.worker.channel import Channel
+from anyrank.worker import memory
+from anyrank.worker.channel import GONE, Channel
 
 
 class Answers(Protocol):
@@ -16,7 +19,13 @@ class Answers(Protocol):
 
 
 def serve(channel: Channel, desk: Answers) -> int:
-    """Answer frames until the channel ends, which ends the process. A `FrameError` ends it, too."""
-    while True:
-        for reply in desk.answer(channel.receive(), channel.receive, channel.send):
-            channel.send(reply)
+    """Answer frames until the channel ends, which ends the process. A `FrameError` ends it, too, and so does a lack of memory
+    that is no client's."""
+    try:
+        while True:
+            for reply in desk.answer(channel.receive(), channel.receive, channel.send):
+                channel.send(reply)
+    except FrameError as error:
+        stopping.end(GONE, str(error))
+    except MemoryError:
+        stopping.end(memory.STATUS)

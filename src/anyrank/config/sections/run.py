@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyrank.config.describe import COUNT, LATER, NATURAL, key
+from anyrank.config.describe import COUNT, LATER, NATURAL, NOT_NEGATIVE, key
 from anyrank.config.sections.values import expect, one_of
 
 STACKINGS = ("auto", "always", "never")
 ENGINES = ("process", "workers")
 MOST_WORKERS = 1024
+_LEAST_GB, _MOST_GB = 0.1, 1_000_000
+# Keys that say where clients train, and not what the run is: they are no part of its identity, and may change when it resumes.
+WHERE = ("engine", "workers", "worker_memory_gb")
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,24 @@ class RunConfig:
     engine: str = key(
         "process",
         "Where clients train: in this process, or in worker processes on this machine, so that this one needs neither data nor "
-        "base model, and a client that ends its process costs its own reply. The results are the same.",
+        "base model, and a client that ends its process costs its own reply. The results are the same; a run may go on with "
+        "another engine.",
         ENGINES,
         metadata=LATER,
     )
     workers: int = key(
         0,
-        "Number of worker processes, for engine = 'workers'. 0: as many as there are clients in a round, free cores, and "
-        "memory for another base model; with GPUs, one for each.",
+        "Largest number of worker processes, for engine = 'workers'; each is started when it is first needed. 0: as many as "
+        "there are clients in a round, cores for run.threads each, and memory for another base model; with GPUs, one for each; "
+        "one, if clients train together in a stack.",
         NATURAL,
+        metadata=LATER,
+    )
+    worker_memory_gb: float = key(
+        0.0,
+        "Memory that one worker may take, in GB (10^9 bytes), on Linux: a client that needs more fails, and a worker that has "
+        "taken more is ended and started anew. 0: no limit.",
+        NOT_NEGATIVE,
         metadata=LATER,
     )
 
@@ -56,6 +68,8 @@ class RunConfig:
         one_of(self.stacking, STACKINGS, "run.stacking")
         one_of(self.engine, ENGINES, "run.engine")
         expect(0 <= self.workers <= MOST_WORKERS, "run.workers", f"a whole number from 0 to {MOST_WORKERS}", self.workers)
+        limit = self.worker_memory_gb == 0 or _LEAST_GB <= self.worker_memory_gb <= _MOST_GB
+        expect(limit, "run.worker_memory_gb", f"{_LEAST_GB:g} to {_MOST_GB:,} GB, or 0 for no limit", self.worker_memory_gb)
         expect(self.seed >= 0, "run.seed", NATURAL, self.seed)
         is_name = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\\0")
         is_name = is_name and len(self.name.encode(errors="replace")) <= 200
