@@ -80,7 +80,9 @@ class Inside(site_worker.Site):
 class InThread:
     """A site's worker in a thread, in place of `Supervised`: a new one is made after each that ends."""
 
-    def __init__(self, path: Path, seen: list[Frame], opening: Callable[[], Frame], opened: Callable[[Frame], None]) -> None:
+    def __init__(
+        self, path: Path, seen: list[Frame], opening: Callable[[], Frame], opened: Callable[[Frame], None], receive: Any
+    ) -> None:
         self.path, self.seen, self.opening, self.opened = path, seen, opening, opened
         self.site: Inside | None = None
 
@@ -116,6 +118,12 @@ class InThread:
 
     def kill(self) -> None:
         pass
+
+    def revive(self) -> None:
+        pass
+
+    def end(self) -> None:
+        self.site = None
 
     def close(self) -> None:
         self.site = None

@@ -53,5 +53,5 @@ class _Enough(Exception):
     """This job has had its share of the rounds."""
 
 
-def _worker(job: Job, site: str, opening: Any, reply: Any) -> Any:
-    return job.worker(site, opening, reply, job.reply)
+def _worker(job: Job, site: str, opening: Any, opened: Any, receive: Any) -> Any:
+    return job.worker(site, opening, opened, job.reply, receive)

@@ -57,6 +57,7 @@ def federate(
             roster = engine.open(wait_s, lambda away: progress and progress(len(makes) - len(away), len(makes)))
             built = replace(assembly.assemble(known, method, roster), engine=engine)
             with RunDir.open(out, known, resume, engine.agreed) as store:
+                engine.keep_in(out)
                 return loop.run(built, store, on_round)
         except RunFailed:
             raise

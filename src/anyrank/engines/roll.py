@@ -14,7 +14,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.errors import RunFailed, printable, shortened
 from anyrank.messages import body
 from anyrank.messages.calls import Ready
-from anyrank.messages.records import EVERYTHING, Facts
+from anyrank.messages.records import BOTH, EVERYTHING, Facts
 from anyrank.messages.roster import Roster
 
 _ALIKE = ("task", "head", "label_names", "model_bytes")  # facts that all sites must agree on
@@ -77,17 +77,24 @@ def roster_of(joined: Mapping[str, Joined]) -> Roster:
 
 def digest_of(adapter: Adapter) -> str:
     """SHA-256 of all of an adapter but the name of its base model: names, shapes, types, scalings and numbers."""
-    packing = body.Packing()
-    body.pack(packing, "", adapter, EVERYTHING)
-    total = hashlib.sha256(json.dumps(body.describe(with_base(adapter, "")), sort_keys=True).encode())
-    for name, array in sorted(packing.arrays.items()):
-        total.update(f"{name}\0".encode() + np.ascontiguousarray(array).tobytes())
+    total = hashlib.sha256(json.dumps(body.describe(adapter), sort_keys=True).encode())
+    for name in sorted(adapter.layers):  # one layer in memory at a time
+        one = Adapter({name: adapter.layers[name]})
+        _add(total, one, BOTH)
+    _add(total, Adapter({}, adapter.tensors), EVERYTHING)
     return total.hexdigest()
 
 
 def with_base(adapter: Adapter, name: str) -> Adapter:
     """The adapter with the `name` of its base model (empty: without one)."""
     return replace(adapter, config={**adapter.config, _BASE: name or None})
+
+
+def _add(total: Any, adapter: Adapter, parts: frozenset[str]) -> None:
+    packing = body.Packing()
+    body.pack(packing, "", adapter, parts)
+    for name, array in sorted(packing.arrays.items()):
+        total.update(f"{name}\0".encode() + np.ascontiguousarray(array).tobytes())
 
 
 def _sum(facts: list[Facts]) -> Facts:

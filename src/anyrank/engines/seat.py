@@ -8,7 +8,7 @@ from typing import Protocol
 
 from anyrank.errors import AnyRankError
 from anyrank.messages import calls
-from anyrank.messages.frame import Frame
+from anyrank.messages.frame import Frame, Readable, read
 from anyrank.worker.supervisor import Died, Supervised
 
 _GRACE_S = 60.0  # that a round waits for a worker that is started anew, once after each time that it ended
@@ -32,15 +32,19 @@ class Worker(Protocol):
     def close(self) -> None: ...
 
 
-# Makes a site's worker, from what gives the first frame of a new process, and what takes the reply to it.
-Make = Callable[[Callable[[], Frame], Callable[[Frame], None]], Worker]
+# Makes a site's worker, from what gives the first frame of a new process, what takes the reply to it, and what reads its other
+# replies, as `frame.read` does.
+Receive = Callable[[Readable, int], Frame]
+Make = Callable[[Callable[[], Frame], Callable[[Frame], None], Receive], Worker]
 
 
 class Seat:
     """One site's worker, as a `Post` asks it. `refusal`: the error by which the site, or the server's check of it, refused."""
 
-    def __init__(self, make: Make, opening: Callable[[], Frame], opened: Callable[[Frame], None]) -> None:
-        self._worker = make(opening, opened)
+    def __init__(
+        self, make: Make, opening: Callable[[], Frame], opened: Callable[[Frame], None], receive: Receive = read
+    ) -> None:
+        self._worker = make(opening, opened, receive)
         self._arrival: _Arrival | None = None
         self._absent = False  # whether a round has waited for it already
         self.refusal: AnyRankError | None = None
@@ -105,4 +109,4 @@ class _Arrival(threading.Thread):
 
 def process(command: Sequence[str], limit: int) -> Make:
     """A site's worker as a process on this machine; `limit`: bytes of a frame from it."""
-    return lambda opening, opened: Supervised(opening, opened, limit, command=tuple(command))
+    return lambda opening, opened, receive: Supervised(opening, opened, limit, command=tuple(command), receive=receive)

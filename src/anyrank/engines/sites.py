@@ -18,20 +18,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from anyrank.adapter.adapter import Adapter
+from anyrank.engines.inbox import Inbox
 from anyrank.engines.posts import Post, Posts, Work
 from anyrank.engines.roll import Joined, check_one, check_same, digest_of, roster_of, with_base
 from anyrank.engines.seat import Make, Seat
 from anyrank.errors import AnyRankError, FrameError, RunFailed
-from anyrank.messages import calls
+from anyrank.messages import calls, spooled
 from anyrank.messages.body import expect
 from anyrank.messages.frame import Frame
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Profile, Reported, Scaling, Scores, Unreadable
 from anyrank.messages.roster import Roster
-from anyrank.messages.wire import COUNTS, FAILURE, UPDATE, counts_of, download_frame, failure_of, update_of
+from anyrank.messages.wire import COUNTS, FAILURE, UPDATE, counts_of, download_frame, failure_of
 from anyrank.privacy.noise import Mechanism
 
 _FACTOR, _MORE_S = 1.25, 10.0  # a site ends its training itself; after this part of the deadline and more, its worker hangs
@@ -55,11 +57,11 @@ class Sites:
         self._known: dict[str, Joined] = {}  # what each site said when it first came
         self._fresh: dict[str, calls.Ready] = {}  # of workers that were set up, and have not been checked since
         self._gone: set[str] = set()  # sites whose worker ended
-        self._posts = Posts()
+        self._posts, self._inbox = Posts(), Inbox()
         self._seats: dict[str, Seat] = {}
         self._post: dict[str, Post] = {}
         for name in sorted(sites):
-            self._seats[name] = Seat(sites[name], lambda: self._opening, partial(self._opened, name))
+            self._seats[name] = Seat(sites[name], lambda: self._opening, partial(self._opened, name), self._inbox)
             self._post[name] = self._posts.add(self._seats[name])
 
     def open(self, wait_s: float = 600.0, missing: Callable[[Sequence[str]], None] = lambda names: None) -> Roster:
@@ -86,6 +88,10 @@ class Sites:
         roster = roster_of(self._known)
         self._adapter = with_base(self._adapter, roster.facts.base_model)
         return roster
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep large replies in a file in `folder` until they are merged, not in memory."""
+        self._inbox.folder = folder
 
     @property
     def agreed(self) -> dict[str, str]:
@@ -130,6 +136,10 @@ class Sites:
         """One reply for each job, whatever the sites do."""
         works = {self._work(job, plan, wanted): job for job in jobs}
         timeout_s = None if wanted.deadline_s is None else wanted.deadline_s * _FACTOR + _MORE_S
+        with self._inbox.open():
+            yield from self._replies(works, timeout_s, plan, kind)
+
+    def _replies(self, works: Mapping[Work, Job], timeout_s: float | None, plan: Plan, kind: str) -> Iterator[Reply]:
         answered = set()
         for reply in self._posts.carry_out(list(works), timeout_s):
             job, found = works[reply.work], reply.found
@@ -148,6 +158,7 @@ class Sites:
         first = [self._start_frame] if name in self._unchecked else []
 
         def frames() -> list[Frame]:
+            self._inbox.expect(job.download, in_memory=bool(job.download.private))
             download = download_frame(job.download, plan, job.client, job.num_examples, self._run)
             return [*first, calls.cohort_frame(wanted, self._run), download]
 
@@ -164,7 +175,7 @@ class Sites:
             expect(found, kind, FAILURE, run=self._run, round=plan.round, client=name)
             if found.header.kind == FAILURE:
                 return Failure(name, failure_of(found).code)
-            return update_of(found, job.download) if kind == UPDATE else counts_of(found)
+            return spooled.reply_of(found, job.download) if kind == UPDATE else counts_of(found)
         except FrameError as error:
             return Unreadable(name, str(error))
 
@@ -189,7 +200,7 @@ class Sites:
     def _started(self, name: str, frame: Frame) -> None:
         """Take in the adapter that a site starts from. A site that is not what it was stays unchecked."""
         try:
-            adapter, _ = calls.adapter_of(frame)
+            adapter = spooled.adapter_of(frame)
             ready = self._fresh.get(name) or self._known[name].ready
             joined = Joined(ready, digest_of(adapter))
             check_same(name, self._known.get(name, joined), joined)

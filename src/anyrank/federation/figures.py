@@ -57,7 +57,7 @@ def score(federation: Federation, state: ServerState) -> Standing:
 
 def shares(federation: Federation, state: ServerState) -> Mapping[str, Adapter | str]:
     """The adapters of a finished run by folder: the global one, the one for a client of each rank, the update of the base
-    model, and those of named sites, each made when it is asked for. A name stands for the adapter of the folder of that name."""
+    model, and those of named sites, each made when it is asked for. A name stands for the adapter of that folder."""
     ranks = {rank: f"adapter-rank-{rank}" for rank in federation.population.levels()}
     share = federation.method.share
     made: dict[str, Callable[[], Adapter | str]] = {ADAPTER: lambda: state.adapter}
