@@ -50,7 +50,8 @@ ONE_AT_A_TIME = threading.Lock()  # torch draws from one state a process
 def _settled(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(devices, "cores", lambda: 1)
     monkeypatch.setenv("ANYRANK_CACHE", str(cache))
-    monkeypatch.setattr(seat, "_GRACE_S", 60.0)
+    for name in ("_GRACE_S", "_SHORT_S"):  # a round waits for a worker that starts, however slow the machine is
+        monkeypatch.setattr(seat, name, 120.0)
 
 
 @pytest.fixture(scope="module")
