@@ -33,7 +33,7 @@ def test_every_key_of_a_configuration_is_one_of_them() -> None:
         return own.union(*(paths(value, f"{where}{name}.") for name, value in inner.items()))
 
     unwritten = {"method.options", "model.handed_in", "data.partition.handed_in", "method.handed_in"}
-    site = SiteConfig("st-mary", 8, "st-mary.csv", "held-out.csv")
+    site = SiteConfig("st-mary", 8, "st-mary.csv", "held-out.csv", memory_gb=1.0)
     of_sites = {f"sites.{name}" for name in tables.to_table(Config(sites=(site,)))["sites"][0]}
     assert {key.path for key in KEYS} - unwritten == paths(tables.to_table(Config())) | of_sites
 

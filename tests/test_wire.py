@@ -664,6 +664,7 @@ def test_scores_arrive_as_they_were() -> None:
         scores=np.array([[0.5, 0.5], [1, 0]], np.float32),
         names=("a", "b"),
         figures={"f1": 1 / 3, "auc": float("nan"), "recall": {"a": 1.0, "b": 0.25}},
+        sites={"north": {"f1": 0.1, "auc": None, "recall": {"a": 0.5}}, "south": {}},
     )
     got = scores_of(through(scores_frame(scores)))
     for key in ("correct", "losses", "labels", "scores"):
@@ -673,6 +674,7 @@ def test_scores_arrive_as_they_were() -> None:
     assert got.figures["f1"] == 1 / 3
     assert np.isnan(got.figures["auc"])
     assert got.figures["recall"] == {"a": 1.0, "b": 0.25}
+    assert got.sites == scores.sites
 
 
 @pytest.mark.parametrize(
@@ -688,6 +690,9 @@ def test_scores_arrive_as_they_were() -> None:
         ({"figures": {"f1": {"a": {"b": 0}}}}, "figure f1: expected a place among 1 numbers"),
         ({"figures": {"f1": True}}, "figure f1: expected a place"),
         ({"names": [1]}, "names: expected str, got int"),
+        ({"sites": {"north": 1}}, "site north: expected dict, got int"),
+        ({"sites": {"north": {"f1": 7}}}, "figure f1: expected a place among 1 numbers, got 7"),
+        ({"sites": [1]}, "scores.*sites"),
     ],
 )
 def test_scores_of_another_form_are_refused_in_a_line(change: dict[str, Any], reason: str) -> None:
