@@ -420,6 +420,8 @@ MISTAKES = (
         (
             "        if stored is not None:\n"
             "            return from_bytes(stored, len(stored))\n"
+            "        self.store.check_room(job.download.upload_bytes())"
+            "  # a charge whose reply cannot be kept would be spent for nothing\n"
             "        privacy = held.privacy\n"
             "        spending = privacy.spending(held.declared, 1)\n"
             "        release = Release(privacy.level, spending.sampling_rate, spending.noise_multiplier, spending.steps)\n"
@@ -427,6 +429,8 @@ MISTAKES = (
             "        charge = self.grant.charge(release, about)\n"
         ),
         (
+            "        self.store.check_room(job.download.upload_bytes())"
+            "  # a charge whose reply cannot be kept would be spent for nothing\n"
             "        privacy = held.privacy\n"
             "        spending = privacy.spending(held.declared, 1)\n"
             "        release = Release(privacy.level, spending.sampling_rate, spending.noise_multiplier, spending.steps)\n"

@@ -478,6 +478,14 @@ def test_a_training_that_breaks_is_charged_and_says_no_more_than_that(world: Pat
     site.close()
 
 
+def test_a_full_store_is_refused_before_anything_is_charged(world: Path) -> None:
+    server, site = ready(world, "full")
+    site.desk.store.most_bytes = 1_000
+    assert outcome(site.ask(*server.frames(1))) == "REFUSED"
+    assert site.desk.grant.count == 0
+    site.close()
+
+
 # --- the ledger -----------------------------------------------------------------------------------------------------------
 
 ONE = Release("example", 1 / 6, 1.0, 2)

@@ -209,6 +209,7 @@ class SiteDesk:
         stored = self.store.reply(request)
         if stored is not None:
             return from_bytes(stored, len(stored))
+        self.store.check_room(job.download.upload_bytes())  # a charge whose reply cannot be kept would be spent for nothing
         privacy = held.privacy
         spending = privacy.spending(held.declared, 1)
         release = Release(privacy.level, spending.sampling_rate, spending.noise_multiplier, spending.steps)

@@ -91,7 +91,7 @@ class Store:
         folder, index = self._run(key), self._index(key)
         data = to_bytes(_framed(adapter, key, round))
         digest = hashlib.sha256(data).hexdigest()
-        self._check_room(len(data), index is None)
+        self.check_room(len(data), index is None)
         generation = Generation(round, f"own-{round}-{digest[:16]}.frame", digest)
         before = [each for each in index["kept"] if each.round < round] if index else []
         first = min(round, index["first"]) if index else round
@@ -140,7 +140,8 @@ class Store:
     def _run(self, key: str) -> Path:
         return self.folder / RUNS / key
 
-    def _check_room(self, more: int, new: bool) -> None:
+    def check_room(self, more: int, new: bool = False) -> None:
+        """Raise `RunFailed` if the store has no room for `more` bytes, or for a `new` run."""
         runs = self.folder / RUNS
         count = len(files.contents(runs))
         if new and count >= self.most_runs:
@@ -169,7 +170,7 @@ class Store:
     def keep_reply(self, request: str, charge: int, data: bytes) -> None:
         """Keep a reply before it is sent. `charge`: the number of its charge in the ledger."""
         folder = self.folder / REPLIES
-        self._check_room(len(data), False)
+        self.check_room(len(data))
         files.make_folder(folder)
         name = f"{charge}-{request}-{hashlib.sha256(data).hexdigest()[:32]}.frame"
         files.write_whole(folder / name, lambda path: path.write_bytes(data))
