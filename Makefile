@@ -9,7 +9,8 @@
 #                frames (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
 # make bench     times merges of Llama-sized adapters against the other ways (about ten minutes, 12 GB of temporary files),
 #                and simulation against loops over clients (ten minutes; MiniLM with ANYRANK_DATA=FOLDER, banking77 in it),
-#                starts of light commands (half a minute), and the checks of a round and of a merge (five minutes)
+#                starts of light commands (half a minute), the checks of a round and of a merge (five minutes), and a server
+#                whose clients are processes (ten minutes, 4 GB of temporary files)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
 # make sites     a system on NVFlare in real processes, its sites and server killed in turn (about ten minutes)
 # make lint      style and imports
@@ -48,6 +49,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/defence.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sites.py
 
 sites: $(VENV)/.installed-test
 	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_nvflare.py
