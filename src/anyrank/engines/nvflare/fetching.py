@@ -1,8 +1,8 @@
 """The arrays of a site's reply, asked for piece by piece. No torch at import.
 
-By itself NVFlare takes all arrays of a reply into memory as it decodes it: as many as the site sends. A site that is gone in the
-middle of that ends the whole job. So the server's cell is set to keep references in the place of arrays, and the arrays are asked
-for here: no more than were declared, within the time that is left. What goes wrong is the end of that reply alone.
+By itself NVFlare takes all arrays of a reply into memory as it decodes it: as many as the site sends. A site that is gone
+in the middle of that ends the whole job. So the server's cell keeps references in the place of arrays, and these are asked for
+here: no more than were declared, within the time that is left. What goes wrong is the end of that reply alone.
 """
 
 from __future__ import annotations
