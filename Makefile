@@ -46,7 +46,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/defence.py
 
 sites: $(VENV)/.installed-test
-	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_nvflare.py
+	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_nvflare.py tests/test_nvflare_bytes.py
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py

@@ -508,7 +508,7 @@ REFUSED: dict[str, Callable[[Site], tuple[str, list[Frame]]]] = {
     "a question as an opening": lambda site: site.ask(OPEN, frame()),
     "two openings": lambda site: site.ask(OPEN, frame(kind="setup"), frame(kind="setup")),
     "no frame": lambda site: site.ask(ASK),
-    "more bytes than the site allows": lambda site: site.ask(ASK, frame(2 * MEGABYTE)),
+    "more bytes than the site allows": lambda site: site.ask(ASK, frame(18 * MEGABYTE)),
     "more bytes than declared": lambda site: site.ask(ASK, frame(), sizes=[3]),
     "more bytes declared than sent": lambda site: site.ask(ASK, frame(), sizes=[500_000]),
     "no parts": lambda site: site.ask(ASK, frame(), parts=[["text"]], sizes=[4]),
@@ -532,7 +532,7 @@ def test_codes_at_the_site(site: Site) -> None:
     site.ask(OPEN, frame(kind="setup", site=""))
     assert ask(die=True) == "died"
     assert ask() == "ok"  # by a worker that was started anew
-    assert ask(bytes=2 * MEGABYTE) in ("too-large", "died")
+    assert ask(bytes=18 * MEGABYTE) in ("too-large", "died")
     assert ask() == "ok"
     code, _ = site.ask(ASK, Frame(Header("download", "r", 1, "a", {"sleep": 60}), {"a": np.ones(3, np.uint8)}), seconds=0.5)
     assert code == "late"
