@@ -14,12 +14,13 @@ import tomli_w
 
 pytest.importorskip("nvflare")
 pytest.importorskip("transformers")
-site_world = pytest.importorskip("site_world")  # the world of three sites, with the tests of their worker
 
 import flare
 from anyrank import simulation
 from anyrank.engines.nvflare import job as jobs
 from anyrank.engines.nvflare import kits
+
+site_world = pytest.importorskip("site_world")  # the world of three sites, with the tests of their worker
 
 pytestmark = pytest.mark.skipif(os.environ.get("ANYRANK_SITES") != "all", reason="ANYRANK_SITES=all runs it (`make sites`)")
 SITES = sorted(site_world.RANKS)
