@@ -419,6 +419,14 @@ def test_a_transfer_ends_with_its_time_and_when_it_is_given_up() -> None:
         transfer([[reference("T0")]], sent, given_up=given_up)
 
 
+def test_what_is_declared_too_large_is_not_even_fetched() -> None:
+    remote = worker(lambda asked: echo(asked) if asked.kind == OPEN else answer(asked, frame(2000)), limit=1000)
+    remote.start()
+    remote._port.fetch = lambda *values: pytest.fail("it was fetched")
+    with pytest.raises(Died, match="at most 1000 bytes"):
+        list(remote.ask([frame()], 1, 5))
+
+
 def test_a_question_that_is_given_up_during_the_transfer_says_why() -> None:
     remote = worker(echo)
     remote.start()
@@ -509,6 +517,7 @@ REFUSED: dict[str, Callable[[Site], tuple[str, list[Frame]]]] = {
     "two openings": lambda site: site.ask(OPEN, frame(kind="setup"), frame(kind="setup")),
     "no frame": lambda site: site.ask(ASK),
     "more bytes than the site allows": lambda site: site.ask(ASK, frame(18 * MEGABYTE)),
+    "more bytes than the site allows, together": lambda site: site.ask(ASK, frame(9 * MEGABYTE), frame(9 * MEGABYTE)),
     "more bytes than declared": lambda site: site.ask(ASK, frame(), sizes=[3]),
     "more bytes declared than sent": lambda site: site.ask(ASK, frame(), sizes=[500_000]),
     "no parts": lambda site: site.ask(ASK, frame(), parts=[["text"]], sizes=[4]),
