@@ -52,7 +52,7 @@ bench: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sites.py
 
 sites: $(VENV)/.installed-test
-	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_nvflare.py
+	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_nvflare.py tests/test_nvflare_bytes.py
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py

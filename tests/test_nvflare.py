@@ -29,8 +29,12 @@ from anyrank.worker.supervisor import Died, Late
 
 pytest.importorskip("nvflare")
 
+from nvflare.fuel.utils.fobs import dots
+from nvflare.fuel.utils.fobs.decomposers.via_downloader import LazyDownloadRef
+
 import flare
 import flare_parts
+from anyrank.engines.nvflare import fetching
 from anyrank.engines.nvflare import job as jobs
 
 LONG = pytest.mark.skipif(os.environ.get("ANYRANK_SITES") != "all", reason="ANYRANK_SITES=all runs it (`make sites`)")
@@ -179,6 +183,9 @@ class Wire:
 
     def cancel(self, asked: Asked) -> None:
         self.cancelled.append(asked.number)
+
+    def fetch(self, asked: Asked, parts: Any, most: int, until: float | None) -> Any:
+        return parts
 
 
 def answer(asked: Asked, *frames: Frame, code: str = "ok", **changed: Any) -> Came:
@@ -342,6 +349,98 @@ def test_how_a_reply_is_received_is_a_parameter() -> None:
     assert taken == [5000, 5000]  # the opening's reply, and the question's
 
 
+# --- the transfer of a reply -----------------------------------------------------------------------------------------
+
+
+def reference(item: str, source: str = "a.job", batch: str = "1", dot: int = dots.NUMPY_DOWNLOAD) -> LazyDownloadRef:
+    return LazyDownloadRef(source, batch, item, dot)
+
+
+def transfer(parts: Any, sent: dict[str, np.ndarray], most: int = 100, **changed: Any) -> list[list[np.ndarray]]:
+    """What `fetch` makes of references when the site sends these arrays, two at a time."""
+    wanted = fetching.Fetch(most, **({"until": None, "given_up": threading.Event()} | changed))
+
+    def download(
+        source: str, batch: str, *values: Any, abort_signal: Any, arrays_received_cb: Any, **named: Any
+    ) -> tuple[str, dict]:
+        items = list(sent.items())
+        for start in range(0, len(items), 2):
+            if abort_signal.triggered:
+                return "aborted", {}
+            arrays_received_cb(dict(items[start : start + 2]))
+        return "", {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetching, "download_arrays", download)
+        return fetching.fetch(None, "a.job", parts, wanted)
+
+
+def test_arrays_come_in_the_order_of_their_references() -> None:
+    sent = {f"T{i}": np.full(3, i, np.uint8) for i in range(5)}
+    found = transfer([[reference("T3"), reference("T0")], [reference("T4"), reference("T1"), reference("T2")]], sent)
+    assert [[int(array[0]) for array in part] for part in found] == [[3, 0], [4, 1, 2]]
+
+
+ODD_TRANSFERS: dict[str, Callable[[], Any]] = {
+    "more than declared": lambda: transfer([[reference("T0")]], {"T0": np.zeros(101, np.uint8)}),
+    "more than declared, in arrays that nobody asked for": lambda: transfer(
+        [[reference("T0")]], {f"T{i}": np.zeros(30, np.uint8) for i in range(4)}
+    ),
+    "an array twice": lambda: transfer([[reference("T0"), reference("T0")]], {"T0": np.zeros(3, np.uint8)}),
+    "an array that does not come": lambda: transfer([[reference("T0"), reference("T1")]], {"T0": np.zeros(3, np.uint8)}),
+    "an array that is too large for one": lambda: transfer(
+        [[reference("T0")]], {"T0": np.zeros(1 << 25, np.uint8)}, most=1 << 30
+    ),
+    "another site's arrays": lambda: transfer([[reference("T0", "b.job")]], {"T0": np.zeros(3, np.uint8)}),
+    "arrays of two batches": lambda: transfer([[reference("T0"), reference("T1", batch="2")]], {}),
+    "another kind of arrays": lambda: transfer([[reference("T0", dot=dots.NUMPY_DOWNLOAD + 1)]], {}),
+    "arrays in the place of references": lambda: transfer([GOOD], {}),
+    "nothing": lambda: transfer(None, {}),
+    "no references": lambda: transfer([], {}),
+    "a frame without references": lambda: transfer([[]], {}),
+    "a table": lambda: transfer({"0": [reference("T0")]}, {}),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TRANSFERS)
+def test_what_a_transfer_brings_wrong_is_refused_in_a_line(odd: str) -> None:
+    with pytest.raises(FrameError) as caught:
+        ODD_TRANSFERS[odd]()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_transfer_ends_with_its_time_and_when_it_is_given_up() -> None:
+    sent = {f"T{i}": np.zeros(3, np.uint8) for i in range(5)}
+    with pytest.raises(Late):
+        transfer([[reference("T0")]], sent, until=time.monotonic() - 1)
+    given_up = threading.Event()
+    given_up.set()
+    with pytest.raises(FrameError):
+        transfer([[reference("T0")]], sent, given_up=given_up)
+
+
+def test_what_is_declared_too_large_is_not_even_fetched() -> None:
+    remote = worker(lambda asked: echo(asked) if asked.kind == OPEN else answer(asked, frame(2000)), limit=1000)
+    remote.start()
+    remote._port.fetch = lambda *values: pytest.fail("it was fetched")
+    with pytest.raises(Died, match="at most 1000 bytes"):
+        list(remote.ask([frame()], 1, 5))
+
+
+def test_a_question_that_is_given_up_during_the_transfer_says_why() -> None:
+    remote = worker(echo)
+    remote.start()
+    wire = remote._port
+
+    def fetch(asked: Asked, parts: Any, most: int, until: float | None) -> Any:
+        asked.give_up(RunFailed("the job was stopped"))
+        raise FrameError("its arrays did not arrive")
+
+    wire.fetch = fetch
+    with pytest.raises(RunFailed, match="stopped"):
+        list(remote.ask([frame()], 1, 5))
+
+
 # --- the site's side -------------------------------------------------------------------------------------------------
 
 
@@ -417,7 +516,8 @@ REFUSED: dict[str, Callable[[Site], tuple[str, list[Frame]]]] = {
     "a question as an opening": lambda site: site.ask(OPEN, frame()),
     "two openings": lambda site: site.ask(OPEN, frame(kind="setup"), frame(kind="setup")),
     "no frame": lambda site: site.ask(ASK),
-    "more bytes than the site allows": lambda site: site.ask(ASK, frame(2 * MEGABYTE)),
+    "more bytes than the site allows": lambda site: site.ask(ASK, frame(18 * MEGABYTE)),
+    "more bytes than the site allows, together": lambda site: site.ask(ASK, frame(9 * MEGABYTE), frame(9 * MEGABYTE)),
     "more bytes than declared": lambda site: site.ask(ASK, frame(), sizes=[3]),
     "more bytes declared than sent": lambda site: site.ask(ASK, frame(), sizes=[500_000]),
     "no parts": lambda site: site.ask(ASK, frame(), parts=[["text"]], sizes=[4]),
@@ -441,7 +541,7 @@ def test_codes_at_the_site(site: Site) -> None:
     site.ask(OPEN, frame(kind="setup", site=""))
     assert ask(die=True) == "died"
     assert ask() == "ok"  # by a worker that was started anew
-    assert ask(bytes=2 * MEGABYTE) in ("too-large", "died")
+    assert ask(bytes=18 * MEGABYTE) in ("too-large", "died")
     assert ask() == "ok"
     code, _ = site.ask(ASK, Frame(Header("download", "r", 1, "a", {"sleep": 60}), {"a": np.ones(3, np.uint8)}), seconds=0.5)
     assert code == "late"
@@ -611,7 +711,7 @@ def test_faults_of_a_site_cost_its_reply_and_the_job_ends_with_all_it_started(sy
     plan = {"b": {"2": {"die": True}}, "c": {"3": {"sleep": 60}}, "a": {"4": {"bytes": 3 * MEGABYTE}}}
     with system.session() as session:
         flare.wait_for_sites(session, len(SITES))
-        run = Run(system, session, tmp_path, "faults", rounds=6, plan=plan, timeout_s=4.0, size=1000, limit=2 * MEGABYTE)
+        run = Run(system, session, tmp_path, "faults", rounds=6, plan=plan, timeout_s=10.0, size=1000, limit=2 * MEGABYTE)
         run.reach(1)
         for site in SITES:
             assert "torch" not in Path(f"/proc/{system.job_process(site).pid}/maps").read_text()
@@ -665,7 +765,7 @@ def test_a_site_whose_processes_are_killed_is_missing_until_the_next_job(system:
         status, standing = run.finish(tmp_path, 240)
         assert (status, standing["state"]) == ("FINISHED:COMPLETED", "more")
         system.start("c")
-        flare.wait_for_sites(session, len(SITES))
+        flare.wait_for(lambda: (system.kits / "c" / "out.txt").read_text().count("Successfully registered") == 2)
         run.again()
         status, standing = run.finish(tmp_path, 240)
     assert (status, standing["state"]) == ("FINISHED:COMPLETED", "done")
@@ -741,9 +841,9 @@ def test_memory_does_not_grow_with_rounds_of_large_frames(system: flare.System, 
     process of a site has more than six frames."""
     with system.session() as session:
         flare.wait_for_sites(session, len(SITES))
-        run = Run(system, session, tmp_path, "large", rounds=8, size=50 * MEGABYTE, timeout_s=120.0)
+        run = Run(system, session, tmp_path, "large", rounds=6, size=50 * MEGABYTE, timeout_s=120.0)
         peaks: dict[str, list[float]] = {name: [] for name in ("localhost", *SITES)}
-        for number in (3, 8):
+        for number in (3, 6):
             run.reach(number, 300)
             for name, found in peaks.items():
                 text = Path(f"/proc/{system.job_process(name).pid}/status").read_text()
@@ -753,5 +853,5 @@ def test_memory_does_not_grow_with_rounds_of_large_frames(system: flare.System, 
     assert status == "FINISHED:COMPLETED"
     assert {row["status"] for row in run.rows} == {"update"}
     for name, (early, late) in peaks.items():
-        assert late < early + 100, name
-        assert late < (900 if name == "localhost" else 450), name
+        assert late < early + 300, name  # one frame a site and round that is not let go makes 450 at the server
+        assert late < (1100 if name == "localhost" else 550), name

@@ -22,8 +22,9 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
-from anyrank.engines.nvflare import kits, parcels
+from anyrank.engines.nvflare import fetching, kits, parcels
 from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
 from anyrank.errors import AnyRankError, RunFailed, in_a_line
 from anyrank.worker.supervisor import Died
@@ -83,13 +84,15 @@ class AnyRankController(Controller):
         super().__init__()
         kits.check_run(run)
         self._standing, self._rounds = Standing(run), rounds
-        self._open: dict[str, tuple[Asked, Task]] = {}  # by site
+        self._open: dict[str, tuple[Asked, Task | None]] = {}  # by site; without a task once its reply has come
+        self._job = ""
         self._lock, self._stopped = threading.Lock(), threading.Event()
 
     # --- NVFlare's side ---
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         self._engine.register_app_command(STATUS, self._status)
+        fetching.leave_references(self._engine.get_cell())
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         self._stop()
@@ -101,14 +104,14 @@ class AnyRankController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         threading.Thread(target=self._follow, args=(abort_signal,), daemon=True).start()
-        workspace, job = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT), fl_ctx.get_job_id()
+        workspace, self._job = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT), fl_ctx.get_job_id()
         try:
             done = self._serve(Path(workspace.get_site_config_dir()))
             self._standing.state = "done" if done else "more"
         except BaseException as error:
             self._failed(error, abort_signal)
         self._stop()
-        Path(workspace.get_run_dir(job), RESULT).write_text(json.dumps(asdict(self._standing)))
+        Path(workspace.get_run_dir(self._job), RESULT).write_text(json.dumps(asdict(self._standing)))
         if self._standing.state == "failed":
             self.system_panic(f"anyrank: {self._standing.code}", fl_ctx)
 
@@ -144,7 +147,7 @@ class AnyRankController(Controller):
         with self._lock:
             waiting = list(self._open.values())
         for asked, _ in waiting:
-            asked.came.put(RunFailed("the job was stopped"))
+            asked.give_up(RunFailed("the job was stopped"))
 
     # --- for the rounds ---
 
@@ -187,6 +190,15 @@ class AnyRankController(Controller):
         with self._engine.new_context() as fl_ctx:
             self._engine.send_aux_request([asked.site], STOP, note, 0.0, fl_ctx, optional=True)
 
+    def fetch(self, asked: Asked, parts: Any, most: int, until: float | None) -> Any:
+        source = FQCN.join([asked.site, self._job])
+        with self._lock:
+            self._open[asked.site] = (asked, None)  # so that the end of the job ends this, too
+        try:
+            return fetching.fetch(self._engine.get_cell(), source, parts, fetching.Fetch(most, until, asked.given_up))
+        finally:
+            self._close(asked)
+
     def _close(self, asked: Asked) -> Task | None:
         """The task of a question that was open until now."""
         with self._lock:
@@ -207,7 +219,11 @@ class AnyRankController(Controller):
         """NVFlare has closed the task. Without a reply something went wrong: no task may look done that nobody did."""
         task.data = Shareable()
         asked = task.props[TASK]
-        if self._close(asked):
+        with self._lock:
+            is_open = self._open.get(asked.site) == (asked, task)
+            if is_open:
+                del self._open[asked.site]
+        if is_open:
             asked.came.put(Died(f"its task ended as {task.completion_status.value}"))
 
 

@@ -17,6 +17,7 @@ from anyrank.errors import ConfigError, shortened
 
 SERVER, SITE = "server.toml", "site.toml"
 _MEGABYTES = 1_000.0  # as a site file's own default
+_HEADERS = 16 << 20  # bytes of frames beside their arrays, which the site file's limits do not count
 _RUN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -55,7 +56,7 @@ def server(local: Path) -> Server:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that a question may bring to a site, and that a reply may take from it."""
+    """Bytes that a question may bring to a site, and that a reply may take from it, with the headers of its frames."""
 
     download: int
     upload: int
@@ -66,7 +67,8 @@ def limits(path: Path) -> Limits:
     section = read_toml(path, "site file").get("limits", {})
     if not isinstance(section, dict):
         raise ConfigError(f"{path}, limits: expected a section, got {shortened(repr(section), 100)}")
-    return Limits(_bytes(f"{path}, limits", section, "download_mb"), _bytes(f"{path}, limits", section, "upload_mb"))
+    down, up = (_bytes(f"{path}, limits", section, key) for key in ("download_mb", "upload_mb"))
+    return Limits(down + _HEADERS, up + _HEADERS)
 
 
 def _bytes(where: object, section: dict[str, Any], key: str) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import queue
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,6 +37,12 @@ class Asked:
     seconds: float | None
     most: int
     came: queue.SimpleQueue[Came | Exception] = field(default_factory=queue.SimpleQueue)
+    given_up: threading.Event = field(default_factory=threading.Event)
+
+    def give_up(self, why: Exception) -> None:
+        """Nobody waits any more; who has asked gets `why`. Any thread may do so."""
+        self.came.put(why)
+        self.given_up.set()
 
     def message(self) -> dict[str, Any]:
         """What the site is sent. It can be made again: a site whose connection broke fetches its task twice."""
@@ -48,7 +56,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Came:
-    """What a site has sent in reply, not yet checked."""
+    """What a site has sent in reply, not yet checked. The arrays of `parts` are still to be fetched."""
 
     about: Any
     parts: Any
@@ -62,6 +70,9 @@ class Port(Protocol):
 
     def cancel(self, asked: Asked) -> None:
         """Nobody waits any more: what comes is dropped, and the site's worker stops."""
+
+    def fetch(self, asked: Asked, parts: Any, most: int, until: float | None) -> Any:
+        """The arrays of what came, of at most `most` bytes. Raises `Late` and `FrameError`; ends early if it is given up."""
 
 
 class RemoteWorker:
@@ -114,7 +125,7 @@ class RemoteWorker:
         """Give up what is asked now; any thread may do so. Who asks it gets `Died`, until `revive`."""
         self._killed = True
         if (asked := self._asked) is not None:
-            asked.came.put(Died("it was given up"))
+            asked.give_up(Died("it was given up"))
 
     def revive(self) -> None:
         self._killed = False
@@ -130,47 +141,46 @@ class RemoteWorker:
     # --- one question ---
 
     def _question(self, kind: str, frames: Sequence[Frame], replies: int, timeout_s: float | None) -> Iterator[Frame]:
-        total_s = None if timeout_s is None else timeout_s * replies
-        asked = Asked(next(self._numbers), self.site, kind, frames, replies, timeout_s, self._limit)
-        self._asked = asked
+        until = None if timeout_s is None else time.monotonic() + timeout_s * replies
+        self._asked = asked = Asked(next(self._numbers), self.site, kind, frames, replies, timeout_s, self._limit)
         try:
             if self._killed:
                 raise Died("it was given up")
             self._port.send(asked)
-            came = asked.came.get(timeout=total_s)
-        except queue.Empty:
-            self._port.cancel(asked)
-            raise Late("the site did not reply in time") from None
+            parts = self._arrived(asked, until)
         except BaseException:
             self._port.cancel(asked)
             raise
         finally:
-            self._asked = None
-        asked.frames = ()
-        if isinstance(came, Exception):
-            self._port.cancel(asked)
-            raise came
-        yield from self._replies(asked, came)
-
-    def _replies(self, asked: Asked, came: Came) -> Iterator[Frame]:
-        for part in self._checked(asked, came):
+            self._asked, asked.frames = None, ()
+        for part in parts:
             frame = self._frame(part)
             yield frame
             if frame.header.kind == ERROR:
                 return
 
-    def _checked(self, asked: Asked, came: Came) -> list[list[np.ndarray]]:
+    def _arrived(self, asked: Asked, until: float | None) -> list[list[np.ndarray]]:
+        """The arrays of a site's reply, checked."""
         try:
-            known = parcels.about(parcels.Reply, came.about)
-            if (known.number, known.site) != (asked.number, asked.site):
-                raise FrameError(f"reply: expected one to question {asked.number}, got one to {known.number}")
-            parcels.check_declared(known, self._limit)
-            self._check_code(known)
-            if len(known.sizes) > asked.replies:
-                raise FrameError(f"reply: expected at most {asked.replies} frames, got {len(known.sizes)}")
-            return parcels.check_parts(known, came.parts)
+            came = asked.came.get(timeout=None if until is None else max(until - time.monotonic(), 0))
+        except queue.Empty:
+            raise Late("the site did not reply in time") from None
+        if isinstance(came, Exception):
+            raise came
+        try:
+            return self._checked(asked, came, until)
         except FrameError as error:
-            raise Died(str(error)) from None
+            raise _reason(asked) or Died(str(error)) from None
+
+    def _checked(self, asked: Asked, came: Came, until: float | None) -> list[list[np.ndarray]]:
+        known = parcels.about(parcels.Reply, came.about)
+        if (known.number, known.site) != (asked.number, asked.site):
+            raise FrameError(f"reply: expected one to question {asked.number}, got one to {known.number}")
+        parcels.check_declared(known, self._limit)
+        self._check_code(known)
+        if len(known.sizes) > asked.replies:
+            raise FrameError(f"reply: expected at most {asked.replies} frames, got {len(known.sizes)}")
+        return parcels.check_parts(known, self._port.fetch(asked, came.parts, sum(known.sizes), until))
 
     def _check_code(self, known: parcels.Reply) -> None:
         if known.code == Code.OK:
@@ -192,6 +202,11 @@ class RemoteWorker:
             return frame
         except FrameError as error:
             raise Died(str(error)) from None
+
+
+def _reason(asked: Asked) -> Exception | None:
+    """Why a question was given up while its reply was fetched."""
+    return asked.came.get() if asked.given_up.is_set() else None
 
 
 class _Closed(Died):
