@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 pytest.importorskip("nvflare")
 from nvflare.apis.utils.format_check import name_check
 from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAuthorizer
+from nvflare.fuel.flare_api.api_spec import InternalError
 from nvflare.fuel.sec.authz import AuthzContext, Person, parse_policy_config
 from nvflare.security.security import COMMAND_CATEGORIES
 
@@ -883,6 +884,8 @@ class Server:
 
     def abort_job(self, number: str) -> None:
         self.aborted.append(number)
+        if number not in self.running:  # as NVFlare replies for a job that a killed server has left
+            raise InternalError(f"server internal error: Job {number} is not running.")
         self.running.discard(number)
         for job in self.listed:
             if job[0] == number:
