@@ -465,6 +465,16 @@ def certificates_of(kit: Path) -> list[str]:
         return [str(error)]
 
 
+def test_a_key_that_is_not_the_certificate_s_is_found_without_a_manifest(place: Path) -> None:
+    take("startup/client.key", "b")(kit_of(place, "a"), place)
+    assert certificates_of(kit_of(place, "a")) == ["client.key does not belong to client.crt; unpack the kit again"]
+
+
+def test_a_certificate_of_another_root_is_found_without_a_manifest(place: Path, other: Path) -> None:
+    take("startup/rootCA.pem")(kit_of(place, "a"), kit_of(other, "a"))
+    assert certificates_of(kit_of(place, "a")) == ["client.crt is not signed by this kit's rootCA.pem; unpack the kit again"]
+
+
 def test_all_of_another_site_s_kit_is_that_site_s_kit(place: Path) -> None:
     """Under one root, whoever has all of a kit is its party: names are bound by certificates, not by folders."""
     shutil.rmtree(kit_of(place, "a"))
@@ -553,6 +563,8 @@ def test_rights_are_those_of_the_role_and_no_others(role: str, where: str) -> No
     allowed = {right for right in RIGHTS if policy.evaluate("anyrank", AuthzContext(right, user, user))[0]}
     assert allowed == MAY[role][where]
     assert "byoc" not in allowed
+    named = policies.authorization(where)["permissions"].values()
+    assert all(rights[right] == "none" for rights in named for right in ("byoc", "clone_job", "shell_commands"))
 
 
 CLASSES = {
