@@ -472,7 +472,9 @@ def test_a_key_that_is_not_the_certificate_s_is_found_without_a_manifest(place: 
 
 def test_a_certificate_of_another_root_is_found_without_a_manifest(place: Path, other: Path) -> None:
     take("startup/rootCA.pem")(kit_of(place, "a"), kit_of(other, "a"))
-    assert certificates_of(kit_of(place, "a")) == ["client.crt is not signed by this kit's rootCA.pem; unpack the kit again"]
+    assert certificates_of(kit_of(place, "a")) == [
+        "client.crt is not signed by this kit's rootCA.pem: its parts are of different kits; unpack the kit again"
+    ]
 
 
 def test_all_of_another_site_s_kit_is_that_site_s_kit(place: Path) -> None:
