@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 pytest.importorskip("nvflare")
 from nvflare.apis.utils.format_check import name_check
 from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAuthorizer
+from nvflare.fuel.flare_api.api_spec import InternalError
 from nvflare.fuel.sec.authz import AuthzContext, Person, parse_policy_config
 from nvflare.security.security import COMMAND_CATEGORIES
 
@@ -464,6 +465,18 @@ def certificates_of(kit: Path) -> list[str]:
         return [str(error)]
 
 
+def test_a_key_that_is_not_the_certificate_s_is_found_without_a_manifest(place: Path) -> None:
+    take("startup/client.key", "b")(kit_of(place, "a"), place)
+    assert certificates_of(kit_of(place, "a")) == ["client.key does not belong to client.crt; unpack the kit again"]
+
+
+def test_a_certificate_of_another_root_is_found_without_a_manifest(place: Path, other: Path) -> None:
+    take("startup/rootCA.pem")(kit_of(place, "a"), kit_of(other, "a"))
+    assert certificates_of(kit_of(place, "a")) == [
+        "client.crt is not signed by this kit's rootCA.pem: its parts are of different kits; unpack the kit again"
+    ]
+
+
 def test_all_of_another_site_s_kit_is_that_site_s_kit(place: Path) -> None:
     """Under one root, whoever has all of a kit is its party: names are bound by certificates, not by folders."""
     shutil.rmtree(kit_of(place, "a"))
@@ -552,6 +565,8 @@ def test_rights_are_those_of_the_role_and_no_others(role: str, where: str) -> No
     allowed = {right for right in RIGHTS if policy.evaluate("anyrank", AuthzContext(right, user, user))[0]}
     assert allowed == MAY[role][where]
     assert "byoc" not in allowed
+    named = policies.authorization(where)["permissions"].values()
+    assert all(rights[right] == "none" for rights in named for right in ("byoc", "clone_job", "shell_commands"))
 
 
 CLASSES = {
@@ -883,6 +898,8 @@ class Server:
 
     def abort_job(self, number: str) -> None:
         self.aborted.append(number)
+        if number not in self.running:  # as NVFlare replies for a job that a killed server has left
+            raise InternalError(f"server internal error: Job {number} is not running.")
         self.running.discard(number)
         for job in self.listed:
             if job[0] == number:

@@ -176,6 +176,14 @@ def test_an_engine_process_that_is_killed_is_started_again(place: Path, world) -
     assert world["a"].said.count("connected to localhost") == 2
 
 
+def test_a_start_that_is_killed_takes_its_engine_process_with_it(place: Path, world) -> None:
+    """kill -9 of `start` itself: nothing goes on unwatched, and the kit can be started again."""
+    world["a"].process.kill()
+    world["a"].process.wait()
+    until(lambda: of_kits(place / "kits/a") == [], "its processes have ended", 30.0)
+    world["a"] = Started(place / "kits/a").connected()
+
+
 def test_a_site_leaves_from_its_own_machine_and_can_return(place: Path, world, monkeypatch, capsys) -> None:
     kit = place / "kits/b"
     assert call(monkeypatch, "deploy", "leave", str(kit)) == (0, "")

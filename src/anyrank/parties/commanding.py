@@ -153,8 +153,15 @@ def stop(member: Member, run: str) -> list[str]:
         if not jobs:
             raise DeployError(f"run {run}: is not under way; nothing to stop")
         for job in jobs:
-            commands.abort(job.id)
+            _end_lost(commands, job) if job.lost else commands.abort(job.id)
     return [job.id for job in jobs]
+
+
+def _end_lost(commands: Commands, job: Job) -> None:
+    """End a job that only seems to run: what is left of it at sites. NVFlare may say that it does not run, which is right."""
+    if job.lost:
+        with contextlib.suppress(DeployError):
+            commands.abort(job.id)
 
 
 def resume(member: Member, run: str) -> str:
@@ -173,8 +180,7 @@ def _resume(member: Member, commands: Commands, run: str) -> str:
     if jobs[-1].state == "done" and _end(member, commands, jobs[-1]).get("state") == "done":
         raise DeployError(f"run {run}: is done; nothing to resume")
     for job in jobs:
-        if job.lost:
-            commands.abort(job.id)
+        _end_lost(commands, job)
     return _send(member, commands, request_of(member.kit.sites, configs.load(kept)))
 
 

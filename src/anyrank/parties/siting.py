@@ -79,7 +79,7 @@ def model(kit: Kit) -> list[Finding]:
     site = sitefile.load(kit.site_file)
     if not site.model.folder:
         return [Finding("model", True, f"{site.model.name}, as its package has it")]
-    from anyrank.worker.site import digest_of_model
+    from anyrank.worker.siteload import digest_of_model
 
     digest = digest_of_model(Path(site.model.folder))
     wanted = site.accept.base_model

@@ -40,6 +40,7 @@ _OURS = re.compile(r" - (controller|executor|launcher) - ")  # whose errors are 
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # before the process is started again, by the number of its ends in a row
 _MOST_ENDS = 5  # ends in a row, each within `_SHORT_S`, after which `start` gives up
 _SHORT_S = 60.0
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _GRACE_S = 8.0  # seconds that processes have for ending by themselves
 _LONGEST = 300  # characters of a line of NVFlare's that is shown
 
@@ -181,7 +182,7 @@ def _process(kit: Kit) -> Iterator[subprocess.Popen[bytes]]:
     with stopping.starting_a_child():
         process = subprocess.Popen(
             command(kit), cwd=kit.folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, umask=0o077,
+            start_new_session=True, umask=0o077, preexec_fn=_bound(),
         )  # fmt: skip
     with stopping.child(process):
         try:
@@ -190,6 +191,19 @@ def _process(kit: Kit) -> Iterator[subprocess.Popen[bytes]]:
             end_with_descendants(process.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_S)
+
+
+def _bound() -> Callable[[], object] | None:
+    """What a child does first, so that the system ends it when this process is killed; `None` where there is no such thing.
+
+    The processes of jobs watch the engine process themselves, and end within seconds after it.
+    """
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    libc = ctypes.CDLL(None)  # loaded here: a child between fork and exec loads nothing
+    return lambda: libc.prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def end_with_descendants(pid: int, grace_s: float = _GRACE_S) -> None:
