@@ -1031,7 +1031,7 @@ def _verdict_of(server: Any) -> str:
     return json.loads(server.get("/runs.json").read())["runs"][0]["verdict"]
 
 
-def _until(condition, seconds: float = 60) -> None:
+def _until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came true"
@@ -1040,7 +1040,7 @@ def _until(condition, seconds: float = 60) -> None:
 
 @LINUX
 def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_page(tmp_path: Path, cache: Path) -> None:
-    config = '[run]\nname = "real"\nrounds = 150\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 1\n'
+    config = '[run]\nname = "real"\nrounds = 30\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 40\n'
     (tmp_path / "real.toml").write_text(config)
     environment = os.environ | {"ANYRANK_CACHE": str(cache)}
     begin = [sys.executable, "-m", "anyrank", "run", "real.toml", "--out", "runs/real"]
@@ -1050,7 +1050,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         process = subprocess.Popen(begin, cwd=tmp_path, env=environment, **quiet)
         try:
             _until(lambda: json.loads(server.get("/runs.json").read())["runs"])
-            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 150", _verdict_of(server)))
+            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 30", _verdict_of(server)))
         finally:
             process.kill()
             process.wait(30)
@@ -1061,7 +1061,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         command = [sys.executable, "-m", "anyrank", *typed.split()]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        _until(lambda: _verdict_of(server).startswith("done, 150 rounds, accuracy"))
+        _until(lambda: _verdict_of(server).startswith("done, 30 rounds, accuracy"))
         page = server.get("/").read().decode()
         for name in ("adapter.zip", "report.html", "summary.json"):
             assert f"/files/{name}" in page
