@@ -28,7 +28,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from anyrank.errors import RunError, printable
-from anyrank.service import charts, downloads, finding, locks, prometheus, running, views
+from anyrank.service import charts, downloads, finding, locks, objects, prometheus, running, views
 from anyrank.service.app import build
 from anyrank.service.guarding import HEADERS
 from anyrank.service.reading import opened
@@ -400,6 +400,30 @@ def test_pages_are_made_while_the_runs_are_read_on(tmp_path: Path) -> None:
         stop.set()
         grower.join(30)
     assert not faults
+
+
+def test_nothing_is_read_on_while_a_page_takes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page, and each turn of a stream, is of one moment."""
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    watch, calm = watching(tmp_path), []
+
+    def watched(place: Any, name: str) -> None:
+        real = getattr(place, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            calm.append(watch._lock.locked())
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(place, name, call)
+
+    for place, name in ((views, "overview"), (views, "page"), (prometheus, "text"), (objects, "overview"), (objects, "of_run")):
+        watched(place, name)
+    app, key = build(watch), next(iter(watch.runs))
+    for path in ("/", f"/run/{key}", "/metrics", "/runs.json", f"/run/{key}/state.json"):
+        assert ask(app, path).status == 200
+    assert len(calm) >= 5
+    assert all(calm)
 
 
 def test_runs_of_a_comparison_that_have_not_begun_are_counted(tmp_path: Path) -> None:
