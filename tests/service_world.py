@@ -147,12 +147,12 @@ class Served(NamedTuple):
 
 @contextlib.contextmanager
 def served(*arguments: str | Path, cwd: Path) -> Iterator[Served]:
-    """The command `anyrank serve`, on a free port of loopback. It is killed at the end, if it is still there."""
+    """The command `anyrank serve`, on a free port of loopback. It is killed at the end, or after some minutes."""
     command = [sys.executable, "-m", "anyrank", "serve", *map(str, arguments), "--port", "0", "--json"]
     process = subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    guard = threading.Timer(120, process.kill)
+    guard = threading.Timer(400, process.kill)
     guard.start()
     try:
         line = process.stdout.readline()

@@ -28,7 +28,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from anyrank.errors import RunError, printable
-from anyrank.service import charts, downloads, finding, locks, prometheus, running, views
+from anyrank.service import charts, downloads, finding, locks, objects, prometheus, running, views
 from anyrank.service.app import build
 from anyrank.service.guarding import HEADERS
 from anyrank.service.reading import opened
@@ -385,7 +385,7 @@ def test_pages_are_made_while_the_runs_are_read_on(tmp_path: Path) -> None:
         round = 3
         while not stop.is_set():
             round += 1
-            add(folder, "clients.jsonl", *(client(round, f"c{round}-{number}", "late", "x") for number in range(30)))
+            add(folder, "clients.jsonl", *(client(round, f"c{round}-{number}", "late", "x") for number in range(10)))
             add(folder, "metrics.jsonl", metrics(round))
             watch.refresh()
             faults.extend(run.problem for run in watch.runs.values() if run.problem)
@@ -394,12 +394,36 @@ def test_pages_are_made_while_the_runs_are_read_on(tmp_path: Path) -> None:
     grower.start()
     try:
         app = build(watch)
-        for _ in range(15):
+        for _ in range(8):
             assert {ask(app, path).status for path in ("/", "/metrics", "/runs.json")} == {200}
     finally:
         stop.set()
         grower.join(30)
     assert not faults
+
+
+def test_nothing_is_read_on_while_a_page_takes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page, and each turn of a stream, is of one moment."""
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    watch, calm = watching(tmp_path), []
+
+    def watched(place: Any, name: str) -> None:
+        real = getattr(place, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            calm.append(watch._lock.locked())
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(place, name, call)
+
+    for place, name in ((views, "overview"), (views, "page"), (prometheus, "text"), (objects, "overview"), (objects, "of_run")):
+        watched(place, name)
+    app, key = build(watch), next(iter(watch.runs))
+    for path in ("/", f"/run/{key}", "/metrics", "/runs.json", f"/run/{key}/state.json"):
+        assert ask(app, path).status == 200
+    assert len(calm) >= 5
+    assert all(calm)
 
 
 def test_runs_of_a_comparison_that_have_not_begun_are_counted(tmp_path: Path) -> None:
@@ -891,23 +915,36 @@ def refused(cwd: Path, *arguments: str) -> tuple[int, str, str]:
 
 def test_wrong_requests_are_one_line(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    (tmp_path / "short").write_text("abc\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, says in (
-            (["none"], "none: no such folder"),
+            (["none"], "none: no such folder; name run folders, or folders with runs in them"),
             (["run", "--port", port], f"port {port} of 127.0.0.1 is in use; choose another --port, or --port 0 for a free one"),
-            (["run", "--port", "70000"], "--port 70000: expected a number from 0"),
             (["run", "--host", "0.0.0.0"], "--host 0.0.0.0: others could read the page; give --token-file FILE"),
-            (["run", "--host", "a..b", "--token-file", "t"], "--host a..b: no such host"),
-            (["run", "--token-file", "short"], "expected a word of at least 16"),
-            (["run", "--token-file", "run"], "--token-file run: cannot be read"),
         ):
             code, out, err = refused(tmp_path, *arguments)
             assert (code, out) == (2, "")
-            assert err.startswith("anyrank: ")
-            assert says in err
+            assert err.startswith(f"anyrank: {says}")
             assert err.count("\n") == 1
+
+
+def test_a_place_to_listen_or_a_token_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    for host, port, says in (
+        ("127.0.0.1", 70000, "--port 70000: expected a number from 0"),
+        ("127.0.0.1", -1, "--port -1: expected a number from 0"),
+        ("a..b", 0, "--host a..b: no such host"),
+        ("192.0.2.1", 0, "cannot listen on port 0 of 192.0.2.1"),  # an address that no machine has (RFC 5737)
+    ):
+        with pytest.raises(RunError, match=re.escape(says)):
+            running.listen(host, port)
+    for content, says in (("short\n", "got 5 characters"), ("a b " * 10, "expected a word"), ("\x1b" * 20, "expected a word")):
+        (tmp_path / "token").write_text(content)
+        with pytest.raises(RunError, match=says):
+            running.token_in(tmp_path / "token")
+    with pytest.raises(RunError, match="cannot be read"):
+        running.token_in(tmp_path)
+    assert [running.is_loopback(host) for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost")] == [True] * 4
+    assert [running.is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "localhost.evil", "")] == [False] * 5
 
 
 def test_without_the_packages_it_says_what_to_install(tmp_path: Path) -> None:
@@ -1018,7 +1055,7 @@ def _verdict_of(server: Any) -> str:
     return json.loads(server.get("/runs.json").read())["runs"][0]["verdict"]
 
 
-def _until(condition, seconds: float = 60) -> None:
+def _until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came true"
@@ -1027,7 +1064,7 @@ def _until(condition, seconds: float = 60) -> None:
 
 @LINUX
 def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_page(tmp_path: Path, cache: Path) -> None:
-    config = '[run]\nname = "real"\nrounds = 150\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 1\n'
+    config = '[run]\nname = "real"\nrounds = 30\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 40\n'
     (tmp_path / "real.toml").write_text(config)
     environment = os.environ | {"ANYRANK_CACHE": str(cache)}
     begin = [sys.executable, "-m", "anyrank", "run", "real.toml", "--out", "runs/real"]
@@ -1037,7 +1074,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         process = subprocess.Popen(begin, cwd=tmp_path, env=environment, **quiet)
         try:
             _until(lambda: json.loads(server.get("/runs.json").read())["runs"])
-            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 150", _verdict_of(server)))
+            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 30", _verdict_of(server)))
         finally:
             process.kill()
             process.wait(30)
@@ -1048,7 +1085,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         command = [sys.executable, "-m", "anyrank", *typed.split()]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        _until(lambda: _verdict_of(server).startswith("done, 150 rounds, accuracy"))
+        _until(lambda: _verdict_of(server).startswith("done, 30 rounds, accuracy"))
         page = server.get("/").read().decode()
         for name in ("adapter.zip", "report.html", "summary.json"):
             assert f"/files/{name}" in page

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anyrank.errors import in_a_line, printable
-from anyrank.service import downloads, prometheus, rendering, views
+from anyrank.service import downloads, objects, prometheus, rendering, views
 from anyrank.service.guarding import Guard
 from anyrank.service.run import Run
 from anyrank.service.streaming import Follower, Overview, Streams
@@ -155,11 +155,11 @@ class _Service:
         run = self._found(request)
         if run is None:
             return await _lost(request, KeyError())
-        return JSONResponse(await run_in_threadpool(self._still, partial(views.run_json, run, with_clients=True)))
+        return JSONResponse(await run_in_threadpool(self._still, partial(objects.of_run, run, with_clients=True)))
 
     async def runs(self, request: Request) -> Response:
         await self._fresh()
-        return JSONResponse(await run_in_threadpool(self._still, partial(views.as_json, self._watch)))
+        return JSONResponse(await run_in_threadpool(self._still, partial(objects.overview, self._watch)))
 
     async def metrics(self, request: Request) -> Response:
         await self._fresh()

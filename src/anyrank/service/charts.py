@@ -74,10 +74,10 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, about four, from at most `low` to at least `high`.
+    """Round numbers, about five, from at most `low` to at least `high`.
 
     >>> _ticks(12.0, 87.0)
-    [0.0, 25.0, 50.0, 75.0, 100.0]
+    [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
     """
     largest = max(abs(low), abs(high))
     span = max((high - low) or 0.1 * largest or 1.0, 1e-9 * largest)  # smaller steps would not tell numbers apart

@@ -1,4 +1,4 @@
-"""What the pages and the JSON of runs show: plain values, made from runs as they were read so far."""
+"""What the pages show: plain values, made from runs as they were read so far."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
         if isinstance(site, Mapping) and len(known) < MOST_ROWS:
             known.setdefault(text(site.get("name"), 100), ClientTally(rank=number(site.get("rank"))))
     epsilons = section(section(run.summary, "privacy"), "epsilon_by_client")
-    most, waited = number(run.plan.get("max_rounds")), _waited(run, now)
+    most, waited = number(run.plan.get("max_rounds")), waited_for(run, now)
     return [
         {
             "name": shortened(name, _LONGEST_CELL),
@@ -168,7 +168,7 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
     ]
 
 
-def _waited(run: Run, now: float) -> dict[str, str]:
+def waited_for(run: Run, now: float) -> dict[str, str]:
     """The clients that a run in progress waits for, and how long."""
     facts = run.facts()
     if not facts.waits or run.verdict(now).state not in ("running", "slow"):
@@ -270,54 +270,3 @@ _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 def _listed(value: Any) -> list[Any]:
     return value[:MOST_ROWS] if isinstance(value, list) else []
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def as_json(watch: Watch, now: float) -> dict[str, Any]:
-    """All runs for machines; times in seconds since 1970."""
-    return {"now": now, "runs": [run_json(run, now) for run in watch.runs.values()], "notes": watch.notes}
-
-
-def run_json(run: Run, now: float, with_clients: bool = False) -> dict[str, Any]:
-    """One run for machines."""
-    verdict, tally = run.verdict(now), run.tally
-    clients = {"clients": _clients_json(run)} if with_clients else {}
-    return {
-        "key": run.place.key,
-        "name": run.place.name,
-        "state": verdict.state,
-        "verdict": verdict.text,
-        "last_event": run.changed or None,
-        "round": tally.round,
-        "rounds": run.planned,
-        "method": method(run),
-        **{name: run.figure(name) for name in ("accuracy", "loss", "collapse", "epsilon")},
-        "upload_bytes": tally.upload_bytes,
-        "download_bytes": tally.download_bytes,
-        "idle_rounds": tally.idle,
-        "waiting_for": list(_waited(run, now)),
-        "notes": run.told,
-        **clients,
-    }
-
-
-def _clients_json(run: Run) -> list[dict[str, Any]]:
-    """The clients of one run for machines."""
-    return [
-        {
-            "client": name,
-            "rank": client.rank,
-            "num_examples": client.num_examples,
-            "last_round": client.round,
-            "last_heard_round": client.heard,
-            "last_heard": client.heard_at,
-            "status": client.status,
-            "reason": client.reason,
-            "seconds": client.seconds,
-            "counts": dict(client.conduct.counts),
-            "accuracy": client.accuracy.last[1] if client.accuracy and client.accuracy.last else None,
-        }
-        for name, client in sorted(run.tally.clients.items(), key=lambda item: natural(item[0]))
-    ]
