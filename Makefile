@@ -12,7 +12,8 @@
 #                starts of light commands (half a minute), the checks of a round and of a merge (five minutes), and a server
 #                whose clients are processes (ten minutes, 4 GB of temporary files)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
-# make sites     a system on NVFlare in real processes, its sites and server killed in turn (about ten minutes)
+# make sites     workers, and a system on NVFlare, in real processes that are killed in turn; every method in workers and in one
+#                process (about half an hour)
 # make lint      style and imports
 
 PYTHON ?= python3
@@ -34,9 +35,6 @@ faults: $(VENV)/.installed-test
 	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q -rP tests/test_faults.py tests/test_kills.py \
 		tests/test_processes.py
 
-sites: $(VENV)/.installed-test
-	ANYRANK_SITES=all $(BIN)/python -m pytest -q tests/test_supervisor.py tests/test_workers.py
-
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py
 
@@ -52,7 +50,8 @@ bench: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sites.py
 
 sites: $(VENV)/.installed-test
-	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_nvflare.py tests/test_nvflare_bytes.py
+	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_supervisor.py tests/test_workers.py \
+		tests/test_nvflare.py tests/test_nvflare_bytes.py tests/test_deploy_live.py
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py

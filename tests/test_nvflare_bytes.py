@@ -16,11 +16,10 @@ pytest.importorskip("nvflare")
 pytest.importorskip("transformers")
 
 import flare
+import site_world
 from anyrank import simulation
 from anyrank.engines.nvflare import job as jobs
 from anyrank.engines.nvflare import kits
-
-site_world = pytest.importorskip("site_world")  # the world of three sites, with the tests of their worker
 
 pytestmark = pytest.mark.skipif(os.environ.get("ANYRANK_SITES") != "all", reason="ANYRANK_SITES=all runs it (`make sites`)")
 SITES = sorted(site_world.RANKS)

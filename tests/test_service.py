@@ -431,7 +431,7 @@ def test_runs_of_a_comparison_that_have_not_begun_are_counted(tmp_path: Path) ->
     (tmp_path / "compare.json").write_text(json.dumps({"runs": ["rbla/seed-0", "rbla/seed-1", "raflora/seed-0"]}))
     watch = watching(tmp_path)
     assert watch.notes == [f"{tmp_path.name}: 2 of 3 runs have not begun."]
-    assert "anyrank compare or study command with --resume" in only(watch).verdict(NOW).hint
+    assert "anyrank compare command with --resume, or the same anyrank study" in only(watch).verdict(NOW).hint
 
 
 def test_a_resumed_run_is_read_anew_and_that_is_an_event(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ _GO_ON = {
     "run": "go on with the same command and --resume",
     "compare": "go on with the same command and --resume",
     "study": "go on with the same command: it keeps what is finished",
+    "deploy": "a run that was submitted goes on; anyrank deploy status shows it",
     "serve": "the runs go on; give the same command again to see them",
     "demo": "give the same command again: it starts anew",
 }

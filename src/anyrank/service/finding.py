@@ -109,7 +109,7 @@ def _place(search: _Search, folder: Path, of_comparison: bool, problem: str = ""
     inside = folder.relative_to(search.real)
     name = text(inside if search.alone and inside.parts else Path(search.real.name, inside), _LONGEST)
     where = text(search.typed / inside, 1000)
-    resume = "the same anyrank compare or study command with --resume"
+    resume = "the same anyrank compare command with --resume, or the same anyrank study command"
     if not of_comparison:
         resume = f"anyrank run {where}/{CONFIG} --out {where} --resume"
     return Place(folder, name, key_of(folder, name), f"To go on: {resume}", problem)

@@ -160,8 +160,7 @@ class AnyRankExecutor(Executor):
         with self._lock:
             if self._stops.is_set():
                 raise _Coded(Code.DIED, "the job ends")
-            if hasattr(worker, "revive"):
-                worker.revive()
+            worker.revive()
             self._worker, self._number = worker, asked.number
 
     def _sent(self, asked: Question, frames: Sequence[Frame]) -> Shareable:
