@@ -66,12 +66,17 @@ def final(federation: Federation, state: ServerState, last: Standing | None, qua
         return Final(last or score(federation, state), {})
     jobs = _jobs(federation, state, quarantine)
     plan = replace(federation.plan(state.round), round=state.round + 1)
-    found = _collected(
-        federation.engine.score(jobs, plan, federation.config.rounds.deadline_s or None), jobs, federation.reporting
-    )
-    size = sum(job.download.download_bytes() for job in jobs)
-    entries = {"scored_by": len(found), "scored_of": len(jobs), "scoring_bytes": size}
+    replies = federation.engine.score(jobs, plan, federation.config.rounds.deadline_s or None)
+    found = _collected(replies, jobs, federation.reporting)
+    entries = {"scored_by": len(found), "scored_of": len(jobs), "scoring_bytes": sum(map(_downloaded, jobs))}
     return Final(federation.reporting.standing(found), entries)
+
+
+def _downloaded(job: Job) -> int:
+    """Bytes of a job's download, which is not kept: memory holds one at a time."""
+    size = job.download.download_bytes()
+    job.settle()
+    return size
 
 
 def _jobs(federation: Federation, state: ServerState, quarantine: Quarantine) -> list[Job]:
@@ -86,12 +91,12 @@ def _jobs(federation: Federation, state: ServerState, quarantine: Quarantine) ->
 
 def _collected(replies: Iterable[Any], jobs: Sequence[Job], reporting: Reporting) -> dict[str, Counts]:
     """`{client: counts}` of the first reply of each client; of one that cannot be believed, nothing."""
-    awaited, found = {job.client.name for job in jobs}, {}
+    awaited, found = {job.client.name: job for job in jobs}, {}
     for reply in replies:
         try:
             name = reply.client
             if type(name) is str and name in awaited:
-                awaited.discard(name)
+                awaited.pop(name).settle()
                 counts = reporting.admit(name, reply.counts) if type(reply) is Reported else None
                 found |= {name: counts} if counts else {}
         except Exception:  # a reply may be anything, and break in ways of its own
