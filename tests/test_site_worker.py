@@ -473,6 +473,7 @@ def test_a_site_worker_is_a_supervised_process(world: Path) -> None:
             worker.kill()
             with pytest.raises(Died):
                 list(worker.ask(request(job, server.federation.plan(round)), 1, 60.0))
+            worker.revive()
     assert [frame.header.kind for frame in found] == [calls.READY, calls.READY]
     worker.close()
 

@@ -50,6 +50,7 @@ VERBS = [
     "plan",
     "compare",
     "study",
+    "evaluate",
     "aggregate",
     "inspect",
     "methods",

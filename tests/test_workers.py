@@ -28,7 +28,7 @@ from anyrank import simulation
 from anyrank.engines import posts, workers
 from anyrank.errors import AnyRankError, ConfigError, RunError, RunFailed
 from anyrank.messages import calls
-from anyrank.messages.frame import Frame, Header, from_bytes, to_bytes
+from anyrank.messages.frame import Frame, Header, from_bytes, read, to_bytes
 from anyrank.messages.records import Failure
 from anyrank.methods.registry import REGISTRY
 from anyrank.privacy import noise
@@ -136,7 +136,9 @@ KINDS = {
     "a batch in parts": ("method.name=rbla", "train.accumulation_steps=2"),
     "private examples": (*PRIVATE, "privacy.level=example", "privacy.epsilon=3", "privacy.delta=1e-5"),
     "private clients": (*PRIVATE, "privacy.level=client", "privacy.noise_multiplier=0.5", "privacy.delta=1e-4"),
-    "noise at the server": (*PRIVATE, "privacy.level=client", "privacy.noise_at=server", "privacy.epsilon=8"),
+    "noise at the server": (
+        *(*PRIVATE, "privacy.level=client", "privacy.noise_at=server", "privacy.epsilon=8", "privacy.delta=0.01"),
+    ),
     "late replies": ("method.name=flexlora", "clients.late=0.4", "rounds.late=carry", "run.rounds=3", "run.stacking=never"),
     "drop-outs and rests": ("method.name=rbla", "clients.dropout=0.4", "guard.norm=1.0", "guard.offences=1", "run.rounds=3"),
     "a median": ("method.name=zeropad", "robust.rule=median", "clients.participation=1.0"),
@@ -325,22 +327,22 @@ class Killed(Supervised):
         if frame.header.kind != "download":  # the cohort's frames follow each other
             self.now(f"after {frame.header.kind}")
 
-    def _take(self) -> Frame:
+    def _take(self, receive: Callable[..., Frame] = read) -> Frame:
         if self.asked == "download":
             self.now("trains")
         if self.asked == "download" and self.plan[:1] == ["replies"]:
             self._stdout.readinto = self._cut(self._stdout.readinto)
-        return super()._take()
+        return super()._take(receive)
 
     def _cut(self, readinto: Callable) -> Callable:
         """Kill in the middle of a reply, of which a pipe holds a part."""
 
-        def read(buffer: memoryview) -> int:
+        def cut(buffer: memoryview) -> int:
             count = readinto(buffer)
             self.now("replies")
             return count
 
-        return read
+        return cut
 
 
 @pytest.fixture
@@ -471,7 +473,7 @@ def test_what_a_module_raises_while_it_loads_is_one_line(tmp_path: Path, monkeyp
 
 def test_a_worker_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = (sys.executable, "-c", "raise SystemExit('no such GPU')")
-    monkeypatch.setattr(supervisor.Supervised.__init__, "__defaults__", (None, ends, lambda frame: None, None, 0, True))
+    monkeypatch.setattr(supervisor.Supervised.__init__, "__defaults__", (None, ends, lambda frame: None, read, None, 0, True))
     with pytest.raises(RunFailed) as raised:
         simulation.execute(chosen(tmp_path, "method.name=rbla", *WORKERS), tmp_path / "run")
     assert str(raised.value) == (
@@ -887,7 +889,7 @@ def test_a_worker_that_has_loaded_another_task_ends_the_run(tmp_path: Path, monk
     made.engine._opened(calls.ready_frame(dataclasses.replace(ready, memory=ready.memory + 1)))
     sizes = ready.roster.sizes.copy()
     sizes[0] += 1
-    other = dataclasses.replace(ready, roster=dataclasses.replace(ready.roster, sizes=sizes))
+    other = dataclasses.replace(ready, roster=dataclasses.replace(ready.roster, sizes=sizes, by_label=None))
     with pytest.raises(RunFailed, match="expected the same task in all of them"):
         made.engine._opened(calls.ready_frame(other))
     made.close()

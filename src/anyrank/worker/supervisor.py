@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from anyrank import stopping
 from anyrank.errors import FrameError, printable, shortened
@@ -159,7 +161,8 @@ class Supervised:
                 raise Died("it was stopped")
             try:
                 # In a session of its own: the terminal's Ctrl-C does not reach it while it still imports.
-                process = subprocess.Popen(self._command, env=env, start_new_session=os.name == "posix", bufsize=0, **pipes)
+                ways = {"env": env, "start_new_session": os.name == "posix", "bufsize": 0, **pipes}
+                process = _STARTER.run(lambda: subprocess.Popen(self._command, **ways))
             except OSError as error:
                 self._deaths += 1
                 raise Died(f"no process can be started ({error.strerror or error})") from None
@@ -226,6 +229,40 @@ class Supervised:
         if self._stopped.is_set():
             return Died("it was stopped")
         return Died(f"{_how(code) or error}{words}")
+
+
+class _Starter:
+    """A thread that starts all processes, and ends with this process. On Linux a worker that has asked to die with its parent
+    dies with the thread that started it, and the thread that asks for a start may end long before.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        self._lock, self._thread = threading.Lock(), None
+
+    def run(self, make: Callable[[], Any]) -> Any:
+        """`make()`, in that thread."""
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():  # also in a process that was forked from one with it
+                self._thread = threading.Thread(target=self._follow, name="starter", daemon=True)
+                self._thread.start()
+        came: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._wanted.put((make, came))
+        made, error = came.get()
+        if error is not None:
+            raise error
+        return made
+
+    def _follow(self) -> None:
+        while True:
+            make, came = self._wanted.get()
+            try:
+                came.put((make(), None))
+            except BaseException as error:
+                came.put((None, error))
+
+
+_STARTER = _Starter()
 
 
 class _Limit:
