@@ -131,7 +131,10 @@ def test_the_run_folder_has_each_sites_scores(world) -> None:
     assert {path.name for path in (world.run / "sites").iterdir()} == RANKS.keys()
     last = lines(world.run / "metrics.jsonl")[-1]
     for name, row in world.summary["sites"].items():
-        assert json.loads((world.run / "sites" / name / "scores.json").read_text()) == {"site": name, "round": 2, **row}
+        assert json.loads((world.run / "sites" / name / "scores.json").read_text()) == {
+            **{"site": name, "round": 2, "model": "global"},
+            **row,
+        }
         assert last["sites"][name] == {key: row[key] for key in ("accuracy", "loss", "test_examples")}
 
 

@@ -25,7 +25,8 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         **_metrics(each),
         "held out": ["–" if row["test_examples"] is None else f"{row['test_examples']:,}" for row in each],
     }
-    return folded("sites, on their own held-out examples", "site", [shown(name) for name in sites], cells)
+    of = "each one's own model" if summary.get("sites_scored") == "own" else "the global model"
+    return folded(f"sites: {of}, on their held-out examples", "site", [shown(name) for name in sites], cells)
 
 
 def scores(summary: Mapping[str, Any]) -> dict[str, str]:

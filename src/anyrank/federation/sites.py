@@ -20,8 +20,9 @@ _UNSCORED = {"accuracy": None, "loss": None, "test_examples": None}
 
 
 def final(federation: Federation, end: Standing) -> dict[str, Any]:
-    """The entries of a summary: `sites`, `{name: {rank, train_examples, accuracy, loss, test_examples}}`, `worst_site`, and
-    `label_names` in the order of the outputs.
+    """The entries of a summary: `sites`, `{name: {rank, train_examples, accuracy, loss, test_examples}}`, `worst_site`,
+    `label_names` in the order of the outputs, and `sites_scored`: whose model these scores are of, the global one for all
+    sites (`global`), or the one that each site has itself, of its own rank (`own`).
 
     Empty if no client is a site. Scores are `None` for a site without held-out examples of its own, and under privacy, where
     numbers of training examples are the declared ones.
@@ -33,7 +34,8 @@ def final(federation: Federation, end: Standing) -> dict[str, Any]:
     if not rows:
         return {}
     worst = end.worst if end.sites else None
-    return {"sites": rows, "worst_site": worst, "label_names": list(federation.facts.label_names)}
+    of = "own" if federation.reporting or federation.method.private else "global"
+    return {"sites": rows, "worst_site": worst, "label_names": list(federation.facts.label_names), "sites_scored": of}
 
 
 def adapters(federation: Federation, state: ServerState, ranks: Mapping[int, str]) -> dict[str, Callable[[], Adapter | str]]:

@@ -52,5 +52,5 @@ def write(folder: Path, summary: Mapping[str, Any]) -> None:
         files.sweep(own)  # of what a kill left while it was written
         files.write_whole_text(own / LABELS, json.dumps(summary["label_names"], indent=2) + "\n")
         if row["test_examples"]:
-            scores = {"site": name, "round": summary["rounds"], **row}
+            scores = {"site": name, "round": summary["rounds"], "model": summary["sites_scored"], **row}
             files.write_whole_text(own / SCORES, json.dumps(scores, indent=2) + "\n")
