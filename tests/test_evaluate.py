@@ -344,3 +344,19 @@ def test_under_privacy_scores_are_given_with_a_remark(world, tmp_path) -> None:
     done = call(str(tmp_path / "run"), "--site", "county")
     assert done.returncode == 0, done.stderr
     assert "privacy guarantee does not cover these scores" in " ".join(done.stdout.split())
+
+
+def test_an_update_of_the_base_that_was_taken_away_or_put_there_is_no_part_of_the_scores(world, tmp_path) -> None:
+    """What the run left decides, and not what lies in its folder by now."""
+    for method in ("flora", "stayput"):
+        shutil.copytree(world.folder / method, tmp_path / method)
+    own = "sites/county/base-update"
+    shutil.copytree(tmp_path / "flora" / own, tmp_path / "stayput" / own)
+    for folder in (
+        "base-update",
+        *(path.relative_to(tmp_path / "flora") for path in (tmp_path / "flora").glob("sites/*/base-*")),
+    ):
+        shutil.rmtree(tmp_path / "flora" / folder)
+    with pytest.raises(RunError, match=r"base-update/adapter_config\.json: is missing"):
+        scores(tmp_path / "flora", "county")
+    assert scores(tmp_path / "stayput", "county") == scores(world.folder / "stayput", "county")

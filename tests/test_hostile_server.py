@@ -679,3 +679,20 @@ def test_no_sequence_of_lies_gets_more_than_the_budget(world: Path, monkeypatch:
     run_state_machine_as_test(
         HostileServer, settings=settings(max_examples=12, stateful_step_count=16, suppress_health_check=list(HealthCheck))
     )
+
+
+def test_a_disk_that_is_full_twice_leaves_a_ledger_that_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The charge stands, its summary cannot be written: the next charge writes that first, or does not begin."""
+    found = ledger(tmp_path, 1)
+
+    def full(path: Path, text: str) -> None:
+        raise RunError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grant, "write_whole_text", full)
+        for _ in range(2):
+            with pytest.raises(RunError, match="disk full"):
+                found.charge(ONE, {})
+    assert Grant(tmp_path, "example", 50.0, DELTA).count == 2
+    found.charge(ONE, {})
+    assert Grant(tmp_path, "example", 50.0, DELTA).count == 3

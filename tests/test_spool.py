@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -550,3 +551,17 @@ def test_memory_holds_one_layer_of_all_clients(method: str, tmp_path: Path) -> N
     command = [sys.executable, "-c", MEMORY, str(tmp_path), method]
     grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout)
     assert grown < 110
+
+
+def test_a_spool_is_let_go_with_its_layers_and_not_when_somebody_collects(tmp_path: Path) -> None:
+    """The disk would fill with the rounds that are over: a circle of references waits for Python's collector."""
+    held = spooled.layers_in(Spool(tmp_path))
+    held["q"] = LoraLayer(torch.ones(2, 600_000), torch.ones(3, 2), 1.0)
+    assert torch.equal(held["q"].A, torch.ones(2, 600_000))
+    spool = weakref.ref(held.spool)
+    gc.disable()
+    try:
+        del held
+        assert spool() is None
+    finally:
+        gc.enable()

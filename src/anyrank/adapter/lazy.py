@@ -36,7 +36,8 @@ class Gathered(Lazy[T]):
     def __init__(self) -> None:
         self._makes: dict[str, Callable[[], T]] = {}
         self.later = False
-        super().__init__({}, lambda name: self._makes[name]())
+        makes = self._makes  # and not `self`, which would then refer to itself
+        super().__init__({}, lambda name: makes[name]())
 
     def add(self, name: str, value: T) -> None:
         self.outline[name], self._makes[name] = value, lambda: value

@@ -162,7 +162,7 @@ def doctor(kit: KitFolder, as_json: Json = False) -> None:
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration of the run, with its [[sites]].")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration of the run, with its named sites.")],
     kit: OwnKit,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Stay, and submit again where a server was lost, until the run is done.")
@@ -287,7 +287,7 @@ def remove(
 
 @app.command()
 def rehearse(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration of the run, with its [[sites]].")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration of the run, with its named sites.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="A new folder for kits and runs; default: runs/NAME-rehearsal.")
     ] = None,

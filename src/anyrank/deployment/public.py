@@ -77,6 +77,12 @@ def check(config: Config, method: Method) -> None:
         raise ConfigError("data.test_source: the server has no held-out examples; each site names its own, in its own file")
 
 
+def check_labels(config: Config) -> None:
+    """Raise `ConfigError` where sites would number their labels differently: each of them has its own examples only."""
+    if config.model.task != "causal-lm" and not config.data.label_names:
+        raise ConfigError("data.label_names: expected the labels of all sites, since no site knows those of others, got none")
+
+
 def _is_path(name: str) -> bool:
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     return absolute or name.startswith((".", "~")) or "\\" in name

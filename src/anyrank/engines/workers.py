@@ -105,8 +105,9 @@ class Workers:
     def score(self, jobs: Sequence[Job], plan: Plan, deadline_s: float | None = None) -> Iterator[Reported | Failure]:
         known = {job.client.name: job for job in jobs}
         wanted = calls.Cohort(1, deadline_s, score=True, train=False)
-        for name, found in self._carried_out([[job] for job in jobs], plan, wanted, 1):
-            yield _read(known[name], found, _scored)
+        with self._inbox.open():
+            for name, found in self._carried_out([[job] for job in jobs], plan, wanted, 1):
+                yield _read(known[name], found, _scored)
 
     def _carried_out(
         self, groups: Sequence[Sequence[Job]], plan: Plan, wanted: calls.Cohort, deadlines: int

@@ -31,14 +31,15 @@ class Kept(Lazy[LoraLayer]):
 
     def __init__(self, spool: Spool, entries: Mapping[str, _Entry] | None = None) -> None:
         self.spool, self._entries = spool, dict(entries or {})
-        super().__init__({name: entry.outline for name, entry in self._entries.items()}, self._layer)
+        super().__init__({name: entry.outline for name, entry in self._entries.items()}, self._entries.__getitem__)
 
     def __setitem__(self, name: str, layer: LoraLayer) -> None:
         with files.naming(self.spool.path):
             self._entries[name] = _Entry(_shapes(layer), _put(self.spool, layer.A), _put(self.spool, layer.B))
         self.outline[name] = self._entries[name].outline
 
-    def _layer(self, name: str) -> LoraLayer:
+    def __getitem__(self, name: str) -> LoraLayer:
+        # Not by a method that is handed to `Lazy`: the circle would keep the spool, and its place on the disk, after the round.
         outline, *factors = self._entries[name]
         A, B = (_taken(self.spool, factor) for factor in factors)
         return LoraLayer(A, B, outline.scaling, outline.kind, outline.kernel)

@@ -60,7 +60,7 @@ class Grant:
     def __init__(self, folder: Path, level: str, epsilon: float, delta: float, reading: bool = False) -> None:
         self.folder, self.level, self.epsilon, self.delta, self._reading = folder, level, epsilon, delta, reading
         self._steps: Counter[tuple[str, float, float]] = Counter()
-        self.count, self._last = 0, _FIRST
+        self.count, self._last, self._head = 0, _FIRST, 0
         self._open()
 
     def charge(self, release: Release, about: Mapping[str, Any]) -> int:
@@ -71,6 +71,8 @@ class Grant:
         if self.count >= MOST_CHARGES:
             raise Spent(f"the ledger has {MOST_CHARGES} charges, and takes no more")
         self._check(release)
+        if self._head < self.count:  # a failed write: a second one would look like damage
+            self._write_head()
         row = {"number": self.count + 1, "before": self._last, **release.table(), **about}
         line = json.dumps(row, sort_keys=True)
         append(self.folder / LEDGER, line.encode() + b"\n")
@@ -114,6 +116,7 @@ class Grant:
     def _open(self) -> None:
         lines, torn = self._lines()
         head = self._read_head()
+        self._head = head["charges"]
         digests = [_FIRST]
         for number, line in enumerate(lines, 1):
             row = _row(line)
@@ -170,6 +173,7 @@ class Grant:
 
     def _write_head(self) -> None:
         write_whole_text(self.folder / HEAD, json.dumps({"charges": self.count, "last": self._last}) + "\n")
+        self._head = self.count
 
     def _damaged(self, what: str) -> RunError:
         return RunError(

@@ -34,6 +34,12 @@ def fits(folder: Path) -> bool:
         return False
 
 
+def has(folder: Path, name: str) -> bool:
+    """Whether the run left a file of this name, below its folder. Raises `RunError` where that is not noted."""
+    files = read_object(folder / SEAL).get("files")
+    return isinstance(files, dict) and name in files
+
+
 def check(folder: Path, names: Iterable[str]) -> None:
     """Raise `RunError` for a file of a finished run, one of `names` below its folder, that is not what the run left."""
     noted = read_object(folder / SEAL).get("files")

@@ -70,8 +70,13 @@ def _with_data(config: Config, chosen: Sequence[str], data: str) -> Config:
 
 def _files(folder: Path, site: str) -> list[str]:
     """The files of a site's model, below the run folder."""
-    parts = [ADAPTER, *([BASE_UPDATE] if (folder / BASE_UPDATE).is_dir() else [])]
+    parts = [ADAPTER, *([BASE_UPDATE] if _adds_to_base(folder, site) else [])]
     return [f"{SITES}/{site}/{part}/{file}" for part in parts for file in (CONFIG_FILE, WEIGHTS_FILE)]
+
+
+def _adds_to_base(folder: Path, site: str) -> bool:
+    """Whether the run left the site an update of its base model: what lies in the folder by now does not decide it."""
+    return seal.has(folder, f"{SITES}/{site}/{BASE_UPDATE}/{WEIGHTS_FILE}")
 
 
 def _scored(
@@ -92,7 +97,7 @@ def _scored(
         for done, names in enumerate(models.values()):
             if progress is not None:
                 progress(done, len(models))
-            model.apply(*_adapters(folder / SITES / names[0]))
+            model.apply(*_adapters(folder, names[0]))
             needed = frozenset(metric.of for metric in of)
             scores = task.objective.score(task.module, task.test, config.eval.batch_size, needed)
             found |= {name: _figures(scores.of_rows(rows[name]), task, of) for name in names}
@@ -103,10 +108,10 @@ def _scored(
     return found
 
 
-def _adapters(folder: Path) -> tuple[Adapter, Adapter | None]:
+def _adapters(folder: Path, site: str) -> tuple[Adapter, Adapter | None]:
     """What a site runs: its adapter, and the update of its base model."""
-    base = folder / BASE_UPDATE
-    return Adapter.load(folder / ADAPTER), Adapter.load(base) if base.is_dir() else None
+    own = folder / SITES / site
+    return Adapter.load(own / ADAPTER), Adapter.load(own / BASE_UPDATE) if _adds_to_base(folder, site) else None
 
 
 def _figures(scores: Scores, task: Task, of: Sequence[Metric]) -> dict[str, Any]:

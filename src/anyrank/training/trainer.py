@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -132,9 +133,11 @@ def _failure(client: str, error: BaseException) -> Failure:
     return Failure(client, Code.CRASHED, f"its training raised {in_a_line(error)}")
 
 
-_SAYS = ("not enough memory", "can't allocate memory")  # torch on the CPU: on Windows, and elsewhere
+# torch on the CPU, on Windows and elsewhere; and Python, where there is no memory for a thread's stack
+_SAYS = ("not enough memory", "can't allocate memory", "can't start new thread")
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch raises a special class on a GPU, and an ordinary error with a certain text on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _SAYS)
+    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return refused or isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _SAYS)

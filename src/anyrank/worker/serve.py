@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from anyrank import stopping
-from anyrank.errors import FrameError
+from anyrank.errors import AnyRankError, FrameError
 from anyrank.messages.frame import Frame
 from anyrank.worker import memory
 from anyrank.worker.channel import GONE, Channel
+
+_UNUSABLE = 2  # exit status: what the worker needs on its own disk cannot be used
 
 
 class Answers(Protocol):
@@ -29,3 +31,5 @@ def serve(channel: Channel, desk: Answers) -> int:
         stopping.end(GONE, str(error))
     except MemoryError:
         stopping.end(memory.STATUS)
+    except AnyRankError as error:  # a log or a store that cannot be written: nothing leaves, and the operator reads why
+        stopping.end(_UNUSABLE, str(error))

@@ -26,7 +26,8 @@ PROGRESS, ERROR = "progress", "error"  # kinds of frames: one that goes ahead of
 _GRACE_S = 2.0  # from the end of a worker's pipes to the end of its process
 _PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # before a start, by the number of deaths since the last reply
 _KILLED = -9
-_SHORT = ("MemoryError", "std::bad_alloc")  # last words, in Python and in C++, of a process that was refused memory
+# Last words, in Python and in C++, of a process that was refused memory.
+_SHORT = ("MemoryError", "std::bad_alloc", "can't start new thread")
 
 
 class Died(Exception):
