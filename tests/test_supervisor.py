@@ -127,6 +127,7 @@ def wait_until(ready: Callable[[], bool], seconds: float = LONGEST_S) -> None:
 def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No descriptor, no thread, no child: neither alive nor dead."""
     monkeypatch.setattr(supervisor, "_PAUSES_S", (0.0,))
+    supervisor._STARTER.run(lambda: None)  # its thread stays, for all workers
     before = descriptors(), threading.active_count(), children()
     yield
     wait_until(lambda: (descriptors(), threading.active_count(), children()) == before, seconds=10)
