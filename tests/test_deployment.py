@@ -24,6 +24,7 @@ from anyrank import deployment, devices, simulation
 from anyrank.config.sections import Config
 from anyrank.config.tables import from_table, to_table
 from anyrank.deployment.public import PUBLIC, WHOLLY_WITHHELD, WITHHELD
+from anyrank.deployment.public import public as told
 from anyrank.engines import seat
 from anyrank.engines.roll import Joined, roster_of
 from anyrank.engines.seat import Seat
@@ -303,7 +304,7 @@ def test_a_public_configuration_has_no_path_no_file_and_no_code(world) -> None:
     for one in given["sites"]:
         one |= {"source": f"{mark}/{one['name']}.csv", "test_source": f"{mark}/{one['name']}-test.csv"}
     given["model"]["path"] = f"{mark}/model"
-    public = deployment.public(from_table(given))
+    public = told(from_table(given))
     text = json.dumps(public)
     assert mark not in text
     for name in NAMES:
@@ -318,7 +319,7 @@ def test_a_public_configuration_has_no_path_no_file_and_no_code(world) -> None:
 def test_the_worker_gets_this_configuration_and_the_folder_of_the_run_has_no_source(world, tmp_path) -> None:
     chosen = config(world, run={"rounds": 1})
     federate(world, chosen, tmp_path / "run")
-    assert json.loads((tmp_path / "own" / "county.json.setup.json").read_text()) == deployment.public(chosen)
+    assert json.loads((tmp_path / "own" / "county.json.setup.json").read_text()) == told(chosen)
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():
             assert str(world.folder).encode() not in path.read_bytes(), path
@@ -490,7 +491,6 @@ def test_what_goes_wrong_at_a_site_costs_its_replies_and_tells_a_code(world, tmp
 @pytest.mark.parametrize(
     ("deed", "reason"),
     [
-        ("other name", "update: expected client county, got lakeside"),
         ("other round", "update: expected round 2, got 3"),
         ("other run", "update: expected run three, got another"),
         ('counts {"examples": 13, "losses": 1.0, "correct": 1, "by_label": {}}', "reports 13, but 12 held-out examples"),
@@ -504,6 +504,13 @@ def test_a_reply_that_says_something_else_is_a_rejected_row(world, tmp_path, dee
     assert first == third == ("ok", "")
     assert second[0] == "rejected"
     assert reason in second[1]
+    assert [row["scored_by"] for row in rows(tmp_path / "run")] == [3, 2, 3]
+    assert len(lines(tmp_path / "run" / "clients.jsonl")) == 9
+
+
+def test_a_reply_under_another_name_is_none_and_its_worker_is_ended(world, tmp_path) -> None:
+    federate(world, config(world, run={"rounds": 3}), tmp_path / "run", deeds={"cohort": ["other name", 1]})
+    assert statuses(tmp_path / "run") == [OK, CRASHED, OK]
     assert [row["scored_by"] for row in rows(tmp_path / "run")] == [3, 2, 3]
     assert len(lines(tmp_path / "run" / "clients.jsonl")) == 9
 
@@ -579,7 +586,7 @@ class Slow:
 def test_a_round_waits_once_for_a_worker_that_does_not_start(monkeypatch) -> None:
     monkeypatch.setattr(seat, "_GRACE_S", 0.05)
     monkeypatch.setattr(seat, "_SHORT_S", 0.01)
-    place = Seat(Slow, lambda: None, lambda frame: None)
+    place = Seat(lambda opening, opened, receive: Slow(opening, opened), lambda: None, lambda frame: None)
     for _ in range(3):
         with pytest.raises(Died, match="not there yet"):
             next(place.ask([], 1))
@@ -597,7 +604,7 @@ def test_an_error_that_a_worker_reports_is_kept_and_is_no_exception_of_the_round
         def ask(self, frames: Any, replies: int, timeout_s: float | None = None) -> Iterator[Frame]:
             yield calls.error_frame(ConfigError("site: no"))
 
-    place = Seat(Refuses, lambda: None, lambda frame: None)
+    place = Seat(lambda opening, opened, receive: Refuses(opening, opened), lambda: None, lambda frame: None)
     with pytest.raises(Died):
         list(place.ask([], 2))
     assert isinstance(place.refusal, AnyRankError)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["federate", "public"]
+__all__ = ["federate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -11,8 +11,4 @@ def __getattr__(name: str) -> Any:
         from anyrank.deployment.running import federate
 
         return federate
-    if name == "public":
-        from anyrank.deployment.public import public
-
-        return public
     raise AttributeError(name)

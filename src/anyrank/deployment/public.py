@@ -36,7 +36,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
 # The other keys of these sections, and whole sections: of other clients, of the server alone, of one machine, or a path or
 # code.
 WITHHELD: Mapping[str, tuple[str, ...]] = {
-    "run": ("label", "engine", "workers"),
+    "run": ("label", "engine", "workers", "worker_memory_gb"),
     "model": ("path", "features", "device", "file", "handed_in"),
     "data": ("source", "test_source", "split", "test_split", "train_examples", "test_examples", "partition"),
     "method": ("file", "handed_in"),
