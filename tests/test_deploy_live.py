@@ -135,7 +135,7 @@ def test_the_doctor_reaches_the_server_and_its_clock(place: Path, world, monkeyp
 
 def test_a_viewer_and_a_stranger_cannot_submit(place: Path, world, tmp_path: Path) -> None:
     """The viewer's own kit is refused by the server too: the command's own check is taken away here."""
-    asked = commanding.request_of(SITES, load(place / "run.toml"))
+    asked = commanding.request_of(SITES, load(place / "run.toml").replace(data={"label_names": ("no", "yes")}))
     kit = open_kit(place / "kits" / VIEWER)
     (kit.state / "submitted").mkdir(parents=True, exist_ok=True)
     viewer = commanding.Member(kit)

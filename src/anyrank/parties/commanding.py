@@ -95,10 +95,9 @@ def request(member: Member, path: Path) -> Request:
 def request_of(known: tuple[str, ...], config: Config) -> Request:
     """The run in `config`, over sites of a federation that has the sites `known`."""
     from anyrank import methods
-    from anyrank.deployment.public import check, check_labels, kept
+    from anyrank.deployment.public import check, kept
 
     check(config, methods.make(config.method.name, config.method.options))
-    check_labels(config)
     names = tuple(site.name for site in config.sites)
     check_sites(names)
     for name in names:

@@ -44,7 +44,10 @@ def rehearse(config: Config, folder: Path, tell: Tell) -> dict[str, Any]:
     if os.path.lexists(folder):
         raise DeployError(f"{folder}: exists already; name a new folder with --out, or remove this one")
     names = tuple(site.name for site in config.sites)
+    from anyrank.deployment.public import check_labels
+
     asked = commanding.request_of(names, config)
+    check_labels(config)  # before a federation is set up, whose sites would refuse
     began = time.monotonic()
     federation = FederationFile("rehearsal", names, ServerPlace(_HOST, (), free_port()), people=(OWNER,))
     _write(config, federation, folder)
