@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from anyrank import methods
+from anyrank.tasks import metrics
 
 torch.set_num_threads(1)
 SMALL = '[run]\nname = "small"\nrounds = 2\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 2\n'
@@ -32,6 +36,17 @@ def shared_data() -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder of base models and features for all commands that tests call."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """A method or metric that a test registers, also through a user's file, is not there for the tests after it."""
+    tables = (methods.REGISTRY, metrics.REGISTRY)
+    before = [dict(table) for table in tables]
+    yield
+    for table, known in zip(tables, before, strict=True):
+        table.clear()
+        table.update(known)
 
 
 @pytest.fixture

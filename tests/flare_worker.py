@@ -21,4 +21,4 @@ class Desk:
 
 
 if __name__ == "__main__":
-    sys.exit(serve.serve(channel.take_over(), Desk()))
+    sys.exit(serve.serve(channel.take_over().start(), Desk()))

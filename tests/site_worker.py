@@ -18,7 +18,7 @@ from anyrank.worker import channel
 
 
 def main() -> int:
-    taken = channel.take_over()
+    taken = channel.take_over().start()
     from anyrank.worker import serve
 
     return serve.serve(taken, Site(Path(sys.argv[1])))

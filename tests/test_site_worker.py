@@ -496,6 +496,20 @@ def test_a_wrong_site_file_ends_its_worker_with_a_line_and_an_error_to_who_asks(
     assert (usage.returncode, usage.stderr) == (2, "usage: python -m anyrank.worker [--site FILE]\n")
 
 
+def test_a_store_that_cannot_be_used_ends_its_worker_with_status_2_whether_somebody_asks_or_not(world: Path) -> None:
+    path = site_file(world, "county", "a-file")
+    (world / "a-file").write_text("no folder")
+    command = [sys.executable, "-m", "anyrank.worker", "--site", str(path)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a-file" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    worker = started(path, table("rbla"), found := [])
+    worker.start(60.0)
+    assert str(calls.error_of(found[0])).startswith("store: the site cannot take part")
+    worker.close()
+
+
 @pytest.mark.parametrize("method", ["fedsa", "ffa_lora"])
 def test_a_federation_over_site_workers_has_the_adapter_of_one_process(world: Path, tmp_path: Path, method: str) -> None:
     """Through the server's own engine, with scores from the sites."""

@@ -376,7 +376,7 @@ time.sleep(999)
 WORKER = """
 import itertools, signal, sys, time
 from anyrank.worker import channel
-taken = channel.take_over()
+taken = channel.take_over().start()
 sys.stderr.write("ready")
 open(sys.argv[1], "w").close()
 """

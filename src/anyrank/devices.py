@@ -97,7 +97,8 @@ def free_memory(device: torch.device) -> int | None:
         return None
     with contextlib.suppress(OSError, ValueError):  # no control group, or no limit: `max`
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        most, now = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        free.append(most - now)
     return max(0, min(free)) if free else None
 
 

@@ -246,7 +246,7 @@ def running(kit: Kit) -> int | None:
             return None
     except Timeout:
         with contextlib.suppress(OSError, ValueError):
-            return int((kit.state / PID).read_text())
+            return int((kit.state / PID).read_text(encoding="utf-8"))
     except OSError:
         return None
     return None

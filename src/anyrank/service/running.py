@@ -87,7 +87,7 @@ def _new_token(path: Path) -> str:
     token = secrets.token_urlsafe(32)
     make_folder(path.parent)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(token + "\n")
     except OSError as error:
         raise RunError(f"--token-file {path}: cannot be written ({error.strerror or error}); choose another file") from None

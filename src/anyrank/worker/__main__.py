@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> int:
         return sitemain.main(words[1])
     from anyrank.worker import channel
 
-    taken = channel.take_over()  # before anything is imported that may print
+    taken = channel.take_over().start()  # before anything is imported that may print
     from anyrank.worker import serve
     from anyrank.worker.desk import Desk
 

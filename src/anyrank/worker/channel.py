@@ -6,6 +6,7 @@ instead, which the supervisor keeps as the worker's last words.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -28,7 +29,24 @@ class Channel:
         self._source, self._sink, self._most_bytes = source, sink, most_bytes
         self._came: queue.Queue[Frame] = queue.Queue(maxsize=1)
         self._sending = threading.Lock()
+
+    def start(self) -> Channel:
+        """Start to read."""
         threading.Thread(target=self._follow, daemon=True).start()
+        return self
+
+    def refuse(self, reply: Frame, wait_s: float) -> None:
+        """Answer one frame with `reply` if one comes within `wait_s` seconds. For a channel that is not started: its end is no
+        reason to end this process, which has its own."""
+        answering = threading.Thread(target=self._refuse, args=(reply,), daemon=True)
+        answering.start()
+        answering.join(wait_s)
+
+    def _refuse(self, reply: Frame) -> None:
+        with contextlib.suppress(FrameError, OSError, MemoryError):
+            read(self._source, self._most_bytes)
+            write(self._sink, reply)
+            self._sink.flush()
 
     def receive(self) -> Frame:
         return self._came.get()
@@ -53,11 +71,11 @@ class Channel:
 
 
 def take_over(most_bytes: int = MOST_BYTES) -> Channel:
-    """This process's stdin and stdout as a channel, for frames of at most `most_bytes`. stdin is empty from now on, and stdout
-    is stderr.
+    """This process's stdin and stdout as a channel that is not started yet, for frames of at most `most_bytes`. stdin is empty
+    from now on, and stdout is stderr.
 
-    From now on the process ends with its supervisor, whatever it is doing: on Linux the system kills it; everywhere the thread
-    that reads ends it, but in a call of C that holds the interpreter. SIGTERM ends it too, without what is unfinished.
+    From now on the system kills the process when its supervisor ends (Linux). Once the channel is started, the thread that
+    reads ends it everywhere, but in a call of C that holds the interpreter. SIGTERM ends it too, without what is unfinished.
     """
     stopping.ask_for_death()
     stopping.on_signals()

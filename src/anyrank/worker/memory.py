@@ -11,7 +11,8 @@ _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def limit(process: int, size: int) -> bool:
-    """Let the system refuse a process more than `size` bytes of memory of its own. Whether it does so: only Linux."""
+    """Let the system refuse a process (0: this one) more than `size` bytes of memory of its own. Whether it does so: only
+    Linux."""
     if sys.platform != "linux":
         return False
     import resource

@@ -27,6 +27,7 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from anyrank.engines.nvflare import fetching, kits, parcels
 from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
 from anyrank.errors import AnyRankError, RunFailed, in_a_line
+from anyrank.worker import memory
 from anyrank.worker.supervisor import Died
 
 TASK, STOP, STATUS = (
@@ -111,7 +112,7 @@ class AnyRankController(Controller):
         except BaseException as error:
             self._failed(error, abort_signal)
         self._stop()
-        Path(workspace.get_run_dir(self._job), RESULT).write_text(json.dumps(asdict(self._standing)))
+        Path(workspace.get_run_dir(self._job), RESULT).write_text(json.dumps(asdict(self._standing)), encoding="utf-8")
         if self._standing.state == "failed":
             self.system_panic(f"anyrank: {self._standing.code}", fl_ctx)
 
@@ -120,8 +121,8 @@ class AnyRankController(Controller):
         if rounds is None or not hasattr(rounds, "serve"):
             raise RunFailed(f"job: expected a component {self._rounds!r} that runs the rounds, got none")
         own = kits.server(local)
-        if own.memory:
-            _limit_memory(own.memory)
+        if own.memory and not memory.limit(0, own.memory):
+            log.error("memory_gb: this system cannot limit the memory of a process; it is not limited")
         folder = own.state / self._standing.run
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         sites = tuple(sorted(client.name for client in self._engine.get_clients()))
@@ -230,13 +231,3 @@ class AnyRankController(Controller):
 def _fill(client_task: ClientTask, fl_ctx: FLContext) -> None:
     """A site fetches its task: put in what it is asked."""
     client_task.task.data.update(client_task.task.props[TASK].message())
-
-
-def _limit_memory(size: int) -> None:
-    """The system refuses this process more memory of its own than `size` bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        log.error("memory_gb: this system cannot limit the memory of a process")
-        return
-    resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -77,4 +77,4 @@ def opened(argument: Any) -> str:
 
 
 def _json(path: Path, table: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(table, indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(table, indent=2, allow_nan=False) + "\n", encoding="utf-8")
