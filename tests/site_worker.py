@@ -98,7 +98,7 @@ class Site:
 
     def on_cohort(self, frame, receive, deed) -> Iterator:
         from anyrank.messages import calls
-        from anyrank.messages.records import Code, Failure
+        from anyrank.messages.records import Code, Failure, Reported
         from anyrank.messages.wire import counts_frame, failure_frame, job_of, plan_of, update_frame
         from anyrank.training import trainer
 
@@ -119,6 +119,8 @@ class Site:
             if job.download.private:
                 self.kept = reply.adapter
             answer = update_frame(reply, job.download, run, plan.round)
+        elif not wanted.score:  # it is handed over
+            answer = counts_frame(Reported(job.client.name, None), run, plan.round)
         else:
             (reply,) = trainer.score_cohort([job], self.held.scorer, wanted.deadline_s)
             answer = counts_frame(reply, run, plan.round)

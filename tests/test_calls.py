@@ -210,7 +210,6 @@ def test_nobody_is_asked_for_less_than_one_thing() -> None:
     for frame in (
         calls.cohort_frame(calls.Cohort(0)),
         calls.cohort_frame(calls.Cohort(1, deadline_s=-1.0)),
-        calls.cohort_frame(calls.Cohort(1, score=False, train=False)),
     ):
         with pytest.raises(FrameError):
             calls.cohort_of(sent(frame))

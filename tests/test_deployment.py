@@ -185,6 +185,7 @@ def test_every_method_leaves_the_bytes_that_it_leaves_in_one_process(world, tmp_
     assert same_adapters(tmp_path / "here", tmp_path / "there")
     assert rows(tmp_path / "here") == rows(tmp_path / "there")
     unlike = {"seconds": 0, "base_model": ""}  # the folder of the base model stays at the sites
+    assert there.pop("handed_over") == sorted(NAMES)
     assert here | unlike == there | unlike
     sent = {kind: sum(frame.array_bytes for frame in seen if frame.header.kind == kind) for kind in ("download", "update")}
     counted = rows(tmp_path / "there")
@@ -554,11 +555,12 @@ def test_under_privacy_no_mechanism_is_sent_and_no_counts_come(world, tmp_path, 
     private, seen = {"level": level, "epsilon": 8.0, "delta": 0.01, "clip": 0.5, "counts": "exact"}, []
     summary = federate(world, config(world, method, rank=4, privacy=private), tmp_path / "run", seen)
     cohorts = [frame for frame in seen if frame.header.kind == calls.COHORT]
-    assert len(cohorts) == 6
+    assert [frame.header.body["train"] for frame in cohorts] == [True] * 6 + [False] * 3
     assert all(frame.header.body["mechanism"] is None and not frame.header.body["score"] for frame in cohorts)
     assert not [frame for frame in seen if frame.header.body.get("counts")]
     assert summary["unscored"].startswith(f"privacy.level = '{level}'")
     assert summary["accuracy"] is None
+    assert summary["handed_over"] == sorted(NAMES)
 
 
 # --- a seat ----------------------------------------------------------------------------------------------------------

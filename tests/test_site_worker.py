@@ -206,7 +206,8 @@ def test_scores_are_sums_and_leave_only_where_the_site_reports_them(world: Path)
         assert ready.header.body["facts"]["test_examples"] == (12 if expected else 0)
         alone = asked(site, server, 4, score=True, train=False)  # of the last state, after the last round
         if not expected:
-            assert alone.header.body["code"] == "REFUSED"
+            assert (alone.header.kind, alone.header.body) == (wire.COUNTS, {"counts": None})  # the model is kept, and no more
+            assert asked(site, server, 3, score=True, train=False).header.body["code"] == "REFUSED"
             site.close()
             continue
         counts, again = wire.counts_of(alone).counts, reply.header.body["counts"]

@@ -11,6 +11,7 @@ from rich.table import Table
 from anyrank.cli.console import shown
 from anyrank.cli.folding import folded
 from anyrank.config.sections import Config
+from anyrank.config.sections.sites import AT_THE_SITE
 from anyrank.errors import ConfigError, DataError, nearest
 
 
@@ -21,6 +22,11 @@ def chosen(folder: Path, config: Config, site: str, data: str) -> list[str]:
         raise ConfigError(f"{folder}: the run has no named sites; expected a run with [[sites]], see docs/sites.md")
     if site and site not in known:
         raise ConfigError(f"--site {shown(site)}: the run has no such site; {nearest(site, known)}")
+    if any(each.source == AT_THE_SITE for each in config.sites):
+        raise ConfigError(
+            f"{folder}: rows and base model are at the sites; score there what a site was handed, by anyrank evaluate "
+            "STORE/results/RUN (docs/evaluate.md)"
+        )
     if data and not site and len(known) > 1:
         raise ConfigError(f"--data {shown(data)}: whose rows are these? give --site NAME too; known: {', '.join(known)}")
     if data and not Path(data).exists():

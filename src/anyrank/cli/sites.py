@@ -30,12 +30,17 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def scores(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Who scored, if it was not the server, or why nobody did."""
+    """Who scored, if it was not the server, or why nobody did; and which sites have the result."""
+    handed = summary.get("handed_over")
+    lacking = sorted(set(summary.get("sites", {})) - set(handed or ()))
+    text = f"at {len(handed or ())} sites" + (f"; not at {shown(', '.join(lacking))}" if lacking else "")
+    made = {} if handed is None else {"result": text}
     if summary.get("unscored"):
-        return {"not scored": shown(summary["unscored"])}
+        return {"not scored": shown(summary["unscored"])} | made
     if "scored_of" not in summary:
-        return {}
-    return {"scored by": f"{summary['scored_by']} of {summary['scored_of']} clients, on their own held-out examples"}
+        return made
+    by = f"{summary['scored_by']} of {summary['scored_of']} clients, on their own held-out examples"
+    return {"scored by": by} | made
 
 
 def _metrics(each: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -8,11 +8,10 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from anyrank.config.sections import HANDED_IN, Config
+from anyrank.config.sections.sites import AT_THE_SITE
 from anyrank.config.tables import to_table
 from anyrank.errors import ConfigError
 from anyrank.methods import Method
-
-AT_THE_SITE = "at the site"  # stands for a source that the server does not know
 
 # The keys that sites are told, by section. A key that stands here or in `WITHHELD` has been thought about; a test asks for it.
 PUBLIC: Mapping[str, tuple[str, ...]] = {

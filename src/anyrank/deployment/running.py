@@ -55,7 +55,7 @@ def federate(
         engine = Sites(public(config), (max(config.clients.ranks), scaling, config.run.seed), makes, config.run.name)
         try:
             roster = engine.open(wait_s, lambda away: progress and progress(len(makes) - len(away), len(makes)))
-            built = replace(assembly.assemble(known, method, roster), engine=engine)
+            built = replace(assembly.assemble(known, method, roster), engine=engine, hands_over=True)
             with RunDir.open(out, known, resume, engine.agreed) as store:
                 engine.keep_in(out)
                 return loop.run(built, store, on_round)

@@ -52,6 +52,7 @@ class Sites:
         """`config`: the table of the public configuration; `start`: rank, scaling and seed of the adapter that the run starts
         from; `sites[name]` makes the worker of a site; `run`: the name of the run in all frames."""
         self._run, self._start = run, start
+        self._scored = config.get("privacy", {}).get("level", "none") == "none"  # else sites only keep what they are sent
         self._opening = calls.setup_frame(config, start[0], run)
         self._adapter: Adapter | None = None
         self._known: dict[str, Joined] = {}  # what each site said when it first came
@@ -119,7 +120,7 @@ class Sites:
     def score(
         self, jobs: Sequence[Job], plan: Plan, deadline_s: float | None = None
     ) -> Iterator[Reported | Failure | Unreadable]:
-        return self._asked(jobs, plan, calls.Cohort(1, deadline_s, score=True, train=False), COUNTS)
+        return self._asked(jobs, plan, calls.Cohort(1, deadline_s, score=self._scored, train=False), COUNTS)
 
     def evaluate(self, adapter: Adapter, merged: Adapter | None) -> Scores:
         raise RunFailed("eval.where: the server has no held-out examples; use 'sites'")

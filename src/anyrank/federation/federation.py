@@ -22,7 +22,8 @@ class Federation:
     """The parts of a run. `facts`: facts about its task; `step_factor` multiplies the local steps of the round plan (1, except
     for `centralized`); `labels`: the held-out examples or the label shares of each client, if clients are reported separately;
     `privacy`: the privacy plan of their uploads; `reporting`: the clients that score what they download, if they do so instead
-    of the server; `unscored`: why nobody scores, if nobody does.
+    of the server; `unscored`: why nobody scores, if nobody does; `hands_over`: whether clients keep the last state that they
+    are sent, so that it is sent to all of them, whether they score it or not.
     """
 
     config: Config
@@ -35,6 +36,7 @@ class Federation:
     privacy: PrivacyPlan | None = None
     reporting: Reporting | None = None
     unscored: str = ""
+    hands_over: bool = False
 
     def plan(self, round: int) -> Plan:
         """How clients train in `round`."""

@@ -60,16 +60,21 @@ class Final:
 
 def final(federation: Federation, state: ServerState, last: Standing | None, quarantine: Quarantine) -> Final:
     """The standing of the last `state`; `last`: it, if the last round has scored it already."""
-    if federation.unscored:
-        return Final(_NONE, {"unscored": federation.unscored})
-    if not federation.reporting:
-        return Final(last or score(federation, state), {})
+    reporting, entries = federation.reporting, {"unscored": federation.unscored} if federation.unscored else {}
+    if not (reporting or federation.hands_over):
+        return Final(_NONE if federation.unscored else last or score(federation, state), entries)
     jobs = _jobs(federation, state, quarantine)
     plan = replace(federation.plan(state.round), round=state.round + 1)
     replies = federation.engine.score(jobs, plan, federation.config.rounds.deadline_s or None)
-    found = _collected(replies, jobs, federation.reporting)
-    entries = {"scored_by": len(found), "scored_of": len(jobs), "scoring_bytes": sum(map(_downloaded, jobs))}
-    return Final(federation.reporting.standing(found), entries)
+    answered = _collected(replies, jobs, reporting)
+    if reporting:
+        asked = sum(_has_examples(federation, job.client.name) for job in jobs)
+        entries |= {"scored_by": sum(map(bool, answered.values())), "scored_of": asked}
+    if federation.hands_over:
+        entries |= {"handed_over": sorted(answered)}
+    entries |= {"scoring_bytes": sum(map(_downloaded, jobs))}
+    found = {name: counts for name, counts in answered.items() if counts}
+    return Final(reporting.standing(found) if reporting else _NONE, entries)
 
 
 def _downloaded(job: Job) -> int:
@@ -80,25 +85,32 @@ def _downloaded(job: Job) -> int:
 
 
 def _jobs(federation: Federation, state: ServerState, quarantine: Quarantine) -> list[Job]:
-    """What each client with held-out examples would download next, but for those that rest."""
+    """What each client would download next that has held-out examples, or keeps what it is sent; but for those that rest."""
     population, jobs = federation.population, []
     for index in range(len(population)):
         client, count = population.client(index), federation.counted(int(population.sizes[index]))
-        if federation.reporting.most(client.name) and not quarantine.reason(client.name, state.round + 1):
+        wanted = federation.hands_over or _has_examples(federation, client.name)
+        if wanted and not quarantine.reason(client.name, state.round + 1):
             jobs.append(Job(client, count, partial(federation.method.dispatch, state, client)))
     return jobs
 
 
-def _collected(replies: Iterable[Any], jobs: Sequence[Job], reporting: Reporting) -> dict[str, Counts]:
-    """`{client: counts}` of the first reply of each client; of one that cannot be believed, nothing."""
+def _has_examples(federation: Federation, client: str) -> bool:
+    """Whether a client scores what it downloads on held-out examples of its own."""
+    return federation.reporting is not None and federation.reporting.most(client) > 0
+
+
+def _collected(replies: Iterable[Any], jobs: Sequence[Job], reporting: Reporting | None) -> dict[str, Counts | None]:
+    """`{client: counts}` of the first reply of each client, `None` where it sends none; of one that failed, or cannot be
+    believed, nothing."""
     awaited, found = {job.client.name: job for job in jobs}, {}
     for reply in replies:
         try:
             name = reply.client
             if type(name) is str and name in awaited:
                 awaited.pop(name).settle()
-                counts = reporting.admit(name, reply.counts) if type(reply) is Reported else None
-                found |= {name: counts} if counts else {}
+                if type(reply) is Reported:
+                    found[name] = reporting.admit(name, reply.counts) if reporting else None
         except Exception:  # a reply may be anything, and break in ways of its own
             continue
     return found

@@ -173,9 +173,9 @@ def adapter_of(frame: Frame, kind: str = ADAPTER) -> tuple[Adapter, Adapter | No
 @dataclass(frozen=True)
 class Cohort:
     """What is wanted of the clients whose `jobs` downloads follow. `score`: their results on their own held-out examples, of
-    what they download, before they train; `train`: their training, as otherwise nothing but these results is sent.
-    `deadline_s`: seconds for each client's training. `mechanism`: a table of the privacy plan and the key of its noise, only
-    for workers of the same user on the same machine.
+    what they download, before they train; `train`: their training, as otherwise nothing but these results is sent. With
+    neither, a site that no longer trains keeps what it is sent. `deadline_s`: seconds for each client's training.
+    `mechanism`: a table of the privacy plan and the key of its noise, only for workers of the same user on the same machine.
     """
 
     jobs: int
@@ -197,8 +197,6 @@ def cohort_of(frame: Frame) -> Cohort:
     check_least("cohort, jobs", found.jobs, 1)
     if found.deadline_s is not None and found.deadline_s <= 0:
         raise FrameError(f"cohort, deadline_s: expected a number above 0 or null, got {found.deadline_s}")
-    if not (found.score or found.train):
-        raise FrameError("cohort: expected score or train, got neither")
     return found
 
 

@@ -9,7 +9,7 @@ from anyrank.errors import AnyRankError, RunError
 from anyrank.runs import seal
 from anyrank.runs.folder import RunDir
 from anyrank.runs.matching import stored_config
-from anyrank.runs.names import COMPARISON, CONFIG, SUMMARY, read_object
+from anyrank.runs.names import COMPARISON, CONFIG, RESULT, SUMMARY, read_object
 
 
 def is_finished(path: Path) -> bool:
@@ -24,8 +24,15 @@ def finished(path: Path) -> Config:
         raise RunError(f"{path}: {what}; expected the folder of a finished run")
     config = stored_config(path)
     if not is_finished(path):
-        raise RunError(f"{path}: the run is not finished; finish it by anyrank run {path / CONFIG} --out {path} --resume")
+        raise RunError(f"{path}: {unfinished(path)}")
     return config
+
+
+def unfinished(path: Path) -> str:
+    """What is wrong with a folder whose run did not come to its end, and how to continue."""
+    if (path / RESULT).is_file():  # of a federation, at one of its sites
+        return "is half-written; the owner of the federation sends it again by anyrank deploy resume"
+    return f"the run is not finished; finish it by anyrank run {path / CONFIG} --out {path} --resume"
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from anyrank.errors import RunError
 from anyrank.files import is_temporary, write_whole_text
-from anyrank.runs.names import CHECKPOINT, CONFIG, SEAL, read_object
+from anyrank.runs.names import CHECKPOINT, CONFIG, RESULT, SEAL, read_object
 
 _NOT_SEALED = {SEAL, ".lock", "report.html"}
 
@@ -47,7 +47,8 @@ def check(folder: Path, names: Iterable[str]) -> None:
         was = noted.get(name) if isinstance(noted, dict) else None
         if was is None or not (folder / name).is_file() or _digest(folder / name) != was:
             how = "has changed since the run ended" if os.path.lexists(folder / name) else "is missing"
-            raise RunError(f"{folder / name}: {how}; anyrank run {folder / CONFIG} --out {folder} --resume writes it again")
+            again = f"anyrank run {folder / CONFIG} --out {folder} --resume writes it again"
+            raise RunError(f"{folder / name}: {how}; {'restore it' if (folder / RESULT).is_file() else again}")
 
 
 def _once() -> Callable[[Path], str]:

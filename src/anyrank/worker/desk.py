@@ -98,6 +98,8 @@ class Desk:
         known = {job.client.name: job for job in jobs}
         way = Mechanism.of(wanted.mechanism) if wanted.mechanism else None
         scorer = held.scorer if wanted.score else None
+        if not (wanted.train or wanted.score):
+            raise FrameError("cohort: expected score or train, got neither: this worker keeps nothing")
         if wanted.train:
             replies = trainer.train_cohort(held.model, jobs, held.shards, plan, way, held.stacking, wanted.deadline_s, scorer)
         else:

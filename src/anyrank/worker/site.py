@@ -30,12 +30,12 @@ from anyrank.messages import calls, wire
 from anyrank.messages.body import expect as expect_frame
 from anyrank.messages.frame import Frame, from_bytes, to_bytes
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Scaling
+from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Reported, Scaling
 from anyrank.privacy.grant import Grant, Release, Spent
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
 from anyrank.training import trainer
-from anyrank.worker import sitechecks, siteload
+from anyrank.worker import results, sitechecks, siteload
 from anyrank.worker.sitechecks import Refused, expect
 from anyrank.worker.sitefile import SiteFile
 from anyrank.worker.siteload import Held
@@ -144,15 +144,17 @@ class SiteDesk:
     def _carried_out(self, held: Held, wanted: calls.Cohort, frame: Frame, sent: Frame) -> Frame:
         expect_frame(sent, wire.DOWNLOAD, run=held.run, client=self.site.name)
         expect(wanted.mechanism is None, "cohort.mechanism", "none: the site has its own", "one")
-        expect(wanted.train or held.scorer is not None, "cohort.train", "training: this site reports no scores here", "none")
         expect(
             sent.array_bytes <= self.site.limits.download_bytes, "download", self.site.limits.download_bytes, sent.array_bytes
         )
         plan = wire.plan_of(sent)
         sitechecks.check_plan(held.config, plan, wanted.train)
+        over = plan.round > held.config.run.rounds
+        scores = wanted.score and held.scorer is not None
+        expect(wanted.train or over or scores, "cohort.train", "training: no scores leave here", "none")
         job = self._job(held, plan, sent)
         if not wanted.train:
-            return self._scored(held, job, plan, wanted)
+            return self._handed_over(held, job, plan, wanted) if over else self._scored(held, job, plan, wanted)
         if held.privacy:
             return self._released(held, job, plan, _request(held, frame, sent))
         return self._trained(held, job, plan, wanted)
@@ -199,6 +201,19 @@ class SiteDesk:
             self.log.write("failed", kind="scoring", run=held.run, round=plan.round, code=reply.code.name, reason=reply.reason)
             return wire.failure_frame(reply, held.run, plan.round)
         return wire.counts_frame(reply, held.run, plan.round)
+
+    def _handed_over(self, held: Held, job: Job, plan: Plan, wanted: calls.Cohort) -> Frame:
+        """Keep the model of the closing exchange, and reply with its scores, if the site reports any."""
+        reply = self._scored(held, job, plan, wanted) if held.scorer and wanted.score else None
+        reply = reply or wire.counts_frame(Reported(self.site.name, None), held.run, plan.round)
+        counts = wire.counts_of(reply).counts if reply.header.kind == wire.COUNTS else None
+        try:
+            folder = results.keep(self.store, held, plan.round - 1, job.download, counts)
+        except AnyRankError as error:  # the scores are there all the same
+            self.log.write("failed", kind="result", run=held.run, round=plan.round, reason=str(error))
+            return reply if counts else wire.failure_frame(Failure(self.site.name, Code.CRASHED), held.run, plan.round)
+        self.log.write("kept", kind="result", run=held.run, round=plan.round - 1, folder=str(folder))
+        return reply
 
     def _limit(self, wanted: calls.Cohort) -> float:
         """Seconds for a job that is not private: the server may lower the site's own limit."""

@@ -14,6 +14,7 @@ from anyrank.config.sections.values import expect
 from anyrank.errors import ConfigError, printable, shortened
 
 AUTO = "auto"
+AT_THE_SITE = "at the site"  # in the place of a source that a server does not know
 AUTO_RANKS = (4, 8, 16, 32, 64)  # that a site with rank = "auto" chooses from, if clients.ranks says nothing else
 _LONGEST = 100  # bytes of a name: it is the name of a folder
 _NAME = f"a name of printable characters that a folder can have, of at most {_LONGEST} bytes"
