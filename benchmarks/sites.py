@@ -37,7 +37,7 @@ def work(asked: dict[str, Any]) -> int:
     """Answer frames as a worker does, with numbers from a table."""
     from anyrank.worker import channel
 
-    taken = channel.take_over()
+    taken = channel.take_over().start()
     from anyrank.worker import serve
 
     return serve.serve(taken, Desk(asked))
@@ -148,7 +148,9 @@ def serve(asked: dict[str, Any], out: Path) -> dict[str, Any]:
         method={"name": asked["method"]},
     )
     method = methods.make(config.method.name, config.method.options)
-    engine = workers.Workers(to_table(config), max(asked["ranks"]), envs=[{"OMP_NUM_THREADS": "1"}] * asked["workers"])
+    engine = workers.Workers(to_table(config), max(asked["ranks"]))
+    for _ in range(asked["workers"]):
+        engine.add({"OMP_NUM_THREADS": "1"})
     clock = Clock()
     clock.watch(guard, "admit", "guard")
     clock.watch(NormBound, "screen", "norm bound")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from anyrank import devices, simulation
+from anyrank.cli.plans import plan_tables
 from anyrank.config.sections import Config
 from anyrank.config.tables import from_table, identity, to_table
 from anyrank.errors import ConfigError, RunError
@@ -93,6 +94,14 @@ def test_candidates_are_those_of_the_clients_and_end_at_the_models_width(folder)
     assert rank_of(settled(config(folder, "auto", 8.0, clients={"ranks": [2, 6]}))) == 6
     assert rank_of(settled(config(folder, "auto", 8.0, clients={"ranks": [40, 50]}))) == 32  # none of them: the most there is
     assert rank_of(settled(config(folder, "auto"))) == 32  # by what is free here
+
+
+def test_a_plan_says_which_ranks_were_chosen(folder) -> None:
+    figures = forecast.cost(config(folder, "auto", 8.0), measure=False)
+    assert figures["chosen_ranks"] == ["site county: rank 32, the largest of 4, 8, 16, 32 that fits in 8.0 GB"]
+    rows = [row for table in plan_tables(figures) for row in table.columns[0].cells]
+    assert "chosen ranks" in rows
+    assert not forecast.cost(config(folder, 4), measure=False)["chosen_ranks"]
 
 
 def test_free_memory_counts_and_what_is_not_known_has_to_be_given(folder, monkeypatch) -> None:

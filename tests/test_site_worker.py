@@ -30,6 +30,7 @@ from anyrank.privacy.grant import Grant, Release
 from anyrank.simulation import building
 from anyrank.worker import sitefile
 from anyrank.worker.site import spent
+from anyrank.worker.siteload import digest_of_model
 from anyrank.worker.sitelog import LOG
 from anyrank.worker.store import Store
 from anyrank.worker.supervisor import Died, Supervised
@@ -495,6 +496,39 @@ def test_a_wrong_site_file_ends_its_worker_with_a_line_and_an_error_to_who_asks(
     worker.close()
     usage = subprocess.run([*command[:3], "--cite"], capture_output=True, text=True, timeout=60)
     assert (usage.returncode, usage.stderr) == (2, "usage: python -m anyrank.worker [--site FILE]\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
+@pytest.mark.parametrize(("megabytes", "fails"), [(300, True), (900, False)])
+def test_a_limit_of_memory_is_the_systems(world: Path, megabytes: int, fails: bool) -> None:
+    """The worker's own start sets it: 600 MB can be had with a limit of 900, and not with one of 300."""
+    path = site_file(world, "county", f"limited-{megabytes}", limits={"memory_gb": megabytes / 1000})
+    program = f"""if True:
+        from anyrank.worker import channel, sitemain
+        class Enough(Exception): ...
+        def stop(most_bytes): raise Enough
+        channel.take_over = stop
+        try:
+            sitemain.main({str(path)!r})
+        except Enough:
+            print(len(bytearray(600_000_000)))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == ((1, "") if fails else (0, "600000000\n"))
+    assert ("MemoryError" in done.stderr) == fails
+
+
+def test_another_base_model_than_the_accepted_one_is_refused_by_its_key(world: Path) -> None:
+    right = digest_of_model(world / "model")
+    for number, (digest, kind) in enumerate([(right, calls.READY), ("0" * 64, calls.ERROR)]):
+        site = Asked(site_file(world, "county", f"accepts-{number}", accept={"base_model": digest}))
+        (reply,) = site.ask(setup(table("rbla")))
+        assert reply.header.kind == kind
+        if kind == calls.ERROR:
+            assert "accept.base_model" in str(calls.error_of(reply))
+            assert right not in str(calls.error_of(reply)), "what the site has is its own matter"
+            assert right in (world / f"accepts-{number}" / "site.log").read_text()
+        site.close()
 
 
 def test_a_store_that_cannot_be_used_ends_its_worker_with_status_2_whether_somebody_asks_or_not(world: Path) -> None:

@@ -138,7 +138,7 @@ REFUSED = [
     (("run", "lr.toml"), "train.lr: unknown key; did you mean train.learning_rate?"),
     ((*RUN, "trian.x=1"), "[trian]: unknown section; did you mean 'train'?"),
     ((*RUN, "train.learnin_rate=1"), "did you mean 'learning_rate'?"),
-    ((*RUN, "rounds=3"), "--set rounds=3: expected section.key=value"),
+    ((*RUN, "rounds=3"), "--set rounds=3: expected section.key=value, did you mean run.rounds=3?"),
     ((*RUN, "run.rounds=0"), "run.rounds: expected a whole number of at least 1, got 0"),
     ((*RUN, "method.name=rafola"), "method 'rafola': unknown; did you mean 'raflora'?"),
     ((*RUN, "method.splt=balanced"), "method 'stayput': unknown option 'splt'; did you mean 'split'?"),

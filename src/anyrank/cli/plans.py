@@ -18,6 +18,7 @@ def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
     rows = {
         "task": figures["task"],
         "clients": f"{figures['clients']:,} registered, {figures['cohort']:,} per round",
+        **({"chosen ranks": shown("; ".join(figures["chosen_ranks"]))} if figures["chosen_ranks"] else {}),
         "rounds": f"{figures['rounds']:,}, of {figures['local_steps']:.4g} local steps",
         "traffic per round": f"{_both_ways(figures, '_a_round')}, expected",
         "traffic in total": f"{_both_ways(figures, '')}, expected",

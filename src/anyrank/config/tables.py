@@ -233,7 +233,10 @@ def _override(table: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not 2 <= len(keys) <= _MOST_DOTS or not all(keys):
-        raise ConfigError(f"--set {override}: expected section.key=value, e.g. train.learning_rate=1e-3")
+        known = explain.keys()
+        meant = [key.path for key in known if key.path.split(".")[1:] == keys] if equals else []
+        example = f"did you mean {meant[0]}={text}?" if len(meant) == 1 else "e.g. train.learning_rate=1e-3"
+        raise ConfigError(f"--set {override}: expected section.key=value, {example}")
     if keys[0] == "sites":
         raise ConfigError(f"--set {override}: the [[sites]] are set in the file of the configuration only; change them there")
     try:

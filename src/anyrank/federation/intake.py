@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyrank import devices
 from anyrank.errors import printable, shortened
 from anyrank.federation import guard
 from anyrank.federation.asking import Skipped
 from anyrank.federation.reported import Reporting
 from anyrank.messages.records import Client, ClientUpdate, Counts, Failure, Job, ServerState, Unreadable
+from anyrank.messages.spooled import is_kept
 from anyrank.robust.base import Rule, Screened
 
 _LONGEST, _LONGEST_REASON = 100, 500  # letters of a name, and of a reason, that nobody here gave
@@ -56,6 +58,8 @@ class Collected:
             reason = f"expected a client's update, got what cannot be read as one ({shortened(type(error).__name__, 100)})"
             return self._row(job.client, job.num_examples, "rejected", reason)
         self.updates.append(update)
+        if is_kept(update.adapter):  # its layers were read one by one
+            devices.trim()
         self.counts |= {update.client: counts} if counts else {}
         known = {key: update.metrics.get(key) for key in ("loss", "seconds")}
         return self._row(job.client, job.num_examples, "ok", "") | known

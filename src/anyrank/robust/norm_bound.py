@@ -16,16 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from anyrank import devices
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.change import between, units
 from anyrank.messages.records import ClientUpdate, Download, Job, ServerState
-from anyrank.messages.spooled import rebuilt
+from anyrank.messages.spooled import is_kept, rebuilt
 from anyrank.robust.base import Rule, Screened
-from anyrank.robust.steps import along, square, total
+from anyrank.robust.steps import along, distance, square, total
 
 FEWEST = 3  # updates that have a median: of a round, or of one rank
 _SLACK = (0.0, *(10.0**-digits for digits in range(7, 0, -1)), 0.5, 0.75, 1.0)  # of the share: stored numbers are rounded
@@ -97,6 +95,8 @@ def _medians(lengths: Sequence[Lengths]) -> Lengths:
 def _measured(job: Job, update: ClientUpdate) -> Lengths:
     lengths = measure(job.download, update.adapter)
     job.settle()
+    if is_kept(update.adapter):
+        devices.trim()
     return lengths
 
 
@@ -107,16 +107,12 @@ def measure(download: Download, trained: Adapter) -> Lengths:
         after, unit = trained.layers[name], units(before, download.rescale)
         for factor in download.train - download.private:
             start, end = getattr(before, factor), getattr(after, factor)
-            changes.append(unit[factor] * _distance(start[: after.rank] if factor == "A" else start[:, : after.rank], end))
+            changes.append(unit[factor] * distance(start[: after.rank] if factor == "A" else start[:, : after.rank], end))
         if not download.private:
             squares.append(square(before, after))
     tensors = {} if "tensors" in download.private else download.adapter.tensors
-    changes += [_distance(tensor, trained.tensors[name]) for name, tensor in tensors.items()]
+    changes += [distance(tensor, trained.tensors[name]) for name, tensor in tensors.items()]
     return Lengths(0.0 if download.private else total(squares, download, trained), math.hypot(*changes))
-
-
-def _distance(start: Tensor, end: Tensor) -> float:
-    return float(torch.linalg.vector_norm(end.double() - start.double()))
 
 
 def shortened(job: Job, update: ClientUpdate, lengths: Lengths, bounds: Lengths) -> tuple[ClientUpdate, float]:

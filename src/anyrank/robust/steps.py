@@ -7,13 +7,14 @@ Small steps. `s B' A'` and `s B A` are nearly equal, and the difference of their
 written by the changes of the factors instead, which are exact: slice by slice `dB A' + B dA`, or `dB A + B' dA`, which is the
 same matrix. The form with the smaller terms is taken: under `(g B, A / g)` the terms of one of them grow with g.
 
-Memory. Factors are converted to float64 a part at a time (32 MB). Inner products are computed for two blocks of clients at a
+Memory. Factors are converted to float64 a part at a time (4 MB). Inner products are computed for two blocks of clients at a
 time, of 1,024 columns and 256 MB of downloads each at most, or of one client. For layers of 4096 x 4096 and rank 64 that is
 about 150 MB, however many clients there are, and two blocks of downloads, beside the uploads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from anyrank.messages.spooled import shelved, spool_of
 
 _COLUMNS = 1 << 10  # of the steps of a block of clients: its products with another block are 8 MB
 _DOWNLOADS = 1 << 28  # bytes of the downloads of a block
-_NUMBERS = 1 << 22  # float64 numbers of factors that are held at a time
+_NUMBERS = 1 << 19  # float64 numbers of factors that are held at a time: 4 MB, and as much for each step of a sum
 
 
 class Factors(NamedTuple):
@@ -148,7 +149,16 @@ def _line(before: LoraLayer, after: LoraLayer) -> tuple[Factors, Tensor]:
 
 
 def _lengths(factor: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64)
+    """The norms of the columns (`dim` 0) or rows (`dim` 1), in float64."""
+    step = max(1, _NUMBERS // factor.shape[1 - dim])
+    parts = [torch.linalg.vector_norm(part, dim=dim, dtype=torch.float64) for part in factor.split(step, dim)]
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
+def distance(start: Tensor, end: Tensor) -> float:
+    """The norm of the change of one tensor, in float64."""
+    norms = [float(torch.linalg.vector_norm(b.double() - a.double())) for a, b in _parts([start, end])]
+    return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
 
 def _moves(before: Adapter, after: Adapter) -> Iterator[Tensor]:

@@ -35,14 +35,15 @@ def cost(config: Config, measure: bool = True, progress: Progress | None = None)
     round and in total are expected values over the draw of the cohorts. `measure`: time one local step of each rank, and
     estimate the time of training from it, always in this process. Raises the errors of a run for a wrong request.
     """
-    config = building.settled(config, progress)
+    chosen: list[str] = []
+    config = building.settled(config, progress, chosen.append)
     with devices.threads(config.run.threads):
         built = simulation.build(config.replace(run={"engine": "process"}), progress)
         try:
             state = loop.start(built)
             levels = [_level(built, state, rank, count) for rank, count in _counts(built.population.ranks)]
             activations = _measure(built, state, levels) if measure else 0
-            return _figures(built, state, levels, activations)
+            return _figures(built, state, levels, activations) | {"chosen_ranks": chosen}
         finally:
             built.close()
 
