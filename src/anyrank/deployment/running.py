@@ -12,13 +12,13 @@ from anyrank.config.sections import Config
 from anyrank.deployment.public import check, kept, public
 from anyrank.engines.seat import Make, process
 from anyrank.engines.sites import Sites
-from anyrank.errors import AnyRankError, ConfigError, RunFailed
+from anyrank.errors import ConfigError
 from anyrank.federation import assembly, loop
 from anyrank.federation.checks import check_ranks
 from anyrank.messages.records import Scaling
 from anyrank.progress import Progress
+from anyrank.runs import removal
 from anyrank.runs.folder import RunDir
-from anyrank.runs.removal import remove_start
 
 MOST_BYTES = 1 << 34  # of a frame from a site
 
@@ -49,9 +49,8 @@ def federate(
     makes = _makes(config, sites, most_bytes)
     known = kept(config)
     RunDir.check(out, known, resume)
-    new = not out.exists()
     scaling = Scaling(config.lora.alpha, config.lora.scaling)
-    with devices.threads(config.run.threads):
+    with removal.unless_begun(out), devices.threads(config.run.threads):
         engine = Sites(public(config), (max(config.clients.ranks), scaling, config.run.seed), makes, config.run.name)
         try:
             roster = engine.open(wait_s, lambda away: progress and progress(len(makes) - len(away), len(makes)))
@@ -59,12 +58,6 @@ def federate(
             with RunDir.open(out, known, resume, engine.agreed) as store:
                 engine.keep_in(out)
                 return loop.run(built, store, on_round)
-        except RunFailed:
-            raise
-        except AnyRankError:
-            if new:  # wrong before round 1: the request has to be corrected, and there is nothing to resume
-                remove_start(out)
-            raise
         finally:
             engine.close()
 

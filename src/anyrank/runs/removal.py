@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from anyrank import files
-from anyrank.errors import RunError, RunFailed
+from anyrank.errors import AnyRankError, RunError, RunFailed
 from anyrank.runs import lock
 from anyrank.runs.lock import LOCK
 from anyrank.runs.names import (
@@ -65,6 +67,21 @@ def remove_run(path: Path) -> None:
     with files.naming(path):  # Windows deletes no file that is open
         _remove(path / LOCK)
         path.rmdir()
+
+
+@contextmanager
+def unless_begun(folder: Path) -> Iterator[None]:
+    """A run that writes `folder`, if there is none yet. Where an error ends it before round 1 that is no `RunFailed`, the
+    request has to be corrected, there is nothing to resume, and what was written is removed."""
+    new = not folder.exists()
+    try:
+        yield
+    except RunFailed:
+        raise
+    except AnyRankError:
+        if new:
+            remove_start(folder)
+        raise
 
 
 def remove_start(path: Path) -> None:

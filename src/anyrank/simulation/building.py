@@ -16,7 +16,7 @@ from anyrank.config.sections import HANDED_IN, Config
 from anyrank.data import partition
 from anyrank.data.partition import ByName
 from anyrank.engines.inprocess import InProcess
-from anyrank.errors import AnyRankError, ConfigError, RunFailed
+from anyrank.errors import ConfigError
 from anyrank.federation import assembly, loop
 from anyrank.federation.checks import check_ranks
 from anyrank.federation.engine import Engine
@@ -24,10 +24,10 @@ from anyrank.federation.federation import Federation
 from anyrank.methods import Method
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.progress import Progress
+from anyrank.runs import removal
 from anyrank.runs.folder import RunDir
 from anyrank.runs.matching import with_stored_ranks
 from anyrank.runs.names import CONFIG
-from anyrank.runs.removal import remove_start
 from anyrank.simulation import ranks, workers
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.dealing import dealt, held_out, roster
@@ -133,20 +133,13 @@ def execute(
     """
     config = with_stored_ranks(out, config)
     RunDir.check(out, config, resume)
-    new = not out.exists()
     if not os.path.lexists(out / CONFIG):
         config = settled(config, progress, tell)
-    with devices.threads(config.run.threads), torch.enable_grad():
+    with removal.unless_begun(out), devices.threads(config.run.threads), torch.enable_grad():
         built = build(config, progress, **instead)
         try:
             with RunDir.open(out, config, resume) as store:
                 workers.keep_replies(built, out)
                 return loop.run(built, store, on_round)
-        except RunFailed:
-            raise
-        except AnyRankError:
-            if new:  # wrong before round 1: the request has to be corrected, and there is nothing to resume
-                remove_start(out)
-            raise
         finally:
             built.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +30,9 @@ from anyrank.training.lora import LoraModel
 from anyrank.training.opening import open_model
 from anyrank.training.scoring import Scorer
 from anyrank.worker import memory
+from anyrank.worker.serve import now_and_then
 
 Receive = Callable[[], Frame]  # the next frame that comes
-_PAUSE_S = 0.2  # seconds between two reports of progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ class Desk:
 
     def _setup(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
         table, largest_rank = calls.setup_of(frame)
-        self.held = load(from_table(table), largest_rank, _now_and_then(progress))
+        self.held = load(from_table(table), largest_rank, now_and_then(progress))
         yield calls.ready_frame(self.held.ready, frame.header.run)
 
     def _start(self, frame: Frame, receive: Receive, progress: Callable[[Frame], None]) -> Iterator[Frame]:
@@ -124,18 +123,6 @@ def _reply_frame(reply: ClientUpdate | Reported | Failure, job: Job, run: str, r
         except FrameError as error:
             reply = Failure(reply.client, Code.CRASHED, f"its upload cannot be sent: {error}")
     return failure_frame(reply, run, round, with_reason=True)
-
-
-def _now_and_then(send: Callable[[Frame], None]) -> Progress:
-    """Progress as frames, at most one in `_PAUSE_S`."""
-    last = [0.0]
-
-    def report(done: int, total: int) -> None:
-        if time.monotonic() - last[0] >= _PAUSE_S:
-            last[0] = time.monotonic()
-            send(calls.progress_frame(done, total))
-
-    return report
 
 
 def load(config: Config, largest_rank: int, progress: Progress) -> Held:

@@ -9,7 +9,6 @@ before it trains, and sends nothing but the noised release.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,9 @@ from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Reported, Scaling
 from anyrank.privacy.grant import Grant, Release, Spent
 from anyrank.privacy.noise import Mechanism
-from anyrank.progress import Progress
 from anyrank.training import trainer
 from anyrank.worker import results, sitechecks, siteload
+from anyrank.worker.serve import now_and_then
 from anyrank.worker.sitechecks import Refused, expect
 from anyrank.worker.sitefile import SiteFile
 from anyrank.worker.siteload import Held
@@ -43,7 +42,6 @@ from anyrank.worker.sitelog import SiteLog
 from anyrank.worker.store import Store
 
 Receive = Callable[[], Frame]
-_PAUSE_S = 0.2  # seconds between two reports of progress
 _ONE = 1  # job in a request: a site is one client
 
 
@@ -96,7 +94,8 @@ class SiteDesk:
             self.held.model.close()
             self.held = None
         config = sitechecks.fitted(self.site, table, largest_rank)
-        self.held = held = siteload.load(self.site, frame.header.run, table, config, largest_rank, _now_and_then(progress))
+        tell = now_and_then(progress, hundredths=True)
+        self.held = held = siteload.load(self.site, frame.header.run, table, config, largest_rank, tell)
         self.log.write("ready", run=held.run, key=held.key, method=held.method.name, rank=held.rank, rounds=config.run.rounds)
         yield self._left(calls.ready_frame(siteload.ready(held), held.run))
 
@@ -288,15 +287,3 @@ def _public(error: Exception) -> AnyRankError:
 
 def _in_full(error: Exception) -> str:
     return str(error) if isinstance(error, AnyRankError) else in_a_line(error)
-
-
-def _now_and_then(send: Callable[[Frame], None]) -> Progress:
-    """Progress as frames, at most one in `_PAUSE_S`, in hundredths: how many examples there are is not said."""
-    last = [0.0]
-
-    def report(done: int, total: int) -> None:
-        if time.monotonic() - last[0] >= _PAUSE_S:
-            last[0] = time.monotonic()
-            send(calls.progress_frame(100 * done // max(total, 1), 100))
-
-    return report
