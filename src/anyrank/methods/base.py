@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from anyrank import devices
 from anyrank.adapter.adapter import Adapter, iter_names
 from anyrank.adapter.layer import LoraLayer
 from anyrank.adapter.lazy import outlined
@@ -181,6 +182,8 @@ class Method(ABC):
                 layers[name] = layer
                 if base is not None:
                     into_base[name] = base
+            if spool:
+                devices.trim()
         tensors = mean_tensors(state.adapter.tensors, updates)
         adapter = replace(state.adapter, layers=layers, tensors=tensors)
         merged = Adapter(into_base, {}, state.adapter.config) if into_base else state.merged
