@@ -632,7 +632,7 @@ REFUSED = [
     (["submit", "{digits}", "--kit", "{fed}/kits/owner@example.org"], "expected a table [[sites]] for each site, got none"),
     (["submit", "{strangers}", "--kit", "{fed}/kits/owner@example.org"], "'c' is no site of this federation"),
     (["submit", "{run}", "--kit", "{fed}/kits/owner@example.org"], "the server cannot be reached"),
-    (["status", "--kit", "{fed}/kits/server"], "expected the kit of an owner or a viewer, got that of the server"),
+    (["status", "--kit", "{fed}/kits/a"], "expected the kit of an owner or a viewer or the server, got that of a site"),
     (["status", "--kit", "{fed}/kits/viewer@example.org"], "the server cannot be reached"),
     (["stop", "first", "--kit", "{fed}/kits/viewer@example.org"], "expected the kit of an owner, got that of a viewer"),
     (["resume", "first", "--kit", "{fed}/kits/viewer@example.org"], "expected the kit of an owner, got that of a viewer"),

@@ -25,9 +25,9 @@ from anyrank.engines.nvflare import session
 from anyrank.engines.nvflare.session import Commands, Job, Unreached
 from anyrank.errors import DeployError, RunFailed, nearest
 from anyrank.files import make_folder, write_whole_text
-from anyrank.parties import kits
+from anyrank.parties import kits, looking
 from anyrank.parties.kits import Kit
-from anyrank.parties.policies import OWNER, VIEWER
+from anyrank.parties.policies import OWNER, SERVER, VIEWER
 
 LOOK_S = 5.0  # between two looks at the server
 ROUNDS = "anyrank.deployment.nvflare.Rounds"  # the class that runs the rounds, in the server's job
@@ -63,14 +63,15 @@ def owner(folder: Path) -> Member:
 
 
 def reader(folder: Path) -> Member:
-    """Who may look: an owner or a viewer."""
-    return _member(folder, (OWNER, VIEWER))
+    """Who may look: an owner or a viewer; and the server's own kit, for its run folders."""
+    return _member(folder, (OWNER, VIEWER, SERVER))
 
 
 def _member(folder: Path, roles: tuple[str, ...]) -> Member:
     kit = kits.open_kit(folder, roles)
     kits.check(kit)
-    make_folder(kit.state / _SUBMITTED, 0o700)
+    if kit.role != SERVER:
+        make_folder(kit.state / _SUBMITTED, 0o700)
     return Member(kit)
 
 
@@ -273,7 +274,23 @@ def remove(member: Member, site: str, undo: bool = False) -> None:
 
 
 def status(member: Member) -> dict[str, Any]:
-    """What the server says: itself, the sites with the seconds since they were heard, the newest job of each run."""
+    """What the server says: itself, the sites with the seconds since they were heard, the newest job of each run.
+
+    Where the server cannot be asked, and its kit is here, what its run folders say: see `looking.status`.
+    """
+    at_hand = looking.server_kit(member.kit)
+    if member.kit.role == SERVER:
+        return looking.status(member.kit)
+    try:
+        return _asked(member)
+    except Unreached:
+        found = looking.status(at_hand) if at_hand else {}
+        if not found.get("runs"):
+            raise
+        return found
+
+
+def _asked(member: Member) -> dict[str, Any]:
     with member.session() as commands:
         standing, now = commands.standing(), time.time()
         newest = {job.run: job for job in commands.jobs()}
@@ -287,14 +304,18 @@ def status(member: Member) -> dict[str, Any]:
 def _row(commands: Commands, job: Job) -> dict[str, Any]:
     row = dataclasses.asdict(job) | {"state": job.state}
     if job.state == "running":
-        with contextlib.suppress(DeployError):
+        try:
             told = commands.progress(job.id)
             row |= {key: told[key] for key in ("round", "rounds", "waiting") if key in told}
+        except DeployError:
+            row["silent"] = True
     return row
 
 
 def in_words(table: Mapping[str, Any]) -> list[str]:
     """The lines of a status: a verdict for each run, and who is there."""
+    if "from" in table:
+        return looking.in_words(table)
     here = [each["name"] for each in table["sites"] if each["seen_s"] is not None and each["seen_s"] < _SEEN_S]
     away = [each["name"] for each in table["sites"] if each["name"] not in here]
     lines = [f"{table['federation']} at {table['server']}: {len(here)} of {len(table['sites'])} sites connected"]
@@ -308,6 +329,8 @@ def _verdict(row: Mapping[str, Any]) -> str:
         return f"{said}: its server was restarted, and nothing runs it; resume it"
     if "round" in row:
         said += f", round {row['round']} of {row['rounds']}"
+    if row.get("silent"):
+        said += ", its job does not answer (it starts, or hangs)"
     if row.get("waiting"):
         said += f", waiting for {', '.join(row['waiting'])}"
     return said
@@ -315,6 +338,8 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 def following(table: Mapping[str, Any], kit: Path) -> str:
     """What to type next, after a status."""
+    if "from" in table:
+        return looking.following(table, looking.server_kit(kits.open_kit(kit)))
     again = next((row["run"] for row in table["runs"] if row["state"] in ("lost", "failed", "stopped")), "")
     if again:
         return f"anyrank deploy resume {again} --kit {kit}"

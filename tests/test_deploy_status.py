@@ -1,0 +1,112 @@
+"""`anyrank deploy status` where no server can be asked: past rounds are shown from the server's run folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("nvflare")
+
+from anyrank import simulation
+from anyrank.config.tables import from_table
+from anyrank.engines.nvflare.session import Commands
+from anyrank.errors import DeployError
+from anyrank.parties import commanding, looking
+from anyrank.parties.kits import open_kit
+from deploy_world import OWNER, VIEWER, call, founded, free_port
+
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """The folder of a run of three rounds."""
+    folder = tmp_path_factory.mktemp("ran") / "run"
+    table = {"run": {"name": "first", "rounds": ROUNDS}, "clients": {"count": 3, "ranks": [2, 4]}, "train": {"local_steps": 1}}
+    simulation.execute(from_table(table), folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return founded(tmp_path / "fed", port=free_port())
+
+
+def left(place: Path, ran: Path, run: str = "first", rounds: int = ROUNDS) -> Path:
+    """A run folder as it lies at the server after so many rounds."""
+    folder = place / "kits/server/state/runs" / run / "run"
+    shutil.copytree(ran, folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:rounds]))
+    if rounds < ROUNDS:
+        (folder / "summary.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("who", ["server", OWNER, VIEWER])
+def test_past_rounds_are_shown_without_a_server(place: Path, ran: Path, monkeypatch, capsys, who: str) -> None:
+    whole = left(place, ran)
+    left(place, ran, "second", rounds=1)
+    assert call(monkeypatch, "deploy", "status", "--kit", str(place / "kits" / who), "--json") == (0, "")
+    table = json.loads(capsys.readouterr().out)
+    accuracy = json.loads((whole / "summary.json").read_text())["accuracy"]
+    assert [(row["run"], row["state"], row["round"], row["rounds"]) for row in table["runs"]] == [
+        ("first", "done", 3, 3),
+        ("second", "unfinished", 1, 3),
+    ]
+    assert table["runs"][0]["accuracy"] == accuracy
+    assert not table["running"]
+    assert call(monkeypatch, "deploy", "status", "--kit", str(place / "kits" / who)) == (0, "")
+    said = capsys.readouterr().out
+    assert f"first: done, round 3 of 3, accuracy {accuracy:.3f}" in said
+    assert "is not started on this machine" in said
+    assert f"next: anyrank deploy start {place / 'kits/server'}" in said
+
+
+def test_a_folder_that_cannot_be_read_is_a_line_and_the_others_are_shown(place: Path, ran: Path) -> None:
+    left(place, ran)
+    (left(place, ran, "torn") / "metrics.jsonl").write_text("{}\nnonsense\n")
+    (left(place, ran, "worse") / "config.toml").write_text("run = 3")
+    (place / "kits/server/state/runs/no-run").mkdir()
+    table = looking.status(open_kit(place / "kits/server"))
+    assert {row["run"]: row["state"] for row in table["runs"]} == {"first": "done", "torn": "unreadable", "worse": "unreadable"}
+    assert all("\n" not in line for line in looking.in_words(table))
+
+
+def test_where_nothing_ran_and_no_server_can_be_asked_status_is_one_line(place: Path, ran: Path, monkeypatch) -> None:
+    status, line = call(monkeypatch, "deploy", "status", "--kit", str(place / "kits" / VIEWER))
+    assert (status, "the server cannot be reached" in line) == (2, True)
+    apart = Path(shutil.move(place / "kits" / VIEWER, place.parent / "viewer"))  # on a machine without the server's kit
+    left(place, ran)
+    assert call(monkeypatch, "deploy", "status", "--kit", str(apart))[0] == 2
+    other = founded(place.parent / "other", name="other")  # the kit beside it is of another federation's server
+    shutil.move(apart, other / "kits" / "guest")
+    assert call(monkeypatch, "deploy", "status", "--kit", str(other / "kits" / "guest"))[0] == 2
+
+
+def test_a_running_job_that_does_not_answer_is_shown_as_such(place: Path, monkeypatch) -> None:
+    def silent(number: str, topic: str, data: object) -> dict:
+        raise DeployError("no reply")
+
+    listed = [{"job_id": "j", "job_name": "first", "status": "RUNNING", "submit_time": "1"}]
+    info = SimpleNamespace(
+        server_info=SimpleNamespace(start_time=1.0), client_info=[], job_info=[SimpleNamespace(job_id="j", app_name="app")]
+    )
+    server = SimpleNamespace(get_system_info=lambda: info, list_jobs=lambda: listed, do_app_command=silent)
+    owner = commanding.owner(place / "kits" / OWNER)
+
+    class Opened:
+        def __enter__(self):
+            return Commands(server, "localhost:8002")
+
+        def __exit__(self, *error):
+            return None
+
+    monkeypatch.setattr(commanding.Member, "session", lambda self: Opened())
+    table = commanding.status(owner)
+    assert table["runs"][0]["silent"]
+    assert "its job does not answer" in commanding.in_words(table)[-1]
