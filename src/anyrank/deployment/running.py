@@ -51,7 +51,8 @@ def federate(
     RunDir.check(out, known, resume)
     scaling = Scaling(config.lora.alpha, config.lora.scaling)
     with removal.unless_begun(out), devices.threads(config.run.threads):
-        engine = Sites(public(config), (max(config.clients.ranks), scaling, config.run.seed), makes, config.run.name)
+        start = (max(config.clients.ranks), scaling, config.run.seed)
+        engine = Sites(public(config), start, makes, config.run.name, most=config.run.workers)
         try:
             roster = engine.open(wait_s, lambda away: progress and progress(len(makes) - len(away), len(makes)))
             built = replace(assembly.assemble(known, method, roster), engine=engine, hands_over=True)

@@ -25,11 +25,12 @@ _PATIENCE_S = 30.0  # for a thread to end whose worker has been closed
 @dataclass(eq=False)
 class Work:
     """One question: of each of the clients `names`, one reply is expected. `frames` are built when they are sent, in the thread
-    of the caller. `post`: who is asked, if it is not all the same."""
+    of the caller. `post`: who is asked, if it is not all the same. `replies`: gives the most bytes of its replies together."""
 
     names: Sequence[str]
     frames: Callable[[], Sequence[Frame]]
     post: Post | None = None
+    replies: Callable[[], int] = lambda: 0
     owed: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,12 +45,18 @@ class Reply(NamedTuple):
 
 
 class Posts:
-    """The workers of one engine. One thread at a time may use it."""
+    """The workers of one engine. One thread at a time may use it.
 
-    def __init__(self) -> None:
+    `most`: as many are asked at the same time, 0 for all. `most_bytes`: further ones are asked while those that are have fewer
+    bytes of questions and replies together; 0 without a limit.
+    """
+
+    def __init__(self, most: int = 0, most_bytes: int = 0) -> None:
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._loading: set[Post] = set()
         self._busy: dict[Post, Work] = {}
+        self._taken: dict[Post, int] = {}  # bytes of what a worker is asked, and of its replies
+        self._most, self._most_bytes = most, most_bytes
         self.all: list[Post] = []
 
     def add(self, worker: Supervised) -> Post:
@@ -67,8 +74,9 @@ class Posts:
             reason = event.reason
         raise RunFailed(f"worker: {_ATTEMPTS} attempts to start one: {reason}")
 
-    def carry_out(self, works: Sequence[Work], timeout_s: float | None = None) -> Iterator[Reply]:
-        """One reply for each client of `works`, as they come; `timeout_s`: seconds for each.
+    def carry_out(self, works: Sequence[Work], timeout_s: float | None = None, every: bool = False) -> Iterator[Reply]:
+        """One reply for each client of `works`, as they come; `timeout_s`: seconds for each. `every`: all are asked at the same
+        time, whatever the limits.
 
         An error that a worker reports, or that comes up while one is opened, is raised: it is none of a client's. A worker that
         cannot be loaded costs nothing while there is another, or else the replies that are asked of it. If the caller leaves
@@ -79,7 +87,7 @@ class Posts:
         waiting, busy = list(works), self._busy
         try:
             while waiting or busy:
-                self._hand_out(waiting, timeout_s)
+                self._hand_out(waiting, timeout_s, every)
                 event = self._events.get()
                 if event.reply is not None:
                     busy[event.post].owed.discard(event.reply.header.client)
@@ -113,7 +121,7 @@ class Posts:
             post.thread.join(_PATIENCE_S)
         self.all, self._loading, self._busy = [], set(), {}
 
-    def _hand_out(self, waiting: list[Work], timeout_s: float | None) -> None:
+    def _hand_out(self, waiting: list[Work], timeout_s: float | None, every: bool) -> None:
         """Give works to the workers that are loaded, and let as many others load as there are works left."""
         cold = []
         for post in self.all:
@@ -123,9 +131,12 @@ class Posts:
             if post.worker.pid is None:
                 cold.append(post)
                 continue
+            if not every and self._is_full():
+                continue
             frames = work.frames()
             waiting.remove(work)
             self._busy[post] = work
+            self._taken[post] = sum(frame.array_bytes for frame in frames) + work.replies()
             post.give(frames, work.names, timeout_s)
         others = [post for post in cold if post.attempts < _ATTEMPTS]
         chosen = others if others or self._busy or self._loading else cold
@@ -136,6 +147,11 @@ class Posts:
             elif more > 0 and post in chosen:
                 self._load(post)
                 more -= 1
+
+    def _is_full(self) -> bool:
+        """Whether nobody else is asked now. Whoever is asked alone may be asked for anything."""
+        taken = sum(self._taken[post] for post in self._busy)
+        return bool(self._busy) and (0 < self._most <= len(self._busy) or 0 < self._most_bytes <= taken)
 
     def _load(self, post: Post) -> None:
         self._loading.add(post)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from anyrank.errors import AnyRankError
 from anyrank.messages import calls
@@ -48,6 +49,7 @@ class Seat:
         self._arrival: _Arrival | None = None
         self._absent = False  # whether a round has waited for it already
         self.refusal: AnyRankError | None = None
+        self.gate: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()  # held while a site that is there replies
 
     pid = 0  # a seat can always be asked: whether its site is there shows then
 
@@ -59,10 +61,11 @@ class Seat:
         self.refusal = None
         try:
             self._arrive()
-            for reply in self._worker.ask(frames, replies, timeout_s):
-                if reply.header.kind == calls.ERROR:
-                    raise calls.error_of(reply)
-                yield reply
+            with self.gate:
+                for reply in self._worker.ask(frames, replies, timeout_s):
+                    if reply.header.kind == calls.ERROR:
+                        raise calls.error_of(reply)
+                    yield reply
         except AnyRankError as error:
             self.refusal = error
             raise Died("it refused") from None

@@ -9,12 +9,17 @@ so that the base model's configuration is not needed here. FedSA's B and head ne
 for each such client, the A that it sent, with B and head as at the start. Nothing needs them: downloads leave B and head out,
 and merges use A alone. A client's personal model is at its site only.
 
+Sites are asked in waves, so that the server's memory does not grow with their number: as many at the same time as have
+`IN_FLIGHT` bytes of downloads and replies together, or `most` at most.
+
 A site whose worker ended costs its reply. It is set up again before its next job, and counts again once it has shown that it is
 what it was. One that stays away fails in each round and delays none after the first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,12 +36,28 @@ from anyrank.messages import calls, spooled
 from anyrank.messages.body import expect
 from anyrank.messages.frame import Frame
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Profile, Reported, Scaling, Scores, Unreadable
+from anyrank.messages.records import (
+    BOTH,
+    ClientUpdate,
+    Code,
+    Failure,
+    Job,
+    Profile,
+    Reported,
+    Scaling,
+    Scores,
+    Unreadable,
+    factor_bytes,
+    tensor_bytes,
+)
 from anyrank.messages.roster import Roster
+from anyrank.messages.spooled import reply_limit
 from anyrank.messages.wire import COUNTS, FAILURE, UPDATE, counts_of, download_frame, failure_of
 from anyrank.privacy.noise import Mechanism
 
 _FACTOR, _MORE_S = 1.25, 10.0  # a site ends its training itself; after this part of the deadline and more, its worker hangs
+IN_FLIGHT = 2_000_000_000  # bytes of downloads and replies; a server's process takes about 2.7 times as much at most
+_STARTS = 4  # sites that send the adapter which they start from at the same time
 _PAUSE_S = 1.0  # between two attempts to reach the sites that are missing
 _NOBODY = ""  # the client of an adapter's frame, which is none's
 
@@ -47,10 +68,17 @@ class Sites:
     """The engine over sites; `open` comes first."""
 
     def __init__(
-        self, config: Mapping[str, Any], start: tuple[int, Scaling, int], sites: Mapping[str, Make], run: str = ""
+        self,
+        config: Mapping[str, Any],
+        start: tuple[int, Scaling, int],
+        sites: Mapping[str, Make],
+        run: str = "",
+        most: int = 0,
+        most_bytes: int = IN_FLIGHT,
     ) -> None:
         """`config`: the table of the public configuration; `start`: rank, scaling and seed of the adapter that the run starts
-        from; `sites[name]` makes the worker of a site; `run`: the name of the run in all frames."""
+        from; `sites[name]` makes the worker of a site; `run`: the name of the run in all frames. `most`, `most_bytes`: limits
+        of what is under way in a round, as `Posts` has them."""
         self._run, self._start = run, start
         self._scored = config.get("privacy", {}).get("level", "none") == "none"  # else sites only keep what they are sent
         self._opening = calls.setup_frame(config, start[0], run)
@@ -58,7 +86,7 @@ class Sites:
         self._known: dict[str, Joined] = {}  # what each site said when it first came
         self._fresh: dict[str, calls.Ready] = {}  # of workers that were set up, and have not been checked since
         self._gone: set[str] = set()  # sites whose worker ended
-        self._posts, self._inbox = Posts(), Inbox()
+        self._posts, self._inbox = Posts(most, most_bytes), Inbox()
         self._seats: dict[str, Seat] = {}
         self._post: dict[str, Post] = {}
         for name in sorted(sites):
@@ -71,10 +99,22 @@ class Sites:
         All must come: a client's weight is its number of examples, which nobody else knows. Raises `RunFailed`, in one line, if
         one refuses, differs from the others, or does not come within `wait_s` seconds.
         """
-        until = time.monotonic() + wait_s
+        until, gate = time.monotonic() + wait_s, threading.BoundedSemaphore(_STARTS)
+        for each in self._seats.values():
+            each.gate = gate  # all load at the same time, and send their adapters in turn
+        try:
+            self._open(until, wait_s, missing)
+        finally:
+            for each in self._seats.values():
+                each.gate = contextlib.nullcontext()
+        roster = roster_of(self._known)
+        self._adapter = with_base(self._adapter, roster.facts.base_model)
+        return roster
+
+    def _open(self, until: float, wait_s: float, missing: Callable[[Sequence[str]], None]) -> None:
         while away := [name for name in self._seats if name not in self._known]:
             works = {Work([_NOBODY], lambda: [self._start_frame], self._post[name]): name for name in away}
-            for reply in self._posts.carry_out(list(works)):
+            for reply in self._posts.carry_out(list(works), every=True):
                 if isinstance(reply.found, Frame):
                     self._started(works[reply.work], reply.found)
             for name in away:
@@ -86,9 +126,6 @@ class Sites:
             if away:
                 missing(away)
                 time.sleep(_PAUSE_S)
-        roster = roster_of(self._known)
-        self._adapter = with_base(self._adapter, roster.facts.base_model)
-        return roster
 
     def keep_in(self, folder: Path) -> None:
         """Keep large replies in a file in `folder` until they are merged, not in memory."""
@@ -163,7 +200,10 @@ class Sites:
             download = download_frame(job.download, plan, job.client, job.num_examples, self._run)
             return [*first, calls.cohort_frame(wanted, self._run), download]
 
-        return Work([_NOBODY, name] if first else [name], frames, self._post[name])
+        def replies() -> int:
+            return reply_limit(job.download) + (self._start_bytes if first else 0)
+
+        return Work([_NOBODY, name] if first else [name], frames, self._post[name], replies)
 
     def _reply(self, job: Job, found: Frame | Failure, plan: Plan, kind: str) -> Reply:
         name = job.client.name
@@ -185,6 +225,10 @@ class Sites:
     @property
     def _start_frame(self) -> Frame:
         return calls.start_frame(*self._start, self._run)
+
+    @property
+    def _start_bytes(self) -> int:
+        return factor_bytes(self._adapter, BOTH) + tensor_bytes(self._adapter) if self._adapter else 0
 
     @property
     def _unchecked(self) -> set[str]:
