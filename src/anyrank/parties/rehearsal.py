@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -23,12 +24,16 @@ from anyrank.files import make_folder, write_whole_text
 from anyrank.parties import commanding, kits, policies, provisioning
 from anyrank.parties.commanding import Member
 from anyrank.runs.names import CLIENTS, SUMMARY, read_lines, read_object
+from anyrank.worker import sitefile
 
 OWNER = Person("owner@rehearsal.example", "owner")
 _HOST = "localhost"
 _READY_S = 120.0  # for a server or a site to be connected
 _LOOK_S = 1.0
 _END_S = 30.0
+TABLE = "rehearsal.json"  # in the rehearsal's folder: what happened
+_NO_BUDGET = 1e6  # epsilon that no run reaches
+_SLACK = 1.01
 _SEPARATE = ("text", "image", "label", "header", "delimiter", "encoding", "format", "prompt", "completion", "template", "chat")
 
 Tell = Callable[[str], None]
@@ -70,7 +75,11 @@ def rehearse(config: Config, folder: Path, tell: Tell) -> dict[str, Any]:
         raise RunFailed(
             f"the rehearsal of {asked.run} ended: {end['state']}; the server's log: {_log(folder, policies.SERVER)}"
         )
-    return {**end, "seconds": seconds, "folder": str(run), "sites": _of_sites(run, names)}
+    table = {**end, "seconds": seconds, "folder": str(run), "sites": _of_sites(run, names)}
+    if config.privacy.level != "none":
+        _add_ledgers(table, folder)
+    write_whole_text(folder / TABLE, json.dumps(table, indent=2) + "\n")
+    return table
 
 
 def _of_sites(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -82,6 +91,20 @@ def _of_sites(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         row = {"name": name, "rank": own[-1]["rank"] if own else None, "rounds": sum(row.get("status") == "ok" for row in own)}
         found.append(row | {key: scores.get(key) for key in ("train_examples", "accuracy", "loss")})
     return found
+
+
+def _add_ledgers(table: dict[str, Any], folder: Path) -> None:
+    """Add what the ledgers of the sites say, which are on this machine here: the epsilon that each has spent, and for how many
+    releases. Beside it, the epsilon by the server's own record."""
+    from anyrank.worker.site import spent
+
+    private = read_object(Path(table["folder"]) / SUMMARY).get("privacy", {})
+    by_server = private.get("epsilon_by_client", {})
+    for row in table["sites"]:
+        own = spent(sitefile.load(kits.open_kit(folder / provisioning.KITS / row["name"]).site_file))
+        row |= {"epsilon": own["spent"], "delta": own["delta"], "releases": own["charges"], "ledger": own["ledger"]}
+        row["epsilon_by_server"] = by_server.get(row["name"])
+    table["epsilon"] = max(row["epsilon"] for row in table["sites"])
 
 
 def free_port() -> int:
@@ -111,7 +134,7 @@ def site_table(config: Config, site: SiteConfig) -> dict[str, Any]:
     data |= {"source": _absolute(site.source), "test_source": _absolute(site.test_source)}
     model = {"folder": _absolute(config.model.path)} if config.model.path else {"name": config.model.name}
     private = config.privacy.level != "none"
-    granted = {"delta": config.privacy.delta, "epsilon": config.privacy.epsilon} if private else {}
+    granted = {"delta": config.privacy.delta, "epsilon": _granted(config)} if private else {}
     limits = {
         "rank": max(64, site.rank),
         "largest_rank": max(256, *config.clients.ranks),
@@ -127,6 +150,15 @@ def site_table(config: Config, site: SiteConfig) -> dict[str, Any]:
         "accept": {"scores": not private, "by_label": not private},
         "store": {"folder": f"../{policies.STATE}/store"},
     }
+
+
+def _granted(config: Config) -> float:
+    """The budget of a rehearsal's site: that of the run, or, where the run gives its noise instead, one that no run exceeds.
+
+    A site bounds what is spent by its own accountants; those of two libraries differ by less than one percent.
+    """
+    asked = config.privacy
+    return (asked.epsilon * (_SLACK if asked.accountant == "prv" else 1.0)) or _NO_BUDGET
 
 
 def _absolute(path: str) -> str:
@@ -203,12 +235,17 @@ def _followed(owner: Member, run: str, started: Mapping[str, subprocess.Popen[by
 def in_words(table: Mapping[str, Any]) -> list[str]:
     """What happened, for people."""
     lines = [f"{table['run']}: {table['state']} in {table['seconds']:.0f} s; the server and all sites have ended"]
-    lines.append(f"  {'site':20} {'rank':>5} {'rounds':>7} {'examples':>9} {'accuracy':>9}")
+    private = "epsilon" in table
+    last = "epsilon" if private else "accuracy"
+    lines.append(f"  {'site':20} {'rank':>5} {'rounds':>7} {'examples':>9} {last:>9}{'  releases' if private else ''}")
     for row in table["sites"]:
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        figure = "" if row[last] is None else f"{row[last]:.3f}"
+        count = f" {row['releases']:>9}" if private else ""
         lines.append(
-            f"  {row['name']:20} {_or(row['rank']):>5} {row['rounds']:>7} {_or(row['train_examples']):>9} {accuracy:>9}"
+            f"  {row['name']:20} {_or(row['rank']):>5} {row['rounds']:>7} {_or(row['train_examples']):>9} {figure:>9}{count}"
         )
+    if private:
+        lines.append(f"  epsilon by each site's own ledger, at delta = {table['sites'][0]['delta']:g}")
     return [*lines, f"run folder: {table['folder']}"]
 
 
