@@ -56,12 +56,12 @@ def of_kits(place: Path) -> list[psutil.Process]:
 class Started:
     """`anyrank deploy start` for a kit, and what it has printed."""
 
-    def __init__(self, kit: Path) -> None:
+    def __init__(self, kit: Path, env: dict[str, str] | None = None) -> None:
         self.kit, self.ready, self.log = kit, kit.with_name(f".{kit.name}.ready"), kit.with_name(f".{kit.name}.log")
         self.ready.unlink(missing_ok=True)
         command = [sys.executable, "-m", "anyrank", "deploy", "start", str(kit), "--ready-file", str(self.ready)]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)
 
     def connected(self) -> Started:
         until(lambda: self.ready.exists() or self.process.poll() is not None, f"{self.kit.name} is connected")

@@ -77,7 +77,7 @@ def _of_server(kit: Path, launcher: dict[str, Any]) -> dict[str, Any]:
             {
                 "id": "job_scheduler",
                 "path": "nvflare.app_common.job_schedulers.job_scheduler.DefaultJobScheduler",
-                "args": {"max_jobs": 4},
+                "args": {"max_jobs": 1, "max_schedule_count": 1_000_000, "max_schedule_interval": 30.0},
             },
             {"id": "job_manager", "path": "nvflare.apis.impl.job_def_manager.SimpleJobDefManager", "args": jobs},
             {"id": "job_store", "path": _STORAGE},

@@ -164,6 +164,7 @@ class RemoteWorker:
         try:
             came = asked.came.get(timeout=None if until is None else max(until - time.monotonic(), 0))
         except queue.Empty:
+            self._is_open = False  # the site ends its worker when it hears that nobody waits
             raise Late("the site did not reply in time") from None
         if isinstance(came, Exception):
             raise came
@@ -185,8 +186,8 @@ class RemoteWorker:
     def _check_code(self, known: parcels.Reply) -> None:
         if known.code == Code.OK:
             return
-        if known.code in (Code.CLOSED, Code.CHANGED):
-            self._is_open = False
+        if known.code in (Code.CLOSED, Code.CHANGED, Code.DIED, Code.LATE):
+            self._is_open = False  # its process loads anew, for which a question's time is not meant
         if known.code == Code.CLOSED:
             raise _Closed("the site's worker is not open")
         if known.code == Code.LATE:
