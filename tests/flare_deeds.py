@@ -195,10 +195,11 @@ def arm(phase: str, round: int, strike: Callable[[], object]) -> list[str]:
         if now[0] != round or "/store" in str(path):  # the latter: a site's, where sites are in this process
             return
         events.append(f"{what} {path.name}")
+        counts["before the end"] = counts["before the end"] if counts["round over"] else len(events)
         here = {
             **{"logs": what == "flush" and path.name == "metrics.jsonl"},
             **{"checkpoint": what == "flush" and "state.safetensors" in path.name},
-            **{"adapters half-written": what == "flush" and path.name == "adapter_model.safetensors"},
+            **{"adapters half-written": counts["round over"] > 0 and len(events) == counts["before the end"] + 3},
         }
         if phase == f"write event {len(events)}" or here.get(phase, False):
             strike()

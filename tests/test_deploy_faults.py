@@ -474,16 +474,16 @@ def test_a_disk_that_is_full_at_a_site_costs_its_replies_until_there_is_room(tmp
     folder = site_world.make_world(tmp_path)
     path = site_world.site_file(folder, "county")
     told = {}
-    for limit in (16, 100_000):  # blocks of 512 bytes: 8 kB, and enough
+    for limit in (4, 100_000):  # blocks of 512 bytes: 2 kB, and enough
         command = ["/bin/sh", "-c", f'ulimit -f {limit}; exec "$0" "$@"', sys.executable, "-P", "-m", "anyrank.worker"]
-        told[limit] = replies_of_a_worker([*command, "--site", str(path)])
-    assert told[16] == ["ready", "adapter", "failure"]
+        told[limit] = replies_of_a_worker([*command, "--site", str(path)], folder)
+    assert told[4] == ["ready", "adapter", "failure"]
     assert told[100_000] == ["ready", "adapter", "update"]
     log = (folder / "store-county/site.log").read_text()
     assert "File too large" in log
 
 
-def replies_of_a_worker(command: list[str]) -> list[str]:
+def replies_of_a_worker(command: list[str], folder: Path) -> list[str]:
     """The kinds of a site worker's replies: to a setup, to the question of what it starts from, and in round 1 of `fedsa`."""
     public = site_world.table("fedsa")
     kinds = []
@@ -501,7 +501,7 @@ def replies_of_a_worker(command: list[str]) -> list[str]:
         state = method.init(spooled.adapter_of(adapter), Scaling(4.0, "constant"), 7)
         client = Client("county", site_world.RANKS["county"])
         job = Job(client, 48, lambda: method.dispatch(state, client))
-        plan = plan_round(from_table({**public, "sites": []}).train, 1, 3, 7)
+        plan = plan_round(site_world.in_one_process(folder, public).train, 1, 3, 7)
         (reply,) = worker.ask(site_world.request(job, plan), 1, 120.0)
         return [*kinds, reply.header.kind]
     finally:
