@@ -94,6 +94,7 @@ def page(run: Run, now: float) -> dict[str, Any]:
         "events_shown": [_event(event, now) for event in _events(run)],
         "rounds": [_round(row, now) for row in reversed(run.tally.recent)],
         "files": [item._asdict() | {"size": size(item.bytes)} for item in downloads.listed(run.place.folder)],
+        "files_of_sites": [item._asdict() | {"size": size(item.bytes)} for item in downloads.of_sites(run.place.folder)],
         "total_clients": len(rows),
         "any_round": run.tally.round > 0,
         "any_idle": any(row["idle"] for row in run.tally.recent),
@@ -153,7 +154,7 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
             "examples": "–" if client.num_examples is None else f"{client.num_examples:,.0f}",
             "heard": f"round {client.heard}" if client.heard else "not yet",
             "heard_at": moment(client.heard_at, now),
-            "status": _status(client, tally.round) if name not in waited else f"waited for ({waited[name]})",
+            "status": _status(client, tally.round) if name not in waited else _waited(waited[name]),
             "state": "late" if name in waited else client.status if client.status in _AWAY else "",
             "reason": client.reason,
             "counts": Counter(client.conduct.counts),
@@ -169,11 +170,16 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
 
 
 def waited_for(run: Run, now: float) -> dict[str, str]:
-    """The clients that a run in progress waits for, and how long."""
+    """The clients that a run in progress waits for, and how long; empty within the first minute."""
     facts = run.facts()
     if not facts.waits or run.verdict(now).state not in ("running", "slow"):
         return {}
-    return dict.fromkeys(facts.waits.clients, duration(now - facts.waits.began))
+    seconds = now - facts.waits.began
+    return dict.fromkeys(facts.waits.clients, duration(seconds) if seconds >= 60 else "")
+
+
+def _waited(how_long: str) -> str:
+    return f"waited for ({how_long})" if how_long else "waited for"
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
