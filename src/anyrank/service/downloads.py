@@ -61,8 +61,15 @@ def of_sites(folder: Path) -> list[Item]:
             inside = [entry.name for entry in itertools.islice(entries, _MOST_SITES) if entry.is_dir(follow_symlinks=False)]
     except OSError:
         return []
-    sizes = {name: sum(_size(folder.joinpath(SITES, name, *parts)) for parts in _OF_SITE) for name in sorted(inside)}
+    sizes = {name: sum(_sizes(folder / SITES / name)) for name in sorted(inside)}
     return [Item(f"{_SITE}{name}{_SUFFIX}", name, size) for name, size in sizes.items() if size]
+
+
+def _sizes(site: Path) -> Iterator[int]:
+    """The bytes of each file of a site; no link is followed."""
+    folders = [folder for folder in (ADAPTER, BASE_UPDATE) if not os.path.islink(site / folder)]
+    yield from (_size(site / name) for name in (LABELS, SCORES))
+    yield from (_size(site / folder / name) for folder in folders for name in _IN_FOLDER)
 
 
 def _what(folder: str) -> str:

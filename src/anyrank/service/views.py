@@ -140,7 +140,8 @@ def _charts(run: Run) -> list[dict[str, Any]]:
 
 
 def _clients(run: Run, now: float) -> list[dict[str, Any]]:
-    """One row a client, by name: those of the log, and sites of the configuration that have no row yet."""
+    """One row a client, by name, those that are waited for by the minute first: those of the log, and sites of the
+    configuration that have no row yet."""
     tally, known = run.tally, dict(run.tally.clients)
     for site in _listed(run.config.get("sites")):
         if isinstance(site, Mapping) and len(known) < MOST_ROWS:
@@ -165,7 +166,7 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
             "accuracy": _percent(client.accuracy.last[1]) if client.accuracy and client.accuracy.last else "",
             "spark": charts.spark(client.accuracy.points, f"accuracy of {name}") if client.accuracy else "",
         }
-        for name, client in sorted(known.items(), key=lambda item: natural(item[0]))
+        for name, client in sorted(known.items(), key=lambda item: (not waited.get(item[0]), natural(item[0])))
     ]
 
 
