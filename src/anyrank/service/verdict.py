@@ -9,7 +9,7 @@ from anyrank.report import words
 
 QUIET_S, QUIET_ROUNDS = 120.0, 5  # a run is quiet after so many seconds, or so many times its usual round, without an event
 FRESH_S = 15.0  # after which the process that wrote `status.json` counts as gone: it writes every few seconds
-_MOST_NAMED, _MINUTE_S = 3, 60.0
+_MOST_NAMED, _MINUTE_S, _LONG_S = 3, 60.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _running(facts: Facts, now: float) -> Verdict | None:
         text += f"; {words.count(facts.idle_in_a_row, 'idle round')} so far in a row"
     if not quiet:
         return Verdict("running", text)
-    usual = f", a round takes {duration(facts.round_s)}" if facts.round_s else ""
+    usual = f", a round takes {_short(facts.round_s)}" if facts.round_s else ""
     hint = f"No event for {duration(now - facts.changed)}{usual}. Its process is still there: {_hangs(facts)}"
     return Verdict("slow", text, hint)
 
@@ -137,7 +137,7 @@ def _hangs(facts: Facts) -> str:
     if waits.round == 0:
         return f"{who}."
     if facts.deadline_s:
-        return f"{who}; the round goes on without them {duration(facts.deadline_s)} after they were asked (rounds.deadline_s)."
+        return f"{who}; soon after the deadline of {duration(facts.deadline_s)} (rounds.deadline_s) the round goes on without."
     return f"{who}, and no deadline is set (rounds.deadline_s)."
 
 
@@ -163,6 +163,10 @@ def _of(round: int, facts: Facts) -> str:
 
 def _percent(what: str, value: float | None) -> str:
     return "" if value is None else f"{what} {words.share(value)}"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < _LONG_S else duration(seconds)
 
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
