@@ -16,12 +16,13 @@ import pytest
 
 import site_worker
 from anyrank import deployment, files
+from anyrank.engines.sites import Sites
 from anyrank.federation import loop
 from anyrank.messages.records import Job
 from anyrank.runs import waiting
 from anyrank.runs.removal import remove_run
 from kinds_of_run import whole
-from test_deployment import config, own_files, world  # noqa: F401 - the fixture
+from test_deployment import config, federate, own_files, world  # noqa: F401 - the fixture
 from test_federation import Script, build
 
 LONGEST_S = 120.0
@@ -215,3 +216,25 @@ def test_a_site_that_hangs_is_named_while_the_others_wait_for_it(
         watching.join()
     assert (2, ("county",)) in seen
     assert said(tmp_path / "run") is None
+
+
+def test_sites_that_have_not_come_are_named_before_a_run_goes_on(
+    world: Any,  # noqa: F811
+    tmp_path: Path,
+    soon: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    federate(world, config(world, run={"rounds": 1}), tmp_path / "run")
+    opened, told = Sites.open, []
+
+    def late(engine: Sites, wait_s: float, missing: Any) -> Any:
+        missing(["county"])
+        until(lambda: said(tmp_path / "run"), "never written")
+        told.append(said(tmp_path / "run"))
+        return opened(engine, wait_s, missing)
+
+    monkeypatch.setattr(Sites, "open", late)
+    federate(world, config(world, run={"rounds": 2}), tmp_path / "run", resume=True)
+    assert [(each["round"], each["waiting_for"]) for each in told] == [(0, ["county"])]
+    assert said(tmp_path / "run") is None
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
