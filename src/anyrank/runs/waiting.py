@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyrank import stopping
 from anyrank.runs.names import CONFIG, STATUS
 
 SOON_S, EVERY_S = 3.0, 2.0  # of a wait before the file is written; between two writings of it
@@ -32,17 +33,20 @@ def shown(folder: Path, round: int, asked: Sequence[str]) -> Iterator[Wait]:
     `folder`: that of a run; where no run has begun, nothing is written. `round`: its number, or `BEFORE_ROUNDS`.
     """
     wait = Wait(folder / STATUS, round, asked)
-    try:
+    with contextlib.ExitStack() as ours:
+        for path in (wait.path, wait.temporary):
+            if not path.is_dir():  # a folder of that name is somebody else's
+                ours.enter_context(stopping.unfinished(path))
+        ours.callback(wait.end)
         yield wait
-    finally:
-        wait.end()
 
 
 class Wait:
     """Writes the file from a thread of its own, so that it is there while the run only waits."""
 
     def __init__(self, path: Path, round: int, asked: Sequence[str]) -> None:
-        self._path, self._round, self._began = path, round, time.time()
+        self.path, self._round, self._began = path, round, time.time()
+        self.temporary = path.with_name(f".{STATUS}.{os.getpid()}.tmp")  # a name that the next process sweeps away
         self._asked, self._waiting, self._heard = len(asked), dict.fromkeys(asked), 0.0
         self._over, self._lock = threading.Event(), threading.Lock()
         _remove(path)  # a killed process may have left one
@@ -67,7 +71,7 @@ class Wait:
         self._over.set()
         if self._thread:
             self._thread.join(_END_S)
-        _remove(self._path)
+        _remove(self.path)
 
     def _note(self, reply: Any) -> None:
         try:
@@ -89,16 +93,15 @@ class Wait:
             self._put(json.dumps(table | {"waiting_for": names[:MOST_NAMES]}) + "\n")
 
     def _put(self, text: str) -> None:
-        if not os.path.lexists(self._path.with_name(CONFIG)):  # a new run expects an empty folder
+        if not os.path.lexists(self.path.with_name(CONFIG)):  # a new run expects an empty folder
             return
-        temporary = self._path.with_name(f".{STATUS}.{os.getpid()}.tmp")  # a name that the next process sweeps away
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-            with open(temporary, "x", encoding="utf-8") as file:
+            self.temporary.unlink(missing_ok=True)
+            with open(self.temporary, "x", encoding="utf-8") as file:
                 file.write(text)
             if not self._over.is_set():
-                os.replace(temporary, self._path)
-        _remove(temporary)
+                os.replace(self.temporary, self.path)
+        _remove(self.temporary)
 
 
 def _remove(path: Path) -> None:
