@@ -61,15 +61,16 @@ def of_sites(folder: Path) -> list[Item]:
             inside = [entry.name for entry in itertools.islice(entries, _MOST_SITES) if entry.is_dir(follow_symlinks=False)]
     except OSError:
         return []
-    sizes = {name: sum(_sizes(folder / SITES / name)) for name in sorted(inside)}
+    sizes = {name: sum(_sizes(f"{folder}/{SITES}/{name}")) for name in sorted(inside)}
     return [Item(f"{_SITE}{name}{_SUFFIX}", name, size) for name, size in sizes.items() if size]
 
 
-def _sizes(site: Path) -> Iterator[int]:
+def _sizes(site: str) -> Iterator[int]:
     """The bytes of each file of a site; no link is followed."""
-    folders = [folder for folder in (ADAPTER, BASE_UPDATE) if not os.path.islink(site / folder)]
-    yield from (_size(site / name) for name in (LABELS, SCORES))
-    yield from (_size(site / folder / name) for folder in folders for name in _IN_FOLDER)
+    yield from (_size(f"{site}/{name}") for name in (LABELS, SCORES))
+    for folder in (ADAPTER, BASE_UPDATE):
+        if os.path.isdir(f"{site}/{folder}") and not os.path.islink(f"{site}/{folder}"):
+            yield from (_size(f"{site}/{folder}/{name}") for name in _IN_FOLDER)
 
 
 def _what(folder: str) -> str:
@@ -79,7 +80,7 @@ def _what(folder: str) -> str:
     return {"adapter": "global adapter", "adapter-best": "adapter of the best round"}.get(folder, "update of the base model")
 
 
-def _size(path: Path) -> int:
+def _size(path: str | Path) -> int:
     try:
         found = os.lstat(path)
     except OSError:
