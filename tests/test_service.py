@@ -911,6 +911,21 @@ def test_nothing_leads_out_of_the_folder_of_a_site(finished: Path) -> None:
     assert ask(app, f"/run/{key}/files/site-out.zip").status == 404
 
 
+def test_encoded_addresses_climb_nowhere(finished: Path) -> None:
+    """Over a socket, as a browser or an attacker writes them."""
+    (finished / "sites" / "own").mkdir()
+    (finished / "sites" / "own" / "labels.json").write_text("[]")
+    climbing = ["%2e%2e", "..%2f..%2fsecret.txt", "%2e%2e%2f%2e%2e", "..%5c..", "%00", "%ff%fe", "own%2f..", "own%00"]
+    names = [*(f"site-{each}.zip" for each in climbing), *(f"{each}%2fsecret.txt" for each in ("..", "%2e%2e", "sites"))]
+    with served(finished.name, cwd=finished.parent) as server:
+        key = json.loads(server.get("/runs.json").read())["runs"][0]["key"]
+        for name in names:
+            answer = server.get(f"/run/{key}/files/{name}")
+            assert (answer.status, b"secret" in answer.read()) == (404, False), name
+        assert server.get(f"/run/{key}/files/site-own%2ezip").read().startswith(b"PK")
+        assert server.process.poll() is None
+
+
 def test_a_huge_file_is_sent_in_pieces(finished: Path) -> None:
     length = 3 << 30
     with open(finished / "adapter" / "adapter_model.safetensors", "wb") as file:
