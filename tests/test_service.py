@@ -766,6 +766,8 @@ def test_the_runs_of_a_server_are_found_below_any_folder_that_people_name(
         make_run(tmp_path / run / "run", rounds=1)
     for kit in ("north/kits/lakeside/state/store/runs", "north/kits/owner@example.org/state/submitted/spring"):
         (tmp_path / kit).mkdir(parents=True)
+    kept = make_run(tmp_path / "north" / "kits" / "lakeside" / "state" / "store" / "results" / "spring", rounds=0)
+    (kept / "result.json").write_text("{}")  # what a site keeps of a run is no run of its own
     watch = watching(*(tmp_path / name for name in named))
     assert sorted(run.place.name for run in watch.runs.values()) == called
 

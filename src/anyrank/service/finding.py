@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anyrank.errors import RunError
-from anyrank.runs.names import CLIENTS, COMPARISON, CONFIG, METRICS, SUMMARY
+from anyrank.runs.names import CLIENTS, COMPARISON, CONFIG, METRICS, RESULT, SUMMARY
 from anyrank.service.reading import read_object
 from anyrank.service.tally import text
 
@@ -98,6 +98,8 @@ def _runs(search: _Search) -> Iterator[Place]:
             yield _place(search, folder, of_comparison, f"its folder cannot be read ({error.strerror})")
             continue
         names = {entry.name for entry in inside}
+        if RESULT in names:  # what a site keeps of a run that is the server's
+            continue
         if names & _MARKS:
             yield _place(search, folder, of_comparison)
             continue
