@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,12 +15,15 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import xml.etree.ElementTree as ElementTree
 import zipfile
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import example, given, settings
@@ -338,21 +343,74 @@ def test_the_page_of_a_run_has_its_figures_by_hand(tmp_path: Path) -> None:
     assert cells.count("layer x, A: not finite") == 2  # in its row, and among the events
 
 
+def status(folder: Path, round: int, names: Sequence[str], began: float = NOW - 130, age: float = 1.0, **more: Any) -> None:
+    """`status.json` as a run writes it, of so many seconds before `NOW`."""
+    table = {"round": round, "began": began, "heard": 0.0, "asked": 2, "missing": len(names), "waiting_for": list(names)}
+    (folder / "status.json").write_text(json.dumps(table | more))
+    os.utime(folder / "status.json", (NOW - age, NOW - age))
+
+
 def test_who_is_waited_for_stands_in_the_verdict_and_in_the_row(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    (folder / "status.json").write_text(
-        json.dumps({"round": 4, "began": NOW - 130, "asked": ["north", "south"], "answered": ["south"]})
-    )
     aged(folder, 20)
+    status(folder, 4, ["south"])
     with locked(folder):
         watch = watching(tmp_path)
         page = ask(build(watch), "/").text
-        assert "running, round 4 of 10, waiting for north (2 min)" in page
+        assert "running, round 4 of 10, waiting for south (2 min)" in page
         assert page.count("waited for (2 min)") == 1
-        assert ask(build(watch), "/runs.json").json["runs"][0]["waiting_for"] == ["north"]
-    (folder / "status.json").write_text(json.dumps({"round": 3, "began": NOW - 130, "asked": ["north"], "answered": []}))
+        rows = re.findall(r'<th scope="row" class="name">([a-z]+)<', page)
+        assert rows == ["south", "north"]  # who is waited for stands first, not hidden among two hundred others
+        assert ask(build(watch), "/runs.json").json["runs"][0]["waiting_for"] == ["south"]
+    status(folder, 4, ["south"], began=NOW - 40)
+    with locked(folder):  # within the first minute nothing is said that changes every second: it would be read out
+        assert "waiting for south<" in page_of(folder).replace("\n", "")
+    status(folder, 3, ["north"])
     with locked(folder):
-        assert "waiting for" not in page_of(folder)
+        assert "waiting for" not in page_of(folder)  # it is of a round that has ended
+    status(folder, 4, [f"site-{number}" for number in range(50)], asked=200, missing=170)
+    with locked(folder):
+        assert "waiting for 170 of 200 clients (2 min)" in page_of(folder)
+
+
+def test_a_wait_is_no_event_and_its_hint_says_when_it_ends(tmp_path: Path) -> None:
+    hints = {
+        "": ", and no deadline is set (rounds.deadline_s).",
+        "1200.0": "; soon after the deadline of 20 min (rounds.deadline_s)",
+    }
+    for deadline, says in hints.items():
+        table = f"[rounds]\ndeadline_s = {deadline}\n" if deadline else ""
+        folder = make_run(tmp_path / f"run{deadline}", config=table)
+        aged(folder, 600)
+        status(folder, 4, ["south"], began=NOW - 590, heard=NOW - 580)
+        with locked(folder):
+            page = page_of(folder)
+        assert "No event for 9 min, a round takes 2 s" in page  # since the last reply: the file is written all the time
+        assert f"south has not replied{says}" in page
+
+
+def test_a_process_that_says_it_waits_is_there_although_no_lock_is_seen(tmp_path: Path) -> None:
+    """Its lock is in another container, or not taken yet because its sites have not come."""
+    folder = make_run(tmp_path / "run")
+    aged(folder, 600)
+    status(folder, 0, ["south"])
+    assert "running, round 4 of 10, waiting for south (2 min)" in page_of(folder)
+    assert "south has not come." in page_of(folder)
+    status(folder, 0, ["south"], age=60)  # it was killed
+    page = page_of(folder)
+    assert "stopped after round 3 of 10" in page
+    assert "wait" not in page.partition("<main")[2].partition("Files to take away")[0]
+
+
+def test_between_two_jobs_of_a_server_a_run_has_not_stopped(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "kits/server/state/runs/winter/run")
+    aged(folder, 60)
+    assert "running, round 4 of 10 (between two jobs)" in page_of(tmp_path)
+    aged(folder, 200)
+    page = page_of(tmp_path)
+    assert "stopped after round 3 of 10 (no process on this machine writes it)" in page
+    assert "anyrank deploy resume winter --keep-going --kit KIT" in page
+    assert "anyrank run" not in page
 
 
 def test_several_runs_have_an_overview_that_stays_when_they_end_or_go(tmp_path: Path) -> None:
@@ -685,6 +743,53 @@ def test_more_runs_and_folders_than_are_shown_is_a_note(tmp_path: Path, monkeypa
     assert any("folders were looked through" in note for note in watching(tmp_path).notes)
 
 
+@pytest.mark.parametrize(
+    ("named", "called"),
+    [
+        ([""], ["north/spring", "north/winter", "south/winter"]),
+        (["north"], ["spring", "winter"]),
+        (["north/kits"], ["spring", "winter"]),
+        (["north/kits/server"], ["spring", "winter"]),
+        (["north/kits/server/state/runs"], ["spring", "winter"]),
+        (["north/kits/server/state/runs/spring"], ["spring"]),
+        (["north/kits/server/state/runs/spring/run"], ["spring"]),
+        (["north/kits/server", "south"], ["north/spring", "north/winter", "south/winter"]),
+    ],
+)
+def test_the_runs_of_a_server_are_found_below_any_folder_that_people_name(
+    named: list[str], called: list[str], tmp_path: Path
+) -> None:
+    for run in (
+        "north/kits/server/state/runs/spring",
+        "north/kits/server/state/runs/winter",
+        "south/kits/server/state/runs/winter",
+    ):
+        make_run(tmp_path / run / "run", rounds=1)
+    for kit in ("north/kits/lakeside/state/store/runs", "north/kits/owner@example.org/state/submitted/spring"):
+        (tmp_path / kit).mkdir(parents=True)
+    kept = make_run(tmp_path / "north" / "kits" / "lakeside" / "state" / "store" / "results" / "spring", rounds=0)
+    (kept / "result.json").write_text("{}")  # what a site keeps of a run is no run of its own
+    watch = watching(*(tmp_path / name for name in named))
+    assert sorted(run.place.name for run in watch.runs.values()) == called
+
+
+def test_a_large_tree_beside_a_run_does_not_hide_it_and_costs_no_more_than_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finding, "_MOST_FOLDERS", 200)
+    for number in range(40):
+        for inner in range(10):
+            (tmp_path / "a-cache" / str(number) / str(inner) / "x").mkdir(parents=True)
+    make_run(tmp_path / "lab" / "own", rounds=1)
+    opened: list[Any] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: opened.append(folder) or scandir(folder))
+    places, notes = finding.find([(tmp_path, tmp_path)])
+    assert [place.name for place in places] == ["lab/own"]
+    assert len(opened) == 200
+    assert any("folders were looked through" in note for note in notes)
+
+
 def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, says in (
@@ -744,6 +849,101 @@ def test_adapters_and_reports_are_downloads_and_nothing_else(finished: Path) -> 
         "adapter/adapter_model.safetensors": b"weights of adapter",
         "adapter/README.md": b"card",
     }
+
+
+def test_each_site_has_an_archive_of_what_it_takes_away(finished: Path) -> None:
+    own = ("labels.json", "adapter/adapter_config.json")
+    for site, files in {"st-mary": own, "a b%é": ("scores.json",), "empty": ()}.items():
+        for name in (*files, "adapter/secret.txt", "private.key"):
+            path = finished / "sites" / site / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{site}: {name}")
+    watch = watching(finished)
+    app, key = build(watch), only(watch).place.key
+    hrefs = re.findall(r'href="\./(run/[^"]*/files/site-[^"]*)"', ask(app, "/").text)
+    assert hrefs == [f"run/{key}/files/site-a%20b%25%C3%A9.zip", f"run/{key}/files/site-st-mary.zip"]
+    archives = [ask(app, "/" + unquote(href)) for href in hrefs]
+    opened = [zipfile.ZipFile(BytesIO(each.body)) for each in archives]
+    assert [{name: archive.read(name).decode() for name in archive.namelist()} for archive in opened] == [
+        {"a b%é/scores.json": "a b%é: scores.json"},
+        {f"st-mary/{name}": f"st-mary: {name}" for name in own},
+    ]
+    for each in archives:  # no name of a folder gets into a header as it is
+        assert re.fullmatch(r'attachment; filename="[A-Za-z0-9._-]+\.zip"', each.headers["content-disposition"])
+
+
+def test_nothing_leads_out_of_the_folder_of_a_site(finished: Path) -> None:
+    """Links at each level, a pipe and a folder in the place of a file, and names that would climb."""
+    sites, out = finished / "sites", finished.parent / "out"
+    (out / "adapter").mkdir(parents=True)
+    for name in ("labels.json", "adapter/adapter_config.json"):
+        (out / name).write_text("secret")
+    (sites / "link").symlink_to(out)
+    for site in ("inner", "file", "pipe", "folder"):
+        (sites / site).mkdir()
+    (sites / "inner" / "adapter").symlink_to(out / "adapter")
+    (sites / "file" / "labels.json").symlink_to(out / "labels.json")
+    os.mkfifo(sites / "pipe" / "labels.json")
+    (sites / "folder" / "labels.json").mkdir()
+    watch = watching(finished)
+    app, key = build(watch), only(watch).place.key
+    assert downloads.of_sites(finished) == []
+    climbing = (
+        "..",
+        ".",
+        "",
+        "../..",
+        "../../out",
+        "..%2fout",
+        "%2e%2e",
+        "a/../..",
+        "..\\out",
+        "\0",
+        "link/adapter",
+        "x" * 5000,
+    )
+    for site in ("link", "inner", "file", "pipe", "folder", *climbing):
+        answer = ask(app, f"/run/{key}/files/site-{site}.zip")
+        assert answer.status == 404, site
+        assert b"secret" not in answer.body
+        with pytest.raises((OSError, ValueError)):
+            downloads.take(finished, f"site-{site}.zip")
+    shutil.rmtree(sites)
+    sites.symlink_to(finished.parent)  # the folder of all sites is a link
+    assert downloads.of_sites(finished) == []
+    assert ask(app, f"/run/{key}/files/site-out.zip").status == 404
+
+
+def test_encoded_addresses_climb_nowhere(finished: Path) -> None:
+    """Over a socket, as a browser or an attacker writes them."""
+    (finished / "sites" / "own").mkdir()
+    (finished / "sites" / "own" / "labels.json").write_text("[]")
+    climbing = ["%2e%2e", "..%2f..%2fsecret.txt", "%2e%2e%2f%2e%2e", "..%5c..", "%00", "%ff%fe", "own%2f..", "own%00"]
+    names = [*(f"site-{each}.zip" for each in climbing), *(f"{each}%2fsecret.txt" for each in ("..", "%2e%2e", "sites"))]
+    with served(finished.name, cwd=finished.parent) as server:
+        key = json.loads(server.get("/runs.json").read())["runs"][0]["key"]
+        for name in names:
+            answer = server.get(f"/run/{key}/files/{name}")
+            assert (answer.status, b"secret" in answer.read()) == (404, False), name
+        assert server.get(f"/run/{key}/files/site-own%2ezip").read().startswith(b"PK")
+        assert server.process.poll() is None
+
+
+def test_a_huge_file_is_sent_in_pieces(finished: Path) -> None:
+    length = 3 << 30
+    with open(finished / "adapter" / "adapter_model.safetensors", "wb") as file:
+        file.truncate(length)  # takes no space on the disk
+    pieces, sent, largest = downloads.take(finished, "adapter.zip").pieces, 0, 0
+    tracemalloc.start()
+    try:
+        for piece in itertools.islice(pieces, 200):
+            sent, largest = sent + len(piece), max(largest, len(piece))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+        pieces.close()
+    assert sent > 40 << 20
+    assert largest < 1 << 20
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,35 @@ def test_an_open_page_follows_the_run_with_and_without_events(without_events: bo
     finally:
         if script:
             page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
+# Counts what changes in the verdict from now on: a screen reader reads it out.
+WATCHED = """(() => {
+  window.changes = 0;
+  const watch = new MutationObserver((all) => { window.changes += all.length; });
+  watch.observe(document.getElementById("verdict"), { childList: true, characterData: true, subtree: true });
+})()"""
+
+
+def test_a_wait_is_named_and_is_not_read_out_again_every_second(world: SimpleNamespace) -> None:
+    page, file = world.page, world.live / "status.json"
+    round = len((world.live / "metrics.jsonl").read_text().splitlines()) + 1
+    table = {"round": round, "began": time.time(), "heard": 0.0, "asked": 2, "missing": 1, "waiting_for": ["north"]}
+    try:
+        file.write_text(json.dumps(table))
+        page.look(1280)
+        page.open(world.urls["live"])
+        page.until("document.getElementById('verdict').textContent.includes('waiting for north')")
+        page.ask(WATCHED)
+        for _ in range(4):
+            file.write_text(json.dumps(table))  # as the run does while it waits
+            time.sleep(1)
+        assert page.ask("window.changes") == 0
+        table["began"] -= 130
+        file.write_text(json.dumps(table))
+        page.until("document.getElementById('verdict').textContent.includes('waiting for north (2 min)')")
+    finally:
+        file.unlink()
 
 
 def test_without_javascript_the_page_is_whole(world: SimpleNamespace) -> None:

@@ -17,7 +17,7 @@ from anyrank.federation import assembly, loop
 from anyrank.federation.checks import check_ranks
 from anyrank.messages.records import Scaling
 from anyrank.progress import Progress
-from anyrank.runs import removal
+from anyrank.runs import removal, waiting
 from anyrank.runs.folder import RunDir
 
 MOST_BYTES = 1 << 34  # of a frame from a site
@@ -54,13 +54,20 @@ def federate(
         start = (max(config.clients.ranks), scaling, config.run.seed)
         engine = Sites(public(config), start, makes, config.run.name, most=config.run.workers)
         try:
-            roster = engine.open(wait_s, lambda away: progress and progress(len(makes) - len(away), len(makes)))
+            with waiting.shown(out, waiting.BEFORE_ROUNDS, ()) as wait:
+                roster = engine.open(wait_s, lambda away: _missing(away, len(makes), wait, progress))
             built = replace(assembly.assemble(known, method, roster), engine=engine, hands_over=True)
             with RunDir.open(out, known, resume, engine.agreed) as store:
                 engine.keep_in(out)
                 return loop.run(built, store, on_round)
         finally:
             engine.close()
+
+
+def _missing(away: Sequence[str], sites: int, wait: waiting.Wait, progress: Progress | None) -> None:
+    wait.only(away)
+    if progress:
+        progress(sites - len(away), sites)
 
 
 def _makes(config: Config, sites: Mapping[str, Sequence[str] | Make], most_bytes: int) -> dict[str, Make]:

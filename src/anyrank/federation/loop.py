@@ -19,6 +19,7 @@ from anyrank.federation.summary import summarize
 from anyrank.messages.records import Scaling, ServerState
 from anyrank.privacy.ledger import open_ledger
 from anyrank.robust.rules import bound_of, rule_of
+from anyrank.runs import waiting
 from anyrank.runs.folder import RunDir
 
 
@@ -38,8 +39,9 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         mechanism = ledger.mechanism()
         bound, rule = (make(config, method, mechanism) for make in (bound_of, rule_of))
         work, plan = ask(federation, ledger, quarantine, state), federation.plan(round)
-        replies = scoring.replies(federation, work.answering, plan, mechanism)
-        collected = collect(replies, work.asked, work.skipped, round, federation.upload_bound, federation.reporting)
+        with waiting.shown(store.path, round, [job.client.name for job in work.answering]) as wait:
+            replies = wait.heard(scoring.replies(federation, work.answering, plan, mechanism))
+            collected = collect(replies, work.asked, work.skipped, round, federation.upload_bound, federation.reporting)
         collected.limit(bound, state, work.jobs)
         jobs, held = late.exchange(federation, state, work, held, collected)
         advanced = advance(federation, rule, state, work, jobs, collected)

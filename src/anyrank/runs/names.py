@@ -15,6 +15,7 @@ COMPARISON = "compare.json"
 CHECKPOINT, STATE, BEFORE = "checkpoint", "state.safetensors", "state-before.safetensors"
 IDENTITY, SEAL = "identity.json", "seal.json"
 RESULT = "result.json"  # in what a site keeps of a federation that ended: a run folder without rounds
+STATUS = "status.json"  # of a round in progress, see `anyrank.runs.waiting`
 SITES, SCORES, LABELS = "sites", "scores.json", "labels.json"
 ADAPTER, BASE_UPDATE = "adapter", "base-update"  # folders of adapters, in a run folder and in that of a site
 MOST_BYTES = 1 << 30  # of one of these files: a log of a million rounds

@@ -29,13 +29,14 @@ from anyrank.runs.names import (
     SEAL,
     SITES,
     STATE,
+    STATUS,
     SUMMARY,
     read_object,
 )
 
 # What a comparison leaves, by depth below its folder: METHOD/SEED are runs, in which adapters have folders of their own.
 _COMPARED = {COMPARISON, LOCK, "report.html", "figure.png", "demo.toml"}
-_IN_RUN = {CONFIG, METRICS, CLIENTS, SUMMARY, PRIVACY, LEDGER, IDENTITY, SEAL, LOCK, "report.html", "labels.json"}
+_IN_RUN = {CONFIG, METRICS, CLIENTS, SUMMARY, PRIVACY, LEDGER, IDENTITY, SEAL, STATUS, LOCK, "report.html", "labels.json"}
 _IN_ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "README.md"}
 _OF_SITE = {ADAPTER, BASE_UPDATE}  # folders of adapters in that of a site
 _FOLDER = re.compile(rf"{CHECKPOINT}|adapter(-[\w-]+)?|base-update")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from anyrank.service.watch import Watch
 _EVERY_S, _FRESH_S = 1.0, 0.5  # between two turns of reading; how old the state of a page may be
 _EVENTS, _HTML = "text/event-stream", "text/html; charset=utf-8"
 _LEAST_COMPRESSED = 1000  # bytes
+_UNPLAIN = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def build(watch: Watch, names: Sequence[str] = (), token: str = "", most_streams: int | None = None) -> ASGIApp:
@@ -177,7 +179,7 @@ class _Service:
             found = await run_in_threadpool(downloads.take, run.place.folder, name)
         except (OSError, ValueError):
             return await _lost(request, KeyError())
-        shown = f"{run.place.key}-{name}"  # plain letters: the key has no others, and the name is from a fixed list
+        shown = f"{run.place.key}-{_UNPLAIN.sub('_', name)}"  # plain letters: the key has no others, a site's name may
         headers = {"content-type": "application/octet-stream", "content-disposition": f'attachment; filename="{shown}"'}
         if found.length is not None:
             headers["content-length"] = str(found.length)

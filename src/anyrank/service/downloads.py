@@ -1,4 +1,7 @@
-"""The files of a run that may be taken away: names from a fixed list, no link, no checkpoint, no key, no ledger."""
+"""The files of a run that may be taken away: names from a fixed list, no link, no checkpoint, no key, no ledger.
+
+Of each named site, `site-NAME.zip` has what it takes away: its adapter, the update of its base model, its labels and scores.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,20 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from anyrank.runs.names import CLIENTS, METRICS, SUMMARY
+from anyrank.runs.names import ADAPTER, BASE_UPDATE, CLIENTS, LABELS, METRICS, SCORES, SITES, SUMMARY
 from anyrank.service.reading import opened
 
 _REPORT = "report.html"
 _FILES = {_REPORT: "report", SUMMARY: "final figures", METRICS: "figures by round", CLIENTS: "rows by client and round"}
 _FOLDERS = re.compile(r"adapter|adapter-best|base-update|adapter-rank-[0-9]{1,6}", re.ASCII)
 _IN_FOLDER = ("adapter_config.json", "adapter_model.safetensors", "labels.json", "README.md")
-_MOST_ENTRIES, _MOST_FOLDERS = 1000, 200
+_OF_SITE = ((LABELS,), (SCORES,), *((folder, name) for folder in (ADAPTER, BASE_UPDATE) for name in _IN_FOLDER))
+_MOST_ENTRIES, _MOST_FOLDERS, _MOST_SITES = 1000, 200, 500
+_SITE = "site-"
 _PIECE = 1 << 18
 _SUFFIX = ".zip"
 
@@ -47,6 +52,27 @@ def listed(folder: Path) -> list[Item]:
     return items + [Item(name, what, size) for name, what in _FILES.items() if (size := _size(folder / name))]
 
 
+def of_sites(folder: Path) -> list[Item]:
+    """What may be taken of each named site, one archive each, by name; at most of the first `_MOST_SITES` sites."""
+    try:
+        if os.path.islink(folder / SITES):
+            return []
+        with os.scandir(folder / SITES) as entries:
+            inside = [entry.name for entry in itertools.islice(entries, _MOST_SITES) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    sizes = {name: sum(_sizes(f"{folder}/{SITES}/{name}")) for name in sorted(inside)}
+    return [Item(f"{_SITE}{name}{_SUFFIX}", name, size) for name, size in sizes.items() if size]
+
+
+def _sizes(site: str) -> Iterator[int]:
+    """The bytes of each file of a site; no link is followed."""
+    yield from (_size(f"{site}/{name}") for name in (LABELS, SCORES))
+    for folder in (ADAPTER, BASE_UPDATE):
+        if os.path.isdir(f"{site}/{folder}") and not os.path.islink(f"{site}/{folder}"):
+            yield from (_size(f"{site}/{folder}/{name}") for name in _IN_FOLDER)
+
+
 def _what(folder: str) -> str:
     rank = folder.removeprefix("adapter-rank-")
     if rank != folder:
@@ -54,7 +80,7 @@ def _what(folder: str) -> str:
     return {"adapter": "global adapter", "adapter-best": "adapter of the best round"}.get(folder, "update of the base model")
 
 
-def _size(path: Path) -> int:
+def _size(path: str | Path) -> int:
     try:
         found = os.lstat(path)
     except OSError:
@@ -76,27 +102,34 @@ def take(folder: Path, name: str) -> Download:
         length = os.fstat(file).st_size
         return Download(_begun(_pieces(file, length)), length)
     inner = name.removesuffix(_SUFFIX)
-    if inner == name or not _FOLDERS.fullmatch(inner):
+    if inner != name and _FOLDERS.fullmatch(inner):
+        return _archived(folder, (), {(inner, each): f"{inner}/{each}" for each in _IN_FOLDER})
+    site = inner.removeprefix(_SITE)
+    if site in (inner, name) or inner == name:
         raise FileNotFoundError(f"{name}: not a file that may be taken away")
-    files = _open_all(folder, inner)
-    return Download(_begun(_archive(inner, files)), None)
+    return _archived(folder, (SITES, site), {parts: "/".join((site, *parts)) for parts in _OF_SITE})
 
 
-def _open_all(folder: Path, inner: str) -> dict[str, int]:
-    """Descriptors of the files of an adapter folder, all from the same moment. Raises `OSError` where there is none."""
+def _archived(folder: Path, below: tuple[str, ...], wanted: Mapping[tuple[str, ...], str]) -> Download:
+    """An archive of those files of `wanted` that are there, with the names that it gives them."""
+    return Download(_begun(_archive(_open_all(folder, below, wanted))), None)
+
+
+def _open_all(folder: Path, below: tuple[str, ...], wanted: Mapping[tuple[str, ...], str]) -> dict[str, int]:
+    """Descriptors of these files, all from the same moment, by their names. Raises `OSError` where there is none."""
     files: dict[str, int] = {}
     try:
-        for name in _IN_FOLDER:
+        for parts, name in wanted.items():
             try:
-                files[name] = opened(folder, inner, name)
+                files[name] = opened(folder, *below, *parts)
             except FileNotFoundError:
                 continue
-    except OSError:
+    except (OSError, ValueError):
         for file in files.values():
             os.close(file)
         raise
     if not files:
-        raise FileNotFoundError(f"{inner}: no such adapter")
+        raise FileNotFoundError("no such adapter")
     return files
 
 
@@ -133,15 +166,15 @@ class _Pipe:
         return b"".join(pieces)
 
 
-def _archive(inner: str, files: dict[str, int]) -> Iterator[bytes]:
-    """A ZIP archive of these files in a folder `inner`, without compression: weights do not get smaller."""
+def _archive(files: dict[str, int]) -> Iterator[bytes]:
+    """A ZIP archive of these files, without compression: weights do not get smaller."""
     pipe, waiting = _Pipe(), dict(files)
     try:
         yield b""
         with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:
             for name in files:
                 length = os.fstat(waiting[name]).st_size
-                with archive.open(zipfile.ZipInfo(f"{inner}/{name}"), "w", force_zip64=True) as entry:
+                with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as entry:
                     for piece in _pieces(waiting.pop(name), length):
                         entry.write(piece)
                         yield pipe.taken()

@@ -1,4 +1,8 @@
-"""Find runs below folders, again and again, in a bounded time: no link is followed, and a run has no runs inside."""
+"""Find runs below folders, again and again, in a bounded time: no link is followed, and a run has no runs inside.
+
+Folders that are less deep come first, so that a large tree in one place does not hide runs in another. A run of a federation's
+server lies deep below the folder that people know, in `kits/server/state/runs/NAME/run`, and is called NAME.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,34 @@ import hashlib
 import itertools
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from anyrank.errors import RunError
-from anyrank.runs.names import CLIENTS, COMPARISON, CONFIG, METRICS, SUMMARY
+from anyrank.runs.names import CLIENTS, COMPARISON, CONFIG, METRICS, RESULT, SUMMARY
 from anyrank.service.reading import read_object
 from anyrank.service.tally import text
 
 MOST_RUNS = 500
-_MOST_FOLDERS, _MOST_ENTRIES, _DEEPEST = 5000, 5000, 4
+_MOST_FOLDERS, _MOST_ENTRIES, _DEEPEST = 5000, 5000, 9
 _MARKS = {CONFIG, METRICS, CLIENTS, SUMMARY}  # any of which makes a folder one of a run
 _LONGEST = 120  # characters of a name that is shown
+_OF_SERVER = ("state", "runs")  # folders of a server's kit, below which NAME/run is a run
 
 
 class Place(NamedTuple):
     """Where a run is: its folder, its name on the page, the key in addresses, the command that continues it, and why it is not
-    looked into (empty: it is)."""
+    looked into (empty: it is). `by_jobs`: whether it is one of a federation's server, which runs it in jobs."""
 
     folder: Path
     name: str
     key: str
     resume: str
     problem: str = ""
+    by_jobs: bool = False
 
 
 def roots(named: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -54,7 +61,7 @@ def find(named: Sequence[tuple[Path, Path]]) -> tuple[list[Place], list[str]]:
     left = _MOST_FOLDERS
     for typed, real in named:
         search = _Search(typed, real, len(named) == 1, left, notes)
-        for place in _below(search, real, of_comparison=False):
+        for place in _runs(search):
             if len(places) >= MOST_RUNS:
                 return list(places.values()), [*notes, f"Only the first {MOST_RUNS} runs are shown; name fewer folders."]
             places.setdefault(place.folder, place)
@@ -76,43 +83,64 @@ class _Search:
     notes: list[str]
 
 
-def _below(search: _Search, folder: Path, of_comparison: bool) -> Iterator[Place]:
-    """The runs in `folder`, which is that of the search or below it."""
-    search.left -= 1
-    if search.left < 0:
-        return
-    depth = len(folder.relative_to(search.real).parts)
-    try:
-        with os.scandir(folder) as entries:
-            inside = sorted(itertools.islice(entries, _MOST_ENTRIES), key=lambda each: each.name)
-    except OSError as error:
-        yield _place(search, folder, of_comparison, f"its folder cannot be read ({error.strerror})")
-        return
-    names = {entry.name for entry in inside}
-    if names & _MARKS:
-        yield _place(search, folder, of_comparison)
-        return
-    of_comparison = of_comparison or COMPARISON in names
-    if COMPARISON in names:
-        search.notes += _not_begun(folder)
-    for entry in inside:
-        if entry.name.startswith("."):
+def _runs(search: _Search) -> Iterator[Place]:
+    """The runs in the folder of the search and below it, level by level."""
+    waiting = deque([(search.real, 0, False)])
+    while waiting:
+        search.left -= 1
+        if search.left < 0:
+            return
+        folder, depth, of_comparison = waiting.popleft()
+        try:
+            with os.scandir(folder) as entries:
+                inside = sorted(itertools.islice(entries, _MOST_ENTRIES), key=lambda each: each.name)
+        except OSError as error:
+            yield _place(search, folder, of_comparison, f"its folder cannot be read ({error.strerror})")
             continue
-        if entry.is_symlink():
-            if entry.is_dir():
-                yield _place(search, Path(entry.path), of_comparison, "a link; name what it leads to")
-        elif entry.is_dir(follow_symlinks=False) and depth < _DEEPEST:
-            yield from _below(search, Path(entry.path), of_comparison)
+        names = {entry.name for entry in inside}
+        if RESULT in names:  # what a site keeps of a run that is the server's
+            continue
+        if names & _MARKS:
+            yield _place(search, folder, of_comparison)
+            continue
+        if COMPARISON in names:
+            of_comparison = True
+            search.notes += _not_begun(folder)
+        for entry in inside:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink():
+                if entry.is_dir():
+                    yield _place(search, Path(entry.path), of_comparison, "a link; name what it leads to")
+            elif depth < _DEEPEST and len(waiting) <= search.left and entry.is_dir(follow_symlinks=False):
+                waiting.append((Path(entry.path), depth + 1, of_comparison))
 
 
 def _place(search: _Search, folder: Path, of_comparison: bool, problem: str = "") -> Place:
     inside = folder.relative_to(search.real)
-    name = text(inside if search.alone and inside.parts else Path(search.real.name, inside), _LONGEST)
-    where = text(search.typed / inside, 1000)
-    resume = "the same anyrank compare command with --resume, or the same anyrank study command"
-    if not of_comparison:
-        resume = f"anyrank run {where}/{CONFIG} --out {where} --resume"
-    return Place(folder, name, key_of(folder, name), f"To go on: {resume}", problem)
+    shown = inside.parts if search.alone and inside.parts else (search.real.name, *inside.parts)
+    of_server = _of_server(folder)
+    if of_server:
+        shown = _short(shown, folder, search.alone)
+    name, where = text(Path(*shown), _LONGEST), text(search.typed / inside, 1000)
+    resume = f"anyrank run {where}/{CONFIG} --out {where} --resume"
+    if of_comparison:
+        resume = "the same anyrank compare command with --resume, or the same anyrank study command"
+    elif of_server:
+        resume = f"anyrank deploy resume {text(folder.parent.name, _LONGEST)} --keep-going --kit KIT (the owner's kit)"
+    return Place(folder, name, key_of(folder, name), f"To go on: {resume}", problem, of_server)
+
+
+def _of_server(folder: Path) -> bool:
+    """Whether this is the folder of a run in the kit of a federation's server."""
+    return folder.name == "run" and folder.parts[-4:-2] == _OF_SERVER
+
+
+def _short(shown: tuple[str, ...], folder: Path, alone: bool) -> tuple[str, ...]:
+    """The way to a run of a server without the folders that are the same for all, `kits/server/state/runs` and `run`."""
+    tail = 6 if folder.parts[-6:-5] == ("kits",) else 5
+    above = shown[:-tail] if len(shown) > tail else () if alone else folder.parts[:-tail][-1:]
+    return (*above, folder.parent.name)
 
 
 def key_of(folder: Path, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from anyrank.config.tables import parse_toml
 from anyrank.report.runs import finite, section
-from anyrank.runs.names import CLIENTS, CONFIG, LEDGER, METRICS, PRIVACY, SUMMARY
+from anyrank.runs.names import CLIENTS, CONFIG, LEDGER, METRICS, PRIVACY, STATUS, SUMMARY
 from anyrank.service import locks
 from anyrank.service.finding import Place
 from anyrank.service.reading import Stamp, read, read_object, reason, stamp
@@ -17,7 +17,6 @@ from anyrank.service.tail import Tail
 from anyrank.service.tally import FIGURES, MOST_CLIENTS, Event, Tally, number, text
 from anyrank.service.verdict import Facts, Verdict, Waiting, verdict
 
-STATUS = "status.json"  # what a run in progress says of its round, where it says it
 _MOST_CONFIG, _MOST_STATUS = 1 << 20, 1 << 20  # bytes
 _DEFAULT_PATIENCE = 3  # of a configuration without rounds.patience
 _MOST_RESUMES = 20
@@ -161,11 +160,11 @@ class Run:
         self.waiting = None
         if there:
             found = read_object(self.place.folder, STATUS, _MOST_STATUS)
-            names = {key: [text(name, 100) for name in _list(found, key)] for key in ("asked", "answered")}
-            round, began = number(found.get("round")), finite(found.get("began"))
+            round, began, missing = number(found.get("round")), finite(found.get("began")), number(found.get("missing"))
+            names = [text(name, 100) for name in _list(found, "waiting_for")]
             if round is not None and began is not None:
-                answered = set(names["answered"])
-                self.waiting = Waiting(round, began, [name for name in names["asked"] if name not in answered])
+                heard, count = finite(found.get("heard")) or 0.0, max(missing or 0, len(names))
+                self.waiting = Waiting(round, began, names, count, number(found.get("asked")) or count, heard)
 
     @property
     def problem(self) -> str:
@@ -200,8 +199,15 @@ class Run:
     @property
     def changed(self) -> float:
         """When the run last wrote anything that counts as an event (seconds since 1970)."""
-        stamps = [self.metrics.stamp, self.clients.stamp, *(self._stamps.get(name) for name in (CONFIG, SUMMARY, STATUS))]
-        return max((each.changed_ns / 1e9 for each in stamps if each), default=0.0)
+        stamps = [self.metrics.stamp, self.clients.stamp, *(self._stamps.get(name) for name in (CONFIG, SUMMARY))]
+        heard = min(self.waiting.heard, self._said) if self.waiting else 0.0  # the file is written while nothing happens, too
+        return max([heard, *(each.changed_ns / 1e9 for each in stamps if each)])
+
+    @property
+    def _said(self) -> float:
+        """When `status.json` was last written (seconds since 1970): its process was there then."""
+        found = self._stamps.get(STATUS)
+        return found.changed_ns / 1e9 if found else 0.0
 
     @property
     def planned(self) -> int | None:
@@ -229,6 +235,10 @@ class Run:
             idle_reason=self.tally.idle_reason,
             patience=min(patience, self.planned or patience),
             waiting=self.waiting,
+            said=self._said,
+            by_jobs=self.place.by_jobs,
+            who="sites" if self.config.get("sites") else "clients",
+            deadline_s=finite(section(self.config, "rounds").get("deadline_s")) or None,
             figures={name: value for name in FIGURES if (value := self.figure(name)) is not None},
             resume=self.place.resume,
         )

@@ -8,16 +8,22 @@ from dataclasses import dataclass, field
 from anyrank.report import words
 
 QUIET_S, QUIET_ROUNDS = 120.0, 5  # a run is quiet after so many seconds, or so many times its usual round, without an event
+FRESH_S = 15.0  # after which the process that wrote `status.json` counts as gone: it writes every few seconds
+_MOST_NAMED, _MINUTE_S, _LONG_S = 3, 60.0, 10.0
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """What `status.json` says of the round in progress: the clients that were asked and have not answered, and since when
-    (seconds since 1970)."""
+    """What `status.json` says of a wait: for which round (0: for clients that have not come yet) and since when (seconds since
+    1970); `clients`: the first of the `count` that are waited for, of `asked` in all; `heard`: when the last one replied, or 0.
+    """
 
     round: int
     began: float
     clients: Sequence[str]
+    count: int = 0
+    asked: int = 0
+    heard: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class Facts:
 
     `problem`: why its folder cannot be read. `held`: whether a process on this machine holds the run's lock; `None` if that
     cannot be seen. `changed`: when its files were last written to. `round_s`: the usual time of a round. `idle_in_a_row`: the
-    idle rounds at the end of the log, `patience` of which end a run.
+    idle rounds at the end of the log, `patience` of which end a run. `said`: when its process last wrote that it waits. `who`:
+    what its clients are called. `by_jobs`: whether it is run by jobs of a server, between which nobody holds the lock.
     """
 
     round: int = 0
@@ -40,6 +47,10 @@ class Facts:
     idle_reason: str = ""
     patience: int | None = None
     waiting: Waiting | None = None
+    said: float = 0.0
+    who: str = "clients"
+    by_jobs: bool = False
+    deadline_s: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     resume: str = ""
 
@@ -47,7 +58,7 @@ class Facts:
     def waits(self) -> Waiting | None:
         """`waiting`, if it is of the round in progress and of anybody."""
         waiting = self.waiting
-        return waiting if waiting and waiting.clients and waiting.round == self.round + 1 else None
+        return waiting if waiting and waiting.clients and waiting.round in (0, self.round + 1) else None
 
 
 @dataclass(frozen=True)
@@ -92,19 +103,42 @@ def _failed(facts: Facts, now: float) -> Verdict | None:
 
 
 def _running(facts: Facts, now: float) -> Verdict | None:
-    quiet = _is_quiet(facts, now)
-    if not facts.held and (facts.held is False or quiet):
+    quiet, there = _is_quiet(facts, now), facts.held or abs(now - facts.said) < FRESH_S
+    if not there and (quiet or (facts.held is False and not facts.by_jobs)):
         return None
     text = f"running, round {_of(facts.round + 1, facts)}" if not _is_over(facts) else "running, writing its results"
     if facts.waits:
-        text += f", waiting for {words.few(facts.waits.clients)} ({duration(now - facts.waits.began)})"
+        text += f", waiting for {_waited(facts, now)}"
+    elif facts.held is False and not there:
+        text += " (between two jobs)"
     if facts.idle_in_a_row:
         text += f"; {words.count(facts.idle_in_a_row, 'idle round')} so far in a row"
     if not quiet:
         return Verdict("running", text)
-    usual = f", a round takes {duration(facts.round_s)}" if facts.round_s else ""
-    hint = f"No event for {duration(now - facts.changed)}{usual}. Its process is still there: a client may hang."
+    usual = f", a round takes {_short(facts.round_s)}" if facts.round_s else ""
+    hint = f"No event for {duration(now - facts.changed)}{usual}. Its process is still there: {_hangs(facts)}"
     return Verdict("slow", text, hint)
+
+
+def _waited(facts: Facts, now: float) -> str:
+    """Who is waited for, and how long in whole minutes: what changes every second would be read out every second."""
+    waits, seconds = facts.waits, now - facts.waits.began
+    who = words.few(waits.clients) if waits.count <= _MOST_NAMED else f"{waits.count:,} of {waits.asked:,} {facts.who}"
+    return f"{who} ({duration(seconds)})" if seconds >= _MINUTE_S else who
+
+
+def _hangs(facts: Facts) -> str:
+    """What a quiet run waits for, and until when."""
+    waits = facts.waits
+    if not waits:
+        return "a client may hang."
+    begun = "has not come" if waits.round == 0 else "has not replied"
+    who = f"{waits.clients[0]} {begun}" if waits.count == 1 else f"{waits.count:,} {facts.who} {begun.replace('has', 'have')}"
+    if waits.round == 0:
+        return f"{who}."
+    if facts.deadline_s:
+        return f"{who}; soon after the deadline of {duration(facts.deadline_s)} (rounds.deadline_s) the round goes on without."
+    return f"{who}, and no deadline is set (rounds.deadline_s)."
 
 
 def _stopped(facts: Facts, now: float) -> Verdict:
@@ -129,6 +163,10 @@ def _of(round: int, facts: Facts) -> str:
 
 def _percent(what: str, value: float | None) -> str:
     return "" if value is None else f"{what} {words.share(value)}"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < _LONG_S else duration(seconds)
 
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))

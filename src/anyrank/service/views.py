@@ -94,6 +94,7 @@ def page(run: Run, now: float) -> dict[str, Any]:
         "events_shown": [_event(event, now) for event in _events(run)],
         "rounds": [_round(row, now) for row in reversed(run.tally.recent)],
         "files": [item._asdict() | {"size": size(item.bytes)} for item in downloads.listed(run.place.folder)],
+        "files_of_sites": [item._asdict() | {"size": size(item.bytes)} for item in downloads.of_sites(run.place.folder)],
         "total_clients": len(rows),
         "any_round": run.tally.round > 0,
         "any_idle": any(row["idle"] for row in run.tally.recent),
@@ -139,7 +140,8 @@ def _charts(run: Run) -> list[dict[str, Any]]:
 
 
 def _clients(run: Run, now: float) -> list[dict[str, Any]]:
-    """One row a client, by name: those of the log, and sites of the configuration that have no row yet."""
+    """One row a client, by name, those that are waited for by the minute first: those of the log, and sites of the
+    configuration that have no row yet."""
     tally, known = run.tally, dict(run.tally.clients)
     for site in _listed(run.config.get("sites")):
         if isinstance(site, Mapping) and len(known) < MOST_ROWS:
@@ -153,7 +155,7 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
             "examples": "–" if client.num_examples is None else f"{client.num_examples:,.0f}",
             "heard": f"round {client.heard}" if client.heard else "not yet",
             "heard_at": moment(client.heard_at, now),
-            "status": _status(client, tally.round) if name not in waited else f"waited for ({waited[name]})",
+            "status": _status(client, tally.round) if name not in waited else _waited(waited[name]),
             "state": "late" if name in waited else client.status if client.status in _AWAY else "",
             "reason": client.reason,
             "counts": Counter(client.conduct.counts),
@@ -164,16 +166,21 @@ def _clients(run: Run, now: float) -> list[dict[str, Any]]:
             "accuracy": _percent(client.accuracy.last[1]) if client.accuracy and client.accuracy.last else "",
             "spark": charts.spark(client.accuracy.points, f"accuracy of {name}") if client.accuracy else "",
         }
-        for name, client in sorted(known.items(), key=lambda item: natural(item[0]))
+        for name, client in sorted(known.items(), key=lambda item: (not waited.get(item[0]), natural(item[0])))
     ]
 
 
 def waited_for(run: Run, now: float) -> dict[str, str]:
-    """The clients that a run in progress waits for, and how long."""
+    """The clients that a run in progress waits for, and how long; empty within the first minute."""
     facts = run.facts()
     if not facts.waits or run.verdict(now).state not in ("running", "slow"):
         return {}
-    return dict.fromkeys(facts.waits.clients, duration(now - facts.waits.began))
+    seconds = now - facts.waits.began
+    return dict.fromkeys(facts.waits.clients, duration(seconds) if seconds >= 60 else "")
+
+
+def _waited(how_long: str) -> str:
+    return f"waited for ({how_long})" if how_long else "waited for"
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
