@@ -20,12 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyrank.engines.nvflare import kits, parcels
+from anyrank.engines.nvflare import kits, link, parcels
 from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
 from anyrank.engines.nvflare.parcels import ASK, OPEN, Code, Question, Reply
 from anyrank.errors import ConfigError, FrameError, RunFailed
 from anyrank.messages.frame import Frame, Header, read, to_bytes
-from anyrank.worker.supervisor import Died, Late
+from anyrank.worker.supervisor import Died, Late, Supervised
 
 pytest.importorskip("nvflare")
 
@@ -304,13 +304,53 @@ def test_codes_of_a_site(code: Code, raised: type[Exception], kinds: list[str]) 
     assert [asked.kind for asked in remote._port.asked] == kinds
 
 
-def test_a_site_that_was_started_anew_loses_no_reply() -> None:
-    closed = [False, True, False]
-    remote = worker(lambda asked: echo(asked) if asked.kind == OPEN or not closed.pop(0) else answer(asked, code="closed"))
+@pytest.mark.parametrize(
+    ("says", "times"), [([{}, {}], 1), ([{"memory": 1}, {"memory": 2}], 1), ([{"rank": 4}, {"rank": 8}], 2)]
+)
+def test_a_site_that_was_started_anew_loses_no_reply(says: list[dict[str, int]], times: int) -> None:
+    """Its answer to the opening is taken in again only where it is another one: its server then checks the site anew."""
+    closed, words, taken = [False, True, False], list(says), []
+
+    def site(asked: Asked) -> Came:
+        if asked.kind == OPEN:
+            return answer(asked, Frame(Header("ready", "r", body=words.pop(0)), {}))
+        return answer(asked, code="closed") if closed.pop(0) else echo(asked)
+
+    remote = worker(site, opened=taken.append)
     for number in range(2):
         (reply,) = remote.ask([frame(number=number)], 1, 5)
         assert to_bytes(reply) == to_bytes(frame(number=number))
     assert [asked.kind for asked in remote._port.asked] == [OPEN, ASK, ASK, OPEN, ASK]
+    assert [dict(each.header.body) for each in taken] == says[:times]
+
+
+def test_a_site_that_died_is_taken_in_again_whatever_it_says() -> None:
+    """It has failed to reply: its server checks it before its next reply counts."""
+    codes, taken = ["died", "ok"], []
+    remote = worker(
+        lambda asked: echo(asked) if asked.kind == OPEN or (code := codes.pop(0)) == "ok" else answer(asked, code=code),
+        opened=taken.append,
+    )
+    with pytest.raises(Died):
+        list(remote.ask([frame()], 1, 5))
+    list(remote.ask([frame()], 1, 5))
+    assert len(taken) == 2
+
+
+def test_a_round_waits_for_a_site_that_loads_anew_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "_LOAD_S", 0.2)
+    opened = []
+
+    def site(asked: Asked) -> Came | None:
+        if asked.kind == ASK:
+            return answer(asked, code="closed")
+        opened.append(asked)
+        return echo(asked) if len(opened) == 1 else None
+
+    remote = worker(site)
+    with pytest.raises(Late):
+        list(remote.ask([frame()], 1, 0.1))
+    assert [asked.seconds for asked in opened] == [None, 0.2]
 
 
 def test_every_code_has_its_row() -> None:
@@ -540,21 +580,46 @@ def test_codes_at_the_site(site: Site) -> None:
     def ask(**body: Any) -> str:
         return site.ask(ASK, Frame(Header("download", "r", 1, "a", body), {"a": np.ones(3, np.uint8)}))[0]
 
+    def opened_and_asked() -> str:
+        site.ask(OPEN, frame(kind="setup", site=""))
+        return ask()
+
     assert ask() == "closed"
-    site.ask(OPEN, frame(kind="setup", site=""))
+    assert opened_and_asked() == "ok"
     assert ask(die=True) == "died"
-    assert ask() == "ok"  # by a worker that was started anew
+    assert ask() == ask() == "closed"  # the server opens it, with the time that loading may take
+    assert opened_and_asked() == "ok"
     assert ask(bytes=18 * MEGABYTE) in ("too-large", "died")
-    assert ask() == "ok"
+    assert opened_and_asked() == "ok"
     code, _ = site.ask(ASK, Frame(Header("download", "r", 1, "a", {"sleep": 60}), {"a": np.ones(3, np.uint8)}), seconds=0.5)
     assert code == "late"
-    assert ask() == "ok"
+    assert ask() == "closed"
+    assert opened_and_asked() == "ok"
 
 
-def test_a_worker_that_answers_the_opening_otherwise_is_not_used(site: Site) -> None:
+@pytest.mark.parametrize("deed", ["twice", "leave"])
+def test_a_worker_that_is_not_as_it_was_left_is_opened_anew_before_it_is_asked(site: Site, deed: str) -> None:
+    """It has sent a second reply, or has ended, after its reply. The question costs none of its time for that, and has its own
+    reply: the number of the process that replies is another one."""
+    site.ask(OPEN, frame(kind="setup", site=""))
+    code, (first,) = site.ask(ASK, Frame(Header("download", "r", 1, "a", {deed: True}), {"a": np.ones(3, np.uint8)}))
+    assert code == "ok"
+    flare.wait_for(lambda: not site.executor._worker.is_ready)
+    assert site.ask(ASK, frame()) == ("closed", [])
+    site.ask(OPEN, frame(kind="setup", site=""))
+    code, (reply,) = site.ask(ASK, frame())
+    assert (code, reply.header.body["got"]) == ("ok", to_bytes(frame())[-32:].hex())
+    assert reply.header.body["worker"] != first.header.body["worker"]
+
+
+def test_a_worker_that_answers_the_opening_otherwise_is_not_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends just after it was looked at, so that the question itself starts it anew."""
     setup = Frame(Header("setup", "r", body={"another": True}), {})
     assert site.ask(OPEN, setup)[0] == "ok"
     assert site.ask(ASK, Frame(Header("download", "r", 1, "a", {"die": True}), {"a": np.ones(3, np.uint8)}))[0] == "died"
+    looks = [True]
+    ready = Supervised.is_ready.fget
+    monkeypatch.setattr(Supervised, "is_ready", property(lambda self: looks.pop() if looks else ready(self)))
     assert site.ask(ASK, frame())[0] == "changed"
 
 

@@ -83,13 +83,18 @@ class Supervised:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the worker runs, and has sent nothing that nobody asked for: the next question does not start it anew."""
+        return self.pid is not None and self._stdout.is_silent()
+
     def start(self, timeout_s: float | None = None) -> None:
         """Start the worker if it does not run, and open it. Raises `Died`, `Late`, and what `opened` raises.
 
         One that has ended since its last reply, or has sent what nobody asked for, is started anew: it owes nothing.
         """
         if self._process is not None:
-            if self.pid and self._stdout.is_silent():
+            if self.is_ready:
                 return
             self.end()
         self._stopped.wait(_PAUSES_S[min(self._deaths, len(_PAUSES_S) - 1)])

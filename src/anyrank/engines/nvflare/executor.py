@@ -11,7 +11,6 @@ import logging
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from nvflare.apis.signal import Signal
 from anyrank.engines.nvflare import kits, parcels
 from anyrank.engines.nvflare.parcels import OPEN, Code, Question, Reply
 from anyrank.errors import AnyRankError, FrameError, in_a_line
-from anyrank.messages.frame import Frame, Header, read, to_bytes
+from anyrank.messages.frame import Frame, read
 from anyrank.worker.supervisor import Died, Late, Supervised
 
 TASK, STOP = "anyrank", "anyrank.stop"
@@ -149,8 +148,11 @@ class AnyRankExecutor(Executor):
         return came
 
     def _ask(self, asked: Question, frames: list[Frame]) -> list[Frame]:
+        """A worker that has ended is opened by the server: loading the base model has more time than a question."""
         if self._worker is None:
             raise _Coded(Code.CLOSED, "its worker has not been opened")
+        if not self._worker.is_ready:
+            raise _Coded(Code.CLOSED, "its worker has ended, or has sent what nobody asked for; it is started anew")
         self._turn(asked, self._worker)
         with _told():
             return list(self._worker.ask(frames, asked.replies, asked.seconds))
@@ -205,15 +207,8 @@ def _same(came: list[Frame]) -> Any:
     """What takes a worker's reply to the opening: the first one is kept in `came`, and all later ones have to equal it."""
 
     def opened(reply: Frame) -> None:
-        if came and _plain(came[0]) != _plain(reply):
+        if came and parcels.plain(came[0]) != parcels.plain(reply):
             raise _Changed
         came[:] = came or [reply]
 
     return opened
-
-
-def _plain(frame: Frame) -> bytes:
-    """A reply to the opening without what differs between two processes."""
-    header = frame.header
-    body = {key: value for key, value in header.body.items() if key != "memory"}
-    return to_bytes(replace(frame, header=Header(header.kind, header.run, header.round, header.client, body)))

@@ -22,6 +22,7 @@ from anyrank.errors import FrameError
 from anyrank.messages.frame import Frame, Readable, read
 from anyrank.worker.supervisor import ERROR, Died, Late
 
+_LOAD_S = 60.0
 Receive = Callable[[Readable, int], Frame]  # how a frame is taken from a stream, of at most so many bytes
 
 
@@ -95,21 +96,28 @@ class RemoteWorker:
         self.site = site
         self._port, self._opening, self._opened, self._limit = port, opening, opened, limit
         self._receive, self._opening_s = receive, opening_s
-        self._is_open, self._killed = False, False
+        self._is_open, self._killed, self._said = False, False, b""
         self._asked: Asked | None = None
         self._numbers = itertools.count()
 
     def start(self, timeout_s: float | None = None) -> None:
         """Open the site's worker, if it is not. Raises `Died`, `Late`, and what `opened` raises."""
         if not self._is_open:
-            (reply,) = self._question(OPEN, [self._opening()], 1, timeout_s if timeout_s is not None else self._opening_s)
+            self._open(timeout_s if timeout_s is not None else self._opening_s)
+
+    def _open(self, timeout_s: float | None, before: bytes = b"") -> None:
+        """`before`: what the site's worker said of itself before it was started anew; a site that says the same is the same."""
+        (reply,) = self._question(OPEN, [self._opening()], 1, timeout_s)
+        said = parcels.plain(reply)
+        if said != before:
             self._opened(reply)
-            self._is_open = True
+        self._said, self._is_open = said, True
 
     def ask(self, frames: Iterable[Frame], replies: int, timeout_s: float | None = None) -> Iterator[Frame]:
         """Send `frames` and yield as many `replies`; an `error` frame is the last one. `timeout_s`: seconds for each reply.
 
-        Raises `Died` or `Late`. A site whose process was started anew is opened anew, and asked once more.
+        Raises `Died` or `Late`. A site whose process was started anew is opened anew, and asked once more: the round waits for
+        that as long as for its reply, and a minute at least.
         """
         frames = list(frames)
         self.start()
@@ -118,7 +126,7 @@ class RemoteWorker:
             return
         except _Closed:
             pass
-        self.start()
+        self._open(self._opening_s if timeout_s is None else max(timeout_s, _LOAD_S), self._said)
         yield from self._question(ASK, frames, replies, timeout_s)
 
     def kill(self) -> None:

@@ -10,14 +10,14 @@ that was received is checked before it is used: first what was declared, then wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
 import numpy as np
 
 from anyrank.errors import FrameError
-from anyrank.messages.frame import Frame, Readable, pieces
+from anyrank.messages.frame import Frame, Header, Readable, pieces, to_bytes
 from anyrank.messages.limits import LARGEST, check_text, told
 
 VERSION = 1
@@ -34,7 +34,7 @@ class Code(StrEnum):
     OK = "ok"
     DIED = "died"  # its worker ended
     LATE = "late"  # its worker took too long, and was ended
-    CLOSED = "closed"  # its worker has not been opened in this job
+    CLOSED = "closed"  # its worker has not been opened in this process, or has ended since
     CHANGED = "changed"  # its worker was started anew, and answers the opening otherwise
     REFUSED = "refused"  # the question is wrong, or larger than the site allows
     TOO_LARGE = "too-large"  # the reply is larger than the site allows
@@ -174,6 +174,13 @@ def check_parts(known: Question | Reply, parts: Any) -> list[list[np.ndarray]]:
 
 def _is_piece(piece: Any) -> bool:
     return type(piece) is np.ndarray and piece.dtype == np.uint8 and piece.ndim == 1 and piece.flags.c_contiguous
+
+
+def plain(frame: Frame) -> bytes:
+    """A reply to the opening without what differs between two processes of one site."""
+    header = frame.header
+    body = {key: value for key, value in header.body.items() if key != "memory"}
+    return to_bytes(replace(frame, header=Header(header.kind, header.run, header.round, header.client, body)))
 
 
 class Stream(Readable):
