@@ -50,7 +50,7 @@ class RunConfig:
         0,
         "Largest number of worker processes, for engine = 'workers'; each is started when it is first needed. 0: as many as "
         "there are clients in a round, cores for run.threads each, and memory for another base model; with GPUs, one for each; "
-        "one, if clients train together in a stack.",
+        "one, if clients train together in a stack. Over sites: the most sites that are asked at once; 0: no such limit.",
         NATURAL,
         metadata=LATER,
     )
