@@ -51,7 +51,8 @@ bench: $(VENV)/.installed-test
 
 sites: $(VENV)/.installed-test
 	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_supervisor.py tests/test_workers.py \
-		tests/test_nvflare.py tests/test_nvflare_bytes.py tests/test_deploy_live.py
+		tests/test_nvflare.py tests/test_nvflare_bytes.py tests/test_deploy_live.py tests/test_deploy_faults.py \
+		tests/test_deploy_rehearsal.py
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py
