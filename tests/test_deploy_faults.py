@@ -316,6 +316,36 @@ def test_a_network_that_is_cut_costs_no_reply_and_no_bit(world: World, tmp_path:
     assert digest(run) == digest(world.alone(table, tmp_path / "alone"))
 
 
+@LONG
+def test_a_run_waits_for_the_sites_of_another_and_runs_over_other_sites_pass_it(world: World, tmp_path: Path) -> None:
+    """`first` has a and c, and waits for c; `second` needs b and c; `third` needs b alone, and ends before."""
+
+    def over(name: str, *sites: str) -> dict[str, Any]:
+        table = world.table(name, 2)
+        return table | {"sites": [each for each in table["sites"] if each["name"] in sites]}
+
+    def said(run: str) -> str:
+        return next(line.strip() for line in commanding.in_words(commanding.status(world.owner)) if f" {run}: " in line)
+
+    second, third = over("second", "b", "c"), over("third", "b")
+    world.deeds("c").write_text(json.dumps({2: "late"}))
+    first, folders = world.submit(over("first", "a", "c")), {}
+    until(lambda: statuses(first, "c") == {1: "ok"}, "the first has begun", _WAIT_S)
+    world.deeds("c").unlink()
+    folders["second"] = world.submit(second)
+    until(lambda: said("second") == "second: waiting for busy sites: c (first)", "the second waits", _WAIT_S)
+    folders["third"] = world.submit(third)
+    assert world.followed(folders["third"])["state"] == "done"
+    assert said("first").startswith("first: running, round 1 of 2, waiting for c")
+    assert not folders["second"].exists()
+    commanding.stop(world.owner, "first")
+    assert world.followed(folders["second"])["state"] == "done"
+    assert statuses(folders["second"], "c") == {1: "ok", 2: "ok"}
+    for table in (second, third):
+        name = table["run"]["name"]
+        assert digest(folders[name]) == digest(world.alone(table, tmp_path / name))
+
+
 # --- who may connect, and what may be submitted ---------------------------------------------------------------------------
 
 

@@ -88,16 +88,8 @@ def test_where_nothing_ran_and_no_server_can_be_asked_status_is_one_line(place: 
     assert call(monkeypatch, "deploy", "status", "--kit", str(other / "kits" / "guest"))[0] == 2
 
 
-def test_a_running_job_that_does_not_answer_is_shown_as_such(place: Path, monkeypatch) -> None:
-    def silent(number: str, topic: str, data: object) -> dict:
-        raise DeployError("no reply")
-
-    listed = [{"job_id": "j", "job_name": "first", "status": "RUNNING", "submit_time": "1"}]
-    info = SimpleNamespace(
-        server_info=SimpleNamespace(start_time=1.0), client_info=[], job_info=[SimpleNamespace(job_id="j", app_name="app")]
-    )
-    server = SimpleNamespace(get_system_info=lambda: info, list_jobs=lambda: listed, do_app_command=silent)
-    owner = commanding.owner(place / "kits" / OWNER)
+def asked_of(server: SimpleNamespace, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The status by a server that is stood in for."""
 
     class Opened:
         def __enter__(self):
@@ -107,6 +99,42 @@ def test_a_running_job_that_does_not_answer_is_shown_as_such(place: Path, monkey
             return None
 
     monkeypatch.setattr(commanding.Member, "session", lambda self: Opened())
-    table = commanding.status(owner)
+    return commanding.status(commanding.owner(place / "kits" / OWNER))
+
+
+def serving(*jobs: str) -> SimpleNamespace:
+    """What a server says of itself that runs these jobs."""
+    running = [SimpleNamespace(job_id=each, app_name="app") for each in jobs]
+    return SimpleNamespace(server_info=SimpleNamespace(start_time=1.0), client_info=[], job_info=running)
+
+
+def test_a_running_job_that_does_not_answer_is_shown_as_such(place: Path, monkeypatch) -> None:
+    def silent(number: str, topic: str, data: object) -> dict:
+        raise DeployError("no reply")
+
+    listed = [{"job_id": "j", "job_name": "first", "status": "RUNNING", "submit_time": "1"}]
+    server = SimpleNamespace(get_system_info=lambda: serving("j"), list_jobs=lambda: listed, do_app_command=silent)
+    table = asked_of(server, place, monkeypatch)
     assert table["runs"][0]["silent"]
     assert "its job does not answer" in commanding.in_words(table)[-1]
+
+
+@pytest.mark.parametrize(
+    ("history", "busy", "said"),
+    [
+        (
+            ["t: busy: a (first), b (third)"],
+            {"a": "first", "b": "third"},
+            "second: waiting for busy sites: a (first), b (third)",
+        ),
+        (["t: busy: a (first)", "t: connected sites (0) < min_sites (1)"], {}, "second: waiting"),
+        (None, {}, "second: waiting"),  # the server has not looked at it yet
+    ],
+)
+def test_what_a_waiting_job_waits_for_is_shown(place: Path, monkeypatch, history: object, busy: dict, said: str) -> None:
+    listed = [{"job_id": "j", "job_name": "second", "status": "SUBMITTED", "submit_time": "1"}]
+    meta = {"schedule_history": history} if history else {}
+    server = SimpleNamespace(get_system_info=serving, list_jobs=lambda: listed, get_job_meta={"j": meta}.__getitem__)
+    table = asked_of(server, place, monkeypatch)
+    assert table["runs"][0]["busy"] == busy
+    assert commanding.in_words(table)[-1].strip() == said

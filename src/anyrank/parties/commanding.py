@@ -303,6 +303,8 @@ def _asked(member: Member) -> dict[str, Any]:
 
 def _row(commands: Commands, job: Job) -> dict[str, Any]:
     row = dataclasses.asdict(job) | {"state": job.state}
+    if job.state == "waiting":
+        row["busy"] = commands.busy(job.id)
     if job.state == "running":
         try:
             told = commands.progress(job.id)
@@ -331,6 +333,8 @@ def _verdict(row: Mapping[str, Any]) -> str:
         said += f", round {row['round']} of {row['rounds']}"
     if row.get("silent"):
         said += ", its job does not answer (it starts, or hangs)"
+    if row.get("busy"):
+        said += " for busy sites: " + ", ".join(f"{site} ({run})" for site, run in sorted(row["busy"].items()))
     if row.get("waiting"):
         said += f", waiting for {', '.join(row['waiting'])}"
     return said

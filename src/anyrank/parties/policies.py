@@ -24,6 +24,8 @@ _LAUNCHERS = {  # a site's starts the process of a job again, so that its end do
     SERVER: "nvflare.app_common.job_launcher.server_process_launcher.ServerProcessJobLauncher",
     SITE: "anyrank.engines.nvflare.launcher.Launcher",
 }
+_MOST_JOBS = 16  # at the same time at one server: each has a process of its own there
+_TURNS = {"id": "anyrank_turns", "path": "anyrank.engines.nvflare.turns.Turns", "args": {}}  # a site has one job at a time
 _STORAGE = "nvflare.app_common.storages.filesystem_storage.FilesystemStorage"
 
 
@@ -77,10 +79,11 @@ def _of_server(kit: Path, launcher: dict[str, Any]) -> dict[str, Any]:
             {
                 "id": "job_scheduler",
                 "path": "nvflare.app_common.job_schedulers.job_scheduler.DefaultJobScheduler",
-                "args": {"max_jobs": 1, "max_schedule_count": 1_000_000, "max_schedule_interval": 30.0},
+                "args": {"max_jobs": _MOST_JOBS, "max_schedule_count": 1_000_000, "max_schedule_interval": 30.0},
             },
             {"id": "job_manager", "path": "nvflare.apis.impl.job_def_manager.SimpleJobDefManager", "args": jobs},
             {"id": "job_store", "path": _STORAGE},
+            _TURNS,
             launcher,
         ],
     }

@@ -118,6 +118,13 @@ class Commands:
         """What a running job says of its run: see `anyrank.engines.nvflare.controller.Standing`."""
         return dict(self._ask(lambda: self._session.do_app_command(job, STATUS, {})) or {})
 
+    def busy(self, job: str) -> dict[str, str]:
+        """The sites that a waiting job waits for, each with the run that uses it; empty where it waits for something else."""
+        from anyrank.engines.nvflare.turns import waits_for
+
+        meta = self._ask(lambda: self._session.get_job_meta(job))
+        return waits_for(meta.get("schedule_history") or [])
+
     def ended(self, job: str, folder: Path) -> dict[str, Any]:
         """What a job that is over has said of its run at its end; empty if it could not. `folder`: for what is downloaded.
 
