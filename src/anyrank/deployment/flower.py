@@ -10,8 +10,11 @@ See docs/flower.md. Exit status: 0 done, 1 the run failed, 2 the request is wron
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -22,9 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from anyrank import stopping
-from anyrank.config.sections import Config
 from anyrank.config.tables import from_table, read_toml, to_table
-from anyrank.deployment.public import check, check_labels, kept
 from anyrank.engines.flower import attendant, launch, relay, runs, settings
 from anyrank.engines.nvflare import kits
 from anyrank.errors import AnyRankError, ConfigError, RunFailed
@@ -33,8 +34,9 @@ from anyrank.runs import names
 
 ROUNDS = "anyrank.deployment.flower:Rounds"
 _CONNECTION = "anyrank"
-_LOOK_S = 1.0
+_LOOK_S, _ASK_S = 0.5, 30.0  # between two looks at how a run stands, and between two questions to Flower, which cost seconds
 _ENDED = ("finished:completed", "finished:failed", "finished:stopped")
+_UP_S = 60.0  # that `submit` waits for the SuperLink
 _FLWR_S = 120.0  # that Flower's own command may take
 
 
@@ -65,10 +67,12 @@ def server(folder: Path) -> int:
     """Run the server's processes until a signal ends this one."""
     known = settings.load(settings.Server, folder)
     parts = launch.server(folder, known, ROUNDS)
+    alone = relay.listen(folder / settings.STATE / "socket")  # held until this process ends: one server for a folder
     _connect(folder, known)
     family = launch.Family(parts, folder / settings.STATE)
     print(f"server: SuperLink on 127.0.0.1:{known.port}; end it with Ctrl-C", flush=True)
     family.follow()
+    alone.close()
     return 0
 
 
@@ -92,27 +96,28 @@ def site(folder: Path) -> int:
 
 def submit(config: Path, folder: Path, wait: bool = False) -> int:
     """Submit a configuration to the server of `folder`, on the server's machine. The same one again goes on where it stood."""
-    from anyrank import methods
+    from anyrank import methods  # with torch
+    from anyrank.deployment.public import check, check_labels, kept
 
     known = settings.load(settings.Server, folder)
     asked = from_table(read_toml(config, "configuration"))
     check(asked, methods.make(asked.method.name, asked.method.options))
     check_labels(asked)
-    run = runs.keep(folder, asked.run.name, to_table(_without_paths(asked)))
+    run = runs.keep(folder, asked.run.name, to_table(kept(asked)))
+    standing = runs.said(run)
+    if standing.get("state") == "running" and not _has_ended(folder, str(standing.get("number"))):
+        raise ConfigError(f"run {asked.run.name}: it is running; stop it first: flwr stop {standing.get('number')} {_CONNECTION}")
     runs.say(run, runs.Standing(asked.run.name), state="submitted")
     _connect(folder, known)
+    _await_port(known.port)
     number = _flwr(folder, "run", str(runs.app_of(folder, asked.run.name)), _CONNECTION, "--format", "json")["run-id"]
     print(f"run {asked.run.name}: submitted; its folder is {run / runs.RUN}", flush=True)
     return _wait(folder, run, str(number)) if wait else 0
 
 
-def _without_paths(config: Config) -> Config:
-    return kept(config)
-
-
 def _wait(folder: Path, run: Path, number: str) -> int:
     """Show rounds until the run has ended, by its own word or by Flower's."""
-    shown = 0
+    shown, asked = 0, time.monotonic()
     while True:
         standing = runs.said(run)
         if standing.get("round", 0) > shown:
@@ -123,8 +128,21 @@ def _wait(folder: Path, run: Path, number: str) -> int:
             return 0
         if standing.get("state") == "failed":
             raise RunFailed(f"run {run.name}: {standing.get('text') or standing.get('code')}")
-        if _has_ended(folder, number):
+        late = time.monotonic() - asked > _ASK_S
+        asked = time.monotonic() if late else asked
+        if late and _has_ended(folder, number) and runs.said(run) == standing:
             raise RunFailed(f"run {run.name}: it was stopped or its process ended; submit it again to go on")
+        time.sleep(_LOOK_S)
+
+
+def _await_port(port: int) -> None:
+    """Wait until the SuperLink listens, for a while: it takes seconds to start."""
+    until = time.monotonic() + _UP_S
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), _LOOK_S):
+            return
+        if time.monotonic() > until:
+            raise RunFailed(f"server: nothing listens on 127.0.0.1:{port}; start it with `server` first")
         time.sleep(_LOOK_S)
 
 
@@ -144,8 +162,6 @@ def _connect(folder: Path, known: settings.Server) -> None:
 
 def _flwr(folder: Path, *words: str) -> dict[str, Any]:
     """What Flower's own command replies in JSON. Raises `RunFailed`, in one line."""
-    import os
-
     env = {**os.environ, **launch.environment(folder)}
     try:
         found = subprocess.run(

@@ -73,11 +73,14 @@ class Attendant:
     def _one(self, link: socket.socket) -> None:
         with link, contextlib.suppress(OSError):
             link.settimeout(relay.PIECE_S)
+            if not link.recv(1, socket.MSG_PEEK):  # somebody has looked whether this one is there
+                return None
             try:
                 question = relay.read(link, lambda table: relay.check_sizes(table, self._limits.download))
             except FrameError as error:
                 log.error("refused: %s", in_a_line(error))
-                return relay.write(link, self._reply(-1, Code.REFUSED))
+                relay.write(link, self._reply(-1, Code.REFUSED))
+                return relay.drop(link)
             relay.write(link, self.answer(question, _Watched(link, self._give_up)))
         return None
 

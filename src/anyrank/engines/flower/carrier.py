@@ -154,8 +154,8 @@ class Carrier:
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return
-        self._looked = now
         nodes = {node.node_id: node.name for node in self._grid.get_nodes()}
+        self._looked = now  # only now: without a look nothing is sent, and no site counts as missing
         for node in list(self._names):
             self._misses[node] = 0 if node in nodes else self._misses[node] + 1
             if self._misses[node] >= _MISSES:

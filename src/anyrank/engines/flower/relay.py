@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def listen(folder: Path) -> socket.socket:
         raise ConfigError(f"{folder}: expected a folder of this user, got another one; remove it")
     folder.chmod(0o700)
     if _answers(path):
-        raise ConfigError(f"{path}: expected one process for a site, and one is running; end it first")
+        raise ConfigError(f"{path}: expected one process for a folder, and one is running; end it first")
     path.unlink(missing_ok=True)
     made = socket.socket(socket.AF_UNIX)
     made.bind(str(path))
@@ -101,6 +102,14 @@ def read(link: socket.socket, check: Callable[[Mapping[str, Any]], Sequence[int]
     return {ABOUT: table, FRAMES: [list(_blocks(link, size)) for size in check(table)]}
 
 
+def drop(link: socket.socket) -> None:
+    """Take what still comes, and forget it, for a while: so that the other side gets to read why it was refused."""
+    until, piece = time.monotonic() + PIECE_S, bytearray(1 << 16)
+    link.shutdown(socket.SHUT_WR)
+    while time.monotonic() < until and link.recv_into(piece):
+        pass
+
+
 def check_sizes(table: Mapping[str, Any], most: int) -> Sequence[int]:
     """The sizes of a table, which may be anything. Raises `FrameError`."""
     sizes = table.get("sizes")
@@ -127,8 +136,8 @@ def _exactly(link: socket.socket, count: int) -> bytes:
 
 def _fill(link: socket.socket, buffer: memoryview) -> None:
     while len(buffer):
-        link_count = link.recv_into(buffer)
-        if not link_count:
+        count = link.recv_into(buffer)
+        if not count:
             raise FrameError("relay: expected more bytes, got the end")
-        buffer = buffer[link_count:]
+        buffer = buffer[count:]
         link.settimeout(PIECE_S)

@@ -26,9 +26,11 @@ SERVERAPP, CLIENTAPP = "anyrank.engines.flower.serverapp:app", "anyrank.engines.
 
 @dataclass
 class Standing:
-    """`state`: submitted, running, done or failed; with the kind of error and its text, which stay on the server."""
+    """`state`: submitted, running, done or failed; with the kind of error and its text, which stay on the server. `number`: of
+    the run in Flower, 0 before it has begun."""
 
     run: str
+    number: int = 0
     state: str = "running"
     code: str = ""
     text: str = ""

@@ -52,7 +52,8 @@ def main(grid: Grid, context: Context) -> None:
     run = context.run_config.get(NAME)
     server = Path(os.environ[FOLDER])
     folder = folder_of(server, run)
-    standing = Standing(run)
+    standing = Standing(run, context.run_id)
+    say(folder, standing)
     try:
         known = settings.load(settings.Server, server)
         _limit(known)
