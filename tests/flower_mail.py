@@ -29,7 +29,10 @@ def main() -> None:
     loaded = [name for name in ("torch", "nvflare", "ray") if name in sys.modules]
     bits = np.arange(1 << 16, dtype=np.uint16)  # every number that bfloat16 has, NaNs with their payloads too
     large = np.random.default_rng(0).integers(0, 255, 20_000_001, np.uint8)
-    frames = [Frame(Header("update", "r", 1, "a"), {"b": bits}, frozenset({"b"})), Frame(Header("update"), {"x": large, "o": large[:0]})]
+    frames = [
+        Frame(Header("update", "r", 1, "a"), {"b": bits}, frozenset({"b"})),
+        Frame(Header("update"), {"x": large, "o": large[:0]}),
+    ]
     parts = parcels.cut(frames)
     sent = parcels.message(Reply(1, "a", "ok", parcels.sizes(parts)), parts)
     came = mail.unpacked(inflated(mail.packed(sent)))
@@ -51,7 +54,11 @@ def main() -> None:
         "a word for a place": RecordDict({ABOUT: table, FRAMES: ArrayRecord({"first": one})}),
     }
     taken = [name for name, record in odd.items() if mail.unpacked(record)[ABOUT] is not None]
-    print(json.dumps({"loaded": loaded, "same": [to_bytes(a) == to_bytes(b) for a, b in zip(frames, found, strict=True)], "taken": taken}))
+    print(
+        json.dumps(
+            {"loaded": loaded, "same": [to_bytes(a) == to_bytes(b) for a, b in zip(frames, found, strict=True)], "taken": taken}
+        )
+    )
 
 
 if __name__ == "__main__":

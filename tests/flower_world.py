@@ -1,4 +1,5 @@
-"""A whole system on Flower for tests: server and sites as real processes in Flower's own environment, and the proxy between them."""
+"""A whole system on Flower for tests: server and sites as real processes in Flower's own environment, and a proxy between
+them."""
 
 from __future__ import annotations
 

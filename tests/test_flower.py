@@ -306,7 +306,9 @@ def test_a_site_whose_node_has_another_number_after_a_restart_keeps_its_name() -
     port = Carrier(grid, Mail, claimed=True)
     looks(port)
     open_question = ask("a")
-    grid.answers = lambda post: Letter(post.number, post.node, {ABOUT: {"name": "a"}, FRAMES: []}) if post.kind == "hello" else None
+    grid.answers = lambda post: (
+        Letter(post.number, post.node, {ABOUT: {"name": "a"}, FRAMES: []}) if post.kind == "hello" else None
+    )
     port.send(open_question)
     port.turn()
     grid.nodes = {44: ""}
@@ -623,6 +625,13 @@ def test_registered_names_need_keys_and_the_secret_is_this_users_alone(tmp_path:
     assert len(secret.read_bytes()) == 64
 
 
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("path", ['/srv/"a"/s', "/srv/a\\b/s"])
+def test_a_folder_that_a_nodes_configuration_cannot_have_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigError, match="no quotes and backslashes"):
+        launch.site(tmp_path, folders.Site(), "a", Path(path))
+
+
 def test_without_flower_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.sys, "executable", str(tmp_path / "python"))
     settings_of(tmp_path, 'names = "claimed"\nport = 18000')
@@ -675,7 +684,9 @@ def test_how_a_run_stands_is_what_was_said_last_and_damage_is_nothing_known(tmp_
 
 def test_a_part_that_ends_is_started_again_and_all_end_with_the_family(tmp_path: Path) -> None:
     mark = tmp_path / "starts"
-    code = f"import sys, time; open({str(mark)!r}, 'a').write('x'); time.sleep(600 if open({str(mark)!r}).read() == 'xx' else 0)"
+    code = (
+        f"import sys, time; open({str(mark)!r}, 'a').write('x'); time.sleep(600 if open({str(mark)!r}).read() == 'xx' else 0)"
+    )
     family = launch.Family([launch.Part("part", [sys.executable, "-c", code])], tmp_path)
     try:
         for _ in range(120):

@@ -106,7 +106,9 @@ def submit(config: Path, folder: Path, wait: bool = False) -> int:
     run = runs.keep(folder, asked.run.name, to_table(kept(asked)))
     standing = runs.said(run)
     if standing.get("state") == "running" and not _has_ended(folder, str(standing.get("number"))):
-        raise ConfigError(f"run {asked.run.name}: it is running; stop it first: flwr stop {standing.get('number')} {_CONNECTION}")
+        raise ConfigError(
+            f"run {asked.run.name}: it is running; stop it first: flwr stop {standing.get('number')} {_CONNECTION}"
+        )
     runs.say(run, runs.Standing(asked.run.name), state="submitted")
     _connect(folder, known)
     _await_port(known.port)

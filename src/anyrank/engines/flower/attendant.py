@@ -91,7 +91,7 @@ class Attendant:
 
     # --- one question ---
 
-    def answer(self, question: relay.Message, watched: Any = contextlib.nullcontext()) -> relay.Message:
+    def answer(self, question: relay.Message, watched: Any = None) -> relay.Message:
         """The reply to a question, whatever it is; nothing is raised. `watched` is entered while the worker is at it."""
         number = -1
         try:
@@ -132,7 +132,7 @@ class Attendant:
         try:
             if self._closed.is_set():
                 raise _Coded(Code.DIED, "the site stops")
-            with watched:
+            with watched or contextlib.nullcontext():
                 return self._sent(asked, self._open(asked, frames) if asked.kind == OPEN else self._ask(asked, frames))
         finally:
             self._turn.release()

@@ -1,7 +1,7 @@
 """Flower's own processes at the server and at a site: their commands, their environment, and that they are started again.
 
-Telemetry and update checks are off, and no package is installed at run time. Flower's APIs listen on loopback alone; what may be
-reached from outside is for a proxy to say (docs/flower.md). No torch, no flwr here: Flower's processes are its own programs.
+Telemetry and update checks are off, and no package is installed at run time. Flower's APIs listen on loopback alone; what may
+be reached from outside is for a proxy to say (docs/flower.md). No torch, no flwr here: Flower's processes are its own programs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def program(name: str) -> str:
     path = Path(sys.executable).parent / name
     if not path.exists():
         raise ConfigError(
-            f"{name}: not installed beside {sys.executable}; install anyrank[flower] in an environment of its own (docs/flower.md)"
+            f"{name}: not installed beside {sys.executable}; install anyrank[flower] in an environment of its own "
+            "(docs/flower.md)"
         )
     return str(path)
 
@@ -77,6 +78,8 @@ def server(folder: Path, known: Server, rounds: str) -> list[Part]:
 
 def site(folder: Path, known: Site, name: str, socket: Path) -> list[Part]:
     """SuperNode and SuperExec of the site `name`, whose attendant listens at `socket`."""
+    if odd := [text for text in (name, str(socket)) if set(text) & set('"\\')]:
+        raise ConfigError(f"{odd[0]}: expected no quotes and backslashes, which Flower's node configuration cannot have")
     secret, address = _secret(folder), f"127.0.0.1:{known.port}"
     tls = ["--root-certificates", known.ca] if known.ca else ["--insecure"]
     key = ["--auth-supernode-private-key", known.key] if known.key else []
@@ -112,8 +115,8 @@ class Family:
         self._members = [_Member(part, folder / f"{part.name}.log") for part in parts]
 
     def follow(self, seconds: float | None = None) -> None:
-        """Keep them running; returns after `seconds` (`None`: never). Only the main thread may do so: on Linux they die with the
-        thread that has started them."""
+        """Keep them running; returns after `seconds` (`None`: never). Only the main thread may do so: on Linux they die with
+        the thread that has started them."""
         until = None if seconds is None else time.monotonic() + seconds
         while until is None or time.monotonic() < until:
             for member in self._members:

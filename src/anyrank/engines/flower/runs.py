@@ -1,8 +1,8 @@
 """The folders of runs on the server, and how a run stands. No torch, no flwr.
 
-    runs/NAME/submitted.toml    the configuration that was submitted; a name is used for one configuration
-    runs/NAME/standing.json     how the run stands
-    runs/NAME/run               an ordinary run folder
+runs/NAME/submitted.toml    the configuration that was submitted; a name is used for one configuration
+runs/NAME/standing.json     how the run stands
+runs/NAME/run               an ordinary run folder
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tomli_w
 
 from anyrank.engines.flower.settings import RUNS, STATE
 from anyrank.engines.nvflare.kits import check_run
-from anyrank.errors import ConfigError, RunError
+from anyrank.errors import ConfigError
 from anyrank.files import write_whole_text
 
 NAME = "run"  # the one key of a run's configuration in Flower: its name

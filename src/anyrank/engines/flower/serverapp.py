@@ -21,7 +21,7 @@ from anyrank.engines.flower import mail, settings
 from anyrank.engines.flower.carrier import Carrier
 from anyrank.engines.flower.launch import FOLDER, ROUNDS
 from anyrank.engines.flower.runs import NAME, Standing, folder_of, say
-from anyrank.errors import AnyRankError, RunFailed, in_a_line
+from anyrank.errors import AnyRankError, in_a_line
 from anyrank.worker import memory
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,9 @@ class Rounds(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What `Rounds` has to work with. `folder`: the run's own folder on the server. `reply`: bytes of a reply at most. `worker`:
-    makes the worker of a site; it takes the other arguments of `RemoteWorker`. `told`: takes (round, rounds) after each round."""
+    """What `Rounds` has to work with. `folder`: the run's own folder on the server. `reply`: bytes of a reply at most.
+    `worker`: makes the worker of a site; it takes the other arguments of `RemoteWorker`. `told`: takes (round, rounds) after
+    each round."""
 
     run: str
     folder: Path

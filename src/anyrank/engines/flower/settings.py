@@ -1,7 +1,7 @@
 """What our side reads in a folder of the server or of a site: `flower.toml`, which no run can change. No torch, no flwr.
 
-A server's folder has `flower.toml`, `runs` (a folder for each run) and `state` (Flower's own files); a site's has `flower.toml`,
-`site.toml` (see docs/site-file.md) and `state`.
+A server's folder has `flower.toml`, `runs` (a folder for each run) and `state` (Flower's own files); a site's has
+`flower.toml`, `site.toml` (see docs/site-file.md) and `state`.
 """
 
 from __future__ import annotations
