@@ -6,6 +6,7 @@ What needs Flower's processes is in `test_flower_live.py`.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyrank.deployment import flower
-from anyrank.engines.flower import attendant, carrier, launch, relay, runs
+from anyrank.engines.flower import attendant, carrier, guarded, launch, relay, runs
 from anyrank.engines.flower import settings as folders
 from anyrank.engines.flower.attendant import Attendant
 from anyrank.engines.flower.carrier import Carrier, Letter
@@ -651,6 +653,68 @@ def test_an_app_has_a_name_and_no_code(tmp_path: Path) -> None:
     folder = runs.app_of(tmp_path, "winter")
     assert [path.name for path in folder.iterdir()] == ["pyproject.toml"]
     assert "winter" in (folder / "pyproject.toml").read_text()
+
+
+def bundle(files: dict[str, bytes]) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as out:
+        for name, data in files.items():
+            out.writestr(name, data)
+    return made.getvalue()
+
+
+def app(tmp_path: Path, old: str = "", new: str = "", **more: bytes) -> bytes:
+    """The bundle of a run's app, with one text replaced by another, or with more files."""
+    text = (runs.app_of(tmp_path, "winter") / "pyproject.toml").read_text()
+    assert old in text
+    return bundle({"pyproject.toml": text.replace(old, new).encode(), ".info/CONTENT": b"", **more})
+
+
+WRONG_APPS: dict[str, Callable[[Path], Any]] = {
+    "code beside it": lambda at: app(at, **{"anyrank.py": b"raise SystemExit"}),
+    "a file in the place of the package": lambda at: app(at, **{"flwr/__init__.py": b""}),
+    "another server module": lambda at: app(at, "anyrank.engines.flower.serverapp", "os"),
+    "another client module": lambda at: app(at, "anyrank.engines.flower.clientapp", "os"),
+    "packages to install": lambda at: app(at, "[project]", '[project]\ndependencies = ["evil"]'),
+    "more configuration": lambda at: app(at, 'run = "winter"', 'run = "winter"\npath = "x"'),
+    "a file of a gigabyte, packed": lambda at: bundle({"pyproject.toml": bytes(1 << 20), ".info/CONTENT": b""}),
+    "no bundle": lambda at: b"PK",
+    "a path": lambda at: at,
+    "nothing": lambda at: bundle({}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_APPS)
+def test_an_app_with_anything_of_its_own_is_not_unpacked(tmp_path: Path, wrong: str) -> None:
+    unpacked: list[Any] = []
+    module = SimpleNamespace(install_from_fab=lambda found, skip_prompt=False: unpacked.append(found))
+    guarded.guard(module)
+    right = app(tmp_path)
+    module.install_from_fab(right, skip_prompt=True)
+    with pytest.raises(ConfigError, match="it is not run"):
+        module.install_from_fab(WRONG_APPS[wrong](tmp_path), skip_prompt=True)
+    assert unpacked == [right]
+
+
+def test_a_version_of_flower_without_what_is_guarded_runs_nothing() -> None:
+    with pytest.raises(AttributeError):
+        guarded.guard(SimpleNamespace())
+
+
+@pytest.mark.parametrize("kind", ["agentapp", "model", "connector", "simulation", "anything"])
+def test_other_processes_of_flower_are_not_run(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded.main([kind, "--token", "x"]) == 2
+    assert capsys.readouterr().err == f"flwr-{kind}: a server or site of anyrank does not run it\n"
+
+
+def test_the_guarded_programs_come_first_on_the_path(tmp_path: Path) -> None:
+    first = Path(launch.environment(tmp_path)["PATH"].split(os.pathsep)[0])
+    assert sorted(path.name for path in first.iterdir()) == sorted(
+        f"flwr-{kind}" for kind in ("serverapp", "clientapp", "agentapp", "model", "connector", "simulation")
+    )
+    assert all(path.stat().st_mode & 0o777 == 0o700 for path in first.iterdir())
+    found = subprocess.run([first / "flwr-model"], capture_output=True, text=True, timeout=60, env=os.environ)
+    assert (found.returncode, "does not run it" in found.stderr) == (2, True)
 
 
 def test_a_name_is_used_for_one_configuration(tmp_path: Path) -> None:

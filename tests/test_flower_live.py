@@ -3,6 +3,7 @@ that lets the fleet's paths through alone. The same bytes as in one process, als
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -109,6 +110,7 @@ def test_two_nodes_give_the_bytes_of_one_process(
 
 def test_the_proxy_lets_no_command_through(system: flower_world.System) -> None:
     """The Control API has no accounts: who reaches it can run code. Only its absence from the proxy protects it."""
+    flower_world.wait_for(lambda: answers(system.port))
     with flower_world.proxy(system.port) as port:
         for path, seen in {
             "/v1/control/list-runs": 404,
@@ -125,6 +127,12 @@ def test_the_proxy_lets_no_command_through(system: flower_world.System) -> None:
         assert status_of(port, "GET", "/health") == 200
         assert status_of(port, "POST", "/v1/fleet/pull-messages") != 404  # by Flower itself, which has not been asked properly
     assert status_of(system.port, "POST", "/v1/control/list-runs") != 404  # so that the refusal above is the proxy's
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        return status_of(port, "GET", "/health") == 200
+    return False
 
 
 def status_of(port: int, verb: str, path: str) -> int:
@@ -187,6 +195,36 @@ def test_a_wrong_configuration_is_refused_before_it_is_submitted(system: flower_
     assert (status, said.count("\n")) == (2, 1)
     assert "eval.where" in said
     assert not (system.server / "runs" / "wrong").exists()
+
+
+def test_an_app_with_code_is_run_by_nobody(system: flower_world.System, tmp_path: Path) -> None:
+    """Whoever reaches the Control API submits code: Flower starts it, and our process refuses to unpack it."""
+    mark = tmp_path / "ran"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "mine.py").write_text(f"open({str(mark)!r}, 'w').close()\napp = None\n")
+    parts = {"serverapp": "mine:app", "clientapp": "mine:app"}
+    table = {
+        "project": {"name": "code", "version": "1.0.0"},
+        "tool": {"flwr": {"app": {"publisher": "x", "components": parts}}},
+    }
+    (tmp_path / "code" / "pyproject.toml").write_text(tomli_w.dumps(table))
+    state = system.server / "state"
+    flower_world.wait_for(lambda: answers(system.port) and (state / "flwr").exists())
+    connect = state / "flwr" / "config.toml"
+    flower_world.wait_for(connect.exists)
+    off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(state / "flwr")}
+    flwr = str(flower_world.PYTHON.parent / "flwr")
+    words = [flwr, "run", str(tmp_path / "code"), "anyrank", "--format", "json"]
+    found = subprocess.run(words, env=flower_world.ENV | off, capture_output=True, text=True, timeout=300)
+    number = str(json.loads(found.stdout)["run-id"])
+
+    def ended() -> bool:
+        words = [flwr, "ls", "anyrank", "--run-id", number, "--format", "json"]
+        listed = subprocess.run(words, env=flower_world.ENV | off, capture_output=True, text=True, timeout=300)
+        return json.loads(listed.stdout)["runs"][0]["status"] == "finished:failed"
+
+    flower_world.wait_for(ended, 300, 2)
+    assert not mark.exists()
 
 
 def test_no_process_outlives_its_party(tmp_path: Path) -> None:

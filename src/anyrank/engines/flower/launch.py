@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -19,8 +20,10 @@ from pathlib import Path
 
 from anyrank import stopping
 from anyrank.engines.flower import clientapp_keys as keys
+from anyrank.engines.flower import guarded
 from anyrank.engines.flower.settings import SECRET, STATE, Server, Site
 from anyrank.errors import ConfigError
+from anyrank.files import write_whole_text
 
 FOLDER, ROUNDS = "ANYRANK_FLOWER_FOLDER", "ANYRANK_FLOWER_ROUNDS"  # in the environment of a ServerApp
 _LOOK_S = 0.2
@@ -58,8 +61,19 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         **{"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"},
         **{"FLWR_HOME": str(folder.absolute() / STATE / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"},
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([str(_guards(folder)), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
+
+
+def _guards(folder: Path) -> Path:
+    """A folder with programs that stand before Flower's own of the same names: see `guarded`."""
+    room = folder.absolute() / STATE / "bin"
+    room.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for kind in (*guarded.KINDS, *guarded.REFUSED):
+        path = room / f"flwr-{kind}"
+        write_whole_text(path, f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m {guarded.__name__} {kind} "$@"\n')
+        path.chmod(0o700)
+    return room
 
 
 def server(folder: Path, known: Server, rounds: str) -> list[Part]:
