@@ -233,6 +233,7 @@ def test_no_process_outlives_its_party(tmp_path: Path) -> None:
     try:
         made.start("server")
         flower_world.wait_for(lambda: made.below("server", "flower-superlink") and made.below("server", "flower-superexec"))
+        flower_world.wait_for(lambda: answers(made.port))
         made.processes["server"].kill()
         flower_world.wait_for(lambda: not made.alive(str(tmp_path / "f")), 60)
     finally:
