@@ -12,17 +12,18 @@
 #                starts of light commands (half a minute), the checks of a round and of a merge (five minutes), and a server
 #                whose clients are processes (ten minutes, 4 GB of temporary files)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
-# make sites     workers, and a system on NVFlare, in real processes that are killed in turn; every method in workers and in one
-#                process (about half an hour)
+# make sites     workers, and systems on NVFlare and on Flower, in real processes that are killed in turn; every method in
+#                workers and in one process (about half an hour); makes an environment for Flower in .venv/flower
 # make lint      style and imports
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+FLOWER := $(VENV)/flower
 FUZZ   ?= --seconds 300 --seed 0
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants fuzz bench experiments faults sites lint clean
+.PHONY: demo test mutants fuzz bench experiments faults sites flower lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -50,8 +51,12 @@ bench: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sites.py
 
 sites: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory flower || echo "no environment for Flower could be made; its tests are skipped"
 	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_supervisor.py tests/test_workers.py \
-		tests/test_nvflare.py tests/test_nvflare_bytes.py tests/test_deploy_live.py
+		tests/test_nvflare.py tests/test_nvflare_bytes.py tests/test_deploy_live.py \
+		tests/test_flower.py tests/test_flower_live.py
+
+flower: $(FLOWER)/.installed
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py
@@ -80,4 +85,11 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing what the tests need"
 	$(PIP) -e '.[test]'
+	@touch $@
+
+# Flower pins packages that clash with constraints.txt.
+$(FLOWER)/.installed: $(VENV)/bin/python pyproject.toml constraints-flower.txt
+	@echo "installing Flower into $(FLOWER)"
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower,text]'
 	@touch $@
