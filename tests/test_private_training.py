@@ -127,7 +127,7 @@ def test_an_example_counts_by_at_most_the_clip_norm_over_all_tensors_together(cl
         expected = [total + kept * own for total, own in zip(expected, gradient, strict=True)]
     for parts in (1, 2):
         for found, total in zip(sums.clipped(torch.arange(len(inputs)), clip_norm, parts), expected, strict=True):
-            torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(found.float(), total, rtol=1e-4, atol=1e-7)
 
 
 def test_an_example_without_a_finite_gradient_counts_as_zero() -> None:
@@ -192,7 +192,7 @@ def test_a_step_divides_by_the_expected_batch_whatever_was_drawn(toy, monkeypatc
     before = download.adapter.layers["target"]
     assert draws.asked == [before.A.numel(), before.B.numel()]
     for start, end, total in ((before.A, after.A, sums[0]), (before.B, after.B, sums[1])):
-        torch.testing.assert_close(end, start - (total + 2.0 * 0.5) / BATCH)
+        torch.testing.assert_close(end, (start - (total + 2.0 * 0.5) / BATCH).float())
 
 
 def test_an_empty_draw_is_a_step_of_noise_alone(toy, monkeypatch) -> None:

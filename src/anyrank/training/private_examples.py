@@ -23,7 +23,8 @@ from anyrank import keys
 from anyrank.errors import ModelError
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Download, Scaling
-from anyrank.privacy.noise import Draws, Mechanism
+from anyrank.privacy.grid import Gaussian
+from anyrank.privacy.noise import Mechanism
 from anyrank.tasks.base import Examples
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
@@ -41,21 +42,18 @@ def train(
     start = [parameter.detach().clone() for parameter in parameters]
     sums = PerExample(model, parameters)
     optimizer = Optimizer(parameters, plan.config, plan.learning_rate)
-    rate, noise = privacy.sampling_rate(declared), privacy.noise[declared] * privacy.clip_norm
+    rate, numbers = privacy.sampling_rate(declared), sum(parameter.numel() for parameter in parameters)
+    noise = Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)
     for _ in range(privacy.local_steps):
         index = torch.from_numpy(examples[draws.random(len(examples)) < rate])
         clipped = sums.clipped(index, privacy.clip_norm, plan.config.accumulation_steps)
         for parameter, then, total in zip(parameters, start, clipped, strict=True):
-            parameter.grad = (total + noise * _normal(draws, total)) / privacy.batch_size
+            noisy = noise.added(total.cpu().numpy(), draws) / privacy.batch_size
+            parameter.grad = torch.from_numpy(noisy).to(parameter.dtype).to(parameter.device)  # rounded once
             if plan.config.proximal_mu:  # FedProx's term depends only on the weights, which are not secret
                 parameter.grad.add_(parameter.detach() - then, alpha=plan.config.proximal_mu)
         optimizer.step()
     return ClientUpdate(model.read(download), declared, client)
-
-
-def _normal(draws: Draws, like: Tensor) -> Tensor:
-    values = torch.from_numpy(draws.standard_normal(like.numel()))
-    return values.view(like.shape).to(like.dtype).to(like.device)
 
 
 class PerExample:
@@ -68,10 +66,12 @@ class PerExample:
     def clipped(self, index: Tensor, clip_norm: float, parts: int = 1) -> list[Tensor]:
         """The sum over the examples `index` `[b]` of their gradients, each scaled down to `clip_norm` over all tensors.
 
+        In float64, so that rounding, which depends on the other examples, adds nothing to what one example changes.
+
         The examples go through the model in `parts` parts. A gradient that is not finite counts as zero, so that its example
         does not change the sum by more than any other.
         """
-        totals = [torch.zeros_like(parameter) for parameter in self.parameters]
+        totals = [_wide(torch.zeros_like(parameter)) for parameter in self.parameters]
         for part in index.split(-(-len(index) // parts)) if len(index) else ():
             for total, own in zip(totals, self._clipped(part, clip_norm), strict=True):
                 total.add_(own)
@@ -85,7 +85,7 @@ class PerExample:
             gradients = [torch.where(finite.view(-1, *(1,) * (g.ndim - 1)), g, 0.0) for g in gradients]
         scales = clip_norm / squares.sqrt().clamp_min(clip_norm)
         scales = torch.where(finite, scales, 0.0)
-        return [torch.tensordot(scales.to(gradient.dtype), gradient, dims=1) for gradient in gradients]
+        return [_weighted_sum(scales, gradient) for gradient in gradients]
 
     def gradients(self, index: Tensor, examples: Examples | None = None) -> list[Tensor]:
         """The gradient of each example's own loss, `[b, ...]` for each parameter; `examples`: instead of the training set."""
@@ -101,6 +101,21 @@ class PerExample:
             for name, terms in self.terms.items():
                 self.model.set_stack(name, terms)
             self.model.leave_stack()
+
+
+_NUMBERS = 1 << 18  # of gradients that are held in float64 at a time
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, on a device that has it."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _weighted_sum(weights: Tensor, each: Tensor) -> Tensor:
+    """`sum_i weights[i] each[i]` of `each` `[b, ...]`, computed in float64, a part of the numbers at a time."""
+    columns, weights = each.flatten(1), _wide(weights)
+    parts = columns.split(max(1, _NUMBERS // max(1, len(columns))), dim=1)
+    return torch.cat([weights @ _wide(part) for part in parts]).view(each.shape[1:])
 
 
 def _losses(model: LoraModel, index: Tensor, examples: Examples | None = None) -> Tensor:
