@@ -12,7 +12,7 @@ training, anything that would still mix examples or affect the loss without goin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from anyrank import keys
-from anyrank.errors import ModelError
+from anyrank.errors import ModelError, in_a_line
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Download, Scaling
+from anyrank.messages.records import BOTH, ClientUpdate, Download, Scaling
 from anyrank.privacy.grid import Gaussian
 from anyrank.privacy.noise import Mechanism
 from anyrank.tasks.base import Examples
@@ -37,6 +37,8 @@ def train(
 
     It reports no losses, and only the number of examples that the plan declares.
     """
+    if download.train not in model.probed:
+        raise ModelError(f"private training of {' and '.join(sorted(download.train))}: the model was not checked for that")
     privacy, draws = mechanism.plan, mechanism.draws(plan.round, client)
     parameters = model.load(download)
     start = [parameter.detach().clone() for parameter in parameters]
@@ -130,11 +132,16 @@ _PROBED, _PROBE_RANK = 3, 2  # examples, and the rank of a random adapter
 _TOLERANCE = 1e-3  # share of an example's gradient: float32's rounding stays below it
 
 
-def check(model: LoraModel) -> None:
+def trained_by(method_trains: frozenset[str]) -> tuple[frozenset[str], ...]:
+    """The sets of factors that a method trains, from what it says of itself: one that trains a single factor may take turns."""
+    return (BOTH,) if method_trains == BOTH else (frozenset("A"), frozenset("B"))
+
+
+def check(model: LoraModel, trains: Iterable[frozenset[str]]) -> None:
     """Raise `ModelError`, with the name of the layer, if the clipping of `model`'s per-example gradients could be bypassed.
 
-    First the module's parts are checked. Then held-out examples are passed through with random factors: each example's gradient
-    in a batch must equal its gradient alone, computed in the ordinary way.
+    First the module's parts are checked. Then held-out examples are passed through with random factors, once for each set of
+    factors in `trains`: each example's gradient in a batch must equal its gradient alone, computed in the ordinary way.
     """
     _check_parts(model)
     draw = keys.generator(0, "privacy probe")
@@ -146,14 +153,28 @@ def check(model: LoraModel) -> None:
         for name, layer in start.layers.items()
     }
     slices = {name: tuple(range(_PROBE_RANK)) for name in layers}
-    parameters = model.load(Download(replace(start, layers=layers), slices))
+    for train in trains:
+        _probe(model, Download(replace(start, layers=layers), slices, train))
+        model.probed.add(train)
+
+
+def _probe(model: LoraModel, download: Download) -> None:
+    """Compare gradients of examples in a batch with those of each example alone."""
+    parameters, names = model.load(download), _names(model, download.train)
     index = torch.arange(min(_PROBED, len(model.task.test)))
-    together = PerExample(model, parameters).gradients(index, model.task.test)
+    try:
+        together = PerExample(model, parameters).gradients(index, model.task.test)
+    except RuntimeError as error:  # shapes that only fit one example at a time
+        trained = " and ".join(sorted(download.train))
+        raise ModelError(
+            f"{names[0]}: with {trained} trained, gradients of single examples cannot be computed ({in_a_line(error)}); choose "
+            "other lora.target_modules, or another method"
+        ) from None
     for place in index.tolist():
         loss = _losses(model, index[place : place + 1], model.task.test).sum()
         alone = torch.autograd.grad(loss, parameters, materialize_grads=True)
         scale = max(float(gradient.norm()) for gradient in alone)
-        for name, expected, found in zip(_names(model), alone, together, strict=True):
+        for name, expected, found in zip(names, alone, together, strict=True):
             if not float((found[place] - expected).norm()) <= _TOLERANCE * scale:
                 raise ModelError(
                     f"{name}: its gradient for one example depends on the batch, or it is used past its own module, so that "
@@ -161,9 +182,10 @@ def check(model: LoraModel) -> None:
                 )
 
 
-def _names(model: LoraModel) -> list[str]:
+def _names(model: LoraModel, train: frozenset[str]) -> list[str]:
     """The parameters that `model.load` trains, in its order."""
-    return [f"layer {name}, {factor}" for name in model.targets for factor in "AB"] + [f"parameter {n}" for n in model.trained]
+    factors = [f"layer {name}, {factor}" for name in model.targets for factor in "AB" if factor in train]
+    return factors + [f"parameter {name}" for name in model.trained]
 
 
 def _check_parts(model: LoraModel) -> None:
