@@ -18,7 +18,7 @@ from anyrank.data.partition import ByName
 from anyrank.engines.inprocess import InProcess
 from anyrank.errors import ConfigError
 from anyrank.federation import assembly, loop
-from anyrank.federation.checks import check_ranks
+from anyrank.federation.checks import check_ranks, check_secure_sum
 from anyrank.federation.engine import Engine
 from anyrank.federation.federation import Federation
 from anyrank.messages.records import BOTH
@@ -81,6 +81,7 @@ def build(
         )
     method = method or _method(config)
     check_ranks(config, method)
+    check_secure_sum(config, method)
     if config.run.engine == "workers" and engine is in_process:
         return workers.build(config, method, progress)
     task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
