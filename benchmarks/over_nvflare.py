@@ -1,20 +1,20 @@
-"""A round over NVFlare: this project's rounds beside NVFlare's own averaging, seconds and memory, with sites that train nothing.
+"""A round over NVFlare: this project's rounds beside NVFlare's own averaging, with sites that train nothing.
 
-    python benchmarks/over_nvflare.py                          # all sizes and numbers of sites, about 15 minutes
-    python benchmarks/over_nvflare.py --megabytes 0 24 --sites 2 --rounds 5 --turns 1
+    python benchmarks/over_nvflare.py --megabytes 0 24 244 --sites 2
+    python benchmarks/over_nvflare.py --megabytes 0 24 --sites 8
 
-One provisioned federation on loopback (mutual TLS, real server and site processes) for each number of sites; the two ways take turns on it,
-as jobs. The adapter is the same: 64 layers of 4096 x 4096, float32, of the rank that gives the size. Both ask every 0.2 s for a task
-(NVFlare's own default is 2 s).
+For each number of sites and each size, one provisioned federation on loopback (mutual TLS, real server and site processes), on
+which the two ways take turns, as jobs. The adapter is the same: 64 layers of 4096 x 4096, float32, of the rank that gives the
+size. In both, sites ask every 0.2 s for a task (NVFlare's own default is 2 s).
 
-*ours*: `anyrank.deployment.nvflare.Rounds` with rbla as it is, its guard, checkpoint and logs included. At a site, the client process
-and a worker process, which answers by the real protocol with numbers from a table.
-*stock*: the job of `NumpyFedAvgRecipe`, with an in-process script that sends back what it received, and a persistor that starts from these
-128 arrays and saves them after each round with `numpy.savez`.
+*ours*: `anyrank.deployment.nvflare.Rounds` with rbla as it is, guard, checkpoint and logs included. At a site, the client
+process and a worker process, which answers by the real protocol with numbers from a table.
+*stock*: the job of `NumpyFedAvgRecipe`, whose script, in the client process, sends back what it received, and a persistor that
+starts from these 128 arrays and saves them after each round with `numpy.savez`.
 
-A round's seconds are from the end of the round before (the first one, in which the sites join and the start adapter goes to the server, is left out). Memory is
-the largest anonymous memory (RssAnon) of a process during the job, read every 50 ms. The floor is the adapter once each way for each site through one TLS connection
-on loopback (`ssl`, AES-GCM), and nothing else.
+A round's seconds are from the end of the round before; the first one, in which the sites join, is left out. Memory is the
+largest anonymous memory (RssAnon) of a process during the job, read every 50 ms. The floor is the adapter once each way for each
+site through one TLS connection on loopback (`ssl`), and nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -280,7 +281,9 @@ class Memory(threading.Thread):
                 with contextlib.suppress(psutil.Error):
                     line = " ".join(each.cmdline())
                     kinds = {"runner_process": "server", "worker_process": "client", "--worker": "worker"}
-                    found |= {each.pid: what for mark, what in kinds.items() if mark in line}
+                    for mark, what in kinds.items():
+                        if mark in line:
+                            found[each.pid] = what
         return found
 
 
@@ -305,8 +308,8 @@ def job(system: Any, session: Any, folder: Path, way: Any, asked: dict[str, Any]
         for party in ("localhost", system.sites[0]):
             print((system.kits / party / "out.txt").read_text()[-3000:], file=sys.stderr)
         raise RuntimeError(f"{name}: {len(ends)} of {rounds} rounds, {status}")
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    by_round = [max((m for at, m in memory.series if a < at <= b), default=0.0) for a, b in zip(ends, ends[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(ends)]
+    by_round = [max((m for at, m in memory.series if a < at <= b), default=0.0) for a, b in itertools.pairwise(ends)]
     for each in folder.glob("*.npz"):
         each.unlink()
     return {"seconds": seconds, "peaks": memory.peaks, "by_round": by_round}
@@ -386,7 +389,9 @@ def main() -> int:
     asked = options.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}\n")
     heads = ["way", "sites", "MB", "s a round", "server MB", "client MB", "worker MB", "server MB, round 2 to last"]
-    print("| " + " | ".join([*heads, "floor s", "load after"]) + " |\n| " + " | ".join(["---"] + ["---:"] * 9) + " |", flush=True)
+    print(
+        "| " + " | ".join([*heads, "floor s", "load after"]) + " |\n| " + " | ".join(["---"] + ["---:"] * 9) + " |", flush=True
+    )
     for count in asked.sites:
         for megabytes in asked.megabytes:
             measure(count, megabytes, asked.rounds, asked.turns, asked.folder)
