@@ -13,8 +13,9 @@ process and a worker process, which answers by the real protocol with numbers fr
 starts from these 128 arrays and saves them after each round with `numpy.savez`.
 
 A round's seconds are from the end of the round before; the first one, in which the sites join, is left out. Memory is the
-largest anonymous memory (RssAnon) of a process during the job, read every 50 ms. The floor is the adapter once each way for each
-site through one TLS connection on loopback (`ssl`), and nothing else.
+largest anonymous memory (RssAnon) of a process during the job, read every 50 ms. CPU seconds are of the server's
+job process, all clients' processes, and all workers, start and end included, over the number of rounds. The floor: the adapter
+once each way for each site through one TLS connection on loopback (`ssl`), and nothing else.
 """
 
 from __future__ import annotations
@@ -259,6 +260,7 @@ class Memory(threading.Thread):
     def __init__(self, system: Any) -> None:
         super().__init__(daemon=True)
         self.system, self.peaks, self.series, self.over = system, {}, [], threading.Event()
+        self.cpu: dict[tuple[str, int], float] = {}
 
     def run(self) -> None:
         turn = 0
@@ -284,6 +286,7 @@ class Memory(threading.Thread):
                     for mark, what in kinds.items():
                         if mark in line:
                             found[each.pid] = what
+                            self.cpu[what, each.pid] = sum(each.cpu_times()[:2])
         return found
 
 
@@ -310,9 +313,12 @@ def job(system: Any, session: Any, folder: Path, way: Any, asked: dict[str, Any]
         raise RuntimeError(f"{name}: {len(ends)} of {rounds} rounds, {status}")
     seconds = [b - a for a, b in itertools.pairwise(ends)]
     by_round = [max((m for at, m in memory.series if a < at <= b), default=0.0) for a, b in itertools.pairwise(ends)]
+    cpu: dict[str, float] = {}
+    for (what, _), each in memory.cpu.items():
+        cpu[what] = cpu.get(what, 0.0) + each / rounds
     for each in folder.glob("*.npz"):
         each.unlink()
-    return {"seconds": seconds, "peaks": memory.peaks, "by_round": by_round}
+    return {"seconds": seconds, "peaks": memory.peaks, "by_round": by_round, "cpu": cpu}
 
 
 # --- the floor -----------------------------------------------------------------------------------------------------------
@@ -374,7 +380,9 @@ def row(way: str, count: int, asked: dict[str, Any], jobs: list[dict[str, Any]],
     flat = f"{rounds[0]:.0f} to {rounds[-1]:.0f}"
     middle = f"{statistics.median(seconds):.2f} ({seconds[0]:.2f} to {seconds[-1]:.2f})"
     load = f"{os.getloadavg()[0]:.1f}"
-    return [way, str(count), f"{size_of(asked):.0f}", middle, *peaks, flat, f"{least:.2f}", load]
+    kinds = ("server", "client", "worker")
+    cpu = " + ".join(f"{statistics.median(each['cpu'].get(kind, 0.0) for each in jobs):.1f}" for kind in kinds)
+    return [way, str(count), f"{size_of(asked):.0f}", middle, cpu, *peaks, flat, f"{least:.2f}", load]
 
 
 def main() -> int:
@@ -388,9 +396,19 @@ def main() -> int:
     options.add_argument("--folder", type=Path, help="where temporary files go")
     asked = options.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}\n")
-    heads = ["way", "sites", "MB", "s a round", "server MB", "client MB", "worker MB", "server MB, round 2 to last"]
+    heads = [
+        "way",
+        "sites",
+        "MB",
+        "s a round",
+        "CPU s a round",
+        "server MB",
+        "client MB",
+        "worker MB",
+        "server MB, round 2 to last",
+    ]
     print(
-        "| " + " | ".join([*heads, "floor s", "load after"]) + " |\n| " + " | ".join(["---"] + ["---:"] * 9) + " |", flush=True
+        "| " + " | ".join([*heads, "floor s", "load after"]) + " |\n| " + " | ".join(["---"] + ["---:"] * 10) + " |", flush=True
     )
     for count in asked.sites:
         for megabytes in asked.megabytes:
