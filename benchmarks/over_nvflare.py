@@ -9,6 +9,7 @@ size. In both, sites ask every 0.2 s for a task (NVFlare's own default is 2 s).
 
 *ours*: `anyrank.deployment.nvflare.Rounds` with rbla as it is, guard, checkpoint and logs included. At a site, the client
 process and a worker process, which answers by the real protocol with numbers from a table.
+*unguarded*: the same with `guard.norm = 0`, `guard.far = 0`, `guard.owner = 1`: without limits of lengths.
 *stock*: the job of `NumpyFedAvgRecipe`, whose script, in the client process, sends back what it received, and a persistor that
 starts from these 128 arrays and saves them after each round with `numpy.savez`.
 
@@ -206,7 +207,9 @@ def _popen_with_path() -> Iterator[None]:
         subprocess.Popen.__init__ = begin  # type: ignore[method-assign]
 
 
-def ours(folder: Path, name: str, names: Sequence[str], asked: dict[str, Any], rounds: int, times: Path) -> Path:
+def ours(
+    folder: Path, name: str, names: Sequence[str], asked: dict[str, Any], rounds: int, times: Path, **sections: Any
+) -> Path:
     import tomli_w
 
     from anyrank.engines.nvflare import job
@@ -219,8 +222,13 @@ def ours(folder: Path, name: str, names: Sequence[str], asked: dict[str, Any], r
         "eval": {"where": "sites", "every": 1_000_000},
         "sites": [{"name": site, "rank": asked["rank"], "source": "at the site"} for site in names],
     }
-    arguments = {"times": str(times), "config": job.enclosed(tomli_w.dumps(config)), "segment": rounds}
+    arguments = {"times": str(times), "config": job.enclosed(tomli_w.dumps(config | sections)), "segment": rounds}
     return job.write(folder, name, names, len(names), "over_nvflare.Timed", arguments, "over_nvflare.StandIn")
+
+
+def unguarded(*values: Any) -> Path:
+    """`ours` without limits of lengths and of single owners, which stock averaging does not have either."""
+    return ours(*values, guard={"norm": 0.0, "far": 0.0, "owner": 1.0})
 
 
 SCRIPT = """import nvflare.client as flare
@@ -350,7 +358,7 @@ with context.wrap_socket(socket.create_connection(("127.0.0.1", {listener.getsoc
 # --- the table -----------------------------------------------------------------------------------------------------------
 
 
-def measure(count: int, megabytes: int, rounds: int, turns: int, keep: Path | None) -> None:
+def measure(count: int, megabytes: int, rounds: int, turns: int, keep: Path | None, ways: Sequence[Any]) -> None:
     import flare
 
     names = [f"site-{number:03d}" for number in range(1, count + 1)]
@@ -358,13 +366,13 @@ def measure(count: int, megabytes: int, rounds: int, turns: int, keep: Path | No
     with tempfile.TemporaryDirectory(prefix="anyrank-bench-", dir=keep) as text:
         folder = Path(text)
         system = federation(folder / "flare", names, asked)
-        found: dict[str, list[dict[str, Any]]] = {"ours": [], "stock": []}
+        found: dict[str, list[dict[str, Any]]] = {way.__name__: [] for way in ways}
         try:
             system.start()
             with system.session() as session:
                 flare.wait_for(lambda: len(session.get_system_info().client_info) >= count, 120.0)
                 for _ in range(turns):
-                    for way in (ours, stock):
+                    for way in ways:
                         found[way.__name__].append(job(system, session, folder, way, asked, rounds))
             least = floor(system, int(2 * count * size_of(asked) * 1e6))
         finally:
@@ -393,6 +401,8 @@ def main() -> int:
     options.add_argument("--sites", type=int, nargs="+", default=[2, 8])
     options.add_argument("--rounds", type=int, default=6)
     options.add_argument("--turns", type=int, default=2, help="jobs of each way, in turn")
+    ways = {"ours": ours, "unguarded": unguarded, "stock": stock}
+    options.add_argument("--ways", nargs="+", default=["ours", "stock"], choices=list(ways))
     options.add_argument("--folder", type=Path, help="where temporary files go")
     asked = options.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}\n")
@@ -412,7 +422,7 @@ def main() -> int:
     )
     for count in asked.sites:
         for megabytes in asked.megabytes:
-            measure(count, megabytes, asked.rounds, asked.turns, asked.folder)
+            measure(count, megabytes, asked.rounds, asked.turns, asked.folder, [ways[name] for name in asked.ways])
     return 0
 
 
