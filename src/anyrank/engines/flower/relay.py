@@ -38,6 +38,8 @@ Message = Mapping[str, Any]  # the table under ABOUT, arrays [bytes] uint8 of ea
 
 def listen(folder: Path) -> socket.socket:
     """A socket in `folder`, which is made if need be and which only this user can enter. Raises `ConfigError`."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError("this system has no sockets in folders; run the site on Linux or macOS")
     path = address(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
