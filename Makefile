@@ -3,7 +3,6 @@
 # make faults    fails each write of six kinds of run in each way, damages each of its files, kills it at each write and 300
 #                times at random (ANYRANK_KILLS, ANYRANK_KILLS_SEED), and stops commands and workers (one to two hours; most of
 #                it waits for the disk: TMPDIR=/dev/shm takes a memory disk)
-# make sites     the whole matrix of workers: every method and kind of run in real processes, and more moments of kills
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
 # make fuzz      fuzzes the doors of the library by coverage for five minutes: adapters, configurations, data, run folders, replies,
 #                frames (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
@@ -49,6 +48,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/defence.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sites.py
+	$(BIN)/python benchmarks/status_page.py
+	$(BIN)/python benchmarks/over_nvflare.py --megabytes 0 24 --sites 2
 
 sites: $(VENV)/.installed-test
 	@$(MAKE) --no-print-directory flower || echo "no environment for Flower could be made; its tests are skipped"
