@@ -3,7 +3,6 @@
 # make faults    fails each write of six kinds of run in each way, damages each of its files, kills it at each write and 300
 #                times at random (ANYRANK_KILLS, ANYRANK_KILLS_SEED), and stops commands and workers (one to two hours; most of
 #                it waits for the disk: TMPDIR=/dev/shm takes a memory disk)
-# make sites     the whole matrix of workers: every method and kind of run in real processes, and more moments of kills
 # make mutants   plants mistakes in a copy of the source and shows which test catches each
 # make fuzz      fuzzes the doors of the library by coverage for five minutes: adapters, configurations, data, run folders, replies,
 #                frames (FUZZ="--seconds 1500 --seed 1 --doors data,run" for others; at random where atheris has no wheel)
@@ -12,17 +11,18 @@
 #                starts of light commands (half a minute), the checks of a round and of a merge (five minutes), and a server
 #                whose clients are processes (ten minutes, 4 GB of temporary files)
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
-# make sites     workers, and a system on NVFlare, in real processes that are killed in turn; every method in workers and in one
-#                process (about half an hour)
+# make sites     workers, and systems on NVFlare and on Flower, in real processes that are killed in turn; every method in
+#                workers and in one process (about half an hour); makes an environment for Flower in .venv/flower
 # make lint      style and imports
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+FLOWER := $(VENV)/flower
 FUZZ   ?= --seconds 300 --seed 0
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants fuzz bench experiments faults sites lint clean
+.PHONY: demo test mutants fuzz bench experiments faults sites flower lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -48,11 +48,16 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/defence.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sites.py
+	$(BIN)/python benchmarks/status_page.py
+	$(BIN)/python benchmarks/over_nvflare.py --megabytes 0 24 --sites 2
 
 sites: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory flower || echo "no environment for Flower could be made; its tests are skipped"
 	ANYRANK_SITES=all $(BIN)/python -m pytest -q -rP tests/test_supervisor.py tests/test_workers.py \
 		tests/test_nvflare.py tests/test_nvflare_bytes.py tests/test_deploy_live.py tests/test_deploy_faults.py \
-		tests/test_deploy_rehearsal.py
+		tests/test_deploy_rehearsal.py tests/test_flower.py tests/test_flower_live.py
+
+flower: $(FLOWER)/.installed
 
 experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py
@@ -81,4 +86,11 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing what the tests need"
 	$(PIP) -e '.[test]'
+	@touch $@
+
+# Flower pins packages that clash with constraints.txt.
+$(FLOWER)/.installed: $(VENV)/bin/python pyproject.toml constraints-flower.txt
+	@echo "installing Flower into $(FLOWER)"
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower,text]'
 	@touch $@

@@ -36,7 +36,7 @@ STAGES = (
 
 FAST = (("tests/test_subspace.py", "tests/test_folders.py"),)
 PRIVATE = (
-    ("tests/test_private_training.py", "tests/test_private_upload.py", "tests/test_privacy_plan.py"),
+    ("tests/test_grid.py", "tests/test_private_training.py", "tests/test_private_upload.py", "tests/test_privacy_plan.py"),
     ("tests/test_privacy_run.py",),
 )
 SITE = (("tests/test_hostile_server.py",),)
@@ -97,7 +97,7 @@ MISTAKES = (
     Mistake("every client given the largest rank", "methods/base.py", "name, client.rank_of(name))", "name, 8)"),
     Mistake("ranks of single layers ignored", "messages/records.py", "self.layer_ranks.get(layer, self.rank)", "self.rank"),
     Mistake("first rows of A with last columns of B", "methods/base.py", "layer.B[:, :kept]", "layer.B[:, -kept:]"),
-    Mistake("pad with B that is not zero", "methods/slices.py", "layer.B.new_zeros(", "layer.B.new_ones("),
+    Mistake("pad with B that is not zero", "methods/slices.py", "layer.B.new_zeros(layer", "layer.B.new_ones(layer"),
     Mistake("pad with A that is dead", "methods/slices.py", "torch.cat([layer.A, fresh])", "torch.cat([layer.A, 0 * fresh])"),
     Mistake("empty slice zeroed by raFLoRA", "methods/raflora.py", 'if self.empty_slice == "keep"', "if False"),
     Mistake("empty slice zeroed by RBLA", "methods/rbla.py", 'previous if self.empty_slice == "keep" else None', "None"),
@@ -318,24 +318,34 @@ MISTAKES = (
     Mistake(
         "noise without the clip norm",
         "training/private_examples.py",
-        "privacy.noise[declared] * privacy.clip_norm",
-        "privacy.noise[declared]",
+        "Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)",
+        "Gaussian(privacy.noise[declared], 1.0, numbers)",
         PRIVATE,
     ),
     Mistake(
         "noise divided by the batch twice",
         "training/private_examples.py",
-        "noise * _normal(draws, total)",
-        "noise / privacy.batch_size * _normal(draws, total)",
+        "noise.added(total.cpu().numpy(), draws) / privacy.batch_size",
+        "noise.added(total.cpu().numpy() / privacy.batch_size, draws) / privacy.batch_size",
         PRIVATE,
     ),
     Mistake(
         "one noise for all numbers of a tensor",
-        "training/private_examples.py",
-        "draws.standard_normal(like.numel()))",
-        "draws.standard_normal(1).repeat(like.numel()))",
+        "privacy/grid.py",
+        "draws.standard_normal(values.size)",
+        "draws.standard_normal(1).repeat(values.size)",
         PRIVATE,
     ),
+    Mistake(
+        "noise that is not on the grid",
+        "privacy/grid.py",
+        "np.rint(normal * (deviation / step))",
+        "normal.astype(np.float32) * (deviation / step)",
+        PRIVATE,
+    ),
+    Mistake("a value that is not on the grid", "privacy/grid.py", "whole = np.rint(np.clip(", "whole = (np.clip(", PRIVATE),
+    Mistake("a step that follows the value", "privacy/grid.py", "np.frexp(deviation)", "np.frexp(np.abs(values))", PRIVATE),
+    Mistake("rounding that nothing makes up for", "privacy/grid.py", "* 2.0**-self.bits)", "* 0.0)", PRIVATE),
     Mistake(
         "divided by what was drawn", "training/private_examples.py", "/ privacy.batch_size\n", "/ max(1, len(index))\n", PRIVATE
     ),
@@ -557,8 +567,8 @@ MISTAKES = (
     Mistake(
         "upload noise without the clip norm",
         "training/private_upload.py",
-        "noise_multiplier * clip_norm * _normal",
-        "noise_multiplier * _normal",
+        "Gaussian(noise_multiplier, clip_norm, sum(",
+        "Gaussian(noise_multiplier, 1.0, sum(",
         PRIVATE,
     ),
     Mistake(
@@ -591,9 +601,15 @@ MISTAKES = (
         "largest[None, :]",
         CENTRAL,
     ),
-    Mistake("central noise without the clip norm", "robust/central_noise.py", "plan.clip_norm * max(", "max(", CENTRAL),
     Mistake(
-        "no noise on the head", "robust/central_noise.py", "_noisy(tensor, reach.tensors * deviation, draws)", "tensor", CENTRAL
+        "central noise without the clip norm",
+        "robust/central_noise.py",
+        "Gaussian(largest, plan.clip_norm,",
+        "Gaussian(largest, 1.0,",
+        CENTRAL,
+    ),
+    Mistake(
+        "no noise on the head", "robust/central_noise.py", "_noisy(tensor, reach.tensors, noise, draws)", "tensor", CENTRAL
     ),
     Mistake("the head's noise by the mean", "robust/central_noise.py", "max(counts) / sum(counts)", "1 / len(counts)", CENTRAL),
     Mistake(
@@ -611,9 +627,7 @@ MISTAKES = (
         CENTRAL,
     ),
     Mistake("a download that does not say its rescaling", "methods/base.py", ", rescale=self.rescale)", ")", CENTRAL),
-    Mistake(
-        "scaling dropped in the clip", "messages/change.py", "units(layer, download.rescale)[factor] * _size", "_size", CENTRAL
-    ),
+    Mistake("scaling dropped in the clip", "messages/change.py", "unit[factor] * _size(", "_size(", CENTRAL),
     Mistake(
         "the head left out of the clip",
         "messages/change.py",
@@ -651,7 +665,11 @@ MISTAKES = (
         DEFENCE,
     ),
     Mistake(
-        "patience without an end", "federation/quorum.py", "return replace(self, idle=self.idle + 1)", "return self", DEFENCE
+        "patience without an end",
+        "federation/quorum.py",
+        "now = replace(self, idle=self.idle + 1 if idle else 0)",
+        "now = self",
+        DEFENCE,
     ),
     Mistake("a rest of one round less", "federation/quarantine.py", "round + self._rest)", "round + self._rest - 1)", DEFENCE),
     Mistake("late replies are forgotten", "federation/late.py", "return held if carried else {}", "return {}", DEFENCE),

@@ -52,6 +52,7 @@ NEVER = {
     "worker.channel": ("torch",),
     "engines.nvflare": ("torch", "transformers", "peft"),
     "deployment.nvflare": ("torch", "transformers", "peft"),
+    **{f"engines.flower.{name}": ("torch", "flwr", "nvflare", "typer") for name in ("attendant", "carrier", "launch", "runs")},
 }
 HEAVY = {  # third-party package -> the only rooms that may import it when they are loaded
     "torch": {
@@ -69,6 +70,7 @@ HEAVY = {  # third-party package -> the only rooms that may import it when they 
     "typer": {"cli"},
     "rich": {"cli"},
     "nvflare": {"engines"},
+    "flwr": {"engines"},
 }
 
 

@@ -222,6 +222,7 @@ ASKED_FOR = {  # what a file looks for, or for the system that has it, before it
     ("stopping.py", "os.killpg"),
     ("parties/starting.py", "signal.SIGKILL"),
     ("worker/memory.py", "resource"),
+    ("engines/flower/relay.py", "os.getuid"),
 }
 ONLY_POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "msvcrt", "winreg"}
 

@@ -24,7 +24,7 @@ import hostile_frames as hostile
 from anyrank.errors import FrameError, printable
 from anyrank.messages import frame as framing
 from anyrank.messages import limits
-from anyrank.messages.frame import DTYPES, Frame, Header, from_bytes, read, to_bytes, write
+from anyrank.messages.frame import DTYPES, Frame, Header, from_bytes, read, relay, to_bytes, write
 
 LIMIT = 1 << 30
 MEGABYTE = 1 << 20
@@ -100,6 +100,7 @@ def test_what_is_written_is_read_bit_for_bit(named: dict[str, tuple[np.ndarray, 
         assert_same(frame, got)
         assert all(array.flags.writeable and array.flags.aligned for array in got.arrays.values())
         assert to_bytes(got) == data
+    assert to_bytes(relay(Slow(data, at_a_time), len(data), last=True)) == data
     assert frame.array_bytes == sum(math.prod(a.shape) * DTYPES[kind].itemsize for a, kind in named.values())
     kinds = {name: kind for name, (_, kind) in named.items()}
     assert {name: frame.dtype(name) for name in frame.arrays} == kinds
@@ -186,9 +187,26 @@ def test_every_flipped_bit_is_refused() -> None:
             refused(bytes(flipped))
 
 
+def test_every_flipped_bit_is_refused_behind_one_that_passes_frames_on() -> None:
+    """Who relays a frame compares no digest, and makes no new one that would hide the damage from the receiver."""
+    passed = 0
+    for place in range(len(SMALL)):
+        for bit in range(8):
+            flipped = bytearray(SMALL)
+            flipped[place] ^= 1 << bit
+            with contextlib.suppress(FrameError):
+                onward = to_bytes(relay(Slow(bytes(flipped), 7), LIMIT, last=True))
+                passed += 1
+                assert onward != SMALL
+                refused(onward)
+    assert passed > 8 * 32  # damage in numbers and in the digest, at the least, is for the receiver to find
+
+
 def test_every_cut_is_refused() -> None:
     for length in range(len(SMALL)):
         refused(SMALL[:length], "cut short|expected JSON")
+        with pytest.raises(FrameError):
+            relay(io.BytesIO(SMALL[:length]), LIMIT, last=True)
         if length:
             refused(SMALL[length:])
 

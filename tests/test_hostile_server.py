@@ -269,6 +269,7 @@ REFUSED_SETUPS: dict[str, tuple[dict[str, Any], str]] = {
     "noise at the server": ({"privacy": PRIVATE | {"level": "client", "noise_at": "server"}}, "privacy.level"),
     "less noise": ({"privacy": PRIVATE | {"noise_multiplier": 0.5}}, "privacy.noise_multiplier"),
     "a larger clip": ({"privacy": PRIVATE | {"clip": 100.0}}, "privacy.clip"),
+    "sums that nothing hides": ({"privacy": PRIVATE | {"secure_sum": True}}, "privacy.secure_sum"),
     "exact counts": ({"privacy": PRIVATE | {"counts": "exact"}}, "privacy.counts"),
     "epochs": ({"train": {"local_epochs": 1, "local_steps": 0}}, "train.local_epochs"),
     "more steps": ({"train": {"local_steps": 2**61}}, "train.local_steps"),

@@ -16,6 +16,7 @@ from anyrank.config.sections import Config
 from anyrank.errors import ModelError
 from anyrank.messages.plan import plan_round
 from anyrank.messages.records import BOTH, Download, Scaling
+from anyrank.methods import REGISTRY
 from anyrank.privacy.noise import Mechanism, SystemDraws
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.tasks.base import Examples, Task, TensorInputs
@@ -24,6 +25,7 @@ from anyrank.training.lora import LoraModel
 from anyrank.training.private_examples import PerExample
 from test_models import KINDS, ONLY_MERGED, Net, build, features, trained_adapter
 
+EVERY_SET = (BOTH, frozenset("A"), frozenset("B"))
 EVERY_KIND = sorted(KINDS.keys() - {"embedding by frequency"}) + sorted(ONLY_MERGED)
 
 
@@ -127,7 +129,7 @@ def test_an_example_counts_by_at_most_the_clip_norm_over_all_tensors_together(cl
         expected = [total + kept * own for total, own in zip(expected, gradient, strict=True)]
     for parts in (1, 2):
         for found, total in zip(sums.clipped(torch.arange(len(inputs)), clip_norm, parts), expected, strict=True):
-            torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(found.float(), total, rtol=1e-4, atol=1e-7)
 
 
 def test_an_example_without_a_finite_gradient_counts_as_zero() -> None:
@@ -177,6 +179,7 @@ def trained_by(mechanism: Mechanism, model: LoraModel, download: Download, **tra
 def toy() -> tuple[LoraModel, Download]:
     torch.manual_seed(0)
     model = LoraModel(task_of(Net(nn.Linear(6, 5), 5), features(COUNT, 6)))
+    private_examples.check(model, EVERY_SET)
     return model, download_of(model)
 
 
@@ -192,7 +195,7 @@ def test_a_step_divides_by_the_expected_batch_whatever_was_drawn(toy, monkeypatc
     before = download.adapter.layers["target"]
     assert draws.asked == [before.A.numel(), before.B.numel()]
     for start, end, total in ((before.A, after.A, sums[0]), (before.B, after.B, sums[1])):
-        torch.testing.assert_close(end, start - (total + 2.0 * 0.5) / BATCH)
+        torch.testing.assert_close(end, (start - (total + 2.0 * 0.5) / BATCH).float())
 
 
 def test_an_empty_draw_is_a_step_of_noise_alone(toy, monkeypatch) -> None:
@@ -343,17 +346,46 @@ def normed(norm: nn.Module) -> nn.Module:
 def test_a_target_that_is_run_twice_or_once_for_all_is_covered(make, name: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = LoraModel(task_of(make(), features(*shape), (name,)))
-    private_examples.check(model)
+    private_examples.check(model, [BOTH])
     parameters = model.load(download_of(model))
     together = PerExample(model, parameters).gradients(torch.arange(4))
     for found, expected in zip(together, alone(model, parameters, 1), strict=True):
         torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [2, 3, 7, 14])
+def test_a_position_that_all_look_up_together_is_refused_where_b_alone_is_trained(count: int) -> None:
+    """A's part of the look-up has no dimension of examples then: the gradients would be those of positions."""
+    torch.manual_seed(0)
+    model = LoraModel(task_of(Shared(), features(count, 7, 6), ("place",)))
+    private_examples.check(model, private_examples.trained_by(BOTH))
+    with pytest.raises(ModelError, match=r"^layer place, B: ") as refused:
+        private_examples.check(model, private_examples.trained_by(frozenset("B")))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("train", EVERY_SET)
+def test_no_set_of_factors_is_trained_privately_that_was_not_checked(train: frozenset[str]) -> None:
+    torch.manual_seed(0)
+    model = LoraModel(task_of(Net(nn.Linear(6, 5), 5), features(COUNT, 6)))
+    private_examples.check(model, [other for other in EVERY_SET if other != train])
+    with pytest.raises(ModelError, match="was not checked for that"):
+        trained_by(Mechanism(plan_of(1.0), b"k" * 32), model, download_of(model, train))
+
+
+def test_a_method_is_checked_for_all_that_it_trains() -> None:
+    """RoLoRA says B and takes turns; a method of both factors is no such method."""
+    assert set(private_examples.trained_by(BOTH)) == {BOTH}
+    for name, kind in REGISTRY.items():
+        if name != "rolora" and kind.train != BOTH:
+            assert kind.train in private_examples.trained_by(kind.train)
+    assert set(private_examples.trained_by(REGISTRY["rolora"].train)) == {frozenset("A"), frozenset("B")}
+
+
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_what_is_covered_passes_the_check(kind: str) -> None:
     module, inputs = build(kind)
-    private_examples.check(LoraModel(task_of(module, inputs, trained=("head.weight", "head.bias"))))
+    private_examples.check(LoraModel(task_of(module, inputs, trained=("head.weight", "head.bias"))), EVERY_SET)
 
 
 BYPASSES = {
@@ -378,12 +410,12 @@ def test_what_would_bypass_clipping_is_refused_by_name(what: str) -> None:
         features(4, 7, 6) if make is Sideways else torch.tensor([[0, 3], [9, 0]]) if "frequency" in what else features(4, 6)
     )
     with pytest.raises(ModelError, match=words):
-        private_examples.check(LoraModel(task_of(make(), inputs, targets, trained)))
+        private_examples.check(LoraModel(task_of(make(), inputs, targets, trained)), [BOTH])
 
 
 def test_batch_norm_with_its_running_statistics_mixes_nothing() -> None:
     torch.manual_seed(0)
-    private_examples.check(LoraModel(task_of(normed(nn.BatchNorm1d(5)), features(4, 6), ("target.0",))))
+    private_examples.check(LoraModel(task_of(normed(nn.BatchNorm1d(5)), features(4, 6), ("target.0",))), EVERY_SET)
 
 
 def test_scaling_is_in_the_gradient() -> None:

@@ -157,6 +157,14 @@ def test_one_seed_has_no_spread(tmp_path):
     )
 
 
+def test_captions_say_whose_model_is_scored(tmp_path):
+    server, clients = (write_run(tmp_path / name, label=label) for name, label in (("one", "rbla"), ("two", "raflora")))
+    (clients / "config.toml").write_text((clients / "config.toml").read_text() + '\n[eval]\nwhere = "sites"\n')
+    assert "accuracy of the global model on held-out examples" in build(tmp_path, server).text
+    assert "accuracy of the models that clients have, each on held-out examples" in build(tmp_path, clients).text
+    assert "of the global model, or of the models that clients have, on held-out" in build(tmp_path, server, clients).text
+
+
 def test_the_headline_names_a_tie_within_the_spread(tmp_path):
     runs = [write_run(tmp_path / f"a{seed}", (0.1, 0.80 + 0.04 * seed), seed=seed) for seed in (0, 1)]  # 82 ± 2.83
     runs += [write_run(tmp_path / f"b{seed}", (0.1, 0.80), label="rbla", seed=seed) for seed in (0, 1)]  # 80 ± 0

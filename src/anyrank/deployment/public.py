@@ -11,6 +11,7 @@ from anyrank.config.sections import HANDED_IN, Config
 from anyrank.config.sections.sites import AT_THE_SITE
 from anyrank.config.tables import to_table
 from anyrank.errors import ConfigError
+from anyrank.federation.checks import check_secure_sum
 from anyrank.methods import Method
 
 # The keys that sites are told, by section. A key that stands here or in `WITHHELD` has been thought about; a test asks for it.
@@ -29,6 +30,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "method": ("name",),  # and its options
     "privacy": (
         *("level", "epsilon", "delta", "clip", "noise_multiplier", "max_rounds", "accountant", "counts", "secure", "noise_at"),
+        "secure_sum",
     ),
     "eval": ("every", "batch_size", "score", "extract", "max_new_tokens", "length_normalized", "where", "by_label"),
 }
@@ -62,6 +64,7 @@ def check(config: Config, method: Method) -> None:
     """Raise `ConfigError` for what no federation over sites can have."""
     if not config.sites:
         raise ConfigError("sites: expected a table [[sites]] for each site, got none; a run without sites is `anyrank run`")
+    check_secure_sum(config, method)
     if config.eval.where != "sites":
         raise ConfigError("eval.where: expected 'sites', since the server has no held-out examples, got 'server'")
     if method.pools_data:

@@ -15,7 +15,7 @@ from anyrank.federation.cohort import Population
 from anyrank.federation.federation import Federation
 from anyrank.federation.standing import Standing
 from anyrank.messages.records import ClientUpdate, ServerState
-from anyrank.methods.registry import REGISTRY, needs_one_rank, taking_mixed_ranks
+from anyrank.methods.registry import REGISTRY, needs_one_rank, no_secure_sum, taking_mixed_ranks
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.robust.base import Rule
 
@@ -24,6 +24,13 @@ def check_ranks(config: Config, method: methods.Method) -> None:
     ranks = config.clients.ranks
     if len(set(ranks)) > 1 and not method.traits.mixed_ranks and not method.pools_data:
         raise needs_one_rank(method.name, ranks, taking_mixed_ranks())
+
+
+def check_secure_sum(config: Config, method: methods.Method) -> None:
+    """Raise `ConfigError` for `privacy.secure_sum = true`: uploads are visible to the server in this version."""
+    if config.privacy.secure_sum:
+        # a mean of the one factor that is trained is a sum too, whatever is made of it (fedsvd's SVD)
+        raise no_secure_sum(method.name, method.traits.linear is not methods.Holds.NEVER or len(method.train) == 1)
 
 
 def check_rounds(config: Config, population: Population, plan: PrivacyPlan | None) -> None:

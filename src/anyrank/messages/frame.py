@@ -154,12 +154,20 @@ class Frame:
         return "bfloat16" if name in self.bfloat16 else array.dtype.newbyteorder("=").name
 
 
+@dataclass(frozen=True, eq=False)
+class Relayed(Frame):
+    """A frame that is passed on as it came, with its sender's `digest`, which is for its receiver to compare."""
+
+    digest: bytes = b""
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def pieces(frame: Frame) -> Iterator[memoryview]:
     """The bytes of a frame in bounded pieces, without a copy of arrays that are contiguous and little-endian."""
-    digest, header = hashlib.sha256(), _encode(frame)
+    relayed = isinstance(frame, Relayed)
+    digest, header = _Unhashed() if relayed else hashlib.sha256(), _encode(frame)
     for block in (_PREFIX.pack(_MAGIC, VERSION, len(header), frame.array_bytes), header, *frame.arrays.values()):
         block = block.made() if type(block) is Later else block
         data = memoryview(bytes_of(block) if isinstance(block, np.ndarray) else block)
@@ -167,7 +175,7 @@ def pieces(frame: Frame) -> Iterator[memoryview]:
             piece = data[start : start + _PIECE]
             digest.update(piece)
             yield piece
-    yield memoryview(digest.digest())
+    yield memoryview(frame.digest if relayed else digest.digest())
 
 
 def write(stream: Writable, frame: Frame) -> int:
@@ -212,12 +220,31 @@ def read(stream: Readable, limit: int, last: bool = False) -> Frame:
     not one whole, undamaged frame within the limits. An `OSError` of the stream is raised as it is.
     """
     source = Source(stream)
+    *parts, size = _parts(source, limit)
+    end(source)
+    _check_last(stream, size, last)
+    return Frame(*parts)
+
+
+def relay(stream: Readable, limit: int, last: bool = False) -> Relayed:
+    """`read`, by who passes the frame on as it is: its digest is kept, and neither computed nor compared."""
+    source = Source(stream, hashed=False)
+    *parts, size = _parts(source, limit)
+    digest = source.take(_DIGEST_BYTES, "the digest").tobytes()
+    _check_last(stream, size, last)
+    return Relayed(*parts, digest)
+
+
+def _parts(source: Source, limit: int) -> tuple[Header, dict[str, np.ndarray], frozenset[str], int]:
+    """A frame up to its digest, and its bytes with it."""
     header, entries, size = begin(source, limit)
     arrays = {name: _array(source, name, dtype, shape) for name, (dtype, shape) in entries.items()}
-    end(source)
+    return header, arrays, frozenset(name for name, (dtype, _) in entries.items() if dtype == "bfloat16"), size
+
+
+def _check_last(stream: Readable, size: int, last: bool) -> None:
     if last and stream.readinto(memoryview(bytearray(1))):
         raise FrameError(f"frame: expected the end after {size} bytes, got more")
-    return Frame(header, arrays, frozenset(name for name, (dtype, _) in entries.items() if dtype == "bfloat16"))
 
 
 def begin(source: Source, limit: int) -> tuple[Header, dict[str, tuple[str, list[int]]], int]:
@@ -262,11 +289,18 @@ class _Memory:
         return count
 
 
-class Source:
-    """Reads a stream in bounded pieces, and hashes and counts what it reads."""
+class _Unhashed:
+    """In the place of a digest that nobody needs."""
 
-    def __init__(self, stream: Readable) -> None:
-        self.stream, self.digest, self.received = stream, hashlib.sha256(), 0
+    def update(self, piece: memoryview) -> None:
+        """Nothing."""
+
+
+class Source:
+    """Reads a stream in bounded pieces, and counts what it reads; `hashed`: and hashes it."""
+
+    def __init__(self, stream: Readable, hashed: bool = True) -> None:
+        self.stream, self.digest, self.received = stream, hashlib.sha256() if hashed else _Unhashed(), 0
 
     def take(self, size: int, what: str) -> np.ndarray:
         """The next `size` bytes, `[size]` uint8, in memory that grows with what has been received."""

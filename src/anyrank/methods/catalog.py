@@ -68,6 +68,12 @@ def check_ranks(name: str, ranks: Sequence[int]) -> None:
         raise registry.needs_one_rank(name, ranks, others)
 
 
+def check_secure_sum(name: str) -> None:
+    """Raise the `ConfigError` of `privacy.secure_sum = true` for one of the library's own methods. Loads no torch."""
+    entries = {entry["name"]: entry for entry in stored()}
+    raise registry.no_secure_sum(name, entries[name]["linear"] != "no" or len(entries[name]["train"]) == 1)
+
+
 def option_keys() -> list[Key]:
     """The options as keys of [method], as `anyrank explain` shows them; equal options give one key. Loads no torch."""
     by_name: dict[str, Key] = {}

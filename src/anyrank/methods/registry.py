@@ -112,6 +112,19 @@ def needs_one_rank(name: str, ranks: Iterable[int], others: Iterable[str]) -> Co
     )
 
 
+def no_secure_sum(name: str, sums: bool) -> ConfigError:
+    """The error for `privacy.secure_sum = true`. `sums`: the method's new state follows from weighted sums of uploads."""
+    if not sums:
+        return ConfigError(
+            f"privacy.secure_sum: {name}'s new factors do not follow from weighted sums of the clients' (it takes products, "
+            "stacks or norms of each client's own), so the server has to see each upload; use false (docs/secure-summation.md)"
+        )
+    return ConfigError(
+        f"privacy.secure_sum: sums are all that {name} needs, but no library that was tried keeps single uploads of mixed "
+        "ranks from the server (docs/secure-summation.md has the figures); use false, and privacy.level for noise at clients"
+    )
+
+
 # --- methods in users' files ---------------------------------------------------------------------------------------------
 
 

@@ -21,13 +21,21 @@ def learning(groups: Sequence[Group]) -> list[dict[str, Any]]:
     spread, shown = _spread_note(groups) + _ring_note(groups), []
     if tells_accuracy(groups):
         accuracy = [_ringed(group, "accuracy") for group in groups]
-        alt = "Accuracy of the global model over the rounds, one line per method"
-        told = f"Higher is better: accuracy of the global model on held-out examples after each round{spread}"
+        alt = "Accuracy over the rounds, one line per method"
+        told = f"Higher is better: accuracy of {_scored(groups)} on held-out examples after each round{spread}"
         shown.append(_chart(figures.lines(accuracy, "Accuracy, %", "round", alt, percent=True), told + _zoom_note(accuracy)))
     loss = [_ringed(group, "loss") for group in groups]
-    alt = "Loss of the global model over the rounds, one line per method"
-    told = f"Lower is better: loss of the global model on {'the same' if shown else 'held-out'} examples{spread}"
+    alt = "Loss over the rounds, one line per method"
+    told = f"Lower is better: loss of {_scored(groups)} on {'the same' if shown else 'held-out'} examples{spread}"
     return [*shown, _chart(figures.lines(loss, "Loss", "round", alt), told + _zoom_note(loss))]
+
+
+def _scored(groups: Sequence[Group]) -> str:
+    """The model that scores are of."""
+    by_clients = {group.by_clients for group in groups}
+    if by_clients == {True}:
+        return "the models that clients have, each"
+    return "the global model" if by_clients == {False} else "the global model, or of the models that clients have,"
 
 
 def _ringed(group: Group, name: str) -> Series:

@@ -55,6 +55,11 @@ class Group:
         return max((int(run.rounds[-1]) for run in self.runs if len(run.rounds)), default=0)
 
     @property
+    def by_clients(self) -> bool:
+        """Whether clients report the scores: each of what it downloads, on its own held-out examples."""
+        return any(section(run.config, "eval").get("where") == "sites" for run in self.runs)
+
+    @property
     def idle(self) -> list[int]:
         """The rounds that were idle with any of the seeds."""
         return sorted({number for run in self.runs for number in run.idle})

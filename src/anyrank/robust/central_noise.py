@@ -15,7 +15,6 @@ noise of `sigma C m_j` on slice j. In a mean over owners, the only owner of a sl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
+from anyrank.adapter.lazy import outlined
 from anyrank.errors import ConfigError
 from anyrank.messages.change import units
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, ServerState
@@ -32,6 +32,7 @@ from anyrank.messages.spooled import rebuilt, shelved, spool_of
 from anyrank.methods.base import Holds, Method
 from anyrank.methods.parts import Part
 from anyrank.methods.registry import REGISTRY
+from anyrank.privacy.grid import Gaussian
 from anyrank.privacy.noise import Draws, Mechanism
 from anyrank.robust.base import Rule, Screened
 
@@ -87,9 +88,10 @@ class CentralNoise(Rule):
         plan, round = self.mechanism.plan, state.round + 1
         mean = method.aggregate(state, updates).adapter
         sent = method.dispatch(state, Client(updates[0].client, 1))  # of a round, all downloads have the same factors to train
-        deviation = plan.clip_norm * max(plan.noise.values())  # one source for all: nothing here is sampled
         far = reach(method, mean, updates, sent)
-        return replace(state, round=round, adapter=cover(mean, far, deviation, self.mechanism.draws(round, "server")))
+        largest = max(plan.noise.values())  # one source for all: nothing here is sampled
+        noise = Gaussian(largest, plan.clip_norm, _numbers(mean, far))
+        return replace(state, round=round, adapter=cover(mean, far, noise, self.mechanism.draws(round, "server")))
 
 
 def complete(jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
@@ -120,18 +122,26 @@ def reach(method: Method, mean: Adapter, updates: Sequence[ClientUpdate], downlo
     return Reach(factors, max(counts) / sum(counts))
 
 
-def cover(mean: Adapter, reach: Reach, deviation: float, draws: Draws) -> Adapter:
-    """`mean` with Gaussian noise of `deviation` times each number's value in `reach`."""
-    layers = rebuilt(mean, lambda name: _covered(mean.layers[name], reach.factors[name], deviation, draws), sorted(mean.layers))
-    tensors = {name: _noisy(tensor, reach.tensors * deviation, draws) for name, tensor in sorted(mean.tensors.items())}
+def cover(mean: Adapter, reach: Reach, noise: Gaussian, draws: Draws) -> Adapter:
+    """`mean` with `noise`, times each number's value in `reach`."""
+    layers = rebuilt(mean, lambda name: _covered(mean.layers[name], reach.factors[name], noise, draws), sorted(mean.layers))
+    tensors = {name: _noisy(tensor, reach.tensors, noise, draws) for name, tensor in sorted(mean.tensors.items())}
     return replace(mean, layers=layers, tensors=tensors)
 
 
-def _covered(layer: LoraLayer, reach: Mapping[str, Tensor], deviation: float, draws: Draws) -> LoraLayer:
-    noisy = {name: _noisy(getattr(layer, name), deviation * far, draws) for name, far in sorted(reach.items())}
+def _covered(layer: LoraLayer, reach: Mapping[str, Tensor], noise: Gaussian, draws: Draws) -> LoraLayer:
+    noisy = {name: _noisy(getattr(layer, name), far, noise, draws) for name, far in sorted(reach.items())}
     return layer.with_factors(noisy.get("A", layer.A), noisy.get("B", layer.B))
 
 
-def _noisy(tensor: Tensor, deviation: Tensor | float, draws: Draws) -> Tensor:
-    normal = torch.from_numpy(draws.standard_normal(math.prod(tensor.shape))).view(tensor.shape).to(tensor.device)
-    return (tensor.double() + deviation * normal).to(tensor.dtype)
+def _noisy(tensor: Tensor, reach: Tensor | float, noise: Gaussian, draws: Draws) -> Tensor:
+    far = reach.cpu().numpy() if isinstance(reach, Tensor) else reach
+    noisy = noise.added(tensor.cpu().double().numpy(), draws, far)
+    return torch.from_numpy(noisy).to(tensor.dtype).to(tensor.device)  # rounded once
+
+
+def _numbers(mean: Adapter, reach: Reach) -> int:
+    """How many numbers get noise, at most."""
+    layers = outlined(mean.layers)
+    factors = sum(getattr(layers[name], factor).numel() for name, far in reach.factors.items() for factor in far)
+    return factors + sum(tensor.numel() for tensor in outlined(mean.tensors).values())

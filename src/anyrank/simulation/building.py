@@ -18,9 +18,10 @@ from anyrank.data.partition import ByName
 from anyrank.engines.inprocess import InProcess
 from anyrank.errors import ConfigError
 from anyrank.federation import assembly, loop
-from anyrank.federation.checks import check_ranks
+from anyrank.federation.checks import check_ranks, check_secure_sum
 from anyrank.federation.engine import Engine
 from anyrank.federation.federation import Federation
+from anyrank.messages.records import BOTH
 from anyrank.methods import Method
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.progress import Progress
@@ -40,7 +41,7 @@ from anyrank.training.scoring import Scorer
 @dataclass(frozen=True)
 class Setting:
     """The inputs of an engine: a task, its `shards` by client, the configuration, the largest rank, and the privacy plan;
-    `held_out`: each client's own held-out examples, by name."""
+    `held_out`: each client's own held-out examples, by name; `train`: the factors that the method trains."""
 
     task: Task
     shards: ByName
@@ -48,11 +49,12 @@ class Setting:
     largest_rank: int
     privacy: PrivacyPlan | None
     held_out: Mapping[str, np.ndarray] = field(default_factory=dict)
+    train: frozenset[str] = BOTH
 
 
 def in_process(setting: Setting) -> InProcess:
     """The engine that runs all clients here, after every check that needs the model. Raises `ModelError`."""
-    model, stacking = open_model(setting.task, setting.config, setting.largest_rank)
+    model, stacking = open_model(setting.task, setting.config, setting.largest_rank, setting.train)
     scoring = setting.config.eval
     scorer = Scorer(model, setting.held_out, scoring.batch_size, scoring.by_label) if scoring.where == "sites" else None
     return InProcess(model, setting.shards, scoring.batch_size, stacking, scorer)
@@ -79,6 +81,7 @@ def build(
         )
     method = method or _method(config)
     check_ranks(config, method)
+    check_secure_sum(config, method)
     if config.run.engine == "workers" and engine is in_process:
         return workers.build(config, method, progress)
     task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
@@ -93,7 +96,9 @@ def build(
     settle = assembly.assemble(config, method, known)
     place = settle.population.index
     own = held_out(known.names, known.owners)
-    setting = Setting(task, ByName(shards, place), config, settle.population.levels()[-1], settle.privacy, own)
+    setting = Setting(
+        task, ByName(shards, place), config, settle.population.levels()[-1], settle.privacy, own, settle.method.train
+    )
     return replace(settle, engine=engine(setting))
 
 

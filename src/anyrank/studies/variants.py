@@ -97,6 +97,8 @@ def check_method(config: Config) -> None:
     else:
         catalog.check(config.method.name, config.method.options)
         catalog.check_ranks(config.method.name, config.clients.ranks)
+        if config.privacy.secure_sum:
+            catalog.check_secure_sum(config.method.name)
 
 
 def check_folder(out: Path, resume: bool) -> None:

@@ -114,6 +114,7 @@ class LoraModel:
 
     def __init__(self, task: Task, checkpointing: bool = False) -> None:
         self.task, self.module = task, task.module
+        self.probed: set[frozenset[str]] = set()  # factors that may be trained privately together: see `private_examples.check`
         self._open, self._closed = contextlib.ExitStack(), False
         self._open.enter_context(_taken(self.module))
         self.device = next(self.module.parameters()).device

@@ -8,8 +8,11 @@ from anyrank.training import private_examples, probe
 from anyrank.training.lora import LoraModel
 
 
-def open_model(task: Task, config: Config, largest_rank: int) -> tuple[LoraModel, str]:
-    """The model, and how clients may be stacked in it (`auto`, `always`, `never`). Raises `ModelError`."""
+def open_model(task: Task, config: Config, largest_rank: int, train: frozenset[str]) -> tuple[LoraModel, str]:
+    """The model, and how clients may be stacked in it (`auto`, `always`, `never`). Raises `ModelError`.
+
+    `train`: the factors that the run's method trains.
+    """
     model = LoraModel(task, config.train.gradient_checkpointing)
     stacking = config.run.stacking
     if config.sites and stacking == "auto":
@@ -20,7 +23,7 @@ def open_model(task: Task, config: Config, largest_rank: int) -> tuple[LoraModel
             probe.check(model)
             stacking = "never" if stacking == "auto" and not probe.stacks(model, config.train.batch_size) else stacking
         if config.privacy.level == "example":
-            private_examples.check(model)
+            private_examples.check(model, private_examples.trained_by(train))
     except BaseException:
         model.close()
         raise

@@ -12,7 +12,7 @@ training, anything that would still mix examples or affect the loss without goin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from anyrank import keys
-from anyrank.errors import ModelError
+from anyrank.errors import ModelError, in_a_line
 from anyrank.messages.plan import Plan
-from anyrank.messages.records import ClientUpdate, Download, Scaling
-from anyrank.privacy.noise import Draws, Mechanism
+from anyrank.messages.records import BOTH, ClientUpdate, Download, Scaling
+from anyrank.privacy.grid import Gaussian
+from anyrank.privacy.noise import Mechanism
 from anyrank.tasks.base import Examples
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
@@ -36,26 +37,25 @@ def train(
 
     It reports no losses, and only the number of examples that the plan declares.
     """
+    if download.train not in model.probed:
+        raise ModelError(f"private training of {' and '.join(sorted(download.train))}: the model was not checked for that")
     privacy, draws = mechanism.plan, mechanism.draws(plan.round, client)
     parameters = model.load(download)
     start = [parameter.detach().clone() for parameter in parameters]
     sums = PerExample(model, parameters)
     optimizer = Optimizer(parameters, plan.config, plan.learning_rate)
-    rate, noise = privacy.sampling_rate(declared), privacy.noise[declared] * privacy.clip_norm
+    rate, numbers = privacy.sampling_rate(declared), sum(parameter.numel() for parameter in parameters)
+    noise = Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)
     for _ in range(privacy.local_steps):
         index = torch.from_numpy(examples[draws.random(len(examples)) < rate])
         clipped = sums.clipped(index, privacy.clip_norm, plan.config.accumulation_steps)
         for parameter, then, total in zip(parameters, start, clipped, strict=True):
-            parameter.grad = (total + noise * _normal(draws, total)) / privacy.batch_size
+            noisy = noise.added(total.cpu().numpy(), draws) / privacy.batch_size
+            parameter.grad = torch.from_numpy(noisy).to(parameter.dtype).to(parameter.device)  # rounded once
             if plan.config.proximal_mu:  # FedProx's term depends only on the weights, which are not secret
                 parameter.grad.add_(parameter.detach() - then, alpha=plan.config.proximal_mu)
         optimizer.step()
     return ClientUpdate(model.read(download), declared, client)
-
-
-def _normal(draws: Draws, like: Tensor) -> Tensor:
-    values = torch.from_numpy(draws.standard_normal(like.numel()))
-    return values.view(like.shape).to(like.dtype).to(like.device)
 
 
 class PerExample:
@@ -68,10 +68,12 @@ class PerExample:
     def clipped(self, index: Tensor, clip_norm: float, parts: int = 1) -> list[Tensor]:
         """The sum over the examples `index` `[b]` of their gradients, each scaled down to `clip_norm` over all tensors.
 
+        In float64, so that rounding, which depends on the other examples, adds nothing to what one example changes.
+
         The examples go through the model in `parts` parts. A gradient that is not finite counts as zero, so that its example
         does not change the sum by more than any other.
         """
-        totals = [torch.zeros_like(parameter) for parameter in self.parameters]
+        totals = [_wide(torch.zeros_like(parameter)) for parameter in self.parameters]
         for part in index.split(-(-len(index) // parts)) if len(index) else ():
             for total, own in zip(totals, self._clipped(part, clip_norm), strict=True):
                 total.add_(own)
@@ -85,7 +87,7 @@ class PerExample:
             gradients = [torch.where(finite.view(-1, *(1,) * (g.ndim - 1)), g, 0.0) for g in gradients]
         scales = clip_norm / squares.sqrt().clamp_min(clip_norm)
         scales = torch.where(finite, scales, 0.0)
-        return [torch.tensordot(scales.to(gradient.dtype), gradient, dims=1) for gradient in gradients]
+        return [_weighted_sum(scales, gradient) for gradient in gradients]
 
     def gradients(self, index: Tensor, examples: Examples | None = None) -> list[Tensor]:
         """The gradient of each example's own loss, `[b, ...]` for each parameter; `examples`: instead of the training set."""
@@ -103,6 +105,21 @@ class PerExample:
             self.model.leave_stack()
 
 
+_NUMBERS = 1 << 18  # of gradients that are held in float64 at a time
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, on a device that has it."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _weighted_sum(weights: Tensor, each: Tensor) -> Tensor:
+    """`sum_i weights[i] each[i]` of `each` `[b, ...]`, computed in float64, a part of the numbers at a time."""
+    columns, weights = each.flatten(1), _wide(weights)
+    parts = columns.split(max(1, _NUMBERS // max(1, len(columns))), dim=1)
+    return torch.cat([weights @ _wide(part) for part in parts]).view(each.shape[1:])
+
+
 def _losses(model: LoraModel, index: Tensor, examples: Examples | None = None) -> Tensor:
     """The loss `[b]` of each of the examples `index`."""
     examples = examples or model.task.train
@@ -115,11 +132,16 @@ _PROBED, _PROBE_RANK = 3, 2  # examples, and the rank of a random adapter
 _TOLERANCE = 1e-3  # share of an example's gradient: float32's rounding stays below it
 
 
-def check(model: LoraModel) -> None:
+def trained_by(method_trains: frozenset[str]) -> tuple[frozenset[str], ...]:
+    """The sets of factors that a method trains, from what it says of itself: one that trains a single factor may take turns."""
+    return (BOTH,) if method_trains == BOTH else (frozenset("A"), frozenset("B"))
+
+
+def check(model: LoraModel, trains: Iterable[frozenset[str]]) -> None:
     """Raise `ModelError`, with the name of the layer, if the clipping of `model`'s per-example gradients could be bypassed.
 
-    First the module's parts are checked. Then held-out examples are passed through with random factors: each example's gradient
-    in a batch must equal its gradient alone, computed in the ordinary way.
+    First the module's parts are checked. Then held-out examples are passed through with random factors, once for each set of
+    factors in `trains`: each example's gradient in a batch must equal its gradient alone, computed in the ordinary way.
     """
     _check_parts(model)
     draw = keys.generator(0, "privacy probe")
@@ -131,14 +153,28 @@ def check(model: LoraModel) -> None:
         for name, layer in start.layers.items()
     }
     slices = {name: tuple(range(_PROBE_RANK)) for name in layers}
-    parameters = model.load(Download(replace(start, layers=layers), slices))
+    for train in trains:
+        _probe(model, Download(replace(start, layers=layers), slices, train))
+        model.probed.add(train)
+
+
+def _probe(model: LoraModel, download: Download) -> None:
+    """Compare gradients of examples in a batch with those of each example alone."""
+    parameters, names = model.load(download), _names(model, download.train)
     index = torch.arange(min(_PROBED, len(model.task.test)))
-    together = PerExample(model, parameters).gradients(index, model.task.test)
+    try:
+        together = PerExample(model, parameters).gradients(index, model.task.test)
+    except RuntimeError as error:  # shapes that only fit one example at a time
+        trained = " and ".join(sorted(download.train))
+        raise ModelError(
+            f"{names[0]}: with {trained} trained, gradients of single examples cannot be computed ({in_a_line(error)}); choose "
+            "other lora.target_modules, or another method"
+        ) from None
     for place in index.tolist():
         loss = _losses(model, index[place : place + 1], model.task.test).sum()
         alone = torch.autograd.grad(loss, parameters, materialize_grads=True)
         scale = max(float(gradient.norm()) for gradient in alone)
-        for name, expected, found in zip(_names(model), alone, together, strict=True):
+        for name, expected, found in zip(names, alone, together, strict=True):
             if not float((found[place] - expected).norm()) <= _TOLERANCE * scale:
                 raise ModelError(
                     f"{name}: its gradient for one example depends on the batch, or it is used past its own module, so that "
@@ -146,9 +182,10 @@ def check(model: LoraModel) -> None:
                 )
 
 
-def _names(model: LoraModel) -> list[str]:
+def _names(model: LoraModel, train: frozenset[str]) -> list[str]:
     """The parameters that `model.load` trains, in its order."""
-    return [f"layer {name}, {factor}" for name in model.targets for factor in "AB"] + [f"parameter {n}" for n in model.trained]
+    factors = [f"layer {name}, {factor}" for name in model.targets for factor in "AB" if factor in train]
+    return factors + [f"parameter {name}" for name in model.trained]
 
 
 def _check_parts(model: LoraModel) -> None:

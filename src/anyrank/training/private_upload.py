@@ -29,6 +29,7 @@ from anyrank.errors import RunFailed
 from anyrank.messages import change
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Download
+from anyrank.privacy.grid import Gaussian
 from anyrank.privacy.noise import Draws, Mechanism
 from anyrank.training import local
 from anyrank.training.lora import LoraModel
@@ -73,8 +74,9 @@ def release(download: Download, trained: Adapter, clip_norm: float, noise_multip
         **{name: _in(_change(trained, before, name, factor), metric, factor) for name, metric in metrics.items()},
         **{name: tensor.double() - before.tensors[name].double() for name, tensor in trained.tensors.items()},
     }
+    noise = Gaussian(noise_multiplier, clip_norm, sum(change.numel() for change in changes.values()))
     noisy = {
-        name: change + noise_multiplier * clip_norm * _normal(draws, change)
+        name: torch.from_numpy(noise.added(change.cpu().numpy(), draws)).to(change.device)
         for name, change in sorted(_clipped(changes, clip_norm).items())
     }
     layers = {name: _moved(layer, factor, _out(noisy[name], metrics[name], factor)) for name, layer in before.layers.items()}
@@ -114,7 +116,3 @@ def _out(moved: Tensor, metric: Tensor, factor: str) -> Tensor:
 def _moved(layer: LoraLayer, factor: str, change: Tensor) -> LoraLayer:
     moved = (getattr(layer, factor).double() + change).to(layer.A.dtype)
     return layer.with_factors(layer.A, moved) if factor == "B" else layer.with_factors(moved, layer.B)
-
-
-def _normal(draws: Draws, like: Tensor) -> Tensor:
-    return torch.from_numpy(draws.standard_normal(like.numel())).view(like.shape)

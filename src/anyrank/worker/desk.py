@@ -134,7 +134,7 @@ def load(config: Config, largest_rank: int, progress: Progress) -> Held:
     task = load_task(config, progress)
     shards, named = dealt(config, task)
     known = roster(config, task, shards, named, method.pools_data)
-    model, stacking = open_model(task, config, largest_rank)
+    model, stacking = open_model(task, config, largest_rank, method.train)
     place = Names(len(shards), known.names).index
     examples: Any = {POOLED: pooled(shards)[0]} if method.pools_data else ByName(shards, place)
     together = model.can_stack() and (stacking == "always" or (stacking == "auto" and stacked.worthwhile(model)))

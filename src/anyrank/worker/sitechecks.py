@@ -144,6 +144,7 @@ def _check_accepted(site: SiteFile, config: Config) -> None:
 
 def _check_privacy(site: SiteFile, config: Config) -> None:
     asked, own = config.privacy, site.privacy
+    expect(not asked.secure_sum, "privacy.secure_sum", "false: this version hides no upload from the server", True)
     if own.level != "none":
         expect(asked.level == own.level, "privacy.level", own.level, asked.level)
     if asked.level == "none":

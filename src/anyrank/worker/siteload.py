@@ -83,7 +83,7 @@ def load(site: SiteFile, run: str, table: Mapping[str, Any], config: Config, lar
     expect(len(examples) >= 1, "data", "at least one training example", len(examples))
     sitechecks.check_steps(site, config, len(examples))
     privacy = _plan(site, config, method, len(examples))
-    model, _ = open_model(task, config, largest_rank)
+    model, _ = open_model(task, config, largest_rank, method.train)
     declared = privacy.declared(len(examples)) if privacy else len(examples)
     return Held(
         name=site.name,

@@ -66,6 +66,12 @@ class PrivacyConfig:
         "server must then be trusted with the uploads.",
         NOISE_AT,
     )
+    secure_sum: bool = key(
+        False,
+        "Whether the server sees sums of uploads only. true is refused in this version, with the reason: "
+        "docs/secure-summation.md.",
+        "false",
+    )
 
     def __post_init__(self) -> None:
         one_of(self.level, PRIVACY_LEVELS, "privacy.level")
@@ -74,6 +80,8 @@ class PrivacyConfig:
         one_of(self.noise_at, NOISE_AT, "privacy.noise_at")
         if self.level == "none":
             for each in dataclasses.fields(self):
+                if each.name == "secure_sum":  # hides uploads from the server, with or without noise
+                    continue
                 value = getattr(self, each.name)
                 expect(
                     value == each.default,

@@ -24,7 +24,7 @@ from nvflare.apis.signal import Signal
 from anyrank.engines.nvflare import kits, parcels
 from anyrank.engines.nvflare.parcels import OPEN, Code, Question, Reply
 from anyrank.errors import AnyRankError, FrameError, in_a_line
-from anyrank.messages.frame import Frame, read
+from anyrank.messages.frame import Frame, relay
 from anyrank.worker.supervisor import Died, Late, Supervised
 
 TASK, STOP = "anyrank", "anyrank.stop"
@@ -121,7 +121,7 @@ class AnyRankExecutor(Executor):
             raise FrameError(f"question: expected one to {self._site}, got one to {asked.site}")
         parcels.check_declared(asked, self._limits.download)
         parcels.check_parts(asked, parts)
-        frames = [read(parcels.Stream(part), self._limits.download, last=True) for part in parts]
+        frames = [relay(parcels.Stream(part), self._limits.download, last=True) for part in parts]
         kinds = (_SETUP,) if asked.kind == OPEN else _KINDS
         if not frames or (asked.kind == OPEN and len(frames) > 1):
             raise FrameError(f"question: expected at least one frame, and one alone to open a worker, got {len(frames)}")
@@ -139,7 +139,8 @@ class AnyRankExecutor(Executor):
     def _open(self, asked: Question, frames: Sequence[Frame]) -> list[Frame]:
         (opening,) = frames
         came: list[Frame] = []
-        worker = Supervised(lambda: opening, _same(came), self._limits.upload, command=(*self.command, str(self._path)))
+        command = (*self.command, str(self._path))
+        worker = Supervised(lambda: opening, _same(came), self._limits.upload, command=command, receive=relay)
         if self._worker is not None:
             self._worker.close()
         self._turn(asked, worker)
