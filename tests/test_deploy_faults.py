@@ -367,7 +367,13 @@ def test_a_job_with_code_is_refused_from_an_owner_too(world: World, tmp_path: Pa
     assert [path for name in ("server", *SITES) for path in world.kit(name).rglob("mine.py")] == []
 
 
-@pytest.mark.parametrize("path", ["subprocess.Popen", "nvflare.app_common.np.np_trainer.NPTrainer", "anyrank_more.Rounds"])
+OFF_THE_LIST = [
+    "nvflare.app_common.np.np_trainer.NPTrainer",
+    *(pytest.param(path, marks=LONG) for path in ("subprocess.Popen", "anyrank_more.Rounds")),
+]
+
+
+@pytest.mark.parametrize("path", OFF_THE_LIST)
 def test_a_class_off_the_list_is_not_made(world: World, tmp_path: Path, path: str) -> None:
     """NVFlare's own classes are not on the list of a kit either."""
     name = f"class-{abs(hash(path)) % 10**6}"
