@@ -346,6 +346,7 @@ MISTAKES = (
     Mistake("a value that is not on the grid", "privacy/grid.py", "whole = np.rint(np.clip(", "whole = (np.clip(", PRIVATE),
     Mistake("a step that follows the value", "privacy/grid.py", "np.frexp(deviation)", "np.frexp(np.abs(values))", PRIVATE),
     Mistake("rounding that nothing makes up for", "privacy/grid.py", "* 2.0**-self.bits)", "* 0.0)", PRIVATE),
+    Mistake("large values cut off", "privacy/grid.py", "_LARGEST = 2.0**900", "_LARGEST = 2.0**52", PRIVATE),
     Mistake(
         "divided by what was drawn", "training/private_examples.py", "/ privacy.batch_size\n", "/ max(1, len(index))\n", PRIVATE
     ),
@@ -622,8 +623,22 @@ MISTAKES = (
     Mistake(
         "more than the noised mean goes on",
         "robust/central_noise.py",
-        "replace(state, round=round, adapter=cover(",
-        "replace(method.aggregate(state, updates), adapter=cover(",
+        "replace(state, round=round, adapter=_typed(",
+        "replace(method.aggregate(state, updates), adapter=_typed(",
+        CENTRAL,
+    ),
+    Mistake(
+        "the mean rounded before its noise",
+        "robust/central_noise.py",
+        "method.aggregate(_wide(state), ",
+        "method.aggregate(state, ",
+        CENTRAL,
+    ),
+    Mistake(
+        "the head's mean rounded before its noise",
+        "robust/central_noise.py",
+        "[_wide_update(update) for update in updates]",
+        "updates",
         CENTRAL,
     ),
     Mistake("a download that does not say its rescaling", "methods/base.py", ", rescale=self.rescale)", ")", CENTRAL),

@@ -208,6 +208,65 @@ def test_the_size_of_the_noise_slice_by_slice() -> None:
         assert abs(float(noise_b.mean())) < 4 * SIGMA * CLIP / math.sqrt(noise_b.numel()), "around nothing"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", OFFERED)
+def test_what_gets_noise_is_not_rounded_to_the_adapters_type_before(method: str, dtype: torch.dtype, monkeypatch) -> None:
+    """A change of one unit in the last place, weighted 1/8, is less than that unit: rounded before the noise, it would be
+    all of it or nothing, and a client would move the mean by up to eight times what the noise covers."""
+    world = World(method, (), ((2, 1),) * 8, 2.0, "standard", 0, 3)
+    state = as_type(world.state(), dtype)
+    rule, jobs = (
+        world.rule_of_the_server(),
+        [Job(Client(f"client-{i}", 2), 1, partial(dispatched, world, dtype, i)) for i in range(8)],
+    )
+    seen: list[tuple[Adapter, object]] = []
+    cover = central_noise.cover
+    monkeypatch.setattr(central_noise, "cover", lambda mean, far, *more: seen.append((mean, far)) or cover(mean, far, *more))
+    updates = [nudged(job, torch.Generator().manual_seed(i), 0.5) for i, job in enumerate(jobs)]  # half of all numbers
+    for k, job in enumerate(jobs):
+        base = [*updates[:k], ClientUpdate(job.download.adapter, 1, job.client.name), *updates[k + 1 :]]
+        after = [aggregated(rule, state, jobs, each, Fixed(Ones())).adapter for each in (updates, base)]
+        assert {tensor.dtype for each in after for layer in each.layers.values() for tensor in (layer.A, layer.B)} == {dtype}
+        assert {tensor.dtype for each in after for tensor in each.tensors.values()} == {dtype}
+        (one, far), (other, _) = seen[-2:]
+        moved = [
+            (getattr(one.layers[name], factor).double() - getattr(other.layers[name], factor).double()) / reach
+            for name, factors in far.factors.items()
+            for factor, reach in factors.items()
+        ]
+        moved += [(tensor.double() - other.tensors[name].double()) / far.tensors for name, tensor in one.tensors.items()]
+        size = change.norm(job.download, updates[k].adapter)
+        assert size > 0
+        assert math.hypot(*(float(each.norm()) for each in moved)) <= size * (1 + 1e-6)
+
+
+def as_type(state: ServerState, dtype: torch.dtype) -> ServerState:
+    layers = {
+        name: LoraLayer(layer.A.to(dtype), layer.B.to(dtype), layer.scaling) for name, layer in state.adapter.layers.items()
+    }
+    tensors = {name: tensor.to(dtype) for name, tensor in state.adapter.tensors.items()}
+    return replace(state, adapter=Adapter(layers, tensors))
+
+
+def dispatched(world: World, dtype: torch.dtype, index: int) -> Download:
+    return world.rule_of_the_server().dispatch(as_type(world.state(), dtype), Client(f"client-{index}", 2))
+
+
+def nudged(job: Job, draw: torch.Generator, share: float) -> ClientUpdate:
+    """Some of the trained numbers moved by one unit in the last place."""
+
+    def next_to(tensor: torch.Tensor) -> torch.Tensor:
+        up = tensor * (1 + torch.finfo(tensor.dtype).eps)
+        return torch.where(torch.rand(tensor.shape, generator=draw) < share, up, tensor)
+
+    download, layers = job.download, {}
+    for name, layer in download.adapter.layers.items():
+        A, B = (next_to(getattr(layer, factor)) if factor in download.train else getattr(layer, factor) for factor in "AB")
+        layers[name] = layer.with_factors(A, B)
+    tensors = {name: next_to(tensor) for name, tensor in download.adapter.tensors.items()}
+    return ClientUpdate(replace(download.adapter, layers=layers, tensors=tensors), job.num_examples, job.client.name)
+
+
 def test_a_slice_that_nobody_of_the_cohort_has_gets_no_noise() -> None:
     world = World("rbla", (), ((3, 2), (1, 5)), 8.0, "standard", 0, 0)
     state, method, jobs = world.state(), world.rule_of_the_server(), world.jobs()[1:]

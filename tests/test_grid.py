@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -75,6 +75,41 @@ def test_rounding_the_value_is_paid_for(multiplier, clip_norm) -> None:
     worst = clip_norm + step * math.sqrt(dimensions)
     assert noise.deviation / worst >= multiplier * (1 - 1e-12)
     assert noise.deviation / (multiplier * clip_norm) < 1 + 1e-4, "and it costs next to nothing"
+
+
+@given(
+    value=st.floats(-1e30, 1e30),
+    multiplier=st.floats(1e-3, 1e3),
+    clip_norm=st.sampled_from([1e-30, 1e-12, 1e-9, 1e-3, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+@example(value=1.0, multiplier=0.5, clip_norm=1e-9, seed=0)  # 2^52 steps are 0.001 here: a weight of 1 would have become that
+def test_a_value_far_above_the_clip_keeps_its_size_and_is_rounded_from_whole_steps(value, multiplier, clip_norm, seed) -> None:
+    """As weights are, to whose mean the server's noise is added. The exact sum of whole steps, rounded once to float64, is a
+    function of that sum alone."""
+    noise = Gaussian(multiplier, clip_norm, 1)
+    step = grid_of(noise.deviation, multiplier)
+    whole = round(Fraction(value) / step) + round(Fraction(float(draws(seed).standard_normal(1)[0]) * noise.deviation) / step)
+    (got,) = noise.added(np.array([value]), draws(seed)).tolist()
+    assert abs(Fraction(got) - whole * step) <= max(2 * step, Fraction(math.ulp(got)))
+
+
+@pytest.mark.parametrize("dimensions", [1, 10**6, 10**9, 10**11])
+@pytest.mark.parametrize("multiplier", [0.5, 1.0, 64.0])
+def test_rounding_is_paid_for_by_the_step_of_the_noise_that_is_added(multiplier, dimensions) -> None:
+    """The step grows with the deviation that makes up for it. Where the deviation is a power of two, it is the largest."""
+    noise = Gaussian(multiplier, 1.0, dimensions)
+    clip_norm = 2.0 ** math.ceil(math.log2(noise.deviation)) / noise.deviation  # the deviation is then a power of two
+    noise = Gaussian(multiplier, clip_norm, dimensions)
+    step = noise.deviation * 2.0**-24 / max(1, 2 ** math.ceil(math.log2(multiplier)))
+    assert noise.deviation / (clip_norm + step * math.sqrt(dimensions)) >= multiplier * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1.7e308, 5e-324])
+@pytest.mark.parametrize("clip_norm", [1e-12, 1.0, 1e12])
+def test_whatever_the_value_is_the_release_is_finite(value, clip_norm) -> None:
+    with np.errstate(all="raise", under="ignore"):
+        assert np.isfinite(Gaussian(1.5, clip_norm, 3).added(np.full(3, value), draws(1), np.array([1.0, 0.3, 1e-6]))).all()
 
 
 @pytest.mark.parametrize("source", [SystemDraws(), draws(3)], ids=["system", "key"])

@@ -227,3 +227,23 @@ def test_a_changed_file_of_a_result_is_named(world) -> None:
     shutil.copy(folder / "summary.json", folder / "sites" / "county" / "adapter" / "adapter_config.json")
     with pytest.raises(RunError, match="adapter_config.json: has changed since the run ended; restore it"):
         evaluated(folder)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_result_is_not_trained_over(world, more, half) -> None:
+    """Without rounds in it, it looks like a run that was killed before round 1, and would be trained by this site alone."""
+    name = f"over-{half}-{len(more)}"
+    site, ask = closing(world, name)
+    ask()
+    site.close()
+    folder = result_of(world / name)
+    if half:
+        for file in ("summary.json", "seal.json"):
+            (folder / file).unlink()
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    with pytest.raises(RunError, match="what a site keeps of a federation") as refused:
+        CliRunner().invoke(app, ["run", str(folder / "config.toml"), "--out", str(folder), *more], catch_exceptions=False)
+    assert "\n" not in str(refused.value)
+    assert "--resume" not in str(refused.value)
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before

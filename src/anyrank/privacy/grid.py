@@ -10,7 +10,12 @@ numbers only. The value is rounded to it, a Gaussian number that was drawn in fl
 round the noise is to round the sum, since the value is on the grid already: what is released is a function of the Gaussian
 mechanism's output, and has its guarantee. Rounding moves a value by at most half a step in each coordinate. Two neighbours'
 values that are at most `C` apart in `d` coordinates are then at most `C + step sqrt(d)` apart, and the noise is larger by that
-share.
+share. The step grows with the noise: with `step <= deviation 2^-bits`, a deviation of `m C / (1 - m sqrt(d) 2^-bits)` is `m` times
+that distance.
+
+A value may be far above the noise: weights, to whose mean the server's noise is added. Beyond 2^53 steps float64 has no room for
+each whole number. Both terms are exact whole numbers there too, so that their sum in float64 is their exact sum, rounded once: a
+function of that sum alone.
 
 This is the Gaussian of the accountants, rounded. The discrete Gaussian (Canonne, Kamath and Steinke, NeurIPS 2020) is another
 distribution, sampled exactly; it needs integers of any size, and many draws for each number. What remains here is the float64
@@ -27,7 +32,7 @@ import numpy as np
 from anyrank.privacy.noise import Draws
 
 _BITS = 24
-_LARGEST = 2.0**52  # steps: whole numbers up to twice as many are exact in float64
+_LARGEST = 2.0**900  # steps: leaves room below the largest float64 for the sum, and for its product with the step
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,21 @@ class Gaussian:
     @property
     def deviation(self) -> float:
         """The standard deviation, which makes up for rounding values to the grid."""
-        return self.multiplier * self.clip_norm * (1 + self.multiplier * math.sqrt(self.dimensions) * 2.0**-self.bits)
+        return self.multiplier * self.clip_norm / (1 - self.multiplier * math.sqrt(self.dimensions) * 2.0**-self.bits)
 
     def added(self, values: np.ndarray, draws: Draws, reach: np.ndarray | float = 1.0) -> np.ndarray:
         """`values` plus noise of `deviation` times `reach`, on the grid; float64, of the shape of `values`.
 
         `reach`: the most that a change of norm 1 moves each number, public; it broadcasts over `values`. Where it is 0, the
-        value comes back as it is. A value that is not a number counts as zero; one of more than 2^52 steps counts as that.
+        value comes back as it is. A value that is not a number counts as zero; one of more than 2^900 steps counts as that.
         """
         values = np.asarray(values, dtype=np.float64)
         normal = draws.standard_normal(values.size).reshape(values.shape)
         deviation = np.broadcast_to(self.deviation * np.asarray(reach, dtype=np.float64), values.shape)
         _, exponent = np.frexp(deviation)  # deviation = fraction x 2^exponent, with a fraction of at least 0.5, below 1
         step = np.maximum(np.ldexp(1.0, exponent - 1 - self.bits), np.finfo(np.float64).tiny)
-        whole = np.rint(np.clip(np.nan_to_num(values / step, nan=0.0), -_LARGEST, _LARGEST))
+        with np.errstate(over="ignore"):  # more than fits in a float64 is more than the largest number of steps
+            steps = np.nan_to_num(values, nan=0.0) / step
+        whole = np.rint(np.clip(steps, -_LARGEST, _LARGEST))
         sums = (whole + np.rint(normal * (deviation / step))) * step
         return np.where(deviation > 0, sums, values)

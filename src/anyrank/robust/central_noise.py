@@ -15,15 +15,16 @@ noise of `sigma C m_j` on slice j. In a mean over owners, the only owner of a sl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.adapter.lazy import outlined
+from anyrank.adapter.lazy import Lazy, outlined
 from anyrank.errors import ConfigError
 from anyrank.messages.change import units
 from anyrank.messages.records import Client, ClientUpdate, Download, Job, ServerState
@@ -35,6 +36,8 @@ from anyrank.methods.registry import REGISTRY
 from anyrank.privacy.grid import Gaussian
 from anyrank.privacy.noise import Draws, Mechanism
 from anyrank.robust.base import Rule, Screened
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,47 @@ class CentralNoise(Rule):
         if not updates:
             return method.aggregate(state, updates)
         plan, round = self.mechanism.plan, state.round + 1
-        mean = method.aggregate(state, updates).adapter
+        mean = method.aggregate(_wide(state), [_wide_update(update) for update in updates]).adapter
         sent = method.dispatch(state, Client(updates[0].client, 1))  # of a round, all downloads have the same factors to train
         far = reach(method, mean, updates, sent)
         largest = max(plan.noise.values())  # one source for all: nothing here is sampled
         noise = Gaussian(largest, plan.clip_norm, _numbers(mean, far))
-        return replace(state, round=round, adapter=cover(mean, far, noise, self.mechanism.draws(round, "server")))
+        noisy = cover(mean, far, noise, self.mechanism.draws(round, "server"))
+        return replace(state, round=round, adapter=_typed(noisy, state.adapter))
+
+
+def _wide(state: ServerState) -> ServerState:
+    """`state` in float64, of which the mean has the type: rounded to a narrower one before the noise, a small change of one
+    client would now and then become a whole unit in the last place, which is more than the noise covers."""
+    layers = _read_as(state.adapter.layers, lambda layer: _in_type(layer, torch.float64))
+    return replace(state, adapter=replace(state.adapter, layers=layers, tensors=_wide_tensors(state.adapter.tensors)))
+
+
+def _wide_update(update: ClientUpdate) -> ClientUpdate:
+    """`update` with its plain tensors in float64; its factors are summed in float64 whatever they are."""
+    return replace(update, adapter=replace(update.adapter, tensors=_wide_tensors(update.adapter.tensors)))
+
+
+def _wide_tensors(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return _read_as(tensors, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def _read_as(values: Mapping[str, _T], change: Callable[[_T], _T]) -> Mapping[str, _T]:
+    """`values`, each changed when it is read, so that memory has no second copy of all of them."""
+    return Lazy(outlined(values), lambda name: change(values[name]))
+
+
+def _typed(adapter: Adapter, like: Adapter) -> Adapter:
+    """`adapter` in the types of `like`: rounded once."""
+    types, tensors = outlined(like.layers), outlined(like.tensors)
+    names = sorted(adapter.layers)
+    layers = rebuilt(adapter, lambda name: _in_type(adapter.layers[name], types[name].A.dtype), names)
+    rounded = {name: tensor.to(tensors[name].dtype) for name, tensor in adapter.tensors.items()}
+    return replace(adapter, layers=layers, tensors=rounded)
+
+
+def _in_type(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
+    return LoraLayer(layer.A.to(dtype), layer.B.to(dtype), layer.scaling, layer.kind, layer.kernel)
 
 
 def complete(jobs: Sequence[Job], updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:

@@ -36,6 +36,7 @@ from anyrank.runs.names import (
     LEDGER,
     METRICS,
     PRIVACY,
+    RESULT,
     SEAL,
     STATE,
     SUMMARY,
@@ -101,6 +102,8 @@ class RunDir:
         configuration or of files that have changed since. More rounds than before may be given. Writes nothing."""
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: expected a folder for the run, got a file; choose another --out")
+        if os.path.lexists(path / RESULT):  # without rounds, it would pass for a run that was killed before round 1
+            raise RunError(f"{path}: is what a site keeps of a federation that ended, and no run; choose another --out")
         begun = os.path.lexists(path / CONFIG)
         if not begun and any(not _is_start(entry) for entry in files.contents(path)):
             raise RunError(f"{path}: expected an empty or new folder, or one with a run in it; choose another --out")
