@@ -104,6 +104,7 @@ def test_a_site_scores_the_model_that_it_was_handed_as_it_did_in_the_closing_exc
     for name, store in done.stores.items():
         row, reported = evaluated(result_of(store))["sites"][name], done.summary["sites"][name]
         assert row["accuracy"] == reported["accuracy"]
+        assert row["rank"] == reported["rank"] == RANKS[name]
         assert row["loss"] == pytest.approx(reported["loss"], rel=1e-6)
         assert row["test_examples"] == reported["test_examples"] > 0
         own = result_of(store) / "sites" / name

@@ -21,7 +21,8 @@ import tomli_w
 
 from anyrank import files
 from anyrank.adapter.adapter import Adapter
-from anyrank.config.tables import to_table
+from anyrank.config.sections import Config
+from anyrank.config.tables import from_table, to_table
 from anyrank.errors import RunFailed
 from anyrank.messages.records import Counts, Download
 from anyrank.runs import identity, seal, sites
@@ -35,9 +36,10 @@ _LONGEST = 80  # characters of a run's name in a folder's name
 _MORE_BYTES = 1 << 20  # of the small files beside the adapter
 
 
-def keep(store: Store, held: Held, round: int, download: Download, counts: Counts | None) -> Path:
+def keep(store: Store, held: Held, round: int, rank: int, download: Download, counts: Counts | None) -> Path:
     """Keep the model of a closing download, and its scores on the site's held-out examples; returns its folder.
 
+    `rank`: the site's own, as the server has it; its adapter may have less, by a method that prunes.
     Raises `RunFailed` if the store has no room for it, or cannot be written.
     """
     folder = store.folder / RESULTS / _name(held)
@@ -50,8 +52,9 @@ def keep(store: Store, held: Held, round: int, download: Download, counts: Count
         files.remove(folder / name)
     about = {"run": held.run, "key": held.key, "method": held.method.name, "round": round}
     files.write_whole_text(folder / RESULT, json.dumps(about, indent=2) + "\n")
-    files.write_whole_text(folder / CONFIG, tomli_w.dumps(to_table(held.config)))
-    identity.note(folder, held.config)
+    config = _with_rank(held.config, rank)
+    files.write_whole_text(folder / CONFIG, tomli_w.dumps(to_table(config)))
+    identity.note(folder, config)
     own = folder / SITES / held.name
     parts = {ADAPTER: download.adapter, **({BASE_UPDATE: download.merged} if download.merged else {})}
     for part, adapter in parts.items():  # with the site's own description, of which a server has no part
@@ -59,7 +62,7 @@ def keep(store: Store, held: Held, round: int, download: Download, counts: Count
     if not download.merged:
         for path in files.contents(own / BASE_UPDATE):
             files.remove(path)
-    summary = _summary(held, round, counts)
+    summary = _summary(held, round, rank, counts)
     sites.write(folder, summary)
     files.write_whole_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     seal.write(folder)
@@ -71,8 +74,15 @@ def _name(held: Held) -> str:
     return f"{_ODD.sub('_', held.run)[:_LONGEST].strip('.') or 'run'}-{held.key[:8]}"
 
 
-def _summary(held: Held, round: int, counts: Counts | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"rank": held.config.sites[0].rank, "train_examples": len(held.examples)}
+def _with_rank(config: Config, rank: int) -> Config:
+    """The configuration with the site's rank: the public one says none, and the site ran it with the largest that it allows."""
+    table = to_table(config)
+    table["sites"][0]["rank"] = rank
+    return from_table(table)
+
+
+def _summary(held: Held, round: int, rank: int, counts: Counts | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"rank": rank, "train_examples": len(held.examples)}
     row |= {"accuracy": None, "loss": None, "test_examples": None}
     if counts:
         right = None if counts.correct is None else counts.correct / counts.examples

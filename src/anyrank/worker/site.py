@@ -207,7 +207,7 @@ class SiteDesk:
         reply = reply or wire.counts_frame(Reported(self.site.name, None), held.run, plan.round)
         counts = wire.counts_of(reply).counts if reply.header.kind == wire.COUNTS else None
         try:
-            folder = results.keep(self.store, held, plan.round - 1, job.download, counts)
+            folder = results.keep(self.store, held, plan.round - 1, job.client.rank, job.download, counts)
         except AnyRankError as error:  # the scores are there all the same
             self.log.write("failed", kind="result", run=held.run, round=plan.round, reason=str(error))
             return reply if counts else wire.failure_frame(Failure(self.site.name, Code.CRASHED), held.run, plan.round)
