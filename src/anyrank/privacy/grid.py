@@ -10,12 +10,12 @@ numbers only. The value is rounded to it, a Gaussian number that was drawn in fl
 round the noise is to round the sum, since the value is on the grid already: what is released is a function of the Gaussian
 mechanism's output, and has its guarantee. Rounding moves a value by at most half a step in each coordinate. Two neighbours'
 values that are at most `C` apart in `d` coordinates are then at most `C + step sqrt(d)` apart, and the noise is larger by that
-share. The step grows with the noise: with `step <= deviation 2^-bits`, a deviation of `m C / (1 - m sqrt(d) 2^-bits)` is `m` times
-that distance.
+share. The step grows with the noise: with `step <= deviation 2^-bits`, a deviation of `m C / (1 - m sqrt(d) 2^-bits)` is `m`
+times that distance.
 
-A value may be far above the noise: weights, to whose mean the server's noise is added. Beyond 2^53 steps float64 has no room for
-each whole number. Both terms are exact whole numbers there too, so that their sum in float64 is their exact sum, rounded once: a
-function of that sum alone.
+A value may be far above the noise: weights, to whose mean the server's noise is added. Beyond 2^53 steps float64 has no room
+for each whole number. Both terms are exact whole numbers there too, so that their sum in float64 is their exact sum, rounded
+once: a function of that sum alone.
 
 This is the Gaussian of the accountants, rounded. The discrete Gaussian (Canonne, Kamath and Steinke, NeurIPS 2020) is another
 distribution, sampled exactly; it needs integers of any size, and many draws for each number. What remains here is the float64
