@@ -178,6 +178,11 @@ def pieces(frame: Frame) -> Iterator[memoryview]:
     yield memoryview(frame.digest if relayed else digest.digest())
 
 
+def size_of(frame: Frame) -> int:
+    """Bytes of the frame, without making its arrays."""
+    return _PREFIX.size + len(_encode(frame)) + frame.array_bytes + _DIGEST_BYTES
+
+
 def write(stream: Writable, frame: Frame) -> int:
     """Write a frame; returns its number of bytes. An `OSError` of the stream is raised as it is."""
     total = 0

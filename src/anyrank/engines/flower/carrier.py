@@ -9,17 +9,21 @@ The Grid may hang for as long as its SuperLink is away. Nobody waits for it: who
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from anyrank.engines.nvflare import parcels
 from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
 from anyrank.engines.nvflare.parcels import ABOUT, FRAMES
 from anyrank.errors import FrameError, RunFailed, in_a_line
+from anyrank.messages.frame import Readable
 from anyrank.messages.limits import check_text
 from anyrank.worker.supervisor import Died, Late
 
@@ -125,9 +129,10 @@ class Carrier:
         node that is busy."""
         asked.given_up.set()
 
-    def fetch(self, asked: Asked, parts: Any, most: int, until: float | None) -> Any:
+    @contextlib.contextmanager
+    def fetch(self, asked: Asked, known: parcels.Reply, parts: Any, until: float | None) -> Iterator[Readable]:
         """What came, which Flower has put into memory as a whole before anybody can look at it."""
-        return parts
+        yield parcels.Stream(list(itertools.chain(*parcels.check_parts(known, parts))))
 
     # --- the carrier's thread ---
 

@@ -7,11 +7,12 @@ their text stands in the server's own log, and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from anyrank.engines.nvflare import fetching, kits, parcels
 from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
 from anyrank.errors import AnyRankError, RunFailed, in_a_line
+from anyrank.messages.frame import Readable
 from anyrank.worker import memory
 from anyrank.worker.supervisor import Died
 
@@ -86,6 +88,7 @@ class AnyRankController(Controller):
         kits.check_run(run)
         self._standing, self._rounds = Standing(run), rounds
         self._open: dict[str, tuple[Asked, Task | None]] = {}  # by site; without a task once its reply has come
+        self._offers: dict[str, fetching.Offer] = {}  # what each site may ask for
         self._job = ""
         self._lock, self._stopped = threading.Lock(), threading.Event()
 
@@ -172,7 +175,7 @@ class AnyRankController(Controller):
         seconds = 0 if asked.seconds is None else math.ceil(asked.seconds * asked.replies) + _MORE_S
         task = Task(
             **{"name": TASK, "data": Shareable(), "timeout": seconds, "props": {TASK: asked}},
-            **{"before_task_sent_cb": _fill, "result_received_cb": self._take, "task_done_cb": self._done},
+            **{"before_task_sent_cb": self._fill, "result_received_cb": self._take, "task_done_cb": self._done},
         )
         with self._lock:
             if self._stopped.is_set():
@@ -191,22 +194,30 @@ class AnyRankController(Controller):
         with self._engine.new_context() as fl_ctx:
             self._engine.send_aux_request([asked.site], STOP, note, 0.0, fl_ctx, optional=True)
 
-    def fetch(self, asked: Asked, parts: Any, most: int, until: float | None) -> Any:
-        source = FQCN.join([asked.site, self._job])
+    @contextlib.contextmanager
+    def fetch(self, asked: Asked, known: parcels.Reply, parts: Any, until: float | None) -> Iterator[Readable]:
         with self._lock:
             self._open[asked.site] = (asked, None)  # so that the end of the job ends this, too
         try:
-            return fetching.fetch(self._engine.get_cell(), source, parts, fetching.Fetch(most, until, asked.given_up))
+            cell, source = self._engine.get_cell(), self._process_of(asked.site)
+            with fetching.incoming(cell, source, parts, sum(known.sizes), until, asked.given_up) as stream:
+                yield stream
         finally:
             self._close(asked)
 
+    def _process_of(self, site: str) -> str:
+        """NVFlare's name of a site's process in this job."""
+        return FQCN.join([site, self._job])
+
     def _close(self, asked: Asked) -> Task | None:
-        """The task of a question that was open until now."""
+        """The task of a question that was open until now; its frames are let go."""
         with self._lock:
             found = self._open.get(asked.site)
             if found is None or found[0] is not asked:
                 return None
-            return self._open.pop(asked.site)[1]
+            del self._open[asked.site]
+        self._let_go(asked.site)
+        return found[1]
 
     def _take(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         """A site's reply is there: put it into the queue, and let NVFlare hold nothing of it."""
@@ -225,9 +236,18 @@ class AnyRankController(Controller):
             if is_open:
                 del self._open[asked.site]
         if is_open:
+            self._let_go(asked.site)
             asked.came.put(Died(f"its task ended as {task.completion_status.value}"))
 
+    def _fill(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        """A site fetches its task: put in what it is asked. A site whose connection broke fetches it twice."""
+        asked = client_task.task.props[TASK]
+        self._let_go(asked.site)
+        offer = fetching.Offer(self._engine.get_cell(), self._process_of(asked.site), asked.frames, asked.give_up)
+        self._offers[asked.site] = offer
+        client_task.task.data.update({parcels.ABOUT: parcels.table(asked.known()), parcels.FRAMES: offer.reference})
 
-def _fill(client_task: ClientTask, fl_ctx: FLContext) -> None:
-    """A site fetches its task: put in what it is asked."""
-    client_task.task.data.update(client_task.task.props[TASK].message())
+    def _let_go(self, site: str) -> None:
+        """Nobody may ask for the frames any more that were offered to a site."""
+        if (offer := self._offers.pop(site, None)) is not None:
+            offer.release()

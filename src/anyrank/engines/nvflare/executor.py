@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
-from anyrank.engines.nvflare import kits, parcels
+from anyrank.engines.nvflare import fetching, kits, parcels
 from anyrank.engines.nvflare.parcels import OPEN, Code, Question, Reply
 from anyrank.errors import AnyRankError, FrameError, in_a_line
-from anyrank.messages.frame import Frame, relay
+from anyrank.messages.frame import Frame, relay, size_of
 from anyrank.worker.supervisor import Died, Late, Supervised
 
 TASK, STOP = "anyrank", "anyrank.stop"
@@ -47,6 +49,10 @@ class AnyRankExecutor(Executor):
         self._limits: kits.Limits | None = None
         self._worker: Supervised | None = None
         self._number, self._stops = -1, threading.Event()
+        self._fetching = (-1, threading.Event())  # the number of the last question, and whether nobody waits for its reply
+        self._offer: fetching.Offer | None = None  # the last reply
+        self._cell: Any = None
+        self._job = ""
         self._lock = threading.Lock()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -60,7 +66,7 @@ class AnyRankExecutor(Executor):
         try:
             asked = parcels.about(Question, shareable.pop(parcels.ABOUT, None))
             number = asked.number
-            return self._answer(asked, shareable.pop(parcels.FRAMES, None))
+            return self._answer(asked, shareable.pop(parcels.FRAMES, None), fl_ctx)
         except FrameError as error:
             log.error("refused: %s", in_a_line(error))
             return self._reply(number, Code.REFUSED)
@@ -90,22 +96,27 @@ class AnyRankExecutor(Executor):
     def _end(self) -> None:
         with self._lock:
             self._stops.set()
+            self._fetching[1].set()
             if self._worker is not None:
                 self._worker.kill()
 
     def _stop(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         """The server does not wait for a question any more."""
         with self._lock:
+            if request.get("number") == self._fetching[0]:
+                self._fetching[1].set()
             if self._worker is not None and request.get("number") == self._number:
                 self._worker.kill()
         return Shareable()
 
     # --- one question ---
 
-    def _answer(self, asked: Question, parts: Any) -> Shareable:
+    def _answer(self, asked: Question, reference: Any, fl_ctx: FLContext) -> Shareable:
         if self._limits is None:
             return self._reply(asked.number, Code.FAILED)
-        frames = self._frames(asked, parts)
+        self._let_go()
+        self._job, self._cell = fl_ctx.get_job_id(), fl_ctx.get_engine().get_cell()
+        frames = self._frames(asked, reference)
         try:
             return self._sent(asked, self._open(asked, frames) if asked.kind == OPEN else self._ask(asked, frames))
         except _Coded as error:
@@ -115,13 +126,12 @@ class AnyRankExecutor(Executor):
             with self._lock:
                 self._number = -1
 
-    def _frames(self, asked: Question, parts: Any) -> list[Frame]:
+    def _frames(self, asked: Question, reference: Any) -> list[Frame]:
         """The frames of a question, after all checks that need no worker."""
         if asked.site != self._site:
             raise FrameError(f"question: expected one to {self._site}, got one to {asked.site}")
         parcels.check_declared(asked, self._limits.download)
-        parcels.check_parts(asked, parts)
-        frames = [relay(parcels.Stream(part), self._limits.download, last=True) for part in parts]
+        frames = self._fetched(asked, reference)
         kinds = (_SETUP,) if asked.kind == OPEN else _KINDS
         if not frames or (asked.kind == OPEN and len(frames) > 1):
             raise FrameError(f"question: expected at least one frame, and one alone to open a worker, got {len(frames)}")
@@ -135,6 +145,21 @@ class AnyRankExecutor(Executor):
                     f"question: expected run {asked.run} and round {asked.round}, got {header.run} and {header.round}"
                 )
         return frames
+
+    def _fetched(self, asked: Question, reference: Any) -> list[Frame]:
+        """The frames of a question, until nobody waits for its reply any more."""
+        with self._lock:
+            self._fetching = (asked.number, threading.Event())
+            if self._stops.is_set():
+                self._fetching[1].set()
+        most, until = sum(asked.sizes), None if asked.seconds is None else time.monotonic() + asked.seconds * asked.replies
+        with fetching.incoming(self._cell, self._server, reference, most, until, self._fetching[1]) as stream:
+            return list(parcels.frames(asked, stream, lambda part: relay(part, self._limits.download)))
+
+    @property
+    def _server(self) -> str:
+        """NVFlare's name of the server's process in this job."""
+        return FQCN.join([FQCN.ROOT_SERVER, self._job])
 
     def _open(self, asked: Question, frames: Sequence[Frame]) -> list[Frame]:
         (opening,) = frames
@@ -161,20 +186,26 @@ class AnyRankExecutor(Executor):
     def _turn(self, asked: Question, worker: Supervised) -> None:
         """It is this worker's turn, with this question: what stops the question or the job from now on ends the worker."""
         with self._lock:
-            if self._stops.is_set():
-                raise _Coded(Code.DIED, "the job ends")
+            if self._fetching[1].is_set():
+                raise _Coded(Code.DIED, "nobody waits for it any more")
             worker.revive()
             self._worker, self._number = worker, asked.number
 
     def _sent(self, asked: Question, frames: Sequence[Frame]) -> Shareable:
-        parts = parcels.cut(frames)
-        sizes, most = parcels.sizes(parts), min(asked.most, self._limits.upload)
+        sizes, most = [size_of(frame) for frame in frames], min(asked.most, self._limits.upload)
         if sum(sizes) > most:
             raise _Coded(Code.TOO_LARGE, f"expected at most {most} bytes, got {sum(sizes)}")
-        return self._reply(asked.number, Code.OK, sizes, parts)
+        self._offer = fetching.Offer(self._cell, self._server, frames, lambda error: log.error("%s", in_a_line(error)))
+        return self._reply(asked.number, Code.OK, sizes, self._offer.reference)
 
-    def _reply(self, number: int, code: Code, sizes: Sequence[int] = (), parts: Sequence[Any] = ()) -> Shareable:
-        return Shareable(parcels.message(Reply(max(number, 0), self._site, code.value, tuple(sizes)), parts))
+    def _let_go(self) -> None:
+        """Nobody may ask for the last reply any more."""
+        if self._offer is not None:
+            self._offer.release()
+
+    def _reply(self, number: int, code: Code, sizes: Sequence[int] = (), reference: str = "") -> Shareable:
+        known = Reply(max(number, 0), self._site, code.value, tuple(sizes))
+        return Shareable({parcels.ABOUT: parcels.table(known), parcels.FRAMES: reference})
 
 
 class _Coded(Exception):

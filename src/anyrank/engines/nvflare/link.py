@@ -1,7 +1,7 @@
 """The server's side of one site: asked as a supervised worker on this machine would be. No torch and no NVFlare here.
 
-A question goes to the site as one task, whose frames are cut when the site fetches it, and its replies come back together.
-What comes is only put into a queue where it arrives: it is checked and decoded by who asked.
+A question goes to the site as one task, and its replies are announced together. Their frames are read one after another by who
+asked, while they arrive; nothing is checked or decoded where an announcement is put into the queue.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-import numpy as np
 
 from anyrank.engines.nvflare import parcels
 from anyrank.engines.nvflare.parcels import ASK, OPEN, Code
 from anyrank.errors import FrameError
-from anyrank.messages.frame import Frame, Readable, read
+from anyrank.messages.frame import Frame, Readable, read, size_of
 from anyrank.worker.supervisor import ERROR, Died, Late
 
 _LOAD_S = 60.0
@@ -45,19 +44,22 @@ class Asked:
         self.came.put(why)
         self.given_up.set()
 
-    def message(self) -> dict[str, Any]:
-        """What the site is sent. It can be made again: a site whose connection broke fetches its task twice."""
-        parts = parcels.cut(self.frames)
+    def known(self) -> parcels.Question:
+        """What the site is told about the frames."""
         header = self.frames[0].header
         last = max(frame.header.round for frame in self.frames)
         limits = (self.replies, self.seconds, self.most)
-        known = parcels.Question(self.number, self.site, self.kind, header.run, last, *limits, parcels.sizes(parts))
-        return parcels.message(known, parts)
+        sizes = [size_of(frame) for frame in self.frames]
+        return parcels.Question(self.number, self.site, self.kind, header.run, last, *limits, sizes)
+
+    def message(self) -> dict[str, Any]:
+        """What the site is sent, with all bytes of the frames."""
+        return parcels.message(self.known(), parcels.cut(self.frames))
 
 
 @dataclass(frozen=True, eq=False)
 class Came:
-    """What a site has sent in reply, not yet checked. The arrays of `parts` are still to be fetched."""
+    """What a site has sent in reply, not yet checked. `parts`: its frames, or what they are to be fetched with."""
 
     about: Any
     parts: Any
@@ -72,8 +74,9 @@ class Port(Protocol):
     def cancel(self, asked: Asked) -> None:
         """Nobody waits any more: what comes is dropped, and the site's worker stops."""
 
-    def fetch(self, asked: Asked, parts: Any, most: int, until: float | None) -> Any:
-        """The arrays of what came, of at most `most` bytes. Raises `Late` and `FrameError`; ends early if it is given up."""
+    def fetch(self, asked: Asked, known: parcels.Reply, parts: Any, until: float | None) -> AbstractContextManager[Readable]:
+        """The bytes of what came, as a stream. Raises `FrameError`; the stream raises `FrameError` and `Late`, and ends early
+        if the question is given up."""
 
 
 class RemoteWorker:
@@ -155,20 +158,29 @@ class RemoteWorker:
             if self._killed:
                 raise Died("it was given up")
             self._port.send(asked)
-            parts = self._arrived(asked, until)
+            yield from self._replies(asked, until)
         except BaseException:
             self._port.cancel(asked)
             raise
         finally:
             self._asked, asked.frames = None, ()
-        for part in parts:
-            frame = self._frame(part)
-            yield frame
-            if frame.header.kind == ERROR:
-                return
 
-    def _arrived(self, asked: Asked, until: float | None) -> list[list[np.ndarray]]:
-        """The arrays of a site's reply, checked."""
+    def _replies(self, asked: Asked, until: float | None) -> Iterator[Frame]:
+        """The frames of a site's reply, each once it is checked. The next one is received when it is asked for."""
+        came = self._arrived(asked, until)
+        asked.frames = ()
+        try:
+            known = self._checked(asked, came)
+            with self._port.fetch(asked, known, came.parts, until) as stream:
+                for frame in parcels.frames(known, stream, lambda part: self._receive(part, self._limit)):
+                    yield frame
+                    if frame.header.kind == ERROR:
+                        return
+        except FrameError as error:
+            raise _reason(asked) or Died(str(error)) from None
+
+    def _arrived(self, asked: Asked, until: float | None) -> Came:
+        """What a site has sent in reply."""
         try:
             came = asked.came.get(timeout=None if until is None else max(until - time.monotonic(), 0))
         except queue.Empty:
@@ -176,12 +188,9 @@ class RemoteWorker:
             raise Late("the site did not reply in time") from None
         if isinstance(came, Exception):
             raise came
-        try:
-            return self._checked(asked, came, until)
-        except FrameError as error:
-            raise _reason(asked) or Died(str(error)) from None
+        return came
 
-    def _checked(self, asked: Asked, came: Came, until: float | None) -> list[list[np.ndarray]]:
+    def _checked(self, asked: Asked, came: Came) -> parcels.Reply:
         known = parcels.about(parcels.Reply, came.about)
         if (known.number, known.site) != (asked.number, asked.site):
             raise FrameError(f"reply: expected one to question {asked.number}, got one to {known.number}")
@@ -189,7 +198,7 @@ class RemoteWorker:
         self._check_code(known)
         if len(known.sizes) > asked.replies:
             raise FrameError(f"reply: expected at most {asked.replies} frames, got {len(known.sizes)}")
-        return parcels.check_parts(known, self._port.fetch(asked, came.parts, sum(known.sizes), until))
+        return known
 
     def _check_code(self, known: parcels.Reply) -> None:
         if known.code == Code.OK:
@@ -201,16 +210,6 @@ class RemoteWorker:
         if known.code == Code.LATE:
             raise Late("the site's worker took too long")
         raise Died(f"the site reports {known.code}")
-
-    def _frame(self, part: list[np.ndarray]) -> Frame:
-        stream = parcels.Stream(part)
-        try:
-            frame = self._receive(stream, self._limit)
-            if stream.readinto(memoryview(bytearray(1))):
-                raise FrameError("reply: expected the end after its frame, got more")
-            return frame
-        except FrameError as error:
-            raise Died(str(error)) from None
 
 
 def _reason(asked: Asked) -> Exception | None:

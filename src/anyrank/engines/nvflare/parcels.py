@@ -9,7 +9,7 @@ that was received is checked before it is used: first what was declared, then wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -133,9 +133,14 @@ def sizes(parts: Sequence[Sequence[np.ndarray]]) -> list[int]:
     return [sum(len(piece) for piece in frame) for frame in parts]
 
 
+def table(about: Question | Reply) -> dict[str, Any]:
+    """The table about a message's frames."""
+    return {"version": VERSION} | asdict(about) | {"sizes": list(about.sizes)}
+
+
 def message(about: Question | Reply, parts: Sequence[Sequence[np.ndarray]] = ()) -> dict[str, Any]:
-    """The two entries of a message."""
-    return {ABOUT: {"version": VERSION} | asdict(about) | {"sizes": list(about.sizes)}, FRAMES: [list(part) for part in parts]}
+    """The two entries of a message with all of its bytes."""
+    return {ABOUT: table(about), FRAMES: [list(part) for part in parts]}
 
 
 # --- receiving -------------------------------------------------------------------------------------------------------
@@ -198,3 +203,32 @@ class Stream(Readable):
         count = min(len(buffer), len(self._now))
         buffer[:count], self._now = self._now[:count], self._now[count:]
         return count
+
+
+class _Part(Readable):
+    """The next `left` bytes of a stream."""
+
+    def __init__(self, stream: Readable, left: int) -> None:
+        self._stream, self.left = stream, left
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        if not self.left:
+            return 0
+        count = self._stream.readinto(buffer[: self.left])
+        self.left -= count or 0
+        return count
+
+
+def frames(known: Question | Reply, stream: Readable, receive: Callable[[Readable], Frame]) -> Iterator[Frame]:
+    """The frames of a stream, each with the size that was declared. Before the last one, the stream has ended.
+
+    Raises `FrameError`, also for what `receive` refuses.
+    """
+    for number, size in enumerate(known.sizes, 1):
+        part = _Part(stream, size)
+        frame = receive(part)
+        if part.left:
+            raise FrameError(f"parcel: expected a frame of the {size} bytes that were declared, got one of {size - part.left}")
+        if number == len(known.sizes) and stream.readinto(memoryview(bytearray(1))):
+            raise FrameError(f"parcel: expected the {sum(known.sizes)} bytes that were declared, got more")
+        yield frame
