@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,15 +25,13 @@ from anyrank.engines.nvflare import kits, link, parcels
 from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
 from anyrank.engines.nvflare.parcels import ASK, OPEN, Code, Question, Reply
 from anyrank.errors import ConfigError, FrameError, RunFailed
-from anyrank.messages.frame import Frame, Header, read, to_bytes
+from anyrank.messages.frame import Frame, Header, read, size_of, to_bytes
 from anyrank.worker.supervisor import Died, Late, Supervised
 
 pytest.importorskip("nvflare")
 
-from nvflare.fuel.utils.fobs import dots
-from nvflare.fuel.utils.fobs.decomposers.via_downloader import LazyDownloadRef
-
 import flare
+import flare_cells
 import flare_parts
 from anyrank.engines.nvflare import fetching
 from anyrank.engines.nvflare import job as jobs
@@ -184,8 +183,9 @@ class Wire:
     def cancel(self, asked: Asked) -> None:
         self.cancelled.append(asked.number)
 
-    def fetch(self, asked: Asked, parts: Any, most: int, until: float | None) -> Any:
-        return parts
+    @contextmanager
+    def fetch(self, asked: Asked, known: Reply, parts: Any, until: float | None) -> Iterator[parcels.Stream]:
+        yield parcels.Stream([piece for part in parcels.check_parts(known, parts) for piece in part])
 
 
 def answer(asked: Asked, *frames: Frame, code: str = "ok", **changed: Any) -> Came:
@@ -392,76 +392,6 @@ def test_how_a_reply_is_received_is_a_parameter() -> None:
     assert taken == [5000, 5000]  # the opening's reply, and the question's
 
 
-# --- the transfer of a reply -----------------------------------------------------------------------------------------
-
-
-def reference(item: str, source: str = "a.job", batch: str = "1", dot: int = dots.NUMPY_DOWNLOAD) -> LazyDownloadRef:
-    return LazyDownloadRef(source, batch, item, dot)
-
-
-def transfer(parts: Any, sent: dict[str, np.ndarray], most: int = 100, **changed: Any) -> list[list[np.ndarray]]:
-    """What `fetch` makes of references when the site sends these arrays, two at a time."""
-    wanted = fetching.Fetch(most, **({"until": None, "given_up": threading.Event()} | changed))
-
-    def download(
-        source: str, batch: str, *values: Any, abort_signal: Any, arrays_received_cb: Any, **named: Any
-    ) -> tuple[str, dict]:
-        items = list(sent.items())
-        for start in range(0, len(items), 2):
-            if abort_signal.triggered:
-                return "aborted", {}
-            arrays_received_cb(dict(items[start : start + 2]))
-        return "", {}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fetching, "download_arrays", download)
-        return fetching.fetch(None, "a.job", parts, wanted)
-
-
-def test_arrays_come_in_the_order_of_their_references() -> None:
-    sent = {f"T{i}": np.full(3, i, np.uint8) for i in range(5)}
-    found = transfer([[reference("T3"), reference("T0")], [reference("T4"), reference("T1"), reference("T2")]], sent)
-    assert [[int(array[0]) for array in part] for part in found] == [[3, 0], [4, 1, 2]]
-
-
-ODD_TRANSFERS: dict[str, Callable[[], Any]] = {
-    "more than declared": lambda: transfer([[reference("T0")]], {"T0": np.zeros(101, np.uint8)}),
-    "more than declared, in arrays that nobody asked for": lambda: transfer(
-        [[reference("T0")]], {f"T{i}": np.zeros(30, np.uint8) for i in range(4)}
-    ),
-    "an array twice": lambda: transfer([[reference("T0"), reference("T0")]], {"T0": np.zeros(3, np.uint8)}),
-    "an array that does not come": lambda: transfer([[reference("T0"), reference("T1")]], {"T0": np.zeros(3, np.uint8)}),
-    "an array that is too large for one": lambda: transfer(
-        [[reference("T0")]], {"T0": np.zeros(1 << 25, np.uint8)}, most=1 << 30
-    ),
-    "another site's arrays": lambda: transfer([[reference("T0", "b.job")]], {"T0": np.zeros(3, np.uint8)}),
-    "arrays of two batches": lambda: transfer([[reference("T0"), reference("T1", batch="2")]], {}),
-    "another kind of arrays": lambda: transfer([[reference("T0", dot=dots.NUMPY_DOWNLOAD + 1)]], {}),
-    "arrays in the place of references": lambda: transfer([GOOD], {}),
-    "nothing": lambda: transfer(None, {}),
-    "no references": lambda: transfer([], {}),
-    "a frame without references": lambda: transfer([[]], {}),
-    "a table": lambda: transfer({"0": [reference("T0")]}, {}),
-}
-
-
-@pytest.mark.parametrize("odd", ODD_TRANSFERS)
-def test_what_a_transfer_brings_wrong_is_refused_in_a_line(odd: str) -> None:
-    with pytest.raises(FrameError) as caught:
-        ODD_TRANSFERS[odd]()
-    assert "\n" not in str(caught.value)
-
-
-def test_a_transfer_ends_with_its_time_and_when_it_is_given_up() -> None:
-    sent = {f"T{i}": np.zeros(3, np.uint8) for i in range(5)}
-    with pytest.raises(Late):
-        transfer([[reference("T0")]], sent, until=time.monotonic() - 1)
-    given_up = threading.Event()
-    given_up.set()
-    with pytest.raises(FrameError):
-        transfer([[reference("T0")]], sent, given_up=given_up)
-
-
 def test_what_is_declared_too_large_is_not_even_fetched() -> None:
     remote = worker(lambda asked: echo(asked) if asked.kind == OPEN else answer(asked, frame(2000)), limit=1000)
     remote.start()
@@ -475,9 +405,9 @@ def test_a_question_that_is_given_up_during_the_transfer_says_why() -> None:
     remote.start()
     wire = remote._port
 
-    def fetch(asked: Asked, parts: Any, most: int, until: float | None) -> Any:
+    def fetch(asked: Asked, *values: Any) -> Any:
         asked.give_up(RunFailed("the job was stopped"))
-        raise FrameError("its arrays did not arrive")
+        raise FrameError("its frames did not arrive")
 
     wire.fetch = fetch
     with pytest.raises(RunFailed, match="stopped"):
@@ -492,6 +422,10 @@ class Engine:
 
     def __init__(self) -> None:
         self.handlers: dict[str, Callable[..., Any]] = {}
+        self.cell = flare_cells.Cell("a.job")
+
+    def get_cell(self) -> flare_cells.Cell:
+        return self.cell
 
     def register_aux_message_handler(self, topic: str, handler: Callable[..., Any]) -> None:
         self.handlers[topic] = handler
@@ -506,12 +440,14 @@ class Site:
 
         (folder / kits.SITE).write_text(text)
         self.engine, self.signal, self.events = Engine(), Signal(), EventType
+        self.server = flare_cells.Cell("server.job")
         workspace = SimpleNamespace(get_site_config_dir=lambda: str(folder))
         self.context = SimpleNamespace(
             get_prop=lambda key, default=None: workspace,
             get_identity_name=lambda: "a",
             get_engine=lambda: self.engine,
             get_run_abort_signal=lambda: self.signal,
+            get_job_id=lambda: "job",
         )
         self.executor = flare_parts.StandIn()
         self.executor.handle_event(EventType.START_RUN, self.context)
@@ -520,14 +456,19 @@ class Site:
         """The code of the reply, and its frames."""
         from nvflare.apis.shareable import Shareable
 
-        found = parcels.cut(frames) if parts is None else parts
-        known = Question(7, "a", kind, "r", 1, 1, 30.0, 10**9, parcels.sizes(found))
-        message = parcels.message(known, found)
-        message[parcels.ABOUT] |= changed
+        known = Question(7, "a", kind, "r", 1, 1, 30.0, 10**9, [size_of(each) for each in frames])
+        reference = fetching.Offer(self.server, "a.job", frames, pytest.fail).reference if parts is None else parts
+        message = {parcels.ABOUT: parcels.table(known) | changed, parcels.FRAMES: reference}
         reply = self.executor.execute("anyrank", Shareable(message), self.context, self.signal)
         known = parcels.about(Reply, reply[parcels.ABOUT])
-        parcels.check_parts(known, reply[parcels.FRAMES])
-        return known.code, [read(parcels.Stream(part), 10**9, last=True) for part in reply[parcels.FRAMES]]
+        if known.code != Code.OK:
+            assert not reply[parcels.FRAMES]
+            return known.code, []
+        given_up = threading.Event()
+        with fetching.incoming(
+            self.server, "a.job", reply[parcels.FRAMES], sum(known.sizes), time.monotonic() + 60, given_up
+        ) as stream:
+            return known.code, list(parcels.frames(known, stream, lambda part: read(part, 10**9)))
 
     def end(self) -> None:
         self.executor.handle_event(self.events.END_RUN, self.context)
@@ -563,7 +504,10 @@ REFUSED: dict[str, Callable[[Site], tuple[str, list[Frame]]]] = {
     "more bytes than the site allows, together": lambda site: site.ask(ASK, frame(9 * MEGABYTE), frame(9 * MEGABYTE)),
     "more bytes than declared": lambda site: site.ask(ASK, frame(), sizes=[3]),
     "more bytes declared than sent": lambda site: site.ask(ASK, frame(), sizes=[500_000]),
-    "no parts": lambda site: site.ask(ASK, frame(), parts=[["text"]], sizes=[4]),
+    "no reference": lambda site: site.ask(ASK, frame(), parts=[["text"]]),
+    "a reference to nothing": lambda site: site.ask(ASK, frame(), parts="R1"),
+    "more frames declared than sent": lambda site: site.ask(ASK, frame(), sizes=[size_of(frame())] * 2),
+    "fewer frames declared than sent": lambda site: site.ask(ASK, frame(), frame(), sizes=[size_of(frame())]),
     "no version": lambda site: site.ask(ASK, frame(), version=None),
     "time without end": lambda site: site.ask(ASK, frame(), seconds=float("nan")),
 }
@@ -661,7 +605,7 @@ def test_no_text_of_a_failure_leaves_the_site(site: Site) -> None:
         "anyrank", Shareable({parcels.ABOUT: {"version": 1, "number": "secret"}}), site.context, site.signal
     )
     assert "secret" not in json.dumps(reply[parcels.ABOUT])
-    assert reply[parcels.FRAMES] == []
+    assert reply[parcels.FRAMES] == ""
 
 
 # --- jobs and kits ---------------------------------------------------------------------------------------------------
