@@ -116,8 +116,8 @@ class AnyRankExecutor(Executor):
             return self._reply(asked.number, Code.FAILED)
         self._let_go()
         self._job, self._cell = fl_ctx.get_job_id(), fl_ctx.get_engine().get_cell()
-        frames = self._frames(asked, reference)
         try:
+            frames = self._frames(asked, reference)
             return self._sent(asked, self._open(asked, frames) if asked.kind == OPEN else self._ask(asked, frames))
         except _Coded as error:
             log.error("question %d: %s: %s", asked.number, error.code, error.text)
@@ -153,8 +153,13 @@ class AnyRankExecutor(Executor):
             if self._stops.is_set():
                 self._fetching[1].set()
         most, until = sum(asked.sizes), None if asked.seconds is None else time.monotonic() + asked.seconds * asked.replies
-        with fetching.incoming(self._cell, self._server, reference, most, until, self._fetching[1]) as stream:
-            return list(parcels.frames(asked, stream, lambda part: relay(part, self._limits.download)))
+        try:
+            with fetching.incoming(self._cell, self._server, reference, most, until, self._fetching[1]) as stream:
+                return list(parcels.frames(asked, stream, lambda part: relay(part, self._limits.download)))
+        except FrameError:
+            if self._fetching[1].is_set():
+                raise _Coded(Code.DIED, "nobody waits for it any more") from None
+            raise
 
     @property
     def _server(self) -> str:
