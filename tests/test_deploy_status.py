@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -117,6 +118,36 @@ def test_a_running_job_that_does_not_answer_is_shown_as_such(place: Path, monkey
     table = asked_of(server, place, monkeypatch)
     assert table["runs"][0]["silent"]
     assert "its job does not answer" in commanding.in_words(table)[-1]
+
+
+def test_a_waiting_job_names_the_sites_that_are_away_and_how_long_it_has_waited(place: Path, monkeypatch) -> None:
+    """a was heard just now, b ten minutes ago, c never; d is no site of the run."""
+    now = datetime.datetime.now(datetime.UTC)
+    server = serving()
+    server.client_info = [
+        SimpleNamespace(name=name, last_connect_time=now.timestamp() - ago) for name, ago in (("a", 1.0), ("b", 600.0))
+    ]
+    submitted = (now - datetime.timedelta(minutes=3)).isoformat()
+    listed = [{"job_id": "j", "job_name": "first", "status": "SUBMITTED", "submit_time": submitted}]
+    meta = {"deploy_map": {"app": ["server", "a", "b", "c"]}, "schedule_history": ["t: away: c"]}
+    table = asked_of(
+        SimpleNamespace(get_system_info=lambda: server, list_jobs=lambda: listed, get_job_meta={"j": meta}.__getitem__),
+        place, monkeypatch,
+    )  # fmt: skip
+    (row,) = table["runs"]
+    assert row["waiting"] == ["b", "c"]
+    assert 180.0 <= row["waiting_s"] < 200.0
+    assert commanding.in_words(table)[-1].strip() == "first: waiting for b, c (3 min)"
+
+
+def test_a_job_without_a_round_is_starting(place: Path, monkeypatch) -> None:
+    def told(number: str, topic: str, data: object) -> dict:
+        return {"round": 0, "rounds": 0, "waiting": ["b"]}
+
+    listed = [{"job_id": "j", "job_name": "first", "status": "RUNNING", "submit_time": "1"}]
+    server = SimpleNamespace(get_system_info=lambda: serving("j"), list_jobs=lambda: listed, do_app_command=told)
+    table = asked_of(server, place, monkeypatch)
+    assert commanding.in_words(table)[-1].strip() == "first: starting, waiting for b"
 
 
 @pytest.mark.parametrize(

@@ -64,16 +64,37 @@ def job(name: str, *sites: str, least: int = 1) -> Job:
     return Job(f"id-{name}", {}, {"app": ["server", *sites]}, meta, min_sites=least, required_sites=[])
 
 
-def test_a_job_waits_for_a_busy_site_also_where_it_could_start_without_it() -> None:
-    """`least` is 1: a site that is busy is not left out, one that is away is."""
+def test_a_job_waits_for_busy_sites_and_for_sites_that_are_away_also_where_it_could_start_without_them() -> None:
+    """`least` is 1: NVFlare itself would start the job with one site."""
     server = Server(online=("a", "b"))
-    first, second = job("first", "a"), job("second", "a", "b", "c")
+    first, second = job("first", "a"), job("second", "a", "b", "c", "d")
     assert server.tries(first) == (["a"], "")
     assert server.tries(second) == ([], "busy: a (first)")
     assert turns.waits_for(second.meta["schedule_history"]) == {"a": "first"}
     server.event(EventType.JOB_COMPLETED, first)
-    assert server.tries(second) == (["a", "b"], "")
+    assert server.tries(second) == ([], "away: c, d")
     assert turns.waits_for(second.meta["schedule_history"]) == {}
+    server.online = SITES[:3]
+    assert server.tries(second) == ([], "away: d")
+    server.online = SITES
+    assert server.tries(second) == (list(SITES), "")
+
+
+@pytest.mark.parametrize("reply", [(False, ""), None], ids=["no reply", "not asked"])
+def test_a_job_waits_for_a_site_that_was_killed_and_counts_as_connected(reply: tuple[bool, str] | None) -> None:
+    """NVFlare lists a killed site for minutes. The sites that have replied are free for the next job."""
+    server, cancelled = Server(), []
+    replies = {"a": (True, "token"), "b": reply}
+    server.engine.check_client_resources = lambda *_: {site: said for site, said in replies.items() if said}
+    server.engine.cancel_client_resources = lambda found, specs, ctx: cancelled.append((dict(found), sorted(specs)))
+    first = job("first", "a", "b")
+    assert server.tries(first)[0] == []
+    assert [(found["a"], asked) for found, asked in cancelled] == [((True, "token"), ["a", "b"])]
+    assert server.tries(job("other", "a"))[0] == ["a"]
+    server.event(EventType.JOB_COMPLETED, job("other", "a"))
+    replies["b"] = (True, "token")
+    assert server.tries(first) == (["a", "b"], "")
+    assert len(cancelled) == 1
 
 
 def test_a_job_that_could_not_be_started_holds_no_site() -> None:

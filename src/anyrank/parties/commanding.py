@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import tempfile
 import time
@@ -293,18 +294,21 @@ def status(member: Member) -> dict[str, Any]:
 def _asked(member: Member) -> dict[str, Any]:
     with member.session() as commands:
         standing, now = commands.standing(), time.time()
+        seen = {name: max(0.0, now - at) for name, at in standing.seen.items()}
         newest = {job.run: job for job in commands.jobs()}
-        runs = [_row(commands, job) for job in newest.values()]
-    seen = {name: max(0.0, now - at) for name, at in standing.seen.items()}
+        runs = [_row(commands, job, seen) for job in newest.values()]
     sites = [{"name": name, "seen_s": round(seen[name], 1) if name in seen else None} for name in member.kit.sites]
     others = [{"name": name, "seen_s": round(age, 1)} for name, age in sorted(seen.items()) if name not in member.kit.sites]
     return {"federation": member.kit.federation, "server": member.where, "sites": [*sites, *others], "runs": runs}
 
 
-def _row(commands: Commands, job: Job) -> dict[str, Any]:
+def _row(commands: Commands, job: Job, seen: Mapping[str, float]) -> dict[str, Any]:
+    """What is known of a run by its newest job. `seen`: `{site: seconds since it was heard}`."""
     row = dataclasses.asdict(job) | {"state": job.state}
     if job.state == "waiting":
-        row["busy"] = commands.busy(job.id)
+        row["busy"], sites = commands.queued(job.id)
+        row["waiting"] = sorted(site for site in sites if seen.get(site, math.inf) >= _SEEN_S)
+        row["waiting_s"] = job.waited(time.time())
     if job.state == "running":
         try:
             told = commands.progress(job.id)
@@ -326,18 +330,30 @@ def in_words(table: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
+    if row["state"] == "waiting":
+        return f"{row['run']}: {_waits(row)}"
     said = f"{row['run']}: {row['state']}"
     if row["state"] == "lost":
         return f"{said}: its server was restarted, and nothing runs it; resume it"
-    if "round" in row:
+    if row.get("rounds"):
         said += f", round {row['round']} of {row['rounds']}"
+    elif "rounds" in row:
+        said = f"{row['run']}: starting"
     if row.get("silent"):
         said += ", its job does not answer (it starts, or hangs)"
-    if row.get("busy"):
-        said += " for busy sites: " + ", ".join(f"{site} ({run})" for site, run in sorted(row["busy"].items()))
     if row.get("waiting"):
         said += f", waiting for {', '.join(row['waiting'])}"
     return said
+
+
+def _waits(row: Mapping[str, Any]) -> str:
+    """What a waiting run waits for. Busy sites are connected, so they are not those that are away."""
+    said = "waiting"
+    if row.get("waiting"):
+        said += f" for {', '.join(row['waiting'])}"
+        said += f" ({looking.age(row['waiting_s'])})" if row.get("waiting_s") is not None else ""
+    busy = ", ".join(f"{site} ({run})" for site, run in sorted(row["busy"].items()))
+    return said + (f"{' and' if row.get('waiting') else ''} for busy sites: {busy}" if busy else "")
 
 
 def following(table: Mapping[str, Any], kit: Path) -> str:

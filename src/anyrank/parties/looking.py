@@ -78,12 +78,13 @@ def _words(row: Mapping[str, Any]) -> str:
         return f"{row['run']}: cannot be read ({row['reason']})"
     told = f"{row['run']}: {row['state']}, round {row['round']} of {row['rounds']}"
     told += "".join(f", {key} {row[key]:.3f}" for key in _SHOWN if isinstance(row.get(key), (int, float)))
-    return told + (f", last round {_age(row['age_s'])} ago" if "age_s" in row else "")
+    return told + (f", last round {age(row['age_s'])} ago" if "age_s" in row else "")
 
 
-def _age(seconds: float) -> str:
-    """
-    >>> _age(42.0), _age(600.0), _age(7200.0), _age(200_000.0)
+def age(seconds: float) -> str:
+    """A duration, for people.
+
+    >>> age(42.0), age(600.0), age(7200.0), age(200_000.0)
     ('42 s', '10 min', '2 h', '2 days')
     """
     for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import datetime
 import io
 import os
 import re
@@ -49,6 +50,12 @@ class Job:
     status: str
     submitted: str
     lost: bool = False
+
+    def waited(self, now: float) -> float | None:
+        """Seconds since its submission at the time `now`; `None` where the server does not say when that was."""
+        with contextlib.suppress(ValueError, OverflowError):
+            return max(0.0, now - datetime.datetime.fromisoformat(self.submitted).timestamp())
+        return None
 
     @property
     def state(self) -> str:
@@ -118,12 +125,12 @@ class Commands:
         """What a running job says of its run: see `anyrank.engines.nvflare.controller.Standing`."""
         return dict(self._ask(lambda: self._session.do_app_command(job, STATUS, {})) or {})
 
-    def busy(self, job: str) -> dict[str, str]:
-        """The sites that a waiting job waits for, each with the run that uses it; empty where it waits for something else."""
-        from anyrank.engines.nvflare.turns import waits_for
+    def queued(self, job: str) -> tuple[dict[str, str], frozenset[str]]:
+        """Of a waiting job: those of its sites that another run is using, each with that run, and all of its sites."""
+        from anyrank.engines.nvflare.turns import sites_of, waits_for
 
         meta = self._ask(lambda: self._session.get_job_meta(job))
-        return waits_for(meta.get("schedule_history") or [])
+        return waits_for(meta.get("schedule_history") or []), sites_of(meta)
 
     def ended(self, job: str, folder: Path) -> dict[str, Any]:
         """What a job that is over has said of its run at its end; empty if it could not. `folder`: for what is downloaded.
