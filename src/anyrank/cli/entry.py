@@ -60,6 +60,15 @@ def _usage(error) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return ""
-    verb = error.ctx.info_name if error.ctx and error.ctx.parent else ""
+    verb = _verb(error.ctx)
     text = printable(" ".join(error.format_message().split()).rstrip("."))
     return f"{f'{verb}: ' if verb else ''}{text}; see anyrank {f'{verb} ' if verb else ''}--help"
+
+
+def _verb(context) -> str:
+    """The verb of a call, with those that it is below: `deploy submit`. Empty for the command itself."""
+    names = []
+    while context and context.parent:
+        names.append(context.info_name)
+        context = context.parent
+    return " ".join(reversed(names))
