@@ -9,10 +9,12 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import ssl
 import stat
 import subprocess
 import tarfile
+import threading
 import tomllib
 from collections import namedtuple
 from pathlib import Path
@@ -627,7 +629,7 @@ REFUSED = [
     (["doctor", "{new}"], "no such folder; expected a kit"),
     (["submit", "{run}", "--kit", "{fed}/kits/a"], "expected the kit of an owner, got that of a site (a)"),
     (["submit", "{run}", "--kit", "{fed}/kits/viewer@example.org"], "expected the kit of an owner, got that of a viewer"),
-    (["submit", "{run}"], "Missing option '--kit'"),
+    (["submit", "{run}"], "deploy submit: Missing option '--kit'; see anyrank deploy submit --help"),
     (["submit", "{new}", "--kit", "{fed}/kits/owner@example.org"], "no such file; expected a TOML configuration"),
     (["submit", "{digits}", "--kit", "{fed}/kits/owner@example.org"], "expected a table [[sites]] for each site, got none"),
     (["submit", "{strangers}", "--kit", "{fed}/kits/owner@example.org"], "'c' is no site of this federation"),
@@ -642,7 +644,7 @@ REFUSED = [
     (["rehearse", "{new}"], "no such file; expected a TOML configuration"),
     (["rehearse", "{digits}"], "sites: expected from 1 to 1,000 names, got 0"),
     (["rehearse", "{run}", "--out", "{fed}"], "exists already"),
-    (["fly"], "No such command 'fly'"),
+    (["fly"], "deploy: No such command 'fly'; see anyrank deploy --help"),
 ]
 
 
@@ -850,8 +852,6 @@ def test_a_server_that_says_no_date_says_nothing_of_clocks(date: str) -> None:
 
 
 def test_a_port_that_is_used_is_found(place: Path) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -859,6 +859,97 @@ def test_a_port_that_is_used_is_found(place: Path) -> None:
         provisioning.provision(place)
         assert findings(kit_of(place, "server"))["port"].mark == "wrong"
     assert findings(kit_of(place, "server"))["port"].mark == "ok"
+
+
+def test_the_doctor_says_what_is_next_for_each_kit_and_not_to_start_what_is_started(site: Path, monkeypatch) -> None:
+    kits_of = site.parent
+    assert doctor.following(site, 1) == f"correct what is wrong, then again: anyrank deploy doctor {site}"
+    assert doctor.following(site, 0) == f"anyrank deploy start {site}"
+    assert doctor.following(kits_of / OWNER, 0) == f"anyrank deploy status --kit {kits_of / OWNER}"
+    monkeypatch.setattr(starting, "running", lambda kit: 5)
+    assert doctor.following(kits_of / "server", 0) == f"anyrank deploy status --kit {kits_of / 'server'}"
+    assert doctor.following(site, 0) == "nothing; a is started"
+
+
+def test_a_site_file_that_is_wrong_is_one_finding(site: Path) -> None:
+    of_site(f'source = "{site.parents[2] / "a.csv"}"', 'source = ""')(site, None)
+    assert [each.what for each in doctor.examine(site) if not each.ok] == ["site.toml", "server"]
+
+
+# --- starting -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_whose_port_is_taken_is_not_started(place: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(starting, "_PORT_S", 0.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        rewrite(place, port=taken.getsockname()[1])
+        provisioning.provision(place)
+        status, line = call(monkeypatch, "deploy", "start", str(kit_of(place, "server")))
+    assert (status, capsys.readouterr().out) == (2, "")
+    assert f"port {taken_port(place)} cannot be used (Address already in use); end what uses it" in line
+    starting.ready(kit_of(place, "server"))  # as soon as it is free
+
+
+def taken_port(place: Path) -> int:
+    return open_kit(kit_of(place, "server")).port
+
+
+def test_a_port_that_an_ending_process_holds_is_waited_for(place: Path) -> None:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    rewrite(place, port=taken.getsockname()[1])
+    provisioning.provision(place)
+    ending = threading.Timer(0.5, taken.close)
+    ending.start()
+    try:
+        starting.ready(kit_of(place, "server"))
+    finally:
+        ending.join()
+
+
+UNFIT = ("no data", "wrong columns", "empty data", "a table that is damaged", "a key that is unknown", "another site's file")
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_site_whose_data_the_doctor_calls_wrong_is_not_started(site: Path, monkeypatch, capsys, what: str) -> None:
+    starting.ready(site)
+    _, words, change = SICK[what]
+    change(site, monkeypatch)
+    status, line = call(monkeypatch, "deploy", "start", str(site))
+    assert (status, capsys.readouterr().out) == (2, "")
+    assert "\n" not in line
+    assert (words if what != "another site's file" else "expected 'a', whose kit this is") in line
+
+
+def test_a_site_says_once_that_it_does_not_reach_its_server(site: Path, monkeypatch) -> None:
+    """Port 1 of loopback: nobody listens there."""
+    said: list[str] = []
+    clock = itertools.count(step=4.0)
+    monkeypatch.setattr(starting.time, "monotonic", lambda: float(next(clock)))
+    reach = starting._Reach(open_kit(site), said.append)
+    for _ in range(9):
+        reach.look()
+    assert said == ["a: cannot reach localhost:1 (Connection refused); trying again"]
+
+
+def test_a_site_that_is_connected_and_a_server_say_nothing_of_reach(site: Path, monkeypatch) -> None:
+    said: list[str] = []
+    clock = itertools.count(step=50.0)
+    monkeypatch.setattr(starting.time, "monotonic", lambda: float(next(clock)))
+    connected = starting._Reach(open_kit(site), said.append)
+    connected.connected()
+    for reach in (connected, starting._Reach(open_kit(site.parent / "server"), said.append)):
+        reach.look()
+    assert said == []
+
+
+def test_a_kit_that_is_started_is_refused_before_anything_is_said(site: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(starting, "running", lambda kit: 5)
+    status, line = call(monkeypatch, "deploy", "start", str(site))
+    assert (status, "is started already" in line, capsys.readouterr().out) == (2, True, "")
 
 
 # --- commands to a server, which is played here ---------------------------------------------------------------------------

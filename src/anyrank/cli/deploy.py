@@ -129,9 +129,9 @@ def start(
         sys.stdout.write(f"{_shown(text)}\n")
         sys.stdout.flush()
 
-    tell(f"{ready.name}: checks passed; starting")
+    tell(f"{ready.label}: checks passed; starting")
     number = starting.serve(ready, tell, ready_file)
-    tell(f"{ready.name}: stopped; nothing of it is running")
+    tell(f"{ready.label}: stopped; nothing of it is running")
     raise typer.Exit(128 + number)
 
 
@@ -153,9 +153,8 @@ def doctor(kit: KitFolder, as_json: Json = False) -> None:
         if not as_json:
             sys.stdout.write(_shown(f"{each.mark:6}{each.what:12}{each.words}") + "\n")
     wrong = sum(not each.ok for each in found)
-    following = f"correct what is wrong, then again: anyrank deploy doctor {kit}" if wrong else f"anyrank deploy start {kit}"
     table = {"kit": str(kit), "findings": [{"what": each.what, "state": each.mark, "words": each.words} for each in found]}
-    _finish(as_json, table | {"wrong": wrong}, [], following)
+    _finish(as_json, table | {"wrong": wrong}, [], doctors.following(kit, wrong))
     if wrong:
         raise typer.Exit(2)
 

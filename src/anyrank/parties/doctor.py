@@ -6,10 +6,8 @@ import contextlib
 import datetime
 import email.utils
 import http.client
-import os
 import platform
 import shutil
-import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +40,16 @@ def examine(folder: Path) -> Iterator[Finding]:
     yield from _guarded(
         "port" if kit.role == SERVER else "server", lambda: _own_port(kit) if kit.role == SERVER else _round_trip(kit)
     )
+
+
+def following(folder: Path, wrong: int) -> str:
+    """What to type after the findings on the kit at `folder`, of which so many are wrong."""
+    kit = kits.open_kit(folder)
+    if wrong:
+        return f"correct what is wrong, then again: anyrank deploy doctor {folder}"
+    if kit.role not in RUNNING or (kit.role == SERVER and starting.running(kit) is not None):
+        return f"anyrank deploy status --kit {folder}"
+    return f"nothing; {kit.name} is started" if starting.running(kit) is not None else f"anyrank deploy start {folder}"
 
 
 def _guarded(what: str, look: Callable[[], list[Finding]]) -> list[Finding]:
@@ -123,7 +131,9 @@ def _site(kit: Kit) -> Iterator[Finding]:
         example = kit.folder / kits.SITE_EXAMPLE
         yield Finding("site.toml", False, f"no such file; copy the example, and edit it: cp {example} {kit.site_file}")
         return
-    yield from _guarded("site.toml", lambda: siting.site_file(kit))
+    yield from (found := _guarded("site.toml", lambda: siting.site_file(kit)))
+    if not found[0].ok:  # the others would say the same of it
+        return
     yield from _guarded("data", lambda: siting.data(kit))
     yield from _guarded("model", lambda: siting.model(kit))
 
@@ -134,14 +144,8 @@ def _site(kit: Kit) -> Iterator[Finding]:
 def _own_port(kit: Kit) -> list[Finding]:
     if starting.running(kit) is not None:
         return [Finding("port", True, f"the server is started, at port {kit.port}")]
-    with socket.socket() as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(("127.0.0.1" if kit.host in ("localhost", "127.0.0.1") else "", kit.port))
-        except OSError as error:
-            words = f"port {kit.port} cannot be used ({os.strerror(error.errno)}); end what uses it, or change server.port"
-            return [Finding("port", False, f"{words} in federation.toml and provision again")]
-    return [Finding("port", True, f"port {kit.port} is free")]
+    fault = starting.port_fault(kit)
+    return [Finding("port", not fault, fault or f"port {kit.port} is free")]
 
 
 def _round_trip(kit: Kit) -> list[Finding]:

@@ -59,6 +59,11 @@ class Kit:
         return _BASE[self.role]
 
     @property
+    def label(self) -> str:
+        """What the party is called in lines for people: the server's name is that of its host."""
+        return SERVER if self.role == SERVER else self.name
+
+    @property
     def startup(self) -> Path:
         return self.folder / "startup"
 

@@ -70,7 +70,8 @@ def in_words(table: Mapping[str, Any]) -> list[str]:
     """The lines of such a status."""
     runs = "is started; ask it with an owner's kit" if table["running"] else "is not started on this machine"
     head = f"{table['federation']} at {table['server']}: the server {runs}. Its run folders in {table['from']}:"
-    return [head, *(f"  {_words(row)}" for row in table["runs"])] + ([] if table["runs"] else ["  no runs yet"])
+    nothing = "no run has begun its rounds yet" if table["running"] else "no runs yet"
+    return [head, *(f"  {_words(row)}" for row in table["runs"])] + ([] if table["runs"] else [f"  {nothing}"])
 
 
 def _words(row: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ def _part(own: SiteData, key: str) -> Finding:
     config, where = DataConfig(**vars(own)), f"data.{key}"
     path = Path(getattr(own, key))
     if path.is_dir() or path.suffix in (".npz", ".npy"):
-        return Finding("data", path.exists(), f"{path}: there; its contents are read when a run begins")
+        words = "there; its contents are read when a run begins" if path.exists() else f"no such file ({where})"
+        return Finding("data", path.exists(), f"{path}: {words}")
     splits = rows.open_source(rows.Part(str(path), "", "train", where, "data.split"), config)
     found = [splits[name]() for name in splits][:1]
     if not found or not found[0].rows:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import math
 import os
 import queue
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from anyrank import __version__, stopping
-from anyrank.errors import DeployError, RunFailed, printable, shortened
+from anyrank.errors import DeployError, RunFailed, in_a_line, printable, shortened
 from anyrank.files import write_whole_text
 from anyrank.parties import kits, templates
 from anyrank.parties.kits import Kit
@@ -42,6 +44,9 @@ _MOST_ENDS = 5  # ends in a row, each within `_SHORT_S`, after which `start` giv
 _SHORT_S = 60.0
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _GRACE_S = 8.0  # seconds that processes have for ending by themselves
+_PORT_S = 3.0  # that a port may be taken before it counts as taken
+_UNREACHED_S = 6.0  # that a site may be without a connection before it is looked whether the server can be reached
+_STARTED = "{}: is started already, on this machine; stop that one first"
 _LONGEST = 300  # characters of a line of NVFlare's that is shown
 
 
@@ -57,6 +62,8 @@ def ready(folder: Path) -> Kit:
     """The kit at `folder`, checked and settled: ready to be started. Raises `DeployError`."""
     kit = kits.open_kit(folder, RUNNING)
     kits.check(kit)
+    if running(kit) is not None:
+        raise DeployError(_STARTED.format(kit.folder))
     if (kit.state / LEFT).exists():
         raise DeployError(f"{folder}: this site has left its federation; to return: anyrank deploy leave --undo {folder}")
     if kit.role == SITE and not kit.site_file.is_file():
@@ -66,8 +73,36 @@ def ready(folder: Path) -> Kit:
         )
     if kit.role == SITE and (name := sitefile.load(kit.site_file).name) != kit.name:
         raise DeployError(f"{kit.site_file}: name: expected {kit.name!r}, whose kit this is, got {name!r}")
+    if kit.role == SITE:
+        from anyrank.parties import siting
+
+        for each in siting.data(kit):
+            if not each.ok:
+                raise DeployError(f"{folder}: {each.words}")
+    elif fault := _busy_port(kit):
+        raise DeployError(f"{folder}: {fault}")
     kits.settle(kit)
     return kit
+
+
+def _busy_port(kit: Kit) -> str:
+    """Why the server's port cannot be used; empty if it can. One that an ending process of its own holds is soon free."""
+    until = time.monotonic() + _PORT_S
+    while (fault := port_fault(kit)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return fault
+
+
+def port_fault(kit: Kit) -> str:
+    """Why the server's port cannot be used now; empty if it can."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("127.0.0.1" if kit.host in ("localhost", "127.0.0.1") else "", kit.port))
+        except OSError as error:
+            words = f"port {kit.port} cannot be used ({os.strerror(error.errno)}); end what uses it, or change server.port"
+            return f"{words} in federation.toml and provision again"
+    return ""
 
 
 def serve(kit: Kit, tell: Callable[[str], None], ready_file: Path | None = None) -> int:
@@ -81,7 +116,7 @@ def serve(kit: Kit, tell: Callable[[str], None], ready_file: Path | None = None)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise DeployError(f"{kit.folder}: is started already, on this machine; stop that one first") from None
+        raise DeployError(_STARTED.format(kit.folder)) from None
     with stop, lock:
         kits.write_private(kit.state / PID, f"{os.getpid()}\n".encode())
         try:
@@ -114,10 +149,10 @@ class _Signals:
 
 
 def _watch(kit: Kit, tell: Callable[[str], None], stop: _Signals, ready_file: Path | None) -> int:
-    ends = 0
+    ends, reach = 0, _Reach(kit, tell)
     while True:
         began = time.monotonic()
-        status, last = _one_life(kit, tell, stop, ready_file)
+        status, last = _one_life(kit, tell, stop, ready_file, reach)
         if stop.number:
             return stop.number
         ends = 1 if time.monotonic() - began > _SHORT_S else ends + 1
@@ -129,30 +164,54 @@ def _watch(kit: Kit, tell: Callable[[str], None], stop: _Signals, ready_file: Pa
             return stop.number
 
 
-def _one_life(kit: Kit, tell: Callable[[str], None], stop: _Signals, ready_file: Path | None) -> tuple[int, str]:
+class _Reach:
+    """Says once that a site does not reach its server, which NVFlare itself goes on trying without a word."""
+
+    def __init__(self, kit: Kit, tell: Callable[[str], None]) -> None:
+        self._kit, self._tell = kit, tell
+        self._next = time.monotonic() + _UNREACHED_S if kit.role == SITE else math.inf
+
+    def connected(self) -> None:
+        self._next = math.inf
+
+    def look(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        host, port = self._kit.host, self._kit.port
+        try:
+            socket.create_connection((host, port), 2.0).close()
+            self._next = time.monotonic() + _UNREACHED_S
+        except OSError as error:
+            self._next = math.inf
+            self._tell(f"{self._kit.label}: cannot reach {host}:{port} ({error.strerror or in_a_line(error)}); trying again")
+
+
+def _one_life(kit: Kit, tell: Callable[[str], None], stop: _Signals, ready_file: Path | None, reach: _Reach) -> tuple[int, str]:
     """One process from its start to its end: its status, and its last error in words."""
     _clear(kit)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     with _process(kit) as process:
         threading.Thread(target=_listen, args=(process.stdout, lines), daemon=True).start()
         last = ""
-        for line in _lines(lines, stop):
+        for line in _lines(lines, stop, reach.look):
             if _CONNECTED[kit.role] in line:
+                reach.connected()
                 tell(_connected(kit))
                 if ready_file:
                     write_whole_text(ready_file, f"{process.pid}\n")
             elif _FAULTS.search(line):
                 last = shortened(printable(line.split(" - ")[-1].strip()), _LONGEST)
                 if _OURS.search(line):
-                    tell(f"{kit.name}: {last}")
+                    tell(f"{kit.label}: {last}")
         if not stop.number:
             process.wait()
     return process.returncode if process.returncode is not None else 0, f": {last}" if last else ""
 
 
-def _lines(lines: queue.SimpleQueue[str | None], stop: _Signals) -> Iterator[str]:
-    """The process's lines, until it ends or a signal comes."""
+def _lines(lines: queue.SimpleQueue[str | None], stop: _Signals, meanwhile: Callable[[], None]) -> Iterator[str]:
+    """The process's lines, until it ends or a signal comes. `meanwhile` is called between them, some times a second."""
     while not stop.number:
+        meanwhile()
         with contextlib.suppress(queue.Empty):
             line = lines.get(timeout=0.2)
             if line is None:
