@@ -29,6 +29,8 @@ def founded(place: Path, **keys) -> Path:
     """A folder with a federation and its kits."""
     provisioning.initialise(place, federation(**keys))
     provisioning.provision(place)
+    run = place / "run.toml"
+    run.write_text(run.read_text().replace("label_names = []", 'label_names = ["in", "out"]'))
     return place
 
 

@@ -13,8 +13,10 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import tarfile
 import threading
+import time
 import tomllib
 from collections import namedtuple
 from pathlib import Path
@@ -631,6 +633,7 @@ REFUSED = [
     (["submit", "{run}", "--kit", "{fed}/kits/viewer@example.org"], "expected the kit of an owner, got that of a viewer"),
     (["submit", "{run}"], "deploy submit: Missing option '--kit'; see anyrank deploy submit --help"),
     (["submit", "{new}", "--kit", "{fed}/kits/owner@example.org"], "no such file; expected a TOML configuration"),
+    (["submit", "{nameless}", "--kit", "{fed}/kits/owner@example.org"], "data.label_names: expected the labels of all sites"),
     (["submit", "{digits}", "--kit", "{fed}/kits/owner@example.org"], "expected a table [[sites]] for each site, got none"),
     (["submit", "{strangers}", "--kit", "{fed}/kits/owner@example.org"], "'c' is no site of this federation"),
     (["submit", "{run}", "--kit", "{fed}/kits/owner@example.org"], "the server cannot be reached"),
@@ -658,7 +661,8 @@ def test_a_wrong_request_is_one_line_and_exit_2(
     text = (place / "run.toml").read_text()
     (tmp_path / "strangers.toml").write_text(text.replace('"b"', '"c"'))
     names = {"new": tmp_path / "new", "fed": place, "file": tmp_path / "file", "run": place / "run.toml"}
-    names |= {"digits": tmp_path / "digits.toml", "strangers": tmp_path / "strangers.toml"}
+    (tmp_path / "nameless.toml").write_text(text.replace('label_names = ["in", "out"]', ""))
+    names |= {each: tmp_path / f"{each}.toml" for each in ("digits", "strangers", "nameless")}
     before = sorted(path for path in tmp_path.rglob("*") if "kits" not in path.parts and "authority" not in path.parts)
     status, line = call(monkeypatch, "deploy", *(word.format(**names) for word in words))
     assert (status, told in line) == (2, True), line
@@ -1159,6 +1163,112 @@ def test_a_supervisor_gives_up_on_jobs_that_are_lost_again_and_again(played, pla
     with pytest.raises(RunFailed, match="4 jobs were lost in a row"):
         commanding.keep_going(owner, "first", lambda line: None, 0.0)
     assert len(server.submitted) == 4
+
+
+def test_a_supervisor_says_what_a_run_waits_for_and_its_rounds_each_once(played, place: Path) -> None:
+    """a was heard just now, b never. A share of rounds ends between two looks: its last round is said all the same."""
+    owner, server = played
+    looks = iter(["SUBMITTED", "SUBMITTED", "RUNNING", "RUNNING", "RUNNING", "FINISHED:COMPLETED"])
+    rounds = iter([0, 0, 1])
+    server.get_job_meta = lambda number: {"deploy_map": {"app": ["server", "a", "b"]}}
+    server.do_app_command = lambda *question: {"round": (n := next(rounds)), "rounds": 5 if n else 0, "waiting": ["b"]}
+    list_jobs, info = server.list_jobs, server.get_system_info()
+    info.client_info[0].last_connect_time = time.time()
+    info.job_info = [SimpleNamespace(job_id="job-1", app_name="app")]
+    server.get_system_info = lambda: info
+
+    def listed() -> list[dict]:
+        server.listed[0][2] = next(looks)
+        return list_jobs()
+
+    commanding.submit(owner, first(place))
+    server.list_jobs, server.told = listed, {"job-1": {"state": "done", "round": 5, "rounds": 5}}
+    lines: list[str] = []
+    commanding.keep_going(owner, "first", lines.append, 0.0)
+    assert [line for line in lines if line] == [
+        "first: waiting for b", "first: starting", "first: round 1 of 5", "first: round 5 of 5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["submit", "resume"])
+def test_a_run_that_is_followed_is_said_to_be_submitted_first(played, place: Path, monkeypatch, capsys, verb: str) -> None:
+    owner, server = played
+    if verb == "resume":
+        commanding.submit(owner, first(place))
+        commanding.stop(owner, "first")
+    server.after_submit = ends("FINISHED:COMPLETED", told=["done"])
+    words = [str(place / "run.toml")] if verb == "submit" else ["first"]
+    assert call(monkeypatch, "deploy", verb, *words, "--kit", str(owner.kit.folder), "--keep-going") == (0, "")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == ("submitted first to localhost:8002" if verb == "submit" else "resumed first")
+    assert said[1].startswith("first: done after ")
+
+
+def test_status_gives_the_reason_of_a_run_that_failed_and_asks_for_it_once(played, place: Path) -> None:
+    owner, server = played
+    server.after_submit = ends("FINISHED:EXECUTION_EXCEPTION", told=["failed"])
+    commanding.submit(owner, first(place))
+    table = commanding.status(owner)
+    assert table["runs"][0]["reason"] == "site b: its disk is full"
+    assert commanding.in_words(table)[-1].strip() == "first: failed: site b: its disk is full"
+    again = f"anyrank deploy resume first --kit {owner.kit.folder}"
+    assert commanding.following(table, owner.kit.folder) == f"correct the cause, then: {again}"
+    server.told = {}
+    assert commanding.status(owner)["runs"][0]["reason"] == "site b: its disk is full"
+    server.listed[0][0] = "another"  # that job has said nothing: the server's log is all there is
+    table = commanding.status(owner)
+    assert "reason" not in table["runs"][0]
+    assert commanding.following(table, owner.kit.folder) == again
+
+
+def test_a_run_is_stopped_when_its_job_has_ended(played, place: Path, monkeypatch) -> None:
+    """NVFlare lists a job as running for some seconds after it was told to abort it."""
+    owner, server = played
+    commanding.submit(owner, first(place))
+    waits = iter([None, None])
+
+    def aborted(number: str) -> None:
+        server.aborted.append(number)
+
+    def waited(seconds: float) -> None:
+        if next(waits, "over") == "over":
+            server.listed[0][2] = "FINISHED:ABORTED"
+
+    server.abort_job = aborted
+    monkeypatch.setattr(commanding.time, "sleep", waited)
+    assert commanding.stop(owner, "first") == ["job-1"]
+    with pytest.raises(DeployError, match="was submitted before \\(stopped\\); to go on: anyrank deploy resume first"):
+        commanding.submit(owner, first(place))
+    server.listed[0][2], waits = "RUNNING", itertools.repeat(None)
+    with pytest.raises(RunFailed, match="has not ended after 0 s; follow it with: anyrank deploy status --watch"):
+        commanding.stop(owner, "first", wait_s=0.0)
+
+
+@pytest.mark.parametrize("last", ["FINISHED:COMPLETED", "FINISHED:ABORTED", None])
+def test_a_watch_ends_when_no_run_waits_or_runs(played, place: Path, monkeypatch, capsys, last: str | None) -> None:
+    """`None`: there has been no run."""
+    owner, server = played
+    looks = iter(["RUNNING", "RUNNING", last])
+    if last:
+        commanding.submit(owner, first(place))
+    monkeypatch.setattr("anyrank.cli.deploy.time.sleep", lambda seconds: server.listed[0].__setitem__(2, next(looks)))
+    assert call(monkeypatch, "deploy", "status", "--watch", "--kit", str(owner.kit.folder)) == (0, "")
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("next: anyrank deploy ")
+    assert said.count("first: running") == (1 if last else 0)
+    assert next(looks, "none left") == ("none left" if last else "RUNNING")
+
+
+def test_no_line_of_the_engines_stands_among_those_of_the_command(place: Path) -> None:
+    """Its warnings of lost connections, which Python prints where a program has no log."""
+    code = (
+        "import contextlib, logging, socket, sys; from pathlib import Path; from anyrank.engines.nvflare import session\n"
+        "with socket.create_server(('127.0.0.1', 0)) as server, contextlib.suppress(Exception):\n"
+        "    session.opened(Path(sys.argv[1]), 'x', f'127.0.0.1:{server.getsockname()[1]}', 0.5).__enter__()\n"
+        "logging.getLogger('nvflare.fuel.f3.cellnet').warning('no connection to server')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(kit_of(place, OWNER))], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "no connection" in done.stderr) == (0, False), done.stderr
 
 
 def test_a_run_that_failed_by_its_own_word_is_not_repeated(played, place: Path) -> None:

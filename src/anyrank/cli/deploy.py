@@ -178,7 +178,7 @@ def submit(
     request = commanding.request(owner, config)
     job = commanding.submit(owner, request)
     if keep_going:
-        return _follow(owner, request.run, as_json)
+        return _follow(owner, request.run, as_json, f"submitted {request.run} to {owner.where}")
     table = {"run": request.run, "job": job, "sites": list(request.sites)}
     _finish(as_json, table, [f"submitted {request.run} to {owner.where}"], f"anyrank deploy status --watch --kit {kit}")
 
@@ -186,7 +186,9 @@ def submit(
 @app.command()
 def status(
     kit: OwnKit,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on showing what changes, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on showing what changes, until no run waits or runs, or Ctrl-C.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the server, the sites that are connected, and the runs: also one that only seems to run.
@@ -205,7 +207,7 @@ def status(
         else:
             _say(lines if not before else [line for line in lines if line not in before])
         sys.stdout.flush()
-        if not watch:
+        if not watch or not commanding.under_way(table):
             if not as_json:
                 _say([f"next: {commanding.following(table, kit)}"])
             return
@@ -243,7 +245,7 @@ def resume(
     owner = commanding.owner(kit)
     job = commanding.resume(owner, run)
     if keep_going:
-        return _follow(owner, run, as_json)
+        return _follow(owner, run, as_json, f"resumed {run}")
     _finish(as_json, {"run": run, "job": job}, [f"resumed {run}"], f"anyrank deploy status --watch --kit {kit}")
 
 
@@ -314,15 +316,16 @@ def rehearse(
     )
 
 
-def _follow(owner: Any, run: str, as_json: bool) -> None:
+def _follow(owner: Any, run: str, as_json: bool, begun: str) -> None:
     from anyrank.parties import commanding
 
     tell = (lambda line: None) if as_json else (lambda line: _say([line] if line else [], flush=True))
+    tell(begun)
     table = commanding.keep_going(owner, run, tell)
     _finish(
         as_json,
         table,
-        [f"{run}: {table['state']} after {table['jobs']} jobs"],
+        [f"{run}: {table['state']} after {table['jobs']} job{'s' if table['jobs'] != 1 else ''}"],
         f"anyrank deploy status --kit {owner.kit.folder}",
     )
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ ROUNDS = "anyrank.deployment.nvflare.Rounds"  # the class that runs the rounds, 
 _MOST_LOST = 3  # jobs in a row that were lost without a further round, after which a supervisor gives up
 _SUBMITTED = "submitted"  # the folder in a kit's state
 _SEEN_S = 60.0  # seconds after which a site that was not heard of counts as away
+_STOP_S, _STOP_LOOK_S = 60.0, 0.5  # that a job may take to end after it was stopped; between two looks at it
+_MOST_REASONS = 5  # failed runs whose reason a status asks for: each is a download
 _AWAY_S = 120.0  # seconds that a server may be away before a supervisor gives up
 
 
@@ -43,6 +45,7 @@ class Member:
     """Somebody with a kit for commands."""
 
     kit: Kit
+    ends: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)  # by job, what failed ones have said
 
     @property
     def where(self) -> str:
@@ -97,9 +100,10 @@ def request(member: Member, path: Path) -> Request:
 def request_of(known: tuple[str, ...], config: Config) -> Request:
     """The run in `config`, over sites of a federation that has the sites `known`."""
     from anyrank import methods
-    from anyrank.deployment.public import check, kept
+    from anyrank.deployment.public import check, check_labels, kept
 
     check(config, methods.make(config.method.name, config.method.options))
+    check_labels(config)  # each site would refuse the run later
     names = tuple(site.name for site in config.sites)
     check_sites(names)
     for name in names:
@@ -118,7 +122,7 @@ def submit(member: Member, asked: Request) -> str:
     with member.session() as commands:
         jobs = [job for job in commands.jobs() if job.run == asked.run]
         if jobs and jobs[-1].state in ("waiting", "running"):
-            raise DeployError(f"run {asked.run}: is under way already; see: anyrank deploy status --kit {member.kit.folder}")
+            raise DeployError(f"run {asked.run}: is under way already; {_watch(member)}")
         if jobs:
             told = f"anyrank deploy resume {asked.run} --kit {member.kit.folder}"
             raise DeployError(
@@ -126,6 +130,10 @@ def submit(member: Member, asked: Request) -> str:
             )
         write_whole_text(kept, asked.text)
         return _send(member, commands, asked)
+
+
+def _watch(member: Member) -> str:
+    return f"follow it with: anyrank deploy status --watch --kit {member.kit.folder}"
 
 
 def _send(member: Member, commands: Commands, asked: Request) -> str:
@@ -148,14 +156,22 @@ def _jobs_of(commands: Commands, run: str) -> list[Job]:
     return found
 
 
-def stop(member: Member, run: str) -> list[str]:
-    """Stop a run's jobs: the ids of those that were under way, or that only seemed to be. Raises `DeployError` if none was."""
+def stop(member: Member, run: str, wait_s: float = _STOP_S) -> list[str]:
+    """Stop a run's jobs, and wait until they have ended: the ids of those that were under way, or that only seemed to be.
+
+    Raises `DeployError` if none was, and `RunFailed` if one has not ended after `wait_s` seconds.
+    """
     with member.session() as commands:
         jobs = [job for job in _jobs_of(commands, run) if not job.over or job.lost]
         if not jobs:
             raise DeployError(f"run {run}: is not under way; nothing to stop")
         for job in jobs:
             _end_lost(commands, job) if job.lost else commands.abort(job.id)
+        until = time.monotonic() + wait_s
+        while not all(job.over for job in _jobs_of(commands, run)):
+            if time.monotonic() > until:
+                raise RunFailed(f"run {run}: its job has not ended after {wait_s:g} s; {_watch(member)}")
+            time.sleep(_STOP_LOOK_S)
     return [job.id for job in jobs]
 
 
@@ -178,7 +194,7 @@ def _resume(member: Member, commands: Commands, run: str) -> str:
         raise DeployError(f"run {run}: this kit has not submitted it; resume it with the kit that did")
     jobs = _jobs_of(commands, run)
     if not jobs[-1].over:
-        raise DeployError(f"run {run}: is under way; see: anyrank deploy status --kit {member.kit.folder}")
+        raise DeployError(f"run {run}: is under way; {_watch(member)}")
     if jobs[-1].state == "done" and _end(member, commands, jobs[-1]).get("state") == "done":
         raise DeployError(f"run {run}: is done; nothing to resume")
     for job in jobs:
@@ -218,13 +234,15 @@ def keep_going(member: Member, run: str, tell: Callable[[str], None], look_s: fl
 
 @dataclass
 class _Followed:
-    """A run that is followed. `reached`: the furthest round that was seen; `lost`: jobs that were lost since."""
+    """A run that is followed. `reached`: the furthest round that was seen; `lost`: jobs that were lost since; `said`: the line
+    that was given last."""
 
     member: Member
     run: str
     tell: Callable[[str], None]
     reached: int = 0
     lost: int = 0
+    said: str = ""
 
     def look(self, commands: Commands) -> dict[str, Any] | None:
         """How the run has ended; `None` while it has not. Submits it again where that is needed."""
@@ -234,6 +252,7 @@ class _Followed:
             return None
         end = _end(self.member, commands, job) if job.state in ("done", "failed") else {}
         said = end.get("state")
+        self._say(self._rounds(end))
         if job.state == "stopped" or (job.state == "done" and said != "more"):
             return {"run": self.run, "state": job.state, "jobs": job.attempt}
         if job.state == "failed" and said == "failed":  # by its own word, which the next job would repeat
@@ -245,24 +264,33 @@ class _Followed:
         return None
 
     def _note(self, commands: Commands, job: Job) -> None:
-        reached = _round(commands, job) if job.state == "running" else 0
+        """Say how far the run is, or what it waits for, where that has changed."""
+        words = ""
+        with contextlib.suppress(DeployError):
+            if job.state == "running":
+                words = self._rounds(commands.progress(job.id)) or "starting"
+            else:
+                words = _waits(_queued(commands, job, _seen(commands.standing())) | {"waiting_s": None})
+        self._say(words)
+
+    def _rounds(self, told: Mapping[str, Any]) -> str:
+        """The rounds in what a job says of itself; empty where it has had none."""
+        reached, rounds = told.get("round"), told.get("rounds")
+        if type(reached) is not int or type(rounds) is not int or reached < 1:
+            return ""
         if reached > self.reached:
             self.reached, self.lost = reached, 0
-            self.tell(f"{self.run}: round {reached}")
-        else:
-            self.tell("")
+        return f"round {reached} of {rounds}"
+
+    def _say(self, words: str) -> None:
+        new, self.said = words and words != self.said, words or self.said
+        self.tell(f"{self.run}: {words}" if new else "")
 
     def _count(self, job: Job) -> None:
         self.lost += 1
         if self.lost > _MOST_LOST:
             raise RunFailed(f"run {self.run}: {self.lost} jobs were {job.state} in a row; see the server's log, then resume it")
         self.tell(f"{self.run}: its job was {job.state}; submitting it again")
-
-
-def _round(commands: Commands, job: Job) -> int:
-    with contextlib.suppress(DeployError, ValueError, TypeError):
-        return int(commands.progress(job.id).get("round", 0))
-    return 0
 
 
 def remove(member: Member, site: str, undo: bool = False) -> None:
@@ -293,22 +321,43 @@ def status(member: Member) -> dict[str, Any]:
 
 def _asked(member: Member) -> dict[str, Any]:
     with member.session() as commands:
-        standing, now = commands.standing(), time.time()
-        seen = {name: max(0.0, now - at) for name, at in standing.seen.items()}
+        seen = _seen(commands.standing())
         newest = {job.run: job for job in commands.jobs()}
         runs = [_row(commands, job, seen) for job in newest.values()]
+        failed = [row for row in runs if row["state"] == "failed"]
+        for row in failed[-_MOST_REASONS:]:
+            row |= _why(member, commands, newest[row["run"]])
     sites = [{"name": name, "seen_s": round(seen[name], 1) if name in seen else None} for name in member.kit.sites]
     others = [{"name": name, "seen_s": round(age, 1)} for name, age in sorted(seen.items()) if name not in member.kit.sites]
     return {"federation": member.kit.federation, "server": member.where, "sites": [*sites, *others], "runs": runs}
+
+
+def _seen(standing: session.Standing) -> dict[str, float]:
+    """`{site: seconds since the server has heard it}`."""
+    now = time.time()
+    return {name: max(0.0, now - at) for name, at in standing.seen.items()}
+
+
+def _why(member: Member, commands: Commands, job: Job) -> dict[str, str]:
+    """`reason`: why a job has failed, where it has said so."""
+    if job.id not in member.ends:
+        member.ends[job.id] = _end(member, commands, job)
+    end = member.ends[job.id]
+    return {"reason": str(end["reason"] or end.get("code") or "")} if end.get("state") == "failed" else {}
+
+
+def _queued(commands: Commands, job: Job, seen: Mapping[str, float]) -> dict[str, Any]:
+    """What a waiting job waits for, and for how long."""
+    busy, sites = commands.queued(job.id)
+    away = sorted(site for site in sites if seen.get(site, math.inf) >= _SEEN_S)
+    return {"busy": busy, "waiting": away, "waiting_s": job.waited(time.time())}
 
 
 def _row(commands: Commands, job: Job, seen: Mapping[str, float]) -> dict[str, Any]:
     """What is known of a run by its newest job. `seen`: `{site: seconds since it was heard}`."""
     row = dataclasses.asdict(job) | {"state": job.state}
     if job.state == "waiting":
-        row["busy"], sites = commands.queued(job.id)
-        row["waiting"] = sorted(site for site in sites if seen.get(site, math.inf) >= _SEEN_S)
-        row["waiting_s"] = job.waited(time.time())
+        row |= _queued(commands, job, seen)
     if job.state == "running":
         try:
             told = commands.progress(job.id)
@@ -335,6 +384,8 @@ def _verdict(row: Mapping[str, Any]) -> str:
     said = f"{row['run']}: {row['state']}"
     if row["state"] == "lost":
         return f"{said}: its server was restarted, and nothing runs it; resume it"
+    if row.get("reason"):
+        said += f": {row['reason']}"
     if row.get("rounds"):
         said += f", round {row['round']} of {row['rounds']}"
     elif "rounds" in row:
@@ -360,9 +411,19 @@ def following(table: Mapping[str, Any], kit: Path) -> str:
     """What to type next, after a status."""
     if "from" in table:
         return looking.following(table, looking.server_kit(kits.open_kit(kit)))
-    again = next((row["run"] for row in table["runs"] if row["state"] in ("lost", "failed", "stopped")), "")
-    if again:
-        return f"anyrank deploy resume {again} --kit {kit}"
-    if any(row["state"] == "running" for row in table["runs"]):
+    rows = {state: row for row in reversed(table["runs"]) for state in [row["state"]]}
+    if "lost" not in rows and under_way(table):
         return f"anyrank deploy status --watch --kit {kit}"
+    again = rows.get("lost") or rows.get("failed") or rows.get("stopped")
+    if again:
+        cause = "correct the cause, then: " if again.get("reason") else ""
+        return f"{cause}anyrank deploy resume {again['run']} --kit {kit}"
     return f"anyrank deploy submit run.toml --kit {kit}"
+
+
+def under_way(table: Mapping[str, Any]) -> bool:
+    """Whether a status may change by itself: a run waits or runs. By run folders: the server runs, and not all are done."""
+    states = [row["state"] for row in table["runs"]]
+    if "from" in table:
+        return table["running"] and not (states and set(states) == {"done"})
+    return "waiting" in states or "running" in states

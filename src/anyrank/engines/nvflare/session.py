@@ -10,6 +10,7 @@ import collections
 import contextlib
 import datetime
 import io
+import logging
 import os
 import re
 import socket
@@ -205,6 +206,9 @@ def opened(kit: Path, user: str, where: str, timeout_s: float = _TIMEOUT_S) -> I
         from nvflare.fuel.flare_api.flare_api import new_secure_session
     except ImportError:
         raise DeployError("no NVFlare is installed here; install it with: pip install 'anyrank[nvflare]'") from None
+    logger = logging.getLogger("nvflare")
+    if not logger.handlers:  # else Python prints its warnings of lost connections among the lines of the command
+        logger.addHandler(logging.NullHandler())
     before = Path.cwd()
     commands = Commands(None, where)
     host, _, port = where.rpartition(":")
