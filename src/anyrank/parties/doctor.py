@@ -84,7 +84,7 @@ def _certificate(kit: Kit) -> list[Finding]:
 
 def _versions() -> list[Finding]:
     own = f"anyrank {__version__}, Python {platform.python_version()}"
-    install = "pip install 'anyrank[nvflare]'"
+    install = "pip install 'anyrank[nvflare,minilm]'"
     try:
         found = metadata.version("nvflare")
     except metadata.PackageNotFoundError:

@@ -85,7 +85,7 @@ base_model = ""         # the SHA-256 that the base model must have; anyrank dep
 scores = false          # whether this site reports scores on its held-out examples, as sums
 
 [store]
-folder = "../state/store"   # what must survive: the privacy ledger, own parts of adapters, the log of what left
+folder = "../state/store"   # what must survive: the privacy ledger, the parts of an adapter that a method never sends, the log of what left
 """
 
 
@@ -117,7 +117,7 @@ name = "raflora"
 where = "sites"         # the server has no held-out examples
 
 [rounds]
-least = {min(2, len(federation.sites))}               # replies without which a round changes nothing
+least = {min(2, len(federation.sites))}               # replies that a round needs; with fewer it changes nothing
 deadline_s = 600.0      # seconds that a round waits for a site
 {sites}"""
 
@@ -141,7 +141,7 @@ def readme(kit: str, role: str) -> str:
 _START = """\
 The kit of {kit}. {seen}
 
-    pip install 'anyrank[nvflare]'
+    pip install 'anyrank[nvflare,minilm]'
 """
 _READMES = {
     SERVER: f"""{_START}
@@ -149,7 +149,7 @@ _READMES = {
     anyrank deploy start {{kit}}
 """,
     SITE: f"""{_START}
-    cp {{kit}}/local/site.example.toml {{kit}}/local/site.toml     then edit it: data, model, privacy
+    cp {{kit}}/local/site.example.toml {{kit}}/local/site.toml     unless it is there; then edit it: data, model, privacy
     anyrank deploy doctor {{kit}}
     anyrank deploy start {{kit}}
 
@@ -209,7 +209,7 @@ def container_file(python: str, anyrank: str) -> str:
 #   docker run --rm -v "$PWD/kits/KIT:/kit" anyrank                  a site; add -v /data:/data:ro for its data
 #   docker run --rm -p 8002:8002 -v "$PWD/kits/server:/kit" anyrank  the server
 FROM python:{python}-slim
-RUN pip install --no-cache-dir 'anyrank[nvflare,text]=={anyrank}' && useradd --create-home --uid 1000 anyrank
+RUN pip install --no-cache-dir 'anyrank[nvflare,minilm]=={anyrank}' && useradd --create-home --uid 1000 anyrank
 USER anyrank
 VOLUME ["/kit"]
 STOPSIGNAL SIGTERM

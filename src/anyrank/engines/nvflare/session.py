@@ -205,7 +205,7 @@ def opened(kit: Path, user: str, where: str, timeout_s: float = _TIMEOUT_S) -> I
     try:
         from nvflare.fuel.flare_api.flare_api import new_secure_session
     except ImportError:
-        raise DeployError("no NVFlare is installed here; install it with: pip install 'anyrank[nvflare]'") from None
+        raise DeployError("no NVFlare is installed here; install it with: pip install 'anyrank[nvflare,minilm]'") from None
     logger = logging.getLogger("nvflare")
     if not logger.handlers:  # else Python prints its warnings of lost connections among the lines of the command
         logger.addHandler(logging.NullHandler())
