@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("nvflare")
 
 from anyrank import simulation
+from anyrank.cli import evaluated
 from anyrank.config.tables import from_table
 from anyrank.engines.nvflare.session import Commands
-from anyrank.errors import DeployError
+from anyrank.errors import ConfigError, DeployError
 from anyrank.parties import commanding, looking
 from anyrank.parties.kits import open_kit
 from deploy_world import OWNER, VIEWER, call, founded, free_port
@@ -169,3 +170,12 @@ def test_what_a_waiting_job_waits_for_is_shown(place: Path, monkeypatch, history
     table = asked_of(server, place, monkeypatch)
     assert table["runs"][0]["busy"] == busy
     assert commanding.in_words(table)[-1].strip() == said
+
+
+def test_another_site_asked_of_the_result_of_one_site_is_said_to_be_another(tmp_path: Path) -> None:
+    """`north` is near `north-2` by its letters, and is a real site all the same."""
+    config = from_table({"eval": {"where": "sites"}, "sites": [{"name": "north-2", "rank": 4, "source": "x.csv"}]})
+    with pytest.raises(ConfigError) as error:
+        evaluated.chosen(tmp_path, config, "north", "")
+    assert str(error.value) == "--site north: this folder is of north-2 only"
+    assert evaluated.chosen(tmp_path, config, "north-2", "") == ["north-2"]

@@ -21,6 +21,8 @@ def chosen(folder: Path, config: Config, site: str, data: str) -> list[str]:
     if not known:
         raise ConfigError(f"{folder}: the run has no named sites; expected a run with [[sites]], see docs/sites.md")
     if site and site not in known:
+        if len(known) == 1:  # as a site's own result: a hint at the name of another site would be wrong
+            raise ConfigError(f"--site {shown(site)}: this folder is of {known[0]} only")
         raise ConfigError(f"--site {shown(site)}: the run has no such site; {nearest(site, known)}")
     if any(each.source == AT_THE_SITE for each in config.sites):
         raise ConfigError(

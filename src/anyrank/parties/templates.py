@@ -85,7 +85,7 @@ base_model = ""         # the SHA-256 that the base model must have; anyrank dep
 scores = false          # whether this site reports scores on its held-out examples, as sums
 
 [store]
-folder = "../state/store"   # what must survive: the privacy ledger, the parts of an adapter that a method never sends, the log of what left
+folder = "../state/store"   # what must survive: the privacy ledger, results, what a method never sends, the log of what left
 """
 
 
