@@ -212,7 +212,9 @@ def test_the_run_of_init_is_a_configuration_over_the_sites(tmp_path: Path) -> No
     provisioning.initialise(tmp_path, federation())
     config = load_config(tmp_path / "run.toml")
     assert [site.name for site in config.sites] == list(SITES)
-    asked = commanding.request_of(SITES, config)
+    with pytest.raises(ConfigError, match="data.label_names: expected the labels of all sites"):
+        commanding.request_of(SITES, config)  # its REQUIRED key is still empty
+    asked = commanding.request_of(SITES, config.replace(data={"label_names": ("in", "out")}))
     assert asked.sites == SITES
     assert "data/" not in asked.text
 
