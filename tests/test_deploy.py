@@ -1223,6 +1223,20 @@ def test_status_gives_the_reason_of_a_run_that_failed_and_asks_for_it_once(playe
     assert commanding.following(table, owner.kit.folder) == again
 
 
+def test_a_run_whose_job_had_its_share_of_rounds_is_paused_and_not_done(played, place: Path) -> None:
+    owner, server = played
+    for said, state in (("more", "paused"), ("done", "done")):
+        server.after_submit = ends("FINISHED:COMPLETED", told=[said])
+        server.listed.clear()
+        owner.ends.clear()
+        commanding.submit(owner, first(place))
+        table = commanding.status(owner)
+        assert table["runs"][0]["state"] == state
+        again = f"anyrank deploy resume first --kit {owner.kit.folder}"
+        assert (commanding.following(table, owner.kit.folder) == again) == (state == "paused")
+        assert ("share of rounds; resume it" in commanding.in_words(table)[-1]) == (state == "paused")
+
+
 def test_a_run_is_stopped_when_its_job_has_ended(played, place: Path, monkeypatch) -> None:
     """NVFlare lists a job as running for some seconds after it was told to abort it."""
     owner, server = played

@@ -36,7 +36,7 @@ _MOST_LOST = 3  # jobs in a row that were lost without a further round, after wh
 _SUBMITTED = "submitted"  # the folder in a kit's state
 _SEEN_S = 60.0  # seconds after which a site that was not heard of counts as away
 _STOP_S, _STOP_LOOK_S = 60.0, 0.5  # that a job may take to end after it was stopped; between two looks at it
-_MOST_REASONS = 5  # failed runs whose reason a status asks for: each is a download
+_MOST_REASONS = 5  # runs that are over whose own words a status asks for: each is a download
 _AWAY_S = 120.0  # seconds that a server may be away before a supervisor gives up
 
 
@@ -324,8 +324,8 @@ def _asked(member: Member) -> dict[str, Any]:
         seen = _seen(commands.standing())
         newest = {job.run: job for job in commands.jobs()}
         runs = [_row(commands, job, seen) for job in newest.values()]
-        failed = [row for row in runs if row["state"] == "failed"]
-        for row in failed[-_MOST_REASONS:]:
+        over = [row for row in runs if row["state"] in ("failed", "done")]
+        for row in over[-_MOST_REASONS:]:
             row |= _why(member, commands, newest[row["run"]])
     sites = [{"name": name, "seen_s": round(seen[name], 1) if name in seen else None} for name in member.kit.sites]
     others = [{"name": name, "seen_s": round(age, 1)} for name, age in sorted(seen.items()) if name not in member.kit.sites]
@@ -339,10 +339,13 @@ def _seen(standing: session.Standing) -> dict[str, float]:
 
 
 def _why(member: Member, commands: Commands, job: Job) -> dict[str, str]:
-    """`reason`: why a job has failed, where it has said so."""
+    """`reason`: why a job has failed, where it has said so. A run of which it had only its share of rounds is no more than
+    paused."""
     if job.id not in member.ends:
         member.ends[job.id] = _end(member, commands, job)
     end = member.ends[job.id]
+    if end.get("state") == "more" and job.state == "done":
+        return {"state": "paused", **{key: end[key] for key in ("round", "rounds") if end.get(key)}}
     return {"reason": str(end["reason"] or end.get("code") or "")} if end.get("state") == "failed" else {}
 
 
@@ -384,6 +387,9 @@ def _verdict(row: Mapping[str, Any]) -> str:
     said = f"{row['run']}: {row['state']}"
     if row["state"] == "lost":
         return f"{said}: its server was restarted, and nothing runs it; resume it"
+    if row["state"] == "paused":
+        at = f" after round {row['round']} of {row['rounds']}" if row.get("rounds") else ""
+        return f"{said}{at}: its job had its share of rounds; resume it"
     if row.get("reason"):
         said += f": {row['reason']}"
     if row.get("rounds"):
@@ -414,7 +420,7 @@ def following(table: Mapping[str, Any], kit: Path) -> str:
     rows = {state: row for row in reversed(table["runs"]) for state in [row["state"]]}
     if "lost" not in rows and under_way(table):
         return f"anyrank deploy status --watch --kit {kit}"
-    again = rows.get("lost") or rows.get("failed") or rows.get("stopped")
+    again = rows.get("lost") or rows.get("failed") or rows.get("stopped") or rows.get("paused")
     if again:
         cause = "correct the cause, then: " if again.get("reason") else ""
         return f"{cause}anyrank deploy resume {again['run']} --kit {kit}"
