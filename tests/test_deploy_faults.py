@@ -299,7 +299,7 @@ def test_a_site_that_lies_costs_its_own_replies_and_the_others_lose_none(world: 
     assert strays == []
 
 
-@LONG  # once, of five runs, a site's connection was not made anew for minutes
+@LONG  # once, a site's connection was not made anew for minutes
 def test_a_network_that_is_cut_costs_no_reply_and_no_bit(world: World, tmp_path: Path) -> None:
     """The way of site b is cut while a run is under way, its connections are broken afterwards, and the run waits for it: some
     seconds here, a whole minute with ANYRANK_SITES=all."""

@@ -190,8 +190,8 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
 def opens_text(call: ast.Call) -> bool:
     """Whether a call reads or writes text: `open` in a text mode, of whatever library, `read_text` or `write_text`."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    if name == "open" and isinstance(getattr(call.func, "value", None), ast.Attribute):
-        return False  # a method of an object that another one holds: no file is kept so
+    if name == "open" and getattr(getattr(call.func, "value", None), "attr", "") in ("_inbox", "_posts"):
+        return False  # methods of the engines' own objects, which are no files
     owner = getattr(getattr(call.func, "value", None), "id", "")
     if name in ("read_text", "write_text"):
         return isinstance(call.func, ast.Attribute)  # else a function of ours, which calls one that is looked at

@@ -56,7 +56,7 @@ from anyrank.messages.wire import COUNTS, FAILURE, UPDATE, counts_of, download_f
 from anyrank.privacy.noise import Mechanism
 
 _FACTOR, _MORE_S = 1.25, 10.0  # a site ends its training itself; after this part of the deadline and more, its worker hangs
-IN_FLIGHT = 2_000_000_000  # bytes of downloads and replies; a server's process takes about 2.7 times as much at most
+IN_FLIGHT = 2_000_000_000  # bytes of downloads and replies that are under way at once
 _STARTS = 4  # sites that send the adapter which they start from at the same time
 _PAUSE_S = 1.0  # between two attempts to reach the sites that are missing
 _NOBODY = ""  # the client of an adapter's frame, which is none's

@@ -165,7 +165,9 @@ class _Member:
     def _start(self, now: float) -> None:
         env = {**os.environ, **self.part.env}
         words = [sys.executable, "-P", "-c", _WRAPPED, *self.part.words]
-        with stopping.starting_a_child(), self._out.open("ab" if self._ends else "wb") as out:
+        if not self._ends:  # of an earlier process
+            self._out.write_bytes(b"")
+        with stopping.starting_a_child(), self._out.open("ab") as out:
             pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
             self.process = subprocess.Popen(words, env=env, start_new_session=True, **pipes)
             self._life.enter_context(stopping.child(self.process))
