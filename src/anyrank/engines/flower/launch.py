@@ -167,7 +167,7 @@ class _Member:
         words = [sys.executable, "-P", "-c", _WRAPPED, *self.part.words]
         if not self._ends:  # of an earlier process
             self._out.write_bytes(b"")
-        with stopping.starting_a_child(), self._out.open("ab") as out:
+        with stopping.starting_a_child(), open(self._out, "ab") as out:
             pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
             self.process = subprocess.Popen(words, env=env, start_new_session=True, **pipes)
             self._life.enter_context(stopping.child(self.process))
