@@ -1262,10 +1262,27 @@ def _until(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+# A metric that does not answer from the third scoring on, until there is a file `go` in the folder: the run stays in its round.
+GATE = """
+import pathlib, time
+from anyrank.tasks.metrics import register
+asked = 0
+@register("patience")
+def patience(labels, predictions):
+    global asked
+    asked += 1
+    last = time.monotonic() + 300
+    while asked > 3 and not pathlib.Path("go").exists() and time.monotonic() < last:
+        time.sleep(0.05)
+    return 1.0
+"""
+
+
 @LINUX
 def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_page(tmp_path: Path, cache: Path) -> None:
-    config = '[run]\nname = "real"\nrounds = 30\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 40\n'
-    (tmp_path / "real.toml").write_text(config)
+    config = '[run]\nname = "real"\nrounds = 30\n[model]\nname = "digits-mlp"\n[train]\nlocal_steps = 2\n'
+    (tmp_path / "real.toml").write_text(config + '[eval]\nfile = "gate.py"\nmetrics = ["patience"]\n')
+    (tmp_path / "gate.py").write_text(GATE)
     environment = os.environ | {"ANYRANK_CACHE": str(cache)}
     begin = [sys.executable, "-m", "anyrank", "run", "real.toml", "--out", "runs/real"]
     (tmp_path / "runs").mkdir()
@@ -1274,7 +1291,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         process = subprocess.Popen(begin, cwd=tmp_path, env=environment, **quiet)
         try:
             _until(lambda: json.loads(server.get("/runs.json").read())["runs"])
-            _until(lambda: re.match(r"running, round ([3-9]|\d\d+) of 30", _verdict_of(server)))
+            _until(lambda: re.match(r"running, round [34] of 30", _verdict_of(server)))
         finally:
             process.kill()
             process.wait(30)
@@ -1283,6 +1300,7 @@ def test_a_real_run_is_running_then_killed_then_resumed_by_the_command_on_the_pa
         assert "(no process on this machine writes it)" in page
         typed = re.search(r"To go on: anyrank (run runs/real/config.toml --out runs/real --resume)", page)[1]
         command = [sys.executable, "-m", "anyrank", *typed.split()]
+        (tmp_path / "go").touch()
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         _until(lambda: _verdict_of(server).startswith("done, 30 rounds, accuracy"))

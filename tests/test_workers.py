@@ -349,9 +349,10 @@ class Killed(Supervised):
 def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Killed]]:
     monkeypatch.setattr(workers, "Supervised", Killed)
     Killed.plan, Killed.all = [], []
+    before = children()  # of other tests in this process: multiprocessing's resource tracker stays until the end
     yield Killed
     assert Killed.plan == [], "it was never that far"
-    wait_until(lambda: not children(), seconds=10)
+    wait_until(lambda: children() == before, seconds=10)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
