@@ -169,6 +169,7 @@ def iter_names(adapters: Mapping[str, Adapter]) -> Iterator[str]:
             layer = min(differing)
             has, lacks = (first, other) if layer in names else (other, first)
             raise AdapterError(
-                f"layer {layer}: {has} has it, {lacks} does not; all clients must adapt the same modules of the same model"
+                f"layer {layer}: {has} has it, {lacks} does not; all clients must adapt the same modules of the same model "
+                "(a merge of adapters can let those who lack a layer be silent in it: --absent silent, absent='silent')"
             )
     yield from sorted(names)

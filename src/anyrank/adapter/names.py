@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from anyrank.errors import AdapterError, shortened
@@ -16,6 +16,9 @@ _NAMED = re.compile(r"(.+\.(?:lora_(?:embedding_)?[AB]|modules_to_save))\.(?!wei
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _DOUBLED = re.compile(rf"(?:(?:module\.)*{re.escape(PREFIX)})+")
 _WHOLE_MODEL = (".base_layer.weight", ".original_module.")  # (a trained bias is one of the base layer, too)
+_BASE = ".base_layer.weight"
+# Layers as long as the vocabulary, which `get_output_embeddings` of transformers' models returns.
+_OF_VOCABULARY = frozenset({"lm_head", "embed_out", "output_layer", "decoder", "predictions_decoder"})
 _FORMATS = {
     re.compile(r"\.lora_(up|down)\.weight$|^lora_(unet|te)"): "keys as kohya's scripts write them",
     re.compile(r"\.lora\.(up|down)\.weight$|_lora\.(up|down)\.weight$"): "keys as diffusers wrote them",
@@ -31,8 +34,11 @@ def plain_names(keys: Iterable[str], config: Mapping[str, Any], where: str) -> d
     """
     names = {key: _DOUBLED.sub("", _WRAPPERS.sub("", key), count=1) if _wrapped(key) else key for key in keys}
     names = _without_adapter_name(names, where)
+    known = set(names.values())
+    frozen = {name for name in known if _is_frozen(name, known)}
     for key, name in names.items():
-        _check(key, name, where)
+        if name not in frozen:
+            _check(key, name, where)
     if names and all(name.startswith("module.") for name in names.values()) and not _has_module(config, names):
         raise AdapterError(
             f"{where}: all keys begin with '{PREFIX}module.', as of a wrapped model (DistributedDataParallel); save the "
@@ -62,6 +68,18 @@ def _without_adapter_name(names: Mapping[str, str], where: str) -> dict[str, str
 
 def _joined(match: re.Match[str]) -> str:
     return match[1].removesuffix(".modules_to_save") + (match[3] or "")
+
+
+def is_frozen(name: str) -> bool:
+    """Whether a plain tensor is the frozen weight below an adapted embedding, which PEFT saves with its factors."""
+    return name.endswith(_BASE)
+
+
+def _is_frozen(name: str, names: Collection[str]) -> bool:
+    """PEFT saves the input and output embeddings with an adapter of one of them (`save_embedding_layers`)."""
+    layer = name.removesuffix(_BASE)
+    embedding = f"{layer}.lora_embedding_A" in names
+    return is_frozen(name) and (embedding or (f"{layer}.lora_A.weight" in names and layer.split(".")[-1] in _OF_VOCABULARY))
 
 
 def _check(key: str, name: str, where: str) -> None:

@@ -17,19 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyrank.adapter import options
 from anyrank.adapter.bounds import CONFIG_BYTES, CONFIG_DEPTH
 from anyrank.adapter.layer import LoraLayer, finite
 from anyrank.adapter.lazy import Gathered, Lazy, outlined
-from anyrank.adapter.names import PREFIX
+from anyrank.adapter.names import PREFIX, is_frozen
 from anyrank.adapter.patterns import Patterns
 from anyrank.errors import AdapterError, shortened
 from anyrank.files import read_bounded
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-# PEFT options whose forward pass is more than base(x) + scaling * B @ A @ x: merging their factors would be wrong.
-_REFUSED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "target_parameters", "trainable_token_indices")
 
 
 def find_weights(folder: Path) -> Path:
@@ -107,11 +105,7 @@ def check_config(config: Any, path: str) -> dict[str, Any]:
             f"{path}: expected peft_type 'LORA', got {shortened(repr(kind), 100)}; only LoRA adapters can be merged"
         )
     _check_values(config, path)
-    refused = [name for name in _REFUSED if config.get(name)]
-    if refused:
-        raise AdapterError(
-            f"{path}: {', '.join(refused)} is set, and such an adapter does more than scaling * B @ A; train without it"
-        )
+    options.check(config, path)
     return config
 
 
@@ -271,7 +265,8 @@ def peft_config(layers: Mapping[str, LoraLayer], tensors: Mapping[str, Tensor], 
     alphas = {name: _tidy(alpha) for name, alpha in alphas.items()}
     rank, rank_pattern = _common({name: layer.rank for name, layer in layers.items()})
     alpha, alpha_pattern = _common(alphas)
-    heads = sorted({name.rpartition(".")[0] for name in tensors} - layers.keys() - {""})
+    trained = (name for name in tensors if not is_frozen(name))
+    heads = sorted({name.rpartition(".")[0] for name in trained} - layers.keys() - {""})
     defaults = {
         "peft_type": "LORA",
         "task_type": None,
@@ -286,7 +281,7 @@ def peft_config(layers: Mapping[str, LoraLayer], tensors: Mapping[str, Tensor], 
     }
     own = {"r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     known = dict(config)
-    if not tensors:  # a part without the head, such as what goes into the base model: PEFT would look for it
+    if all(map(is_frozen, tensors)):  # a part without the head, such as what goes into the base model: PEFT would look for it
         known |= {"modules_to_save": None, "bias": "none"}
         if known.get("task_type") in _WITH_HEAD:
             known["task_type"] = None

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor
 from anyrank import devices, files, stopping
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer, overflow
+from anyrank.adapter.lazy import outlined
 from anyrank.adapter.peft import CONFIG_FILE, WEIGHTS_FILE
 from anyrank.adapter.stored import FolderWriter
 from anyrank.aggregation.merge import Merge, check_rank, prepare
+from anyrank.aggregation.missed import Missed
 from anyrank.algebra import lowrank, spectra
 from anyrank.algebra.names import check_device
 from anyrank.errors import AdapterError, RunError, RunFailed
@@ -45,7 +47,7 @@ class AggregateResult:
 
     @property
     def adapter(self) -> Adapter:
-        """The whole global update, at the largest rank of the clients."""
+        """The whole global update, at the largest rank of the clients, or the rank that was asked for."""
         return self.state.adapter
 
     @property
@@ -75,6 +77,8 @@ def aggregate(
     algebra: str = "auto",
     device: str = "cpu",
     allow_different_base: bool = False,
+    absent: str = "refused",
+    rank: int = 0,
     **options: Any,
 ) -> AggregateResult:
     """Merge the clients' adapters by `method`; `options` are the method's own.
@@ -85,7 +89,9 @@ def aggregate(
     singular values are computed, see `anyrank.algebra.lowrank`. `device`: where they are computed: `cpu` (one layer of all
     clients in memory at a time), `cuda` (as many layers as have 1 GiB of factors; layers of one shape as one batch) or `auto`
     (`cuda` if available, else `cpu`). `allow_different_base`: merge although the adapters name different base models (a model
-    may have different names on different machines). The result has the widest number type of the clients. Results of different
+    may have different names on different machines). `absent`: what a layer that a client lacks means: `refused`, or `silent`
+    (the client has no weight in that layer; all others share it). `rank`: the rank of the result, from the clients' largest to
+    the sum of theirs; 0: the largest. The result has the widest number type of the clients. Results of different
     devices differ by rounding.
 
     >>> import torch
@@ -96,10 +102,12 @@ def aggregate(
     >>> merged.adapter.ranks, merged.share(rank=1).ranks
     ({'layer': 2}, {'layer': 1})
     """
-    merge = prepare(updates, method, previous, seed, scaling, allow_different_base, options)
+    merge = prepare(updates, method, previous, seed, scaling, allow_different_base, options, absent, rank)
     with lowrank.using(algebra, *_place(device)) as work:
         whole = not merge.method.by_layer
         state = _whole(merge) if whole else _layer_by_layer(merge, work.batch_bytes)
+    if merge.frozen:
+        state = _with_frozen(state, {name: merge.frozen[name].clone() for name in sorted(merge.frozen)})
     return AggregateResult(merge.method, state, work)
 
 
@@ -119,6 +127,14 @@ def _whole(merge: Merge) -> ServerState:
         if part is not None:
             _storable(part)
     return state
+
+
+def _with_frozen(state: ServerState, frozen: Mapping[str, Tensor]) -> ServerState:
+    """PEFT puts such a weight in place of the base model's. So it stands in the part that is loaded first: a base update, which
+    is merged into it, or else the adapter."""
+    if state.merged is not None:
+        return replace(state, merged=replace(state.merged, tensors={**state.merged.tensors, **frozen}))
+    return replace(state, adapter=replace(state.adapter, tensors={**state.adapter.tensors, **frozen}))
 
 
 def _storable(adapter: Adapter) -> Adapter:
@@ -156,6 +172,8 @@ def aggregate_folders(
     algebra: str = "auto",
     device: str = "cpu",
     allow_different_base: bool = False,
+    absent: str = "refused",
+    rank: int = 0,
     progress: Progress = lambda done, total: None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -169,7 +187,7 @@ def aggregate_folders(
     out = Path(out)
     if os.path.lexists(out):
         raise RunError(f"{out}: exists already; name a new folder, or remove this one")
-    merge = prepare(updates, method, previous, seed, scaling, allow_different_base, options)
+    merge = prepare(updates, method, previous, seed, scaling, allow_different_base, options, absent, rank)
     for rank in ranks:
         merge.check_rank(rank)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -192,6 +210,7 @@ def aggregate_folders(
         "clients": [merge.describe(update) for update in merge.updates],
         "algebra": work.paths,
         "error": work.error,
+        "missed": folders.missed.shares(),
     }
 
 
@@ -224,12 +243,17 @@ class _Folders:
     def __init__(self, root: Path, merge: Merge, ranks: Sequence[int]) -> None:
         self._root, self._merge, self._ranks = root, merge, sorted(set(ranks))
         self.writers: dict[str, FolderWriter] = {}
+        self.missed = Missed()
 
     def __enter__(self) -> _Folders:
         files.reached("folder", self._root)
         self._root.mkdir(parents=True)
+        merge = self._merge
+        if merge.frozen and merge.has_base_update:
+            self._open("base-update", merge.frozen)
+        whole = merge.tensors if "base-update" in self.writers else {**merge.tensors, **outlined(merge.frozen)}
         for name in ("global", *(f"rank-{rank}" for rank in self._ranks)):
-            self._open(name, self._merge.tensors)
+            self._open(name, whole)
         return self
 
     def __exit__(self, *failed: object) -> None:
@@ -242,9 +266,10 @@ class _Folders:
 
     def fill(self, progress: Progress, batch_bytes: int) -> None:
         merge = self._merge
-        wide = [name for name, tensor in merge.tensors.items() if tensor.dtype.itemsize >= merge.dtype.itemsize]
-        wide.sort(key=lambda name: -merge.tensors[name].dtype.itemsize)
-        narrow = sorted(merge.tensors.keys() - set(wide), key=lambda name: (-merge.tensors[name].dtype.itemsize, name))
+        plain = {**merge.tensors, **outlined(merge.frozen)}
+        wide = [name for name, tensor in plain.items() if tensor.dtype.itemsize >= merge.dtype.itemsize]
+        wide.sort(key=lambda name: -plain[name].dtype.itemsize)
+        narrow = sorted(plain.keys() - set(wide), key=lambda name: (-plain[name].dtype.itemsize, name))
         self._tensors(wide)
         done = 0
         for names in merge.batches(batch_bytes):
@@ -256,14 +281,19 @@ class _Folders:
             writer.finish(merge.config)
 
     def _layer(self, name: str, layer: LoraLayer, base: LoraLayer | None) -> None:
-        self.writers["global"].add_layer(name, layer)
-        for rank in self._ranks:
-            self.writers[f"rank-{rank}"].add_layer(name, self._merge.share(name, layer, rank))
+        shares = {f"rank-{rank}": self._merge.share(name, layer, rank) for rank in self._ranks}
+        for folder, share in {"global": layer, **shares}.items():
+            self.writers[folder].add_layer(name, share)
+        below = [] if base is None else [base]
+        merged = {folder: [share, *below] for folder, share in {"global": layer, **shares}.items()}
+        self.missed.add(self._merge.sent(name), self._merge.updates, merged)
         if base is not None:
             (self.writers.get("base-update") or self._open("base-update", {})).add_layer(name, base)
 
     def _tensors(self, names: Sequence[str]) -> None:
         for name in names:
-            tensor = self._merge.tensor(name)
-            for writer in (writer for folder, writer in self.writers.items() if folder != "base-update"):
+            frozen = name in self._merge.frozen
+            tensor = self._merge.frozen[name] if frozen else self._merge.tensor(name)
+            base = self.writers.get("base-update")
+            for writer in [base] if frozen and base else (each for each in self.writers.values() if each is not base):
                 writer.add_tensor(name, tensor)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyrank import methods
+from anyrank.adapter import options as options_of_adapters
 from anyrank.adapter.adapter import Adapter, iter_names
 from anyrank.adapter.layer import LoraLayer, finite, overflow
+from anyrank.adapter.lazy import Lazy, outlined
+from anyrank.adapter.names import is_frozen
 from anyrank.adapter.stored import is_stored, open_adapter, outline, unchecked
 from anyrank.errors import AdapterError, MethodError, shortened
 from anyrank.messages.records import BOTH, Client, ClientUpdate, Scaling, ServerState
@@ -27,6 +30,7 @@ class Merge:
     """One merge. `outline` and `tensors` have the shapes of layers and plain tensors; `dtype` is that of the result.
 
     `updates` are in the order of the clients' names; their adapters may be stored ones, which are read layer by layer.
+    `frozen`: the base weights that PEFT saved beside adapted embeddings, the same in all adapters.
     """
 
     method: Method
@@ -38,6 +42,8 @@ class Merge:
     outline: Mapping[str, LoraLayer]
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    rank: int = 0  # of the result, where that is not the clients' largest
 
     @property
     def names(self) -> list[str]:
@@ -53,12 +59,17 @@ class Merge:
         """The names in order, in batches of at most `batch_bytes` of the clients' factors; one by one if that is 0."""
         batch, held = [], 0
         for name in self.names:
-            size = sum(_nbytes(outline(update.adapter).layers[name]) for update in self.updates)
+            size = sum(_nbytes(outline(update.adapter).layers[name]) for update in self._owners(name))
             if batch and held + size > batch_bytes:
                 yield batch
                 batch, held = [], 0
             batch, held = [*batch, name], held + size
         yield batch
+
+    @property
+    def has_base_update(self) -> bool:
+        """Whether a part goes into the base model: known from one layer."""
+        return any(base is not None for _, base in self.layers(self.names[:1]).values())
 
     def layers(self, names: Sequence[str]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
         """The new layers, and what goes into the base model, from these layers of each client.
@@ -66,7 +77,7 @@ class Merge:
         Raises `AdapterError` where a client's numbers are not finite, or a result is too large for its number type.
         """
         if self._adds_up:
-            sent = {name: {u.client: unchecked(u.adapter, name) for u in self.updates} for name in names}
+            sent = {name: self.sent(name) for name in names}
         else:
             sent = {name: self._sent(name) for name in names}
         try:
@@ -96,11 +107,26 @@ class Merge:
         return self.method.traits.linear is not Holds.NEVER and self.method.send >= BOTH
 
     def _layers(self, sent: Mapping[str, Mapping[str, LoraLayer]]) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
+        by_owners: dict[frozenset[str], list[str]] = {}
+        for name, layers in sent.items():
+            by_owners.setdefault(frozenset(layers), []).append(name)
+        found: dict[str, tuple[LoraLayer, LoraLayer | None]] = {}
+        for owners, names in by_owners.items():
+            found |= self._merged(owners, {name: sent[name] for name in names})
+        return found
+
+    def _merged(
+        self, owners: frozenset[str], sent: Mapping[str, Mapping[str, LoraLayer]]
+    ) -> dict[str, tuple[LoraLayer, LoraLayer | None]]:
+        """The layers that `owners` have: whoever lacks them has no say in them, and no weight."""
+        if not owners:
+            return {name: (self._previous(name), None) for name in sent}
         held = {name: self._held(name, layers) for name, layers in sent.items()}
         state = ServerState(0, self.seed, Adapter(held, {}, self.config), self.scaling)
         updates = [
             replace(update, adapter=Adapter({name: layers[update.client] for name, layers in sent.items()}))
             for update in self.updates
+            if update.client in owners
         ]
         after = self.method.aggregate(state, updates)
         into_base = after.merged.layers if after.merged else {}
@@ -131,22 +157,40 @@ class Merge:
         ranks = outline(update.adapter).ranks.values()
         return {"client": update.client, "num_examples": update.num_examples, "ranks": sorted(set(ranks))}
 
+    def sent(self, name: str) -> dict[str, LoraLayer]:
+        """The layer as the clients that have it sent it."""
+        return {update.client: unchecked(update.adapter, name) for update in self._owners(name)}
+
     def _sent(self, name: str) -> dict[str, LoraLayer]:
-        return {update.client: update.adapter.layers[name] for update in self.updates}
+        return {update.client: update.adapter.layers[name] for update in self._owners(name)}
+
+    def _owners(self, name: str) -> list[ClientUpdate]:
+        return [update for update in self.updates if name in update.adapter.layers]
 
     def _held(self, name: str, sent: Mapping[str, LoraLayer]) -> LoraLayer:
         """The server's layer before the merge: that of `previous`, or an untrained one, at the clients' largest rank."""
         largest = max(sent.values(), key=lambda layer: layer.rank)
         if self.method.train != BOTH:
             _common_a(self.method, name, sent, largest)
-        if self.previous is None:
-            A, B = largest.A, torch.zeros_like(largest.B)
-            return self._wide(largest, A, B, self.scaling.of(name, largest.rank))
+        if self.previous is None or name not in self.previous.layers:
+            rank = self._rank(name, largest.rank, sent)
+            A = torch.cat([largest.A, largest.A.new_zeros(rank - largest.rank, largest.A.shape[1])])
+            B = largest.B.new_zeros(largest.B.shape[0], rank)
+            return self._wide(largest, A, B, self.scaling.of(name, rank))
         held = self.previous.layers[name]
         missing = max(0, largest.rank - held.rank)
         A = torch.cat([held.A, largest.A[held.rank :].to(held.A.dtype)])
         B = torch.cat([held.B, held.B.new_zeros(held.B.shape[0], missing)], dim=1)
         return self._wide(held, A, B, held.scaling)
+
+    def _previous(self, name: str) -> LoraLayer:
+        """A layer that no client has stays as it was."""
+        held = self.previous.layers[name]
+        return self._wide(held, held.A, held.B, held.scaling)
+
+    def _rank(self, name: str, largest: int, sent: Mapping[str, LoraLayer]) -> int:
+        """The rank of a layer of the result: `largest` of the clients, or the one asked for, as far as they fill it."""
+        return max(largest, min(self.rank, sum(layer.rank for layer in sent.values()), min(self.outline[name].shape)))
 
     def _wide(self, like: LoraLayer, A: Tensor, B: Tensor, scaling: float) -> LoraLayer:
         return LoraLayer(A.to(self.dtype), B.to(self.dtype), scaling, like.kind, like.kernel)
@@ -160,6 +204,8 @@ def prepare(
     scaling: Scaling | None,
     allow_different_base: bool,
     options: Mapping[str, Any],
+    absent: str = "refused",
+    rank: int = 0,
 ) -> Merge:
     """The merge of `updates` (see `aggregate`), after every check that needs no numbers: names, shapes, ranks, base model.
 
@@ -176,28 +222,38 @@ def prepare(
     clients = {update.client: outline(update.adapter) for update in updates}
     if not method.traits.mixed_ranks:
         _one_rank(method, clients)
+    held = {} if previous is None else {"previous": previous}
+    frozen = _same_frozen({**held, **{update.client: update.adapter for update in updates}})
+    if frozen:
+        updates = [replace(update, adapter=_without_frozen(update.adapter)) for update in updates]
+        previous = previous and _without_frozen(previous)
+        clients = {update.client: outline(update.adapter) for update in updates}
     everyone = clients if previous is None else {"previous": outline(previous), **clients}
-    names = list(iter_names(everyone))
+    names = sorted(_named(everyone, absent))
     for name in names:
-        _same_shape(name, everyone)
+        _same_shape(name, {client: adapter for client, adapter in everyone.items() if name in adapter.layers})
     tensors = _same_tensors(everyone)
+    _same_options(everyone)
     if not allow_different_base:
         _same_base(everyone)
     for update in updates:
         if not is_stored(update.adapter):
             _all_finite(update)
     dtypes = [layer.A.dtype for adapter in everyone.values() for layer in adapter.layers.values()]
-    first = next(iter(everyone.values()))
+    _check_global_rank(rank, method, clients, previous)
+    config = next(iter(clients.values())).config
     return Merge(
         method=method,
         updates=sorted(updates, key=lambda update: update.client),
         previous=previous,
-        scaling=scaling or infer_scaling(clients),
+        scaling=scaling or infer_scaling(clients if absent == "refused" else everyone),
         seed=seed,
         dtype=functools.reduce(torch.promote_types, dtypes),
-        outline={name: first.layers[name] for name in names},
+        outline={name: next(a.layers[name] for a in everyone.values() if name in a.layers) for name in names},
         tensors=tensors,
-        config=next(iter(clients.values())).config,
+        config=config if absent == "refused" else _of_all_layers(config, names),
+        frozen=frozen,
+        rank=rank,
     )
 
 
@@ -224,8 +280,9 @@ def infer_scaling(clients: Mapping[str, Adapter]) -> Scaling:
     If no rule does (for example, alpha differs between clients of one rank), shares use the mean of the clients' scalings: a
     share's product is correct under any scaling, and the adapter's own config records the one that was used.
     """
-    names = list(iter_names(clients))
-    observed = {name: [(a.layers[name].rank, a.layers[name].scaling) for a in clients.values()] for name in names}
+    names = sorted({name for adapter in clients.values() for name in adapter.layers})
+    owned = {name: [a.layers[name] for a in clients.values() if name in a.layers] for name in names}
+    observed = {name: [(layer.rank, layer.scaling) for layer in layers] for name, layers in owned.items()}
     candidates = {
         "standard": lambda rank, scaling: scaling * rank,
         "rslora": lambda rank, scaling: scaling * rank**0.5,
@@ -278,13 +335,46 @@ def _mergeable(method: Method, stored: bool) -> None:
 
 
 def _one_rank(method: Method, clients: Mapping[str, Adapter]) -> None:
-    for name in next(iter(clients.values())).layers:
+    for name in sorted({name for adapter in clients.values() for name in adapter.layers}):
         ranks = sorted({adapter.layers[name].rank for adapter in clients.values() if name in adapter.layers})
         if len(ranks) > 1:
             raise MethodError(
                 f"{method.name}: expected clients of one rank, got ranks {', '.join(map(str, ranks))} in layer {name}; "
                 f"give all clients one rank, or use a method that takes mixed ranks: {taking_mixed_ranks()}"
             )
+
+
+ABSENT = ("refused", "silent")
+
+
+def _named(adapters: Mapping[str, Adapter], absent: str) -> Iterable[str]:
+    """The layers that are merged: those of all adapters, which must be the same, or those of any."""
+    if absent not in ABSENT:
+        raise AdapterError(f"absent: expected one of {', '.join(ABSENT)}, got {absent!r}")
+    if absent == "silent":
+        return {name for adapter in adapters.values() for name in adapter.layers}
+    return iter_names(adapters)
+
+
+def _of_all_layers(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The first client's configuration, for an adapter of the layers of all: they are listed by name."""
+    return {**config, "target_modules": list(names), **dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))}
+
+
+def _check_global_rank(rank: int, method: Method, clients: Mapping[str, Adapter], previous: Adapter | None) -> None:
+    if not rank:
+        return
+    layers = sorted({name for adapter in clients.values() for name in adapter.layers})
+    owned = {name: [a.layers[name].rank for a in clients.values() if name in a.layers] for name in layers}
+    largest, most = max(map(max, owned.values())), max(map(sum, owned.values()))
+    if type(rank) is not int or not largest <= rank <= most:
+        raise AdapterError(
+            f"rank: expected a rank from {largest}, the clients' largest, to {most}, the sum of their ranks, got {rank!r}"
+        )
+    if previous is not None:
+        raise AdapterError("rank: the result has the rank of previous; leave one of them out")
+    if method.train != BOTH or not method.traits.mixed_ranks:
+        raise MethodError(f"{method.name}: its result has the rank of its clients; leave rank out, or use a method that merges products")
 
 
 def _same_shape(name: str, clients: Mapping[str, Adapter]) -> None:
@@ -312,6 +402,34 @@ def _same_tensors(clients: Mapping[str, Adapter]) -> dict[str, Tensor]:
             dtype = torch.promote_types(known.dtype, tensor.dtype)
             found[name] = first, torch.empty(tensor.shape, dtype=dtype, device="meta")
     return {name: found[name][1] for name in sorted(found)}
+
+
+def _same_frozen(adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
+    """`{name: tensor}`, read when it is asked for, of the base weights that PEFT saved with adapters, one of each."""
+    found: dict[str, str] = {}
+    for client, adapter in adapters.items():
+        for name in filter(is_frozen, adapter.tensors):
+            known = adapters[found.setdefault(name, client)].tensors[name]
+            if found[name] != client and not torch.equal(known, adapter.tensors[name]):
+                raise AdapterError(
+                    f"{name}: {found[name]} and {client} have different base weights below the layer that they adapt (a "
+                    "vocabulary that each of them enlarged?); train all from one saved base model"
+                )
+    shapes = {name: outlined(adapters[client].tensors)[name] for name, client in found.items()}
+    return Lazy(shapes, lambda name: adapters[found[name]].tensors[name])
+
+
+def _without_frozen(adapter: Adapter) -> Adapter:
+    trained = {name: tensor for name, tensor in outlined(adapter.tensors).items() if not is_frozen(name)}
+    if isinstance(adapter.tensors, Lazy):
+        return replace(adapter, tensors=Lazy(trained, adapter.tensors.__getitem__))
+    return replace(adapter, tensors=trained)
+
+
+def _same_options(clients: Mapping[str, Adapter]) -> None:
+    if found := options_of_adapters.differing({client: adapter.config for client, adapter in clients.items()}):
+        key, first, other = found
+        raise AdapterError(f"{key}: {first} has another value than {other}; merge adapters that were trained with the same one")
 
 
 def _same_base(clients: Mapping[str, Adapter]) -> None:

@@ -223,9 +223,15 @@ def merge_table(done: Mapping[str, Any]) -> Table:
     table.add_row("ranks", ", ".join(map(str, ranks)))
     table.add_row("examples", str(sum(client["num_examples"] for client in done["clients"])))
     table.add_row("singular values", f"{ways}; backward error {done['error']:.1e}" if ways else "not needed")
+    if done["missed"]:
+        table.add_row("distance from the mean\nof the products", "\n".join(_missed(*each) for each in done["missed"].items()))
     table.add_row("time", f"{done['seconds']:.1f} s")
     table.add_row("written", "\n".join(f"{shown(done['out'])}/{name}" for name in done["folders"]))
     return table
+
+
+def _missed(folder: str, share: float) -> str:
+    return f"{share:.2%} of its norm: {folder}" if share > 1e-5 else f"none beyond rounding: {folder}"
 
 
 def inspection_tables(reports: Sequence[Mapping[str, Any]]) -> list[Table]:

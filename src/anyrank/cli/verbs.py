@@ -275,6 +275,13 @@ def aggregate(
         bool,
         typer.Option("--allow-different-base", help="Accept different base model names, if they are names of the same model."),
     ] = False,
+    absent: Annotated[
+        str,
+        typer.Option("--absent", metavar="refused|silent", help="A layer that a client lacks: an error, or no say in it."),
+    ] = "refused",
+    rank: Annotated[
+        int, typer.Option("--rank", help="Rank of OUT/global: from the clients' largest (0) to the sum of their ranks.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Merge PEFT adapter folders of any ranks, without training: OUT/global, and OUT/rank-R for each rank in --ranks.
@@ -295,7 +302,7 @@ def aggregate(
     with console.Preparing("layers", quiet=as_json) as progress:
         done = aggregate_folders(
             arguments.opened(folders), method, out, wanted, previous, seed, algebra=algebra, device=device,
-            allow_different_base=allow_different_base, progress=progress, **chosen,
+            allow_different_base=allow_different_base, absent=absent, rank=rank, progress=progress, **chosen,
         )  # fmt: skip
     done["seconds"] = time.perf_counter() - began
     if as_json:
