@@ -6,6 +6,7 @@ merged weights.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,10 +85,10 @@ def check(config: Mapping[str, Any], where: str) -> None:
         option = OPTIONS.get(key, _UNKNOWN)
         if option is _UNKNOWN and option.is_set(value):
             raise AdapterError(
-                f"{where}: {shortened(key, 100)!r} is set and is not an option of LoRA in PEFT 0.15 to 0.21, so what it changes "
+                f"{where}: {shortened(key, 100)!r} is set and is not an option of LoRA in PEFT 0.15 to 0.21, so what it does "
                 "is not known; if it does not change what the adapter applies, remove it from the file"
             )
-    refused = [key for key, value in config.items() if OPTIONS.get(key, _UNKNOWN).use is Use.REFUSED and OPTIONS[key].is_set(value)]
+    refused = [key for key, option in OPTIONS.items() if option.use is Use.REFUSED and option.is_set(config.get(key))]
     if refused:
         raise AdapterError(
             f"{where}: {', '.join(refused)} is set, and such an adapter does more than scaling * B @ A "
@@ -103,15 +104,15 @@ def _check_start(start: Any, where: str) -> None:
     """PiSSA and its like begin with a part of the base model in B @ A, and take it out of the base model."""
     if isinstance(start, str) and _CHANGE_BASE.fullmatch(start.lower()):
         raise AdapterError(
-            f"{where}: init_lora_weights = {start!r} changed the base model when training began, so that this adapter is not one "
+            f"{where}: init_lora_weights = {start!r} changed the base model when training began, so that this is no adapter "
             "of the base model; convert it: save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START), where "
             "START is the adapter as it was before training"
         )
     known = start.lower() if isinstance(start, str) else start
     if not any(type(known) is type(each) and known == each for each in _STARTS):
         raise AdapterError(
-            f"{where}: init_lora_weights = {shortened(repr(start), 100)} is not a start that is known to leave the base model as "
-            "it is; train with another one"
+            f"{where}: init_lora_weights = {shortened(repr(start), 100)} is not known to leave the base model as it is; "
+            "train with another start"
         )
 
 
@@ -129,4 +130,4 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     value = config.get(key)
     if not OPTIONS[key].is_set(value):
         return None
-    return [list(each) if isinstance(each, (list, tuple)) else each for each in value] if isinstance(value, (list, tuple)) else value
+    return json.dumps(value)  # tuples are lists in a file

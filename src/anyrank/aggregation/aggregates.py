@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from anyrank.algebra.names import check_device
 from anyrank.errors import AdapterError, RunError, RunFailed
 from anyrank.messages.records import Client, ClientUpdate, Scaling, ServerState
 from anyrank.methods import Method
+from anyrank.methods.slices import times
 
 __all__ = ["AggregateResult", "aggregate", "aggregate_folders"]
 
@@ -55,13 +57,36 @@ class AggregateResult:
         """The part to merge into the frozen base model, for the methods that have one."""
         return self.state.merged
 
-    def share(self, rank: int) -> Adapter:
-        """What a client of `rank` gets to start its next round from."""
+    def share(self, rank: int | None = None, like: Adapter | None = None) -> Adapter:
+        """What a client gets to start its next round from: one of `rank`, or one of the layers, ranks and scalings of `like`,
+        the client's own adapter (of a model with `rank_pattern` or `alpha_pattern`, or with another alpha than others)."""
+        if (rank is None) == (like is None):
+            raise AdapterError("share: expected a rank, or like=ADAPTER of the client, and not both")
+        if like is not None:
+            return self._share_like(like)
         if type(rank) is not int or rank < 1:
             raise AdapterError(f"share: expected a rank of at least 1, got {rank!r}")
         layers = self.state.adapter.layers.values()
         check_rank(rank, [side for layer in layers for side in (layer.rank, max(layer.shape))])
         return _storable(self.method.share(self.state, Client(f"rank-{rank}", rank)))
+
+    def _share_like(self, like: Adapter) -> Adapter:
+        theirs = outlined(like.layers)
+        for name, layer in theirs.items():
+            merged = self.state.adapter.layers.get(name)
+            if merged is None or merged.shape != layer.shape or merged.kind != layer.kind:
+                found = "no such layer" if merged is None else f"{merged.kind} [out, in] {list(merged.shape)}"
+                raise AdapterError(f"share, layer {name}: expected {layer.kind} [out, in] {list(layer.shape)}, got {found}")
+        ranks = {name: layer.rank for name, layer in theirs.items()}
+        shared = self.method.share(self.state, Client("like", max(ranks.values()), ranks))
+        layers = {name: self._under(shared.layers[name], layer.scaling) for name, layer in theirs.items()}
+        return _storable(Adapter(layers, shared.tensors, like.config or shared.config))
+
+    def _under(self, layer: LoraLayer, scaling: float) -> LoraLayer:
+        """The same product under another scaling, put where the method puts a change of it."""
+        ratio = layer.scaling / scaling
+        on_a, on_b = (math.sqrt(ratio), math.sqrt(ratio)) if self.method.rescale == "both" else (1.0, ratio)
+        return layer.with_factors(times(layer.A, on_a), times(layer.B, on_b), scaling)
 
     def spectrum(self) -> dict[str, Tensor]:
         """`{layer: singular values of the global update}`, in descending order, float64."""

@@ -358,7 +358,8 @@ def _named(adapters: Mapping[str, Adapter], absent: str) -> Iterable[str]:
 
 def _of_all_layers(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The first client's configuration, for an adapter of the layers of all: they are listed by name."""
-    return {**config, "target_modules": list(names), **dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))}
+    chosen = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
+    return {**config, **chosen, "target_modules": list(names)}
 
 
 def _check_global_rank(rank: int, method: Method, clients: Mapping[str, Adapter], previous: Adapter | None) -> None:
@@ -374,7 +375,7 @@ def _check_global_rank(rank: int, method: Method, clients: Mapping[str, Adapter]
     if previous is not None:
         raise AdapterError("rank: the result has the rank of previous; leave one of them out")
     if method.train != BOTH or not method.traits.mixed_ranks:
-        raise MethodError(f"{method.name}: its result has the rank of its clients; leave rank out, or use a method that merges products")
+        raise MethodError(f"{method.name}: its result has the rank of its clients; leave rank out, or use another method")
 
 
 def _same_shape(name: str, clients: Mapping[str, Adapter]) -> None:

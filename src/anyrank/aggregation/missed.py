@@ -23,7 +23,9 @@ class Missed:
         self._mean = 0.0
         self._squares: dict[str, float] = defaultdict(float)
 
-    def add(self, sent: Mapping[str, LoraLayer], updates: Sequence[ClientUpdate], merged: Mapping[str, Sequence[LoraLayer]]) -> None:
+    def add(
+        self, sent: Mapping[str, LoraLayer], updates: Sequence[ClientUpdate], merged: Mapping[str, Sequence[LoraLayer]]
+    ) -> None:
         """One layer: `sent` by the clients, and `merged` `{folder: the layers that its users apply together}`."""
         counts = {update.client: update.num_examples for update in updates if update.client in sent}
         total = sum(counts.values())
