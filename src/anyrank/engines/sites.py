@@ -124,7 +124,7 @@ class Sites:
         while away := [name for name in self._seats if name not in self._known]:
             works = {Work([_NOBODY], lambda: [self._start_frame], self._post[name]): name for name in away}
             for reply in self._posts.carry_out(list(works), every=True):
-                if isinstance(reply.found, Frame):
+                if not isinstance(reply.found, Failure):
                     self._started(works[reply.work], reply.found)
             for name in away:
                 if refusal := self._seats[name].refusal:
@@ -191,9 +191,10 @@ class Sites:
         for reply in self._posts.carry_out(list(works), timeout_s):
             job, found = works[reply.work], reply.found
             name = job.client.name
-            if isinstance(found, Frame) and found.header.kind == calls.ADAPTER and name in self._unchecked:
+            failed = isinstance(found, Failure)
+            if not failed and found.header.kind == calls.ADAPTER and name in self._unchecked:
                 self._started(name, found)
-            elif (isinstance(found, Failure) and found.client == _NOBODY) or name in answered:
+            elif (failed and found.client == _NOBODY) or name in answered:
                 continue  # that it owes more than one reply, or that one came under another name, is one failure
             else:
                 answered.add(name)
