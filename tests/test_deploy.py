@@ -1054,6 +1054,7 @@ def played(place: Path, monkeypatch):
     """An owner, and the server that replies."""
     server = Server()
     monkeypatch.setattr(session, "_SECOND_LOOK_S", 0.0)
+    monkeypatch.setattr(commanding, "_LOST_S", 0.0)
     owner = commanding.owner(kit_of(place, OWNER))
 
     class Opened:
@@ -1191,6 +1192,27 @@ def test_a_supervisor_leads_a_run_to_its_end(played, place: Path, life: str) -> 
     lines: list[str] = []
     assert commanding.keep_going(owner, "first", lines.append, 0.0) == {"run": "first", "state": "done", "jobs": jobs}
     assert len(server.submitted) == jobs
+
+
+@pytest.mark.parametrize("seen_lost", [1, 2, 3, 4, 5])  # a look has two views of the server
+@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+def test_a_job_that_ends_while_it_seems_lost_is_done_and_no_error(
+    played, place: Path, monkeypatch, seen_lost: int, patience_s: float
+) -> None:
+    """The server stores a job's results after its process has ended, and lists it as running meanwhile."""
+    owner, server = played
+    monkeypatch.setattr(commanding, "_LOST_S", patience_s)
+    server.after_submit = ends("RUNNING", "FINISHED:COMPLETED", told=["done", "done"])
+    list_jobs, views = server.list_jobs, itertools.count()
+
+    def listed() -> list[dict]:
+        server.listed[0][2] = "RUNNING" if next(views) < seen_lost else "FINISHED:COMPLETED"
+        return list_jobs()
+
+    commanding.submit(owner, first(place))
+    server.list_jobs = listed
+    assert commanding.keep_going(owner, "first", lambda line: None, 0.0)["state"] == "done"
+    assert len(server.submitted) == 1 or not patience_s
 
 
 def test_a_supervisor_gives_up_on_jobs_that_are_lost_again_and_again(played, place: Path) -> None:
