@@ -27,15 +27,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("nvflare")
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
 from nvflare.apis.utils.format_check import name_check
 from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAuthorizer
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.utils import make_reply
+from nvflare.fuel.f3.message import Message
 from nvflare.fuel.flare_api.api_spec import InternalError
 from nvflare.fuel.sec.authz import AuthzContext, Person, parse_policy_config
+from nvflare.private.fed.client.fed_client import FederatedClient
 from nvflare.security.security import COMMAND_CATEGORIES
 
 from anyrank.config import federation as federations
 from anyrank.config import load as load_config
 from anyrank.config.sections.sites import fault_of
+from anyrank.engines.nvflare import job as jobs
 from anyrank.engines.nvflare import session
 from anyrank.engines.nvflare.session import Commands, Unreached
 from anyrank.errors import AnyRankError, ConfigError, DeployError, RunFailed
@@ -606,6 +614,33 @@ def test_nothing_is_stored_outside_the_kit_and_no_log_leaves(role: str, tmp_path
     assert bool(paths) == (role == "server")
 
 
+class Recording:
+    """In the place of NVFlare's cell: keeps how long each request waits for its reply, which never comes."""
+
+    def __init__(self) -> None:
+        self.waits: dict[str, float] = {}
+
+    def send_request(self, topic: str, request: Message, timeout: float, **named: object) -> Message:
+        self.waits[topic] = timeout
+        request.set_header(MessageHeaderKey.PAYLOAD_LEN, 0)
+        return make_reply(ReturnCode.TIMEOUT)
+
+
+def test_a_site_asks_again_within_half_a_minute_when_a_reply_was_lost_with_its_connection(tmp_path: Path) -> None:
+    """By NVFlare's own client: it waits for the longer one of what the job says and what the site's kit says."""
+    folder = jobs.write(tmp_path / "job", "mine", ["a"], 1, "anyrank.deployment.nvflare.Rounds", {})
+    job = json.loads((folder / "app/config/config_fed_client.json").read_text())
+    found = FederatedClient("a", dict(policies.resources("site", tmp_path)["client"]), False, {}).communicator
+    found.cell, found.engine = Recording(), SimpleNamespace()
+    context = FLContext()
+    context.set_prop(FLContextKey.CURRENT_RUN, "job")
+    found.pull_task("project", "token", "id", context, timeout=job["get_task_timeout"])
+    context.set_prop(FLContextKey.SSID, "id")
+    found.submit_update("project", "token", "id", context, "a", Shareable(), "anyrank", job["submit_task_result_timeout"])
+    assert len(found.cell.waits) == 2
+    assert all(0 < wait <= 30 for wait in found.cell.waits.values())
+
+
 # --- the command ----------------------------------------------------------------------------------------------------------
 
 REFUSED = [
@@ -1019,6 +1054,7 @@ def played(place: Path, monkeypatch):
     """An owner, and the server that replies."""
     server = Server()
     monkeypatch.setattr(session, "_SECOND_LOOK_S", 0.0)
+    monkeypatch.setattr(commanding, "_LOST_S", 0.0)
     owner = commanding.owner(kit_of(place, OWNER))
 
     class Opened:
@@ -1156,6 +1192,27 @@ def test_a_supervisor_leads_a_run_to_its_end(played, place: Path, life: str) -> 
     lines: list[str] = []
     assert commanding.keep_going(owner, "first", lines.append, 0.0) == {"run": "first", "state": "done", "jobs": jobs}
     assert len(server.submitted) == jobs
+
+
+@pytest.mark.parametrize("seen_lost", [1, 2, 3, 4, 5])  # a look has two views of the server
+@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+def test_a_job_that_ends_while_it_seems_lost_is_done_and_no_error(
+    played, place: Path, monkeypatch, seen_lost: int, patience_s: float
+) -> None:
+    """The server stores a job's results after its process has ended, and lists it as running meanwhile."""
+    owner, server = played
+    monkeypatch.setattr(commanding, "_LOST_S", patience_s)
+    server.after_submit = ends("RUNNING", "FINISHED:COMPLETED", told=["done", "done"])
+    list_jobs, views = server.list_jobs, itertools.count()
+
+    def listed() -> list[dict]:
+        server.listed[0][2] = "RUNNING" if next(views) < seen_lost else "FINISHED:COMPLETED"
+        return list_jobs()
+
+    commanding.submit(owner, first(place))
+    server.list_jobs = listed
+    assert commanding.keep_going(owner, "first", lambda line: None, 0.0)["state"] == "done"
+    assert len(server.submitted) == 1 or not patience_s
 
 
 def test_a_supervisor_gives_up_on_jobs_that_are_lost_again_and_again(played, place: Path) -> None:

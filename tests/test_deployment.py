@@ -30,6 +30,7 @@ from anyrank.engines.roll import Joined, roster_of
 from anyrank.engines.seat import Seat
 from anyrank.errors import AnyRankError, ConfigError, FrameError, RunError, RunFailed
 from anyrank.messages import calls
+from anyrank.messages import spool as spools
 from anyrank.messages.frame import Frame, Header, from_bytes, to_bytes
 from anyrank.messages.records import Facts
 from anyrank.messages.roster import Roster
@@ -207,8 +208,13 @@ def test_so_does_a_trained_head_and_a_score_by_label(world, tmp_path, sections) 
     assert rows(tmp_path / "here") == rows(tmp_path / "there")
 
 
-def test_sites_in_processes_of_their_own_do_the_same_and_survive_a_kill(world, tmp_path) -> None:
-    """county's process is killed as it gets its second round's job: one reply is missing, and round 3 has it again."""
+@pytest.mark.parametrize("least", [0, 1 << 20])
+def test_sites_in_processes_of_their_own_do_the_same_and_survive_a_kill(world, tmp_path, monkeypatch, least) -> None:
+    """county's process is killed as it gets its second round's job: one reply is missing, and round 3 has it again.
+
+    `least`: bytes of a reply, or of the adapter that a site starts from, above which it is kept in a file."""
+    monkeypatch.setattr(spools, "SMALL", least)
+    monkeypatch.setattr(spools, "LEAST", min(least, spools.LEAST))
     chosen = config(world, run={"rounds": 3})
     paths = own_files(world, tmp_path / "own", {"cohort": ["die", 1]})
     worker = Path(site_worker.__file__)

@@ -46,6 +46,19 @@ class Gathered(Lazy[T]):
         self.outline[name], self._makes[name], self.later = outline, make, True
 
 
+def latest(values: Mapping[str, T]) -> Callable[[str], T]:
+    """`values[name]`, which keeps the value that it gave last: one whose parts are asked for in turn is read once."""
+    held: dict[str, T] = {}
+
+    def read(name: str) -> T:
+        if name not in held:
+            held.clear()  # before the next one is read
+            held[name] = values[name]
+        return held[name]
+
+    return read
+
+
 def outlined(values: Mapping[str, T]) -> Mapping[str, T]:
     """`values` for asking names, shapes and types: nothing is read for it."""
     return values.outline if isinstance(values, Lazy) else values

@@ -10,15 +10,15 @@ import torch
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.adapter.lazy import Gathered, Lazy, outlined
+from anyrank.adapter.lazy import Gathered, Lazy, latest, outlined
 
 
 def pack(prefix: str, adapter: Adapter, tensors: Gathered[torch.Tensor]) -> dict[str, Any]:
     """Add the adapter's tensors to `tensors`; those that are read when they are asked for are read when they are written."""
-    shapes = outlined(adapter.layers)
+    shapes, layer_of = outlined(adapter.layers), latest(adapter.layers)
     for name, layer in shapes.items():
         for factor in "AB":
-            read = partial(_factor, adapter.layers, name, factor) if isinstance(adapter.layers, Lazy) else None
+            read = partial(_factor, layer_of, name, factor) if isinstance(adapter.layers, Lazy) else None
             _add(tensors, f"{prefix}/layers/{name}/{factor}", getattr(layer, factor), read)
     for name, tensor in outlined(adapter.tensors).items():
         read = partial(adapter.tensors.__getitem__, name) if isinstance(adapter.tensors, Lazy) else None
@@ -34,8 +34,8 @@ def _add(tensors: Gathered[torch.Tensor], key: str, tensor: torch.Tensor, read: 
         tensors.add_later(key, tensor, lambda: read().contiguous())
 
 
-def _factor(layers: Mapping[str, LoraLayer], name: str, factor: str) -> torch.Tensor:
-    return getattr(layers[name], factor)
+def _factor(layer_of: Callable[[str], LoraLayer], name: str, factor: str) -> torch.Tensor:
+    return getattr(layer_of(name), factor)
 
 
 def unpack(prefix: str, packed: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Adapter:

@@ -55,13 +55,18 @@ def federate(
         engine = Sites(public(config), start, makes, config.run.name, most=config.run.workers)
         try:
             with waiting.shown(out, waiting.BEFORE_ROUNDS, ()) as wait:
-                roster = engine.open(wait_s, lambda away: _missing(away, len(makes), wait, progress))
+                roster = engine.open(wait_s, lambda away: _missing(away, len(makes), wait, progress), _there(out))
             built = replace(assembly.assemble(known, method, roster), engine=engine, hands_over=True)
             with RunDir.open(out, known, resume, engine.agreed) as store:
                 engine.keep_in(out)
                 return loop.run(built, store, on_round)
         finally:
             engine.close()
+
+
+def _there(path: Path) -> Path:
+    """The first folder at or above `path` that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
 
 
 def _missing(away: Sequence[str], sites: int, wait: waiting.Wait, progress: Progress | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from anyrank.messages.frame import Frame, Readable, read
@@ -21,14 +22,14 @@ class Inbox:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+        self.folder, self._apart = folder, False
         self._lock = threading.Lock()
         self._close()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """While replies are received that may be large."""
-        self._opened = True
+    def open(self, apart: bool = False) -> Iterator[None]:
+        """While replies are received that may be large. `apart`: each has a file of its own."""
+        self._opened, self._apart = True, apart
         try:
             yield
         finally:
@@ -44,7 +45,7 @@ class Inbox:
         limit = min(limit, self._most or limit)
         if not self._opened or self.folder is None or self._in_memory:
             return read(stream, limit)
-        return receive(stream, limit, self._spool_of_round)
+        return receive(stream, limit, partial(Spool, self.folder) if self._apart else self._spool_of_round)
 
     def _spool_of_round(self) -> Spool:
         with self._lock:
@@ -53,5 +54,5 @@ class Inbox:
             return self._spool
 
     def _close(self) -> None:
-        self._opened, self._in_memory, self._most = False, False, 0
+        self._opened, self._apart, self._in_memory, self._most = False, False, False, 0
         self._spool: Spool | None = None

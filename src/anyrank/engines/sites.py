@@ -31,7 +31,7 @@ from anyrank.engines.inbox import Inbox
 from anyrank.engines.posts import Post, Posts, Work
 from anyrank.engines.roll import Joined, check_one, check_same, digest_of, roster_of, with_base
 from anyrank.engines.seat import Make, Seat
-from anyrank.errors import AnyRankError, FrameError, RunFailed
+from anyrank.errors import AnyRankError, FrameError, RunFailed, printable, shortened
 from anyrank.messages import calls, spooled
 from anyrank.messages.body import expect
 from anyrank.messages.frame import Frame
@@ -93,8 +93,14 @@ class Sites:
             self._seats[name] = Seat(sites[name], lambda: self._opening, partial(self._opened, name), self._inbox)
             self._post[name] = self._posts.add(self._seats[name])
 
-    def open(self, wait_s: float = 600.0, missing: Callable[[Sequence[str]], None] = lambda names: None) -> Roster:
+    def open(
+        self,
+        wait_s: float = 600.0,
+        missing: Callable[[Sequence[str]], None] = lambda names: None,
+        folder: Path | None = None,
+    ) -> Roster:
         """The roster of all sites, once they are there and agree. `missing` is called with the names of those that are not yet.
+        `folder`: where the adapter that they start from is kept, in a file without a name; without one, it is held in memory.
 
         All must come: a client's weight is its number of examples, which nobody else knows. Raises `RunFailed`, in one line, if
         one refuses, differs from the others, or does not come within `wait_s` seconds.
@@ -102,9 +108,12 @@ class Sites:
         until, gate = time.monotonic() + wait_s, threading.BoundedSemaphore(_STARTS)
         for each in self._seats.values():
             each.gate = gate  # all load at the same time, and send their adapters in turn
+        self._inbox.folder = folder
         try:
-            self._open(until, wait_s, missing)
+            with self._inbox.open(apart=True):
+                self._open(until, wait_s, missing)
         finally:
+            self._inbox.folder = None
             for each in self._seats.values():
                 each.gate = contextlib.nullcontext()
         roster = roster_of(self._known)
@@ -115,7 +124,7 @@ class Sites:
         while away := [name for name in self._seats if name not in self._known]:
             works = {Work([_NOBODY], lambda: [self._start_frame], self._post[name]): name for name in away}
             for reply in self._posts.carry_out(list(works), every=True):
-                if isinstance(reply.found, Frame):
+                if not isinstance(reply.found, Failure):
                     self._started(works[reply.work], reply.found)
             for name in away:
                 if refusal := self._seats[name].refusal:
@@ -182,9 +191,10 @@ class Sites:
         for reply in self._posts.carry_out(list(works), timeout_s):
             job, found = works[reply.work], reply.found
             name = job.client.name
-            if isinstance(found, Frame) and found.header.kind == calls.ADAPTER and name in self._unchecked:
+            failed = isinstance(found, Failure)
+            if not failed and found.header.kind == calls.ADAPTER and name in self._unchecked:
                 self._started(name, found)
-            elif (isinstance(found, Failure) and found.client == _NOBODY) or name in answered:
+            elif (failed and found.client == _NOBODY) or name in answered:
                 continue  # that it owes more than one reply, or that one came under another name, is one failure
             else:
                 answered.add(name)
@@ -245,6 +255,8 @@ class Sites:
     def _started(self, name: str, frame: Frame) -> None:
         """Take in the adapter that a site starts from. A site that is not what it was stays unchecked."""
         try:
+            if frame.header.kind == FAILURE:  # what this server's disk refused
+                raise RunFailed(f"the adapter that it starts from: {shortened(printable(str(failure_of(frame))), 300)}")
             adapter = spooled.adapter_of(frame)
             ready = self._fresh.get(name) or self._known[name].ready
             joined = Joined(ready, digest_of(adapter))

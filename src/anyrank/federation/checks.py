@@ -111,8 +111,8 @@ def check_loss(federation: Federation, standing: Standing) -> Standing:
 
 def _largest(layer: LoraLayer) -> float:
     """What no number of the layer's change is above, as its own number type has it: NaN or infinite where one may be so."""
-    bound = layer.A.abs().amax() * layer.B.abs().amax() * (layer.rank * layer.scaling)
-    return float(bound)
+    largest = [torch.maximum(-low, high) for low, high in map(torch.aminmax, (layer.A, layer.B))]
+    return float(largest[0] * largest[1] * (layer.rank * layer.scaling))
 
 
 def _overflown(what: str) -> Unhealthy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch.nn import Parameter
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer, overflow
+from anyrank.adapter.lazy import outlined
 from anyrank.errors import AnyRankError, shortened
 from anyrank.messages import change
-from anyrank.messages.records import ClientUpdate, Download
+from anyrank.messages.records import BOTH, ClientUpdate, Download
 from anyrank.messages.spooled import is_kept
 
 _TOLD = 3  # names of which a reason tells
@@ -48,17 +49,32 @@ def admit(update: Any, download: Download, client: str, num_examples: int, bound
     _same_names("layers", sent.layers, got.layers)
     _same_names("tensors", sent.tensors, got.tensors)
     metrics = _metrics(update.metrics)
-    layers = ((name, _layer(name, sent.layers[name], got.layers[name], download)) for name in sorted(sent.layers))
-    tensors = ((name, _tensor(name, sent.tensors[name], got.tensors[name])) for name in sorted(sent.tensors))
-    if is_kept(got):  # in a file of this server, which nothing that sent it can change: it is checked there
-        for _ in itertools.chain(layers, tensors):
-            pass
-        believed = Adapter(got.layers, got.tensors, sent.config)
-    else:
-        believed = Adapter(dict(layers), dict(tensors), sent.config)
+    believed = (_kept if is_kept(got) else _copied)(download, got)
     if bound < math.inf and not change.norm(download, believed) <= bound:
         raise Rejected(f"its change since the download is larger than the clip norm, {bound:g}")  # by how much is not told
     return ClientUpdate(believed, num_examples, client, metrics)
+
+
+def _copied(download: Download, got: Adapter) -> Adapter:
+    """What was sent, checked, in memory of the server's own."""
+    sent = download.adapter
+    layers = {name: _layer(name, sent.layers[name], got.layers[name], download, _copy) for name in sorted(sent.layers)}
+    tensors = {name: _copy(name, sent.tensors[name], got.tensors[name]) for name in sorted(sent.tensors)}
+    return Adapter(layers, tensors, sent.config)
+
+
+def _kept(download: Download, got: Adapter) -> Adapter:
+    """What lies in a file of this server, which nothing that sent it can change: checked there, layer by layer.
+
+    It is compared with the shapes of the download, whose numbers are read only where some of them count as the reply's own.
+    """
+    sent = download.adapter
+    shapes = outlined(sent.layers) if download.train >= BOTH and not download.pruning else sent.layers
+    for name in sorted(sent.layers):
+        _layer(name, shapes[name], got.layers[name], download, _checked)
+    for name in sorted(sent.tensors):
+        _checked(name, outlined(sent.tensors)[name], got.tensors[name])
+    return Adapter(got.layers, got.tensors, sent.config)
 
 
 def _same_names(what: str, sent: Mapping[str, Any], got: Any) -> None:
@@ -89,15 +105,18 @@ def _number(name: str, value: Any) -> float:
     return int(value) if isinstance(value, (int, np.integer)) else float(value)
 
 
-def _layer(name: str, sent: LoraLayer, got: Any, download: Download) -> LoraLayer:
+Take = Callable[[str, Tensor, Any], Tensor]
+
+
+def _layer(name: str, sent: LoraLayer, got: Any, download: Download, take: Take) -> LoraLayer:
     if not isinstance(got, LoraLayer):
         raise Rejected(f"layer {name}: expected a LoRA layer, got {_told(type(got).__name__)}")
     if not got.scaling == sent.scaling:
         raise Rejected(f"layer {name}: expected scaling {sent.scaling}, got {_told(got.scaling)}")
     if download.pruning and got.rank == (kept := download.pruning.kept(sent.rank)):
         sent = sent.with_factors(sent.A[:kept], sent.B[:, :kept])
-    A = _tensor(f"layer {name}, A", sent.A, got.A) if "A" in download.train else sent.A
-    B = _tensor(f"layer {name}, B", sent.B, got.B) if "B" in download.train else sent.B
+    A = take(f"layer {name}, A", sent.A, got.A) if "A" in download.train else sent.A
+    B = take(f"layer {name}, B", sent.B, got.B) if "B" in download.train else sent.B
     layer = sent.with_factors(A, B)
     if large := overflow(layer):
         raise Rejected(f"layer {name}: {large} is too large for {sent.A.dtype}; the training that made it diverged")
@@ -105,8 +124,20 @@ def _layer(name: str, sent: LoraLayer, got: Any, download: Download) -> LoraLaye
 
 
 @torch.no_grad()
-def _tensor(where: str, sent: Tensor, got: Any) -> Tensor:
+def _copy(where: str, sent: Tensor, got: Any) -> Tensor:
     """A copy of `got` in memory of its own, in the form of `sent`."""
+    _check_form(where, sent, got)
+    return _finite(where, torch.empty(sent.shape, dtype=sent.dtype, device=sent.device).copy_(got))
+
+
+@torch.no_grad()
+def _checked(where: str, sent: Tensor, got: Any) -> Tensor:
+    """`got` itself, in the form of `sent`."""
+    _check_form(where, sent, got)
+    return _finite(where, got)
+
+
+def _check_form(where: str, sent: Tensor, got: Any) -> None:
     if type(got) not in (Tensor, Parameter):  # other kinds compute, or fail, when they are looked at
         raise Rejected(f"{where}: expected a tensor, got {_told(type(got).__name__)}")
     if got.shape != sent.shape or got.dtype != sent.dtype:
@@ -114,7 +145,9 @@ def _tensor(where: str, sent: Tensor, got: Any) -> Tensor:
         raise Rejected(f"{where}: expected {expected[1]} of shape {expected[0]}, got {came[1]} of shape {came[0]}")
     if got.layout is not torch.strided or got.device.type == "meta":
         raise Rejected(f"{where}: expected numbers that lie side by side, got a tensor on {got.device}, {got.layout}")
-    own = torch.empty(sent.shape, dtype=sent.dtype, device=sent.device).copy_(got)
+
+
+def _finite(where: str, own: Tensor) -> Tensor:
     # A sum with NaN or infinity in it is not finite, and takes a tenth of the time; that of large numbers may not be, either.
     if own.is_floating_point() and not math.isfinite(own.sum()) and not torch.isfinite(own).all():
         raise Rejected(f"{where}: contains NaN or infinite values")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.adapter.lazy import Lazy, outlined
+from anyrank.adapter.lazy import Lazy, latest, outlined
 from anyrank.errors import AnyRankError, FrameError, in_a_line, shortened
 from anyrank.messages import reduction
 from anyrank.messages.frame import Frame, Header, Later
@@ -167,11 +167,12 @@ def describe(adapter: Adapter) -> dict[str, Any]:
 
 def pack(packing: Packing, prefix: str, adapter: Adapter, parts: Iterable[str], reduced: str = "") -> None:
     """Add those of `A`, `B` and `tensors` that `parts` names."""
-    later = isinstance(adapter.layers, Lazy)
+    layer_of = latest(adapter.layers) if isinstance(adapter.layers, Lazy) else None
     for name, layer in outlined(adapter.layers).items():
         for factor in sorted(set(parts) - {"tensors"}):
-            if later:
-                _pack_later(packing, f"{prefix}{factor}", name, adapter.layers, factor, reduced)
+            if layer_of:
+                read = partial(_part, layer_of, name, factor)
+                _pack_later(packing, f"{prefix}{factor}", name, getattr(layer, factor), read, factor, reduced)
             else:
                 _pack_factor(packing, f"{prefix}{factor}", name, getattr(layer, factor), factor, reduced)
     for name, outline in outlined(adapter.tensors).items() if "tensors" in parts else ():
@@ -188,18 +189,20 @@ def _pack_factor(packing: Packing, place: str, name: str, tensor: Tensor, factor
     packing.add(f"{place}/{name}", reduction.rounded(tensor) if reduced == "bfloat16" else tensor)
 
 
-def _pack_later(packing: Packing, place: str, name: str, layers: Lazy[LoraLayer], factor: str, reduced: str) -> None:
-    """As `_pack_factor`, of a layer that is read when the frame is written."""
-    outline = getattr(layers.outline[name], factor)
+def _part(layer_of: Callable[[str], LoraLayer], name: str, factor: str) -> Tensor:
+    return getattr(layer_of(name), factor)
 
-    def read() -> Tensor:
-        return getattr(layers[name], factor)
+
+def _pack_later(
+    packing: Packing, place: str, name: str, outline: Tensor, read: Callable[[], Tensor], factor: str, reduced: str
+) -> None:
+    """As `_pack_factor`, of a factor that is read when the frame is written. `outline`: it, without its numbers."""
 
     def steps() -> tuple[Tensor, Tensor]:
         return reduction.steps(factor, read())
 
     if reduced == "int8":
-        rank = layers.outline[name].rank
+        rank = outline.shape[0 if factor == "A" else 1]
         packing.add_later(f"{place}-steps/{name}", outline.new_empty(rank, dtype=torch.float64), lambda: steps()[1])
         packing.add_later(f"{place}/{name}", outline.to(torch.int8), lambda: steps()[0])
     elif reduced == "bfloat16":

@@ -265,6 +265,10 @@ class ServerState:
     merged: Adapter | None = None
     extra: Mapping[str, Adapter] = field(default_factory=dict)
 
+    def rank_of(self, layer: str) -> int:
+        """The server's rank of a layer, whose numbers are not read for it."""
+        return outlined(self.adapter.layers)[layer].rank
+
 
 def factor_bytes(adapter: Adapter, factors: frozenset[str]) -> int:
     """Bytes of the named factors (`{"A", "B"}` or one of them) over all layers."""

@@ -196,7 +196,7 @@ class Method(ABC):
         parts = {name: [Part(u.adapter.layers[name], u.num_examples, u.client) for u in updates] for name in names}
         merged = settled([self._merged(state, name, parts[name]) for name in names])
         for name, layer in zip(names, merged, strict=True):
-            layer = pad(layer, state.adapter.layers[name].rank, state.seed, "fresh", state.round, name)
+            layer = pad(layer, state.rank_of(name), state.seed, "fresh", state.round, name)
             yield name, layer, self.merge_base(state, name, parts[name], layer)
 
     def _merged(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer | Unsettled:

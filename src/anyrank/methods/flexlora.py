@@ -42,5 +42,5 @@ class FlexLoRA(Method):
         return "both" if self.split == "balanced" else "B"
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:
-        weights = client_weights(parts)[:, None] * ownership(parts, state.adapter.layers[name].rank)
+        weights = client_weights(parts)[:, None] * ownership(parts, state.rank_of(name))
         return top_of(state, name, weighted_product(parts, weights), self.split)

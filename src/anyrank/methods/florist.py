@@ -52,11 +52,11 @@ class FLoRIST(Method):
         return "both" if self.split == "balanced" else "B"
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:
-        weights = client_weights(parts)[:, None] * ownership(parts, state.adapter.layers[name].rank)
+        weights = client_weights(parts)[:, None] * ownership(parts, state.rank_of(name))
         return Unsettled(weighted_product(parts, weights), None, lambda svd: self._cut(state, name, svd))
 
     def _cut(self, state: ServerState, name: str, svd: lowrank.SVD) -> LoraLayer:
         U, S, Vt = svd
         short = torch.cumsum(S**2, dim=0) < self.energy * (S**2).sum()  # true while the energy is not yet enough
-        kept = min(len(S), int(short.sum()) + 1, state.adapter.layers[name].rank)
+        kept = min(len(S), int(short.sum()) + 1, state.rank_of(name))
         return from_svd(state, name, lowrank.SVD(U[:, :kept], S[:kept], Vt[:kept]), self.split)

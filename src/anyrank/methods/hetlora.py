@@ -75,5 +75,5 @@ class HetLoRA(Method):
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
         norms = torch.tensor([lowrank.norm(lowrank.of_layer(part.layer)) for part in parts], dtype=torch.float64)
         weights = norms / norms.sum() if norms.any() else client_weights(parts)
-        owned = ownership(parts, state.adapter.layers[name].rank)
+        owned = ownership(parts, state.rank_of(name))
         return average_layer(state, name, parts, weights[:, None] * owned)

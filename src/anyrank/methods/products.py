@@ -44,7 +44,7 @@ def settled(layers: Sequence[LoraLayer | Unsettled]) -> list[LoraLayer]:
 
 def top_of(state: ServerState, name: str, product: lowrank.Product, split: Split) -> Unsettled:
     """The server's layer from the top of `product`'s SVD (see `from_svd`), not decomposed yet; for `merge_layer` to return."""
-    return Unsettled(product, state.adapter.layers[name].rank, lambda found: from_svd(state, name, found, split))
+    return Unsettled(product, state.rank_of(name), lambda found: from_svd(state, name, found, split))
 
 
 def from_product(state: ServerState, name: str, product: lowrank.Product, split: Split) -> LoraLayer:

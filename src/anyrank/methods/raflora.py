@@ -47,7 +47,7 @@ class RaFLoRA(Method):
         return "both" if self.split == "balanced" else "B"
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> Unsettled:
-        weights = slice_weights(parts, state.adapter.layers[name].rank)
+        weights = slice_weights(parts, state.rank_of(name))
         product = weighted_product(parts, weights)
         if self.empty_slice == "keep":
             product = lowrank.stack([product, empty_slices(state, name, weights)])

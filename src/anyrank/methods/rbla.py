@@ -32,6 +32,6 @@ class RBLA(Method):
     empty_slice: EmptySlice = "keep"
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
-        previous = state.adapter.layers[name]
-        kept = previous if self.empty_slice == "keep" else None
-        return average_layer(state, name, parts, self.weights(parts, previous.rank), empty=kept)
+        weights = self.weights(parts, state.rank_of(name))
+        kept = self.empty_slice == "keep" and bool((weights.sum(dim=0) == 0).any())
+        return average_layer(state, name, parts, weights, empty=state.adapter.layers[name] if kept else None)

@@ -27,5 +27,5 @@ class ZeroPad(Method):
     weights = staticmethod(padded_weights)
 
     def merge_layer(self, state: ServerState, name: str, parts: Sequence[Part]) -> LoraLayer:
-        rank = state.adapter.layers[name].rank
+        rank = state.rank_of(name)
         return average_layer(state, name, parts, self.weights(parts, rank))

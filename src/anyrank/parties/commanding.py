@@ -32,6 +32,7 @@ from anyrank.parties.policies import OWNER, SERVER, VIEWER
 
 LOOK_S = 5.0  # between two looks at the server
 ROUNDS = "anyrank.deployment.nvflare.Rounds"  # the class that runs the rounds, in the server's job
+_LOST_S = 10.0  # that a job is seen lost before it counts as lost: one that ends is so while the server stores its results
 _MOST_LOST = 3  # jobs in a row that were lost without a further round, after which a supervisor gives up
 _SUBMITTED = "submitted"  # the folder in a kit's state
 _SEEN_S = 60.0  # seconds after which a site that was not heard of counts as away
@@ -194,12 +195,16 @@ def _resume(member: Member, commands: Commands, run: str) -> str:
         raise DeployError(f"run {run}: this kit has not submitted it; resume it with the kit that did")
     jobs = _jobs_of(commands, run)
     if not jobs[-1].over:
-        raise DeployError(f"run {run}: is under way; {_watch(member)}")
+        raise _NothingToResume(f"run {run}: is under way; {_watch(member)}")
     if jobs[-1].state == "done" and _end(member, commands, jobs[-1]).get("state") == "done":
-        raise DeployError(f"run {run}: is done; nothing to resume")
+        raise _NothingToResume(f"run {run}: is done; nothing to resume")
     for job in jobs:
         _end_lost(commands, job)
     return _send(member, commands, request_of(member.kit.sites, configs.load(kept)))
+
+
+class _NothingToResume(DeployError):
+    """A run that is under way, or done."""
 
 
 def _end(member: Member, commands: Commands, job: Job) -> dict[str, Any]:
@@ -235,7 +240,7 @@ def keep_going(member: Member, run: str, tell: Callable[[str], None], look_s: fl
 @dataclass
 class _Followed:
     """A run that is followed. `reached`: the furthest round that was seen; `lost`: jobs that were lost since; `said`: the line
-    that was given last."""
+    that was given last; `lost_since`: when its newest job was first seen lost, 0 where it is not."""
 
     member: Member
     run: str
@@ -243,12 +248,14 @@ class _Followed:
     reached: int = 0
     lost: int = 0
     said: str = ""
+    lost_since: float = 0.0
 
     def look(self, commands: Commands) -> dict[str, Any] | None:
         """How the run has ended; `None` while it has not. Submits it again where that is needed."""
         job = _jobs_of(commands, self.run)[-1]
         if not job.over:
             self._note(commands, job)
+        if not job.over or self._may_be_ending(job):
             return None
         end = _end(self.member, commands, job) if job.state in ("done", "failed") else {}
         said = end.get("state")
@@ -260,8 +267,18 @@ class _Followed:
             raise RunFailed(f"run {self.run}: failed: {reason}")
         if said != "more":
             self._count(job)
-        _resume(self.member, commands, self.run)
+        with contextlib.suppress(_NothingToResume):  # it has ended since
+            _resume(self.member, commands, self.run)
         return None
+
+    def _may_be_ending(self, job: Job) -> bool:
+        """Whether a job that seems lost has not seemed so for long."""
+        now = time.monotonic()
+        self.lost_since = (self.lost_since or now) if job.lost else 0.0
+        if not job.lost or now - self.lost_since >= _LOST_S:
+            self.lost_since = 0.0
+            return False
+        return True
 
     def _note(self, commands: Commands, job: Job) -> None:
         """Say how far the run is, or what it waits for, where that has changed."""

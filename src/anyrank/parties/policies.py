@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anyrank.config.federation import OWNER, VIEWER
+from anyrank.engines.nvflare.job import SILENCE_S
 
 SERVER, SITE = "server", "site"
 RUNNING = (SERVER, SITE)  # roles that have a process
@@ -92,7 +93,8 @@ def _of_server(kit: Path, launcher: dict[str, Any]) -> dict[str, Any]:
 def _of_site(launcher: dict[str, Any]) -> dict[str, Any]:
     manager = {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0, "expiration_period": 300}
     return {
-        "client": {"retry_timeout": 30, "compression": "Gzip"},
+        # A job can only raise the last one: without it, a site waits for 300 s for a reply that was lost with its connection.
+        "client": {"retry_timeout": 30, "compression": "Gzip", "communication_timeout": SILENCE_S},
         "components": [
             {
                 "id": "resource_manager",

@@ -16,7 +16,7 @@ CONTROLLER = "anyrank.engines.nvflare.controller.AnyRankController"
 EXECUTOR = "anyrank.engines.nvflare.executor.AnyRankExecutor"
 _ROUNDS = "rounds"
 _INTERVAL_S = 0.2  # between two questions of a site whether there is a task; NVFlare's own default is 2
-_SILENCE_S = 30.0  # after which a site asks again, whose connection may have broken; the transfer of arrays has no such limit
+SILENCE_S = 30.0  # after which a site asks again, whose connection may have broken; the transfer of arrays has no such limit
 
 
 def write(
@@ -44,8 +44,8 @@ def write(
     }
     client = {
         "format_version": 2,
-        "get_task_timeout": _SILENCE_S,
-        "submit_task_result_timeout": _SILENCE_S,
+        "get_task_timeout": SILENCE_S,
+        "submit_task_result_timeout": SILENCE_S,
         "executors": [{"tasks": ["anyrank"], "executor": {"path": executor, "args": {}}}],
         "components": [],
     }
