@@ -140,7 +140,8 @@ def test_two_secrets_or_two_configurations_have_other_noise(monkeypatch: pytest.
     fresh = [new_key(tables[0]) for _ in range(64)]
     bits = np.unpackbits(np.frombuffer(b"".join(fresh), np.uint8).reshape(64, -1), axis=1)
     assert bits.shape == (64, 256)
-    assert (bits.sum(axis=0) > 0).all() and (bits.sum(axis=0) < 64).all(), "each of 256 bits is drawn"
+    assert set(bits.sum(axis=0).tolist()).isdisjoint({0, 64}), "each of 256 bits is drawn"
+    assert len(np.unique(bits, axis=1).T) == 256, "and each by itself"
 
 
 # --- full resolution ---------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_every_bit_of_the_key_matters_and_there_are_256() -> None:
 
 NAMES = (
     "a", "b", "aa", "a1", "a11", "1", "11", "A", "a ", " a", "a\x1f", "a\x1f1", "\x1fa", "1\x1fa", "a/1", "a:1", "\u00e4",
-    "a\u0308", "client-1", "client-11", "server", "client-1\0", "", "0", "\x1f", "a" * 300, "a" * 299 + "b", "private", "b" + "a" * 299,
+    "a\u0308", "client-1", "client-11", "server", "client-1\0", "", "0", "\x1f", "a" * 300, "a" * 299 + "b", "private",
 )  # fmt: skip
 
 
