@@ -35,9 +35,13 @@ STAGES = (
 
 
 FAST = (("tests/test_subspace.py", "tests/test_folders.py"),)
+LEAVES = (("tests/test_privacy_properties.py",),)
+CHARGED = (("tests/test_privacy_releases.py",),)
 PRIVATE = (
     ("tests/test_grid.py", "tests/test_private_training.py", "tests/test_private_upload.py", "tests/test_privacy_plan.py"),
     ("tests/test_privacy_run.py",),
+    *LEAVES,
+    *CHARGED,
 )
 SITE = (("tests/test_hostile_server.py",),)
 CENTRAL = (("tests/test_central_noise.py",),)
@@ -413,6 +417,294 @@ MISTAKES = (
     Mistake("a key cut short", "privacy/noise.py", "hmac.digest(self.key, f", "hmac.digest(self.key[:1], f", PRIVATE),
     Mistake(
         "one noise for every configuration", "privacy/noise.py", "json.dumps(config, sort_keys=True).encode()", 'b""', PRIVATE
+    ),
+    # what leaves: caught by properties of it, in tests that know none of these
+    Mistake("same noise every round", "privacy/noise.py", 'private\\x1f{round}\\x1f{client}"', 'private\\x1f{client}"', LEAVES),
+    Mistake("names run together", "privacy/noise.py", '\\x1f{round}\\x1f{client}"', '{round}{client}"', LEAVES),
+    Mistake(
+        "least noise of any client for all",
+        "training/private_examples.py",
+        "Gaussian(privacy.noise[declared],",
+        "Gaussian(min(privacy.noise.values()),",
+        LEAVES,
+    ),
+    Mistake(
+        "a tensor without noise",
+        "training/private_examples.py",
+        "noisy = noise.added(total.cpu().numpy(), draws)",
+        "noisy = (noise.added(total.cpu().numpy(), draws) if total.ndim > 1 else total.cpu().numpy())",
+        LEAVES,
+    ),
+    Mistake(
+        "a layer without noise",
+        "training/private_examples.py",
+        "noisy = noise.added(total.cpu().numpy(), draws)",
+        "noisy = noise.added(total.cpu().numpy(), draws) * (total is not clipped[0]) + total.numpy() * (total is clipped[0])",
+        LEAVES,
+    ),
+    Mistake(
+        "all tensors with one noise",
+        "training/private_examples.py",
+        "noise.added(total.cpu().numpy(), draws)",
+        "noise.added(total.cpu().numpy(), __import__('copy').deepcopy(draws))",
+        LEAVES,
+    ),
+    Mistake(
+        "noise of the first step in every step",
+        "training/private_examples.py",
+        "    for _ in range(privacy.local_steps):\n",
+        "    for _ in range(privacy.local_steps):\n        draws = mechanism.draws(plan.round, client)\n",
+        LEAVES,
+    ),
+    Mistake(
+        "one sample for all steps",
+        "training/private_examples.py",
+        "draws.random(len(examples)) < rate",
+        "mechanism.draws(plan.round, client).random(len(examples)) < rate",
+        LEAVES,
+    ),
+    Mistake(
+        "examples drawn in pairs",
+        "training/private_examples.py",
+        "draws.random(len(examples)) < rate",
+        "np.repeat(draws.random(-(-len(examples) // 2)), 2)[: len(examples)] < rate",
+        LEAVES,
+    ),
+    Mistake(
+        "a rate of the exact count",
+        "training/private_examples.py",
+        "rate, numbers = privacy.sampling_rate(declared)",
+        "rate, numbers = privacy.sampling_rate(len(examples))",
+        LEAVES,
+    ),
+    Mistake(
+        "the mean gradient's norm for all",
+        "training/private_examples.py",
+        "scales = clip_norm / squares.sqrt().clamp_min(clip_norm)",
+        "scales = clip_norm / squares.mean().sqrt().expand_as(squares).clamp_min(clip_norm)",
+        LEAVES,
+    ),
+    Mistake(
+        "a clip of twice the norm",
+        "training/private_examples.py",
+        "scales = clip_norm / squares.sqrt().clamp_min(clip_norm)",
+        "scales = 2 * clip_norm / squares.sqrt().clamp_min(2 * clip_norm)",
+        LEAVES,
+    ),
+    Mistake(
+        "one step fewer than is charged, with the noise of all",
+        "training/private_examples.py",
+        "for _ in range(privacy.local_steps):",
+        "for _ in range(max(1, privacy.local_steps - 1)):",
+        LEAVES,
+    ),
+    Mistake(
+        "charged a round late",
+        "privacy/ledger.py",
+        "        self.books.charge(rows)\n",
+        '        due, self.due = getattr(self, "due", []), rows\n        self.books.charge(due)\n',
+        CHARGED,
+    ),
+    Mistake(
+        "a charge that is not on disk",
+        "files.py",
+        "                os.fsync(file.fileno())\n            if not before:",
+        "            if not before:",
+        CHARGED,
+    ),
+    Mistake(
+        "more noise charged than there is",
+        "privacy/ledger.py",
+        "**vars(self.plan.spending(count, 1))}",
+        '**vars(self.plan.spending(count, 1)), "noise_multiplier": 1 + int(self.plan.noise[count])}',
+        CHARGED,
+    ),
+    Mistake(
+        "clients that spent all go on",
+        "privacy/ledger.py",
+        "return self._spent(client, round - 1) < self.plan.max_rounds",
+        "return True",
+        CHARGED,
+    ),
+    Mistake(
+        "the least epsilon reported",
+        "privacy/ledger.py",
+        "max(self.by_client(round).values()",
+        "min(self.by_client(round).values()",
+        CHARGED,
+    ),
+    Mistake(
+        "the first client's epsilon reported",
+        "privacy/ledger.py",
+        "max(self.by_client(round).values(), default=0.0)",
+        "next(iter(self.by_client(round).values()), 0.0)",
+        CHARGED,
+    ),
+    Mistake(
+        "second attempts of secure noise are free",
+        "privacy/ledger.py",
+        "return len(own) if self.plan.secure else sum(each <= round for each in set(own))",
+        "return sum(each <= round for each in set(own))",
+        CHARGED,
+    ),
+    Mistake(
+        "uploads above the clip let in",
+        "federation/federation.py",
+        "return self.privacy.upload_bound if self.privacy else math.inf",
+        "return math.inf",
+        CHARGED,
+    ),
+    Mistake(
+        "a streams' key of 32 bits", "privacy/noise.py", "int.from_bytes(digest[:16], ", "int.from_bytes(digest[:4], ", LEAVES
+    ),
+    Mistake(
+        "a streams' key of 64 bits", "privacy/noise.py", "int.from_bytes(digest[:16], ", "int.from_bytes(digest[:8], ", LEAVES
+    ),
+    Mistake(
+        "a run's key of 16 bits, written often",
+        "privacy/noise.py",
+        "return secrets.token_bytes(32)",
+        "return secrets.token_bytes(2) * 16",
+        LEAVES,
+    ),
+    Mistake(
+        "a worker's key cut short",
+        "privacy/noise.py",
+        'bytes.fromhex(table["key"]) if',
+        'bytes.fromhex(table["key"][:8]) if',
+        CHARGED,
+    ),
+    Mistake(
+        "secure noise from a seeded generator",
+        "privacy/noise.py",
+        "            return SystemDraws()\n",
+        "            return np.random.default_rng(int.from_bytes(os.urandom(4), 'big'))\n",
+        LEAVES,
+    ),
+    Mistake("secure noise too small", "privacy/noise.py", "sum(axis=0) / 2", "sum(axis=0) / 2.2", LEAVES),
+    Mistake(
+        "secure noise of two uniform numbers",
+        "privacy/noise.py",
+        "(radius * np.cos(2 * np.pi * self.random(4 * size))).reshape(4, size).sum(axis=0) / 2",
+        "(self.random(size) - self.random(size)) * 6**0.5 + 0 * radius[:size]",
+        LEAVES,
+    ),
+    Mistake(
+        "NumPy's global noise",
+        "privacy/grid.py",
+        "draws.standard_normal(values.size)",
+        "np.random.standard_normal(values.size)",
+        LEAVES,
+    ),
+    Mistake(
+        "noise of float32",
+        "privacy/grid.py",
+        "draws.standard_normal(values.size).reshape",
+        "draws.standard_normal(values.size).astype(np.float32).astype(np.float64).reshape",
+        LEAVES,
+    ),
+    Mistake(
+        "the sign of noise",
+        "privacy/grid.py",
+        "draws.standard_normal(values.size).reshape",
+        "np.sign(draws.standard_normal(values.size)).reshape",
+        LEAVES,
+    ),
+    Mistake(
+        "noise without tails",
+        "privacy/grid.py",
+        "draws.standard_normal(values.size).reshape",
+        "(np.clip(draws.standard_normal(values.size), -2.5, 2.5) * 1.0145).reshape",
+        LEAVES,
+    ),
+    Mistake(
+        "half of the numbers, twice",
+        "privacy/grid.py",
+        "draws.standard_normal(values.size).reshape",
+        "np.resize(draws.standard_normal(-(-values.size // 2)), values.size).reshape",
+        LEAVES,
+    ),
+    Mistake(
+        "noise that follows the value",
+        "privacy/grid.py",
+        "draws.standard_normal(values.size).reshape",
+        "(draws.standard_normal(values.size) * np.where(values.ravel() > 0, 0.9, 1.09)).reshape",
+        LEAVES,
+    ),
+    Mistake(
+        "noise before the clip",
+        "training/private_upload.py",
+        "        name: torch.from_numpy(noise.added(change.cpu().numpy(), draws)).to(change.device)\n"
+        "        for name, change in sorted(_clipped(changes, clip_norm).items())\n    }\n",
+        "        name: torch.from_numpy(noise.added(change.cpu().numpy(), draws)).to(change.device)\n"
+        "        for name, change in sorted(changes.items())\n    }\n    noisy = _clipped(noisy, clip_norm)\n",
+        LEAVES,
+    ),
+    Mistake(
+        "a head as it was trained",
+        "training/private_upload.py",
+        "(tensor.double() + noisy[name]).to(tensor.dtype) for name",
+        "trained.tensors[name] for name",
+        LEAVES,
+    ),
+    Mistake(
+        "each tensor with a clip of its own",
+        "training/private_upload.py",
+        "change * (clip_norm / norm.clamp_min(clip_norm))",
+        "change * (clip_norm / change.norm().clamp_min(clip_norm))",
+        LEAVES,
+    ),
+    Mistake(
+        "noise by the factor, not by the product",
+        "training/private_upload.py",
+        "_out(noisy[name], metrics[name], factor))",
+        "noisy[name])",
+        LEAVES,
+    ),
+    Mistake("half the noise at the server", "robust/central_noise.py", "Gaussian(largest,", "Gaussian(largest / 2,", LEAVES),
+    Mistake(
+        "the least noise at the server",
+        "robust/central_noise.py",
+        "max(plan.noise.values())",
+        "min(plan.noise.values())",
+        LEAVES,
+    ),
+    Mistake("the server's noise of round 1", "robust/central_noise.py", 'draws(round, "server")', 'draws(1, "server")', LEAVES),
+    Mistake(
+        "one factor without the server's noise",
+        "robust/central_noise.py",
+        "for name, far in sorted(reach.items())}",
+        "for name, far in sorted(reach.items())[:1]}",
+        LEAVES,
+    ),
+    Mistake("the mean weight for the largest", "robust/central_noise.py", ".max(dim=0).values", ".mean(dim=0)", LEAVES),
+    Mistake(
+        "another delta than was asked",
+        "privacy/accountants.py",
+        "ACCOUNTANTS[accountant](spending, delta)",
+        "ACCOUNTANTS[accountant](spending, 1e-3)",
+        CHARGED,
+    ),
+    Mistake(
+        "the noise cut to two digits",
+        "privacy/accountants.py",
+        "    while excess(math.log(noise)) > 0:",
+        "    noise = math.floor(100 * noise) / 100\n    while False:",
+        CHARGED,
+    ),
+    Mistake(
+        "noise for the count itself",
+        "privacy/plan.py",
+        "counts = sorted({declare(int(size), asked.counts) for size in sizes})",
+        "counts = sorted({int(size) for size in sizes} | {declare(int(size), asked.counts) for size in sizes})",
+        CHARGED,
+    ),
+    Mistake(
+        "max_rounds of the plan ignored",
+        "privacy/plan.py",
+        "max_rounds = min(asked.max_rounds or config.run.rounds, config.run.rounds)",
+        "max_rounds = asked.max_rounds or 1",
+        CHARGED,
     ),
     # a site's own budget, against a hostile server
     Mistake(

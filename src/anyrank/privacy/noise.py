@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +73,9 @@ class Mechanism:
             return SystemDraws()
         digest = hmac.digest(self.key, f"private\x1f{round}\x1f{client}".encode(), "sha256")
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
+
+    def observe(self, parameters: Sequence[Any]) -> None:
+        """What is done before each private step: nothing. An audit, with a mechanism of its own, reads the noisy gradients."""
 
     def table(self) -> dict[str, Any]:
         """The mechanism as a JSON object, with its key: only for processes that may have the key."""

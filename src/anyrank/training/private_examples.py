@@ -54,6 +54,7 @@ def train(
             parameter.grad = torch.from_numpy(noisy).to(parameter.dtype).to(parameter.device)  # rounded once
             if plan.config.proximal_mu:  # FedProx's term depends only on the weights, which are not secret
                 parameter.grad.add_(parameter.detach() - then, alpha=plan.config.proximal_mu)
+        mechanism.observe(parameters)
         optimizer.step()
     return ClientUpdate(model.read(download), declared, client)
 

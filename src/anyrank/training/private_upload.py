@@ -84,6 +84,16 @@ def release(download: Download, trained: Adapter, clip_norm: float, noise_multip
     return replace(before, layers=layers, tensors=tensors)
 
 
+def coordinates(download: Download, one: Adapter, other: Adapter) -> dict[str, Tensor]:
+    """`{tensor: one - other}` of two uploads of `download`, in the coordinates in which the mechanism works (float64)."""
+    (factor,) = download.train
+    moved = {
+        f"layer {name}, {factor}": _in(_change(one, other, name, factor), _metric(layer, factor), factor)
+        for name, layer in download.adapter.layers.items()
+    }
+    return moved | {f"parameter {name}": tensor.double() - other.tensors[name].double() for name, tensor in one.tensors.items()}
+
+
 def _change(trained: Adapter, before: Adapter, name: str, factor: str) -> Tensor:
     return getattr(trained.layers[name], factor).double() - getattr(before.layers[name], factor).double()
 
