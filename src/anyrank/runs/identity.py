@@ -60,9 +60,7 @@ def of(config: Config) -> dict[str, dict[str, str]]:
     return {key: found for key, path in named.items() if path and (found := _digests(Path(path)))}
 
 
-def note(
-    folder: Path, config: Config, agreed: Mapping[str, str] | None = None, held: Mapping[str, str] | None = None
-) -> None:
+def note(folder: Path, config: Config, agreed: Mapping[str, str] | None = None, held: Mapping[str, str] | None = None) -> None:
     """Write down what a run begins with; `agreed`: digests of what its sites have in common; `held`: digests of what a private
     run holds in memory, of which tags are noted."""
     noted = {_CONFIG: tables.identity(config), **_noted(of(config), held, _new_tags(config))}
