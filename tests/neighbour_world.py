@@ -255,7 +255,7 @@ def different(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> set[str]:
 def _within(name: str, one: bytes, other: bytes) -> Iterator[str]:
     if name.endswith(".jsonl"):
         lines = [list(map(json.loads, text.splitlines())) for text in (one, other)]
-        yield from ["", *(f":{where}" for pair in zip(*lines) for where in _leaves(*pair))][len(lines[0]) == len(lines[1]) :]
+        yield from ["", *(f":{where}" for pair in zip(*lines, strict=False) for where in _leaves(*pair))][len(lines[0]) == len(lines[1]) :]
     elif name.endswith(".json"):
         yield from (f":{where}" for where in _leaves(json.loads(one), json.loads(other)))
     else:

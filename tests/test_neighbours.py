@@ -21,19 +21,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("dp_accounting")
 
-import neighbour_world as world  # noqa: E402
-from anyrank.cli import console, main  # noqa: E402
-from anyrank.messages import calls, wire  # noqa: E402
-from anyrank.privacy import noise, tags  # noqa: E402
-from anyrank.privacy.noise import Mechanism, SystemDraws  # noqa: E402
-from anyrank.tasks import load  # noqa: E402
-from anyrank.training import local, private_examples, private_upload  # noqa: E402
-from anyrank.worker import desk  # noqa: E402
-from neighbour_world import KINDS, LEVELS  # noqa: E402
+import neighbour_world as world
+from anyrank.cli import console, main
+from anyrank.messages import calls, wire
+from anyrank.privacy import noise, tags
+from anyrank.privacy.noise import Mechanism, SystemDraws
+from anyrank.tasks import load
+from anyrank.training import local, private_examples, private_upload
+from anyrank.worker import desk
+from neighbour_world import KINDS, LEVELS
 
 FULL = bool(os.environ.get("ANYRANK_NEIGHBOURS"))
 SECRET = "0123456789abcdef" * 2
@@ -78,7 +79,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is learned from any example, and the noise is the same: all releases are."""
-    zeros = lambda self, *_: [private_examples._wide(p.detach() * 0) for p in self.parameters]  # noqa: E731
+
+    def zeros(self, *_):
+        return [private_examples._wide(p.detach() * 0) for p in self.parameters]
+
     monkeypatch.setattr(private_examples.PerExample, "clipped", zeros)
     ended = local.train
 
@@ -148,7 +152,8 @@ def test_what_differs_is_computed_from_released_adapters_or_is_a_tag(place: Path
     world.write(place, kind, changed(kind, "one more" if level == "example" else "another client"))
     left_by_other, _ = run(place, "--json")
     differ = world.different(left, left_by_other)
-    assert "identity.json:data.source" in differ and any(each.startswith("adapter/") for each in differ), "the data matter"
+    assert "identity.json:data.source" in differ
+    assert any(each.startswith("adapter/") for each in differ), "the data matter"
     kept = {each for each in differ if each not in COMPUTED | {TAGS_OF_SPLIT} and not each.startswith((*COMPUTED_BELOW, *TAGS))}
     assert kept == set()
 
@@ -159,11 +164,13 @@ def test_counts_and_times_are_not_said(place: Path) -> None:
     world.write(place, kind, changed(kind, "longer"))
     left, (_, out, said) = run(place)
     summary = json.loads(left["summary.json"])
-    assert summary["seconds"] is None and not {"inputs_bytes", "inputs_in"} & summary.keys()
+    assert summary["seconds"] is None
+    assert not {"inputs_bytes", "inputs_in"} & summary.keys()
     assert summary["train_examples"] == world.NORTH + world.SOUTH, "what both clients declare"
     assert {json.loads(line)["seconds"] for line in left["metrics.jsonl"].splitlines()} == {None}
     everything = out + said + "".join(text.decode("latin-1") for name, text in left.items() if name.endswith(("json", "jsonl")))
-    assert "cut at" not in everything and "time" not in out
+    assert "cut at" not in everything
+    assert "time" not in out
 
 
 # --- failures ----------------------------------------------------------------------------------------------------------
@@ -203,8 +210,7 @@ def test_a_batch_that_fails_costs_the_failing_example_alone(place: Path) -> None
         state = built.method.init(built.engine.start(4, *_start(built)), *_start(built))
         download = built.method.dispatch(state, built.population.client(0))
         sums = private_examples.PerExample(model, model.load(download))
-        index = lambda *rows: private_examples.torch.tensor(rows)  # noqa: E731
-        with_it, without = sums.clipped(index(1, 2, 3), 1.0), sums.clipped(index(1, 3), 1.0)
+        with_it, without = (sums.clipped(torch.tensor(index), 1.0) for index in ([1, 2, 3], [1, 3]))
         assert any(float(total.abs().max()) > 0 for total in without)
         for one, other in zip(with_it, without, strict=True):
             np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-7)
@@ -225,7 +231,9 @@ def test_an_error_about_a_row_reaches_the_one_who_gave_the_command_alone(place: 
     rows = world.rows_of(kind)
     world.write(place, kind, [*rows[:3], rows[3] | {"text": ""}, *rows[4:]])
     status, out, said = command("run", "c.toml", "--out", "run")
-    assert status == 2 and out == "" and len(said.strip().splitlines()) == 1
+    assert status == 2
+    assert out == ""
+    assert len(said.strip().splitlines()) == 1
     assert not (place / "run").exists()
 
 
@@ -292,7 +300,7 @@ def test_replies_of_workers_are_the_same_byte_by_byte(place: Path, blind: None) 
     from anyrank import simulation
     from anyrank.messages.frame import to_bytes
     from anyrank.messages.plan import plan_round
-    from anyrank.messages.records import BOTH, Job
+    from anyrank.messages.records import BOTH
 
     kind, left = KINDS["own"], []
     world.make(place, kind, "example")
@@ -302,15 +310,15 @@ def test_replies_of_workers_are_the_same_byte_by_byte(place: Path, blind: None) 
         built = simulation.build(config)
         state = built.method.init(built.engine.start(4, *_start(built)), *_start(built))
         client = built.population.client(0)
-        job = Job(client, 20, lambda: dataclasses.replace(built.method.dispatch(state, client), send=BOTH))  # noqa: B023
+        download = dataclasses.replace(built.method.dispatch(state, client), send=BOTH)
         plan = plan_round(config.train, 1, 2, config.run.seed)
         mechanism = Mechanism(built.privacy, bytes(32))
         held = desk.load(config, 4, lambda done, total: None)
         answering = desk.Desk()
         answering.held = held
-        sent = [wire.download_frame(job.download, plan, client, 20, "run")]
+        sent = [wire.download_frame(download, plan, client, 20, "run")]
         wanted = calls.cohort_frame(calls.Cohort(1, None, mechanism.table()), "run")
-        left.append([to_bytes(frame) for frame in answering.answer(wanted, lambda: sent.pop(), lambda frame: None)])
+        left.append([to_bytes(frame) for frame in answering.answer(wanted, sent.pop, lambda frame: None)])
         held.model.close()
         built.close()
     assert len(left[0]) == 1
@@ -366,8 +374,6 @@ def _tags(noted: dict) -> list[str]:
 
 
 def _task(rows: int = 40, **changes) -> object:
-    import torch
-
     import anyrank
 
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(rows, 4)).astype("float32"))

@@ -93,8 +93,9 @@ def _figures(metrics: Mapping[str, Any]) -> str:
 
 
 class Preparing:
-    """Progress of one long task, `callback(done, total)`: a live line on a terminal; otherwise a plain line at times. `percent`:
-    in hundredths, so that it does not show how many examples there are."""
+    """Progress of one long task, `callback(done, total)`: a live line on a terminal; otherwise a plain line at times.
+
+    `percent`: in hundredths, so that it does not show how many examples there are."""
 
     def __init__(self, title: str, quiet: bool = False, percent: bool = False) -> None:
         self._percent = percent

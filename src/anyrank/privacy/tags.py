@@ -1,8 +1,8 @@
 """Tags of private data: by them, a run sees that its data are still the same, and nobody else can check a guess of them.
 
 A plain digest of a file would do for the run. But whoever reads the run folder, and guesses a row, could verify it by that
-digest. A tag is an HMAC with a secret of the user, which is beside the noise keys, in the user's own state folder. Each run adds
-a salt of its own, so that the tags of two runs do not say whether their data are the same.
+digest. A tag is an HMAC with a secret of the user, which is beside the noise keys, in the user's own state folder. Each run
+adds a salt of its own, so that the tags of two runs do not say whether their data are the same.
 """
 
 from __future__ import annotations

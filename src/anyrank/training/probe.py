@@ -24,8 +24,9 @@ _TOLERANCE = 1e-3  # share of a step's size: float32's rounding stays below it
 
 
 def check(model: LoraModel, private: bool = False) -> None:
-    """Raise `ModelError`, in one line, for a task that LoRA cannot train or whose scores would not show the training. `private`:
-    held-out examples stand for training examples too, so that whether a run begins does not depend on one of these.
+    """Raise `ModelError`, in one line, for a task that LoRA cannot train or whose scores would not show the training.
+
+    `private`: held-out examples stand for training examples too, so that whether a run begins does not depend on one of these.
 
     Every target is reached by the forward pass, in training as in scoring; the loss is one finite number an example, of the
     training examples as of the held-out ones; what is trained moves it; a label is one of the module's outputs.
