@@ -252,7 +252,7 @@ def test_long_examples_are_cut_and_counted(folders, data):
     task = load(folders["llama"], data, max_length=44)
     whole = load(folders["llama"], data)
     assert whole.train.inputs.lengths.max() == 45
-    assert "2 of 8 examples cut at 44 tokens" in task.name  # one of each part
+    assert "2 of 8 examples cut at 44 tokens" in task.note  # one of each part
     assert "cut" not in whole.name
     assert task.train.inputs.lengths.tolist() == [min(44, length) for length in whole.train.inputs.lengths.tolist()]
     with pytest.raises(DataError, match=r"max_length = 30: the prompts of 1 of 4 examples leave no room .* has 35 tokens"):

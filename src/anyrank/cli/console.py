@@ -93,9 +93,12 @@ def _figures(metrics: Mapping[str, Any]) -> str:
 
 
 class Preparing:
-    """Progress of one long task, `callback(done, total)`: a live line on a terminal; otherwise a plain line at times."""
+    """Progress of one long task, `callback(done, total)`: a live line on a terminal; otherwise a plain line at times.
 
-    def __init__(self, title: str, quiet: bool = False) -> None:
+    `percent`: in hundredths, so that it does not show how many examples there are."""
+
+    def __init__(self, title: str, quiet: bool = False, percent: bool = False) -> None:
+        self._percent = percent
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -111,6 +114,8 @@ class Preparing:
             self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
+        if self._percent:
+            done, total = 100 * done // max(1, total), 100
         if self._progress.disable:
             if not self._quiet and time.monotonic() - self._spoke > 5:
                 self._spoke = time.monotonic()

@@ -68,7 +68,7 @@ def _comparison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
         f"energy past\nrank {rows[0]['rank']}": lambda row: _known(row["collapse"]),
         "MB up": lambda row: megabytes(row["upload_bytes"]),
         "MB down": lambda row: megabytes(row["download_bytes"]),
-        "s / run": lambda row: f"{row['seconds']:.1f}",
+        "s / run": lambda row: _known(row["seconds"], 1),
     }
 
 
@@ -103,8 +103,8 @@ def _leading(text: str, leads: bool) -> Text:
     return Text(text, style="bold" if leads else "")
 
 
-def _known(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _known(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def study_tables(results: Mapping[str, Any], cells_of: Callable[[Mapping[str, Any]], Any]) -> list[Table]:
@@ -161,12 +161,21 @@ def run_table(summary: Mapping[str, Any]) -> Group:
         "updates not used": str(summary["rejected"]),
         **_disturbances(summary),
         "head": summary["head"],
-        "examples": f"{megabytes(summary['inputs_bytes'])} MB, {_PLACES[summary['inputs_in']]}",
-        "time": f"{summary['seconds']:.1f} s",
+        **_measured(summary),
     }
     for name, value in figures.items():
         table.add_row(name, value)
     return Group(table, *sites.tables(summary))
+
+
+def _measured(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of what a private run does not say, because it depends on single examples."""
+    rows = {}
+    if "inputs_bytes" in summary:
+        rows["examples"] = f"{megabytes(summary['inputs_bytes'])} MB, {_PLACES[summary['inputs_in']]}"
+    if summary["seconds"] is not None:
+        rows["time"] = f"{summary['seconds']:.1f} s"
+    return rows
 
 
 def _disturbances(summary: Mapping[str, Any]) -> dict[str, str]:

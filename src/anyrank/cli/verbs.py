@@ -115,7 +115,8 @@ def run(
     from anyrank.cli import console, tables
 
     rounds = console.Rounds(chosen.run.rounds, chosen.method.name, quiet=as_json)
-    with console.Preparing("preparing", quiet=as_json) as preparing, rounds:
+    private = chosen.privacy.level != "none"
+    with console.Preparing("preparing", quiet=as_json, percent=private) as preparing, rounds:
         tell = None if as_json else lambda line: console.err.print(line, soft_wrap=True)
         summary = simulation.execute(chosen, folder, resume, lambda metrics: rounds("", metrics), preparing, tell)
     page = report.build([folder], folder / "report.html")

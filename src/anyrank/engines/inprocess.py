@@ -11,6 +11,7 @@ from anyrank.errors import RunFailed
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Failure, Job, Profile, Reported, Scaling, Scores
 from anyrank.privacy.noise import Mechanism
+from anyrank.tasks import digest
 from anyrank.tasks.base import score
 from anyrank.training import memory, trainer
 from anyrank.training.lora import LoraModel
@@ -35,6 +36,11 @@ class InProcess:
     eval_batch_size: int = 1024
     stacking: str = "auto"
     scorer: Score | None = None
+
+    @property
+    def held(self) -> dict[str, str]:
+        """Digests of what a private run holds in memory: it continues with the same."""
+        return digest.held(self.model.task, getattr(self.shards, "shards", self.shards))
 
     def start(self, rank: int, scaling: Scaling, seed: int) -> Adapter:
         return self.model.start(rank, scaling, seed)

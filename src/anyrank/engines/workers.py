@@ -6,6 +6,7 @@ it is sent has all that it needs, also what stays with a client on real sites: o
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -65,6 +66,11 @@ class Workers:
         if self._ready is None:
             self._posts.open()
         return self._ready
+
+    @property
+    def held(self) -> dict[str, str]:
+        """Digests of what the workers of a private run hold in memory: it continues with the same."""
+        return json.loads(self.ready.base_digest)
 
     def keep_in(self, folder: Path) -> None:
         """Keep large replies in a file in `folder` until they are merged, not in memory."""

@@ -48,7 +48,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
         state, end = advanced.state, advanced.standing
         metrics = measure(federation, state, collected, end, advanced.idle)
         metrics |= scoring.reported(federation, work.asked, collected) | ledger.figures(round)
-        metrics["seconds"] = time.perf_counter() - began
+        metrics["seconds"] = None if federation.privacy else time.perf_counter() - began  # how many examples were drawn
         store.commit(late.joined(state, held), metrics, collected.rows)
         quarantine.note(collected.rows)
         if on_round:

@@ -57,7 +57,7 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
         "effective_rank": metrics[-1]["effective_rank"],
         "upload_bytes": sum(row["upload_bytes"] for row in metrics),
         "download_bytes": sum(row["download_bytes"] for row in metrics),
-        "seconds": sum(row["seconds"] for row in metrics),
+        "seconds": None if federation.privacy else sum(row["seconds"] for row in metrics),
         "clients": len(population),
         "cohort": population.cohort_size,
         "ranks": count_ranks(population.ranks),
@@ -65,10 +65,16 @@ def summarize(federation: Federation, start: Standing, end: Standing, metrics: S
         "rejected": sum(row["rejected"] for row in metrics),
         "shortened": sum(row.get("shortened", 0) for row in metrics),
         "idle_rounds": sum(bool(row.get("idle")) for row in metrics),
-        **federation.facts.table(),
+        **_facts(federation),
         "versions": versions(),
         "platform": platform.platform(),
     }
+
+
+def _facts(federation: Federation) -> dict[str, Any]:
+    """What the task is. The bytes of a private run's examples are those of its longest texts and of their exact number."""
+    table = federation.facts.table()
+    return {key: value for key, value in table.items() if not (federation.privacy and key in ("inputs_bytes", "inputs_in"))}
 
 
 def label(method: str, ranks: Sequence[int], population: Any) -> str:

@@ -59,7 +59,8 @@ def progress_of(frame: Frame) -> tuple[int, int]:
 @dataclass(frozen=True, eq=False)
 class Ready:
     """A worker that has loaded its task: the `roster` of the clients that it can train, whether it trains clients of a round
-    `together`, the bytes of memory that it has taken, and the digest of its base model (empty: not given).
+    `together`, the bytes of memory that it has taken, and the digest of its base model (empty: not given). A worker of a
+    private run on the server's own machine gives the digests of all that it holds, as JSON.
     """
 
     roster: Roster

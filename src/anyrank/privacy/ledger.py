@@ -25,6 +25,11 @@ class Books(Protocol):
         """Write the plan with the key's name, or compare it with the stored plan; returns the key's name."""
         ...
 
+    @property
+    def origin(self) -> str:
+        """A digest of all files, data and versions that the run's releases are computed from."""
+        ...
+
     def charges(self) -> list[dict[str, Any]]: ...
 
     def charge(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
@@ -149,7 +154,7 @@ def open_ledger(
     """
     if plan is None:
         return Unlimited()
-    make = (lambda: "") if plan.secure else (lambda: noise.keep_key(noise.new_key(config)))
+    make = (lambda: "") if plan.secure else (lambda: noise.keep_key(noise.new_key(config, books.origin)))
     ledger = Ledger(plan, books, books.keep_plan(plan.table(), make))
     for round in range(1, over + 1):
         ledger.check_round(round, drawn(round))

@@ -94,19 +94,27 @@ def key_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "anyrank" / "privacy"
 
 
-def new_key(config: Mapping[str, Any]) -> bytes:
-    """A run's key: 32 fresh random bytes, or, if `$ANYRANK_PRIVACY_SEED` is set, bytes derived from that secret and `config`.
-
-    With the secret, the same configuration gives the same bytes again; another configuration never gets the same noise.
-    """
-    seed = os.environ.get(SEED)
-    if seed is None:
-        return secrets.token_bytes(32)
-    if len(seed) < _LEAST_SEED:
+def seed() -> bytes | None:
+    """The secret in `$ANYRANK_PRIVACY_SEED`, if it is set. Raises `RunError` for one that could be guessed."""
+    given = os.environ.get(SEED)
+    if given is not None and len(given) < _LEAST_SEED:
         raise RunError(
-            f"${SEED}: expected at least {_LEAST_SEED} random characters, got {len(seed)}; try: openssl rand -hex 32"
+            f"${SEED}: expected at least {_LEAST_SEED} random characters, got {len(given)}; try: openssl rand -hex 32"
         )
-    return hmac.digest(seed.encode(), json.dumps(config, sort_keys=True).encode(), "sha256")
+    return None if given is None else given.encode()
+
+
+def new_key(config: Mapping[str, Any], origin: str = "") -> bytes:
+    """A run's key: 32 fresh random bytes, or, if `$ANYRANK_PRIVACY_SEED` is set, bytes derived from that secret and all that
+    the run's releases are computed from: `config`, and `origin`, a digest of data, base model, code and versions.
+
+    With the secret, the same run gives the same bytes again. Another configuration, other data, another base model or another
+    version never gets the same noise: the difference of two results would have no noise in it.
+    """
+    given = seed()
+    if given is None:
+        return secrets.token_bytes(32)
+    return hmac.digest(given, json.dumps([config, origin], sort_keys=True).encode(), "sha256")
 
 
 def name_of(key: bytes) -> str:
@@ -122,11 +130,12 @@ def keep_key(key: bytes) -> str:
     folder, name = key_folder(), name_of(key)
     files.make_folder(folder, mode=0o700)
     files.sweep(folder)
-    files.write_whole(folder / name, lambda path: _write_for_owner(path, key.hex()))
+    files.write_whole(folder / name, lambda path: write_for_owner(path, key.hex()))
     return name
 
 
-def _write_for_owner(path: Path, text: str) -> None:
+def write_for_owner(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, where the system has modes."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)

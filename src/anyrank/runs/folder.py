@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,33 +60,42 @@ class RunDir:
         self._logs: dict[str, Log] = {}
         self._ledger: Mark | None = None  # as the checkpoint has it that the run went on from
         self._mark = ""
+        self._origin: Callable[[], str] = str
         self._lock = lock.take(path)
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], config: Config, resume: bool = False, agreed: Mapping[str, str] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        config: Config,
+        resume: bool = False,
+        agreed: Mapping[str, str] | None = None,
+        held: Mapping[str, str] | None = None,
     ) -> RunDir:
         """A new run folder, or (with `resume`) one that continues; made if there is none yet. Raises what `check` raises.
 
-        `agreed`: digests of what the sites of a federation have in common, which is noted, and must be the same later."""
+        `agreed`: digests of what the sites of a federation have in common, which is noted, and must be the same later; `held`:
+        digests of what a private run holds in memory, of which the same is true."""
         path = Path(path)
         cls.check(path, config, resume)
         identity.check_agreed(path, agreed)
+        identity.check_held(path, config, held)
         files.make_folder(path)
         run = cls(path, config)
         try:
             for folder in (path, *(entry for entry in files.contents(path) if entry.is_dir())):
                 files.sweep(folder)
-            run._begin(agreed)
+            run._begin(agreed, held)
         except BaseException:
             run.close()
             raise
         return run
 
-    def _begin(self, agreed: Mapping[str, str] | None) -> None:
+    def _begin(self, agreed: Mapping[str, str] | None, held: Mapping[str, str] | None) -> None:
         """Note what a new run begins with."""
+        self._origin = partial(identity.origin, self.config, agreed, held)
         if not os.path.lexists(self.path / CONFIG):
-            identity.note(self.path, self.config, agreed)
+            identity.note(self.path, self.config, agreed, held)
             files.write_whole_text(self.path / CONFIG, tomli_w.dumps(to_table(self.config)))
         self._mark = identity.mark(self.path)
 
@@ -213,6 +223,11 @@ class RunDir:
     def clients(self) -> list[dict[str, Any]]:
         """All clients' rows so far."""
         return read_lines(self.path / CLIENTS)
+
+    @property
+    def origin(self) -> str:
+        """A digest of all that the run's releases are computed from, for its noise key. It is never written."""
+        return self._origin()
 
     def keep_plan(self, plan: Mapping[str, Any], make_key: Callable[[], str]) -> str:
         """Store the run's privacy plan and the name of its noise key, or see that the plan is the one that is there.

@@ -2,12 +2,17 @@
 same ones.
 
 The note is never written again, and each checkpoint has its digest: a checkpoint continues the run that it is of, and no other.
+
+A private run's note has no digests of data, and no names of files below a folder of data: by them, a guess of a row could be
+verified. It has tags instead (`anyrank.privacy.tags`), also of what is in memory: base model, examples, and whose they are. It
+also has the versions of the packages that compute its releases, because a round that is repeated has the same noise.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import stat
@@ -19,14 +24,19 @@ from anyrank.config import tables
 from anyrank.config.sections import Config
 from anyrank.errors import RunError
 from anyrank.files import read_bounded, write_whole_text
+from anyrank.privacy import tags
+from anyrank.privacy.tags import Tags
 from anyrank.runs.matching import check_grown, flat
-from anyrank.runs.names import CONFIG, IDENTITY, MOST_BYTES, read_object
+from anyrank.runs.names import CONFIG, IDENTITY, MOST_BYTES, SUMMARY, read_object
 
 _PIECE = 1 << 20
 _MOST = 2 << 30  # bytes of a folder, or file, of which every byte is read
 _LISTED = 1000  # files of a folder whose digests are noted one by one
 _AGREED = "agreed"  # the entry of what sites agreed on
 _CONFIG = "config"  # the entry of the configuration, among those of the keys that name files
+_TAGS, _HELD, _VERSIONS = "tags", "held", "versions"  # entries of a private run: how it makes tags, those of what is in memory
+_PUBLIC = ("model.path", "model.file", "method.file", "eval.file")  # keys whose files are not private
+_COMPUTE = ("anyrank", "torch", "numpy")  # packages that compute what a private run releases
 _EMBEDDED = ("digits", "arithmetic")  # sources that come with the package, whatever lies in the working folder
 
 
@@ -50,10 +60,18 @@ def of(config: Config) -> dict[str, dict[str, str]]:
     return {key: found for key, path in named.items() if path and (found := _digests(Path(path)))}
 
 
-def note(folder: Path, config: Config, agreed: Mapping[str, str] | None = None) -> None:
-    """Write down what a run begins with; `agreed`: digests of what its sites have in common."""
-    noted = {_CONFIG: tables.identity(config), **of(config), **({_AGREED: dict(agreed)} if agreed else {})}
+def note(folder: Path, config: Config, agreed: Mapping[str, str] | None = None, held: Mapping[str, str] | None = None) -> None:
+    """Write down what a run begins with; `agreed`: digests of what its sites have in common; `held`: digests of what a private
+    run holds in memory, of which tags are noted."""
+    noted = {_CONFIG: tables.identity(config), **_noted(of(config), held, _new_tags(config))}
+    noted |= {_AGREED: dict(agreed)} if agreed else {}
     write_whole_text(folder / IDENTITY, json.dumps(noted, indent=2) + "\n")
+
+
+def origin(config: Config, agreed: Mapping[str, str] | None = None, held: Mapping[str, str] | None = None) -> str:
+    """A digest of all that a private run's releases are computed from, for its noise key. Not to be published."""
+    whole = [of(config), dict(agreed or {}), dict(held or {}), _versions()]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def mark(folder: Path) -> str:
@@ -71,13 +89,45 @@ def check(folder: Path, config: Config) -> None:
     that noted nothing passes here. Whether a note was removed is seen by the checkpoint."""
     if not os.path.lexists(folder / IDENTITY):
         return
-    stored, now = read_object(folder / IDENTITY), of(config)
-    stored.pop(_AGREED, None)
+    stored = read_object(folder / IDENTITY)
+    now = _noted(of(config), None, _stored_tags(folder, stored))
+    for entry in (_AGREED, _HELD, _VERSIONS):
+        stored.pop(entry, None)
+        now.pop(entry, None)
     _check_config(folder, stored.pop(_CONFIG, None), config)
     for key in sorted(stored.keys() | now.keys()):
         began, found = (each.get(key, {}) for each in (stored, now))
         if began != found:
             raise _changed(folder, config, key, began, found)
+
+
+def check_held(folder: Path, config: Config, held: Mapping[str, str] | None) -> None:
+    """Raise `RunError` if a private run would continue with other data in memory, another base model or other versions of the
+    packages than it began with: its noise would be the same. Versions of a run that is finished may differ."""
+    if not os.path.lexists(folder / IDENTITY):
+        return
+    stored, over = read_object(folder / IDENTITY), os.path.lexists(folder / SUMMARY)
+    if config.privacy.level == "none" or (over and stored.get(_TAGS) is None):
+        return
+    if stored.get(_TAGS) is None:
+        raise RunError(f"{folder}: the private run in it was begun by another version of anyrank; choose another --out")
+    now, began = _noted({}, held, _stored_tags(folder, stored)), {}
+    for entry in (_HELD, _VERSIONS):
+        began[entry] = stored.get(entry, {})
+        if not isinstance(began[entry], Mapping):
+            raise _damaged(folder)
+    for part in sorted(began[_HELD].keys() | now[_HELD].keys()):
+        if began[_HELD].get(part) != now[_HELD].get(part):
+            raise RunError(
+                f"{folder}: the private run in it began with another {part} than it has now; go on with the same, or choose "
+                "another --out"
+            )
+    for package in _COMPUTE if not over else ():
+        if began[_VERSIONS].get(package) != now[_VERSIONS].get(package):
+            raise RunError(
+                f"{folder}: the private run in it began with {package} {began[_VERSIONS].get(package)}, and this is "
+                f"{now[_VERSIONS].get(package)}; go on with that version, or choose another --out"
+            )
 
 
 def check_agreed(folder: Path, agreed: Mapping[str, str] | None) -> None:
@@ -93,6 +143,34 @@ def check_agreed(folder: Path, agreed: Mapping[str, str] | None) -> None:
                 f"sites ({what}): have another one than when the run in {folder} began; go on with the same base model and "
                 "versions, or choose another --out"
             )
+
+
+def _noted(files: Mapping[str, Any], held: Mapping[str, str] | None, how: Tags | None) -> dict[str, Any]:
+    """The entries of a run: `files`, as `of` has them. Of a private run (`how`), tags stand for the digests of data."""
+    if how is None:
+        return dict(files)
+    tagged = {key: found if key in _PUBLIC else {"": how.of(key, found)} for key, found in files.items()}
+    in_memory = {part: how.of(part, {"": digest}) for part, digest in (held or {}).items()}
+    return {_TAGS: how.table(), **tagged, _HELD: in_memory, _VERSIONS: _versions()}
+
+
+def _new_tags(config: Config) -> Tags | None:
+    return tags.new(tables.identity(config)) if config.privacy.level != "none" else None
+
+
+def _stored_tags(folder: Path, noted: Mapping[str, Any]) -> Tags | None:
+    """How the run in `folder` makes tags; `None` for one that is not private, or that a version before this one began."""
+    table = noted.get(_TAGS)
+    if table is None:
+        return None
+    try:
+        return tags.stored(table)
+    except (ValueError, AttributeError):
+        raise _damaged(folder) from None
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in _COMPUTE}
 
 
 def _check_config(folder: Path, noted: Any, config: Config) -> None:

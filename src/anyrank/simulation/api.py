@@ -31,6 +31,7 @@ from anyrank.tasks.inputs import rows_of
 
 Rows = Sequence[int] | np.ndarray | torch.Tensor
 Split = Callable[[np.ndarray, int, np.random.Generator, Mapping[str, np.ndarray]], np.ndarray]
+_PRIVATE = "private"  # stands in a private run's configuration for a digest of data
 _SECTIONS = ("run", "model", "data", "clients", "lora", "train", "privacy", "rounds", "guard", "robust", "eval")
 
 
@@ -93,6 +94,7 @@ class Federation:
                 raise ConfigError("shards: are indices of a task's training examples; pass the task too")
             self._shards = _shards(shards, names, task, chosen)
             found = digest.of_shards((name, self._shards[i]) for i, name in enumerate(names))
+            found = _PRIVATE if chosen.privacy.level != "none" else found
             chosen = _replaced(chosen, {"data": {"partition": dataclasses.replace(
                 chosen.data.partition, kind=HANDED_IN, handed_in=found, column="", examples_per_client=0)}})  # fmt: skip
         elif task is not None and not task.has_classes and chosen.data.partition == type(chosen.data.partition)():
@@ -322,12 +324,14 @@ def _with_method(config: Config, method: Any) -> tuple[Method | None, Config]:
 
 
 def _handed_in(config: Config, task: Task) -> Config:
-    """The configuration of a task that was passed from Python: it records this, with the task's digest."""
+    """The configuration of a task that was passed from Python: it records this, with the task's digest. Of a private run, the
+    run folder has tags in place of digests (`anyrank.runs.identity`)."""
     if config.model.device not in ("cpu", "auto") or config.model.train_dtype != "float32":
         raise ConfigError(
             "model: device and train_dtype are the module's own, which is used where and as it is; leave them out"
         )
-    model = dataclasses.replace(type(config.model)(), task=HANDED_IN, handed_in=digest.digest(task))
+    found = (_PRIVATE,) if config.privacy.level != "none" else digest.digest(task)
+    model = dataclasses.replace(type(config.model)(), task=HANDED_IN, handed_in=found)
     data = dataclasses.replace(type(config.data)(), source=HANDED_IN, partition=config.data.partition)
     return dataclasses.replace(config, model=model, data=data)
 

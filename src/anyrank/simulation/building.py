@@ -143,7 +143,8 @@ def execute(
     with removal.unless_begun(out), devices.threads(config.run.threads), torch.enable_grad():
         built = build(config, progress, **instead)
         try:
-            with RunDir.open(out, config, resume) as store:
+            held = built.engine.held if config.privacy.level != "none" else None
+            with RunDir.open(out, config, resume, held=held) as store:
                 workers.keep_replies(built, out)
                 return loop.run(built, store, on_round)
         finally:

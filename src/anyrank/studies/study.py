@@ -239,7 +239,7 @@ def tell(study: Study, out: Path) -> dict[str, Any]:
         _pair(rows, study.columns[0])
         seeds = [cell.config.run.seed for cell in cells[: setting.seeds]]
         settings.append({"name": setting.name, "seeds": seeds, "rows": rows})
-    seconds = sum(_read(cell.out)[0]["seconds"] for cell in study.cells(out) if is_done(cell.out, cell.config))
+    seconds = sum(_read(cell.out)[0]["seconds"] or 0.0 for cell in study.cells(out) if is_done(cell.out, cell.config))
     told = {"name": study.name, "title": study.title, "claim": study.claim, "columns": list(study.columns)}
     return told | {"settings": settings, "run_seconds": seconds}
 

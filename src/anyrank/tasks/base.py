@@ -175,6 +175,7 @@ class Task:
     cross-entropy for whole-number labels and the squared error for others. `label_names`: the names of labels from 0. The
     labels give the class of each example to partitions and per-client scores. `columns`: other columns of the training data,
     for partitions; `test_columns`: those of the held-out data, by which a column says whose each held-out example is.
+    `note`: what was done to the examples, in words that may depend on them; a private run leaves it out, and has `name` alone.
     `base_model` and `head`: descriptions for the adapter's config and the report; `peft`: further entries of that config, such
     as PEFT's task type, by which its `AutoPeftModel...` classes choose the model class. `metrics`: further figures in addition
     to accuracy and loss, by name: functions `metric(labels, predictions)`, or `Metric`s; always computed.
@@ -187,6 +188,7 @@ class Task:
     train: Examples
     test: Examples
     name: str = "a task of one's own"
+    note: str = ""
     label_names: tuple[str, ...] = ()
     head: str = ""
     base_model: str = ""
@@ -222,11 +224,12 @@ class Task:
         """Whether the labels are whole numbers from 0, that is classes."""
         return _are_classes(self.train.labels)
 
-    def facts(self) -> Facts:
-        """The facts about the task for those who do not have it."""
-        inputs = (self.train.inputs, self.test.inputs)
+    def facts(self, bare: bool = False) -> Facts:
+        """The facts about the task for those who do not have it. `bare`: without what depends on the examples, but for their
+        number and the names of labels."""
+        inputs = () if bare else (self.train.inputs, self.test.inputs)
         return Facts(
-            task=self.name,
+            task=self.name + (f", {self.note}" if self.note and not bare else ""),
             head=self.head,
             base_model=self.base_model,
             label_names=self.label_names,

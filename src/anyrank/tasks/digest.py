@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import re
 import types
 from collections.abc import Iterable, Sequence
@@ -26,20 +27,38 @@ def digest(task: Task) -> tuple[str, ...]:
 
     Tensors are read completely. From a data set that makes items on request, all labels and 256 evenly spaced items are read.
     """
+    return tuple(f"{part} {found[:_LETTERS]}" for part, found in _parts(task, _ITEMS).items())
+
+
+def held(task: Task, shards: Any) -> dict[str, str]:
+    """`{part: digest}` of all that a private run's releases are computed from: of every example, however it is read, of the
+    base model, and of the split of examples over clients, `shards`."""
+    parts = {_WORDS.get(part, part): found for part, found in _parts(task, None).items()}
+    values = vars(shards) if hasattr(shards, "__dict__") else {str(i): np.asarray(own) for i, own in enumerate(shards)}
+    texts = [f"{name}={value!r}" for name, value in sorted(values.items()) if not isinstance(value, np.ndarray)]
+    arrays = [(name, torch.from_numpy(value.copy())) for name, value in sorted(values.items()) if isinstance(value, np.ndarray)]
+    return {**parts, "split of examples over clients": _whole([type(shards).__name__, *texts], arrays)}
+
+
+_WORDS = {"module": "base model", "targets": "choice of layers", "train": "set of training examples", "test": "held-out set"}
+
+
+def _parts(task: Task, items: int | None) -> dict[str, str]:
+    """The digest of each part; of inputs that are made on request, `items` are read (`None`: all)."""
     module = task.module
     weights = sorted([*module.named_parameters(), *module.named_buffers()])  # buffers that are not saved, too
     figures = [f"{name}={source(value)}" for name, value in sorted(task.metrics.items())]
     columns, test_columns = (
         [f"{name}={list(values)}" for name, values in sorted(each.items())] for each in (task.columns, task.test_columns)
     )
-    return (
-        f"module {_of([*_structure(module), *sorted(_code(module))], weights)}",
-        f"targets {_of([*task.targets, '/', *task.trained], ())}",
-        f"train {_of_examples(task.train, [*task.label_names, *columns])}",
-        f"test {_of_examples(task.test, test_columns)}",
-        f"loss {_of([_of_loss(task)], ())}",
-        f"metrics {_of(figures, ())}",
-    )
+    return {
+        "module": _whole([*_structure(module), *sorted(_code(module))], weights),
+        "targets": _whole([*task.targets, "/", *task.trained], ()),
+        "train": _of_examples(task.train, [*task.label_names, *columns], items),
+        "test": _of_examples(task.test, test_columns, items),
+        "loss": _whole([_of_loss(task)], ()),
+        "metrics": _whole(figures, ()),
+    }
 
 
 def _structure(module: nn.Module) -> list[str]:
@@ -62,7 +81,9 @@ def _attributes(thing: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Tensor):
         return _of([], [("value", value)])
-    if isinstance(value, (list, tuple, set, frozenset, dict, str, bytes, int, float, complex, bool, type(None))):
+    if isinstance(value, (set, frozenset)):  # whose order is another one in each process
+        return f"{type(value).__name__}({sorted(map(_value, value))})" if value else repr(value)
+    if isinstance(value, (list, tuple, dict, str, bytes, int, float, complex, bool, type(None))):
         return _steady(repr(value))
     return source(value) if callable(value) else f"{type(value).__module__}.{type(value).__qualname__}"
 
@@ -129,11 +150,16 @@ def of_text(text: str) -> str:
     return _of([text], ())
 
 
-def _of_examples(examples: Examples, texts: Sequence[str]) -> str:
-    return _of([type(examples.inputs).__name__, *texts], [*pieces(examples.inputs, _ITEMS), ("labels", examples.labels)])
+def _of_examples(examples: Examples, texts: Sequence[str], items: int | None) -> str:
+    read = pieces(examples.inputs, len(examples) if items is None else items)
+    return _whole([type(examples.inputs).__name__, *texts], itertools.chain(read, [("labels", examples.labels)]))
 
 
 def _of(texts: Iterable[str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    return _whole(texts, tensors)[:_LETTERS]
+
+
+def _whole(texts: Iterable[str], tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
     for text in texts:
         total.update(f"{len(text)}\0{text}".encode())
@@ -141,4 +167,4 @@ def _of(texts: Iterable[str], tensors: Iterable[tuple[str, Tensor]]) -> str:
         value = value.detach().cpu().contiguous()
         total.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         total.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else b"")
-    return total.hexdigest()[:_LETTERS]
+    return total.hexdigest()

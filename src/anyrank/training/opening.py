@@ -20,8 +20,11 @@ def open_model(task: Task, config: Config, largest_rank: int, train: frozenset[s
     try:
         model.check_rank(largest_rank)
         if config.model.task == HANDED_IN or config.model.file:
-            probe.check(model)
-            stacking = "never" if stacking == "auto" and not probe.stacks(model, config.train.batch_size) else stacking
+            private = config.privacy.level != "none"
+            probe.check(model, private)
+            stacking = (
+                "never" if stacking == "auto" and (private or not probe.stacks(model, config.train.batch_size)) else stacking
+            )
         if config.privacy.level == "example":
             private_examples.check(model, private_examples.trained_by(train))
     except BaseException:

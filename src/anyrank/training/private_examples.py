@@ -81,7 +81,15 @@ class PerExample:
         return totals
 
     def _clipped(self, index: Tensor, clip_norm: float) -> list[Tensor]:
-        gradients = self.gradients(index)
+        """The sum over `index` `[b]`. An example that the module cannot take counts as zero, so that neither the failure of a
+        batch nor that of the client says that it is there: after a failed batch, each of its examples is tried alone."""
+        try:
+            gradients = self.gradients(index)
+        except Exception:
+            if len(index) == 1:
+                return [_wide(torch.zeros_like(parameter)) for parameter in self.parameters]
+            alone = [self._clipped(one, clip_norm) for one in index.split(1)]
+            return [torch.stack(sums).sum(dim=0) for sums in zip(*alone, strict=True)]
         squares = sum(torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) ** 2 for gradient in gradients)
         finite = torch.isfinite(squares)
         if not finite.all():

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
-from anyrank.errors import RunFailed
 from anyrank.messages import change
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Download
@@ -42,12 +41,12 @@ def train(
 ) -> ClientUpdate:
     """The client's update after ordinary training on `examples` (indices `[n]`), clipped, with noise unless the server adds it.
 
-    A client whose training fails uploads no change, in the form of any other upload, because its failure would reveal something
-    about its data.
+    A client whose training fails, in whatever way, uploads no change, in the form of any other upload, because its failure
+    would reveal something about its data.
     """
     try:
         adapter = local.train(model, client, download, examples, plan).adapter
-    except RunFailed:
+    except Exception:  # whatever it is: it would say something about the client's data
         adapter = download.adapter
     return _SENT[mechanism.plan.noise_at](download, ClientUpdate(adapter, declared, client), plan.round, mechanism)
 

@@ -23,18 +23,21 @@ _EXAMPLES, _RANK = 3, 2
 _TOLERANCE = 1e-3  # share of a step's size: float32's rounding stays below it
 
 
-def check(model: LoraModel) -> None:
+def check(model: LoraModel, private: bool = False) -> None:
     """Raise `ModelError`, in one line, for a task that LoRA cannot train or whose scores would not show the training.
+
+    `private`: held-out examples stand for training examples too, so that whether a run begins does not depend on one of these.
 
     Every target is reached by the forward pass, in training as in scoring; the loss is one finite number an example, of the
     training examples as of the held-out ones; what is trained moves it; a label is one of the module's outputs.
     """
     task = model.task
     _check_trained(model)
-    index = torch.arange(min(_EXAMPLES, len(task.train)))
+    trained = task.test if private else task.train
+    index = torch.arange(min(_EXAMPLES, len(trained)))
     parameters = model.load(_download(model, "check"))
-    reached, outputs = _reached(model, task.train, index, "training")
-    losses = _losses(model, outputs, task.train, index)
+    reached, outputs = _reached(model, trained, index, "held-out" if private else "training")
+    losses = _losses(model, outputs, trained, index)
     held_out = torch.arange(min(_EXAMPLES, len(task.test)))
     with torch.inference_mode():
         scored, tested = _reached(model, task.test, held_out, "held-out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from anyrank.messages.scores import scores_frame
 from anyrank.messages.wire import DOWNLOAD, counts_frame, failure_frame, job_of, plan_of, update_frame
 from anyrank.privacy.noise import Mechanism
 from anyrank.progress import Progress
+from anyrank.tasks import digest
 from anyrank.tasks.base import score
 from anyrank.tasks.dealing import dealt, held_out, roster
 from anyrank.tasks.load import load_task
@@ -139,4 +141,5 @@ def load(config: Config, largest_rank: int, progress: Progress) -> Held:
     examples: Any = {POOLED: pooled(shards)[0]} if method.pools_data else ByName(shards, place)
     together = model.can_stack() and (stacking == "always" or (stacking == "auto" and stacked.worthwhile(model)))
     scorer = Scorer(model, held_out(known.names, known.owners), config.eval.batch_size, config.eval.by_label)
-    return Held(config, model, stacking, examples, calls.Ready(known, together, memory.peak()), scorer)
+    held = json.dumps(digest.held(task, shards)) if config.privacy.level != "none" else ""
+    return Held(config, model, stacking, examples, calls.Ready(known, together, memory.peak(), held), scorer)

@@ -138,12 +138,10 @@ def ready(held: Held) -> calls.Ready:
     """What the site says of itself: its name, its declared number of examples, and what its base model is."""
     held_out = len(held.model.task.test) if held.scorer else 0
     facts = dataclasses.replace(
-        held.model.task.facts(),
+        held.model.task.facts(bare=True),
         base_model=held.base_model,
         train_examples=held.declared,
         test_examples=held_out,
-        inputs_bytes=0,
-        inputs_on_disk=False,
     )
     sizes, counted = np.array([held.declared], np.int64), np.array([held_out], np.int64)
     known = Roster((held.name,), sizes, 0, facts, in_order=True, held_out=counted if held.scorer else None)

@@ -5,7 +5,7 @@ The model is any that transformers loads as `AutoModelForCausalLM`, from a local
 for the prompt alone count as the prompt; all others are learned, followed by the token that ends the text. A token across the
 boundary is therefore learned, and no token of the prompt alone has a loss. The tokenizer's chat template may write both.
 
-Examples longer than `model.max_length` tokens are truncated at the end, and the task's name says how many. An example whose
+Examples longer than `model.max_length` tokens are truncated at the end, and the task's note says how many. An example whose
 prompt alone is too long is an error. Examples of a batch share rows, without seeing each other, if the model supports it.
 """
 
@@ -60,7 +60,8 @@ def load(
     packs, encoded = decoder.packs(module, model.max_length), [writer.encoded(part.items) for part in (train, test)]
     sequences = [Sequences.of(part, writer.pad, packs) for part in encoded]
     return Task(
-        name=f"instruction tuning ({_told(encoded, model.max_length, packs)})",
+        name=f"instruction tuning ({'examples share rows' if packs else 'a row for each example'})",
+        note=_told(encoded, model.max_length),
         module=module,
         targets=targets,
         train=Examples(sequences[0], torch.from_numpy(train.labels)),
@@ -108,11 +109,10 @@ def _questions(base: Pretrained, writer: Writer, test: Instructions, sequences: 
     )
 
 
-def _told(encoded: Sequence[Sequence[Encoded]], max_length: int, packs: bool) -> str:
+def _told(encoded: Sequence[Sequence[Encoded]], max_length: int) -> str:
     """The processing of the examples, in words."""
     cut, number = sum(each.cut for part in encoded for each in part), sum(map(len, encoded))
-    rows = "examples share rows" if packs else "a row for each example"
-    return rows + (f", {cut:,} of {number:,} examples cut at {max_length} tokens" if cut else "")
+    return f"{cut:,} of {number:,} examples cut at {max_length} tokens" if cut else ""
 
 
 def _check_head(model: ModelConfig) -> None:

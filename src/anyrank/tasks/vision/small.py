@@ -130,7 +130,7 @@ def load(
     test_values = _alike(test.stacked(), values, "sites" if sites else data.test_source or data.source)
     if model.pretrained:
         _pretrain(model.name, module, given, _alike(given.stacked(), values, data.source), folder, progress)
-        made = f"pretrained on {len(given):,} others{' as they are' if data.rotate else ''}"
+        made = f"pretrained on a sixth of the images{', as they are' if data.rotate else ''}"
     else:
         randomise(module, keys.generator(_SEED, model.name, "random base"))
         made = "a random frozen base"
