@@ -67,6 +67,14 @@ def _replies(built: Federation, config: Config, stacking: str, round: int) -> di
         {"train": {"proximal_mu": 0.5, "optimizer": "sgd", "learning_rate": 0.05}},
         {"train": {"local_steps": 0, "local_epochs": 2, "batch_size": 32}, "data": {}},
         {"method": {"name": "ffa_lora"}},
+        {
+            "method": {"name": "ffa_lora"},
+            "train": {"precondition": True, "optimizer": "sgd", "learning_rate": 0.05, "proximal_mu": 0.5},
+        },
+        {
+            "method": {"name": "rolora"},
+            "train": {"precondition": True, "optimizer": "sgd", "learning_rate": 0.05, "proximal_mu": 0.5},
+        },
         {"lora": {"scaling": "standard", "alpha": 16.0}},
         {"model": {"name": "digits-transformer"}},
         {"method": {"name": "flora"}},
@@ -80,7 +88,18 @@ def _replies(built: Federation, config: Config, stacking: str, round: int) -> di
         },
     ],
     ids=[
-        *("adamw", "momentum", "weight decay", "fedprox", "unequal epochs", "only B", "alpha over r", "transformer"),
+        *(
+            "adamw",
+            "momentum",
+            "weight decay",
+            "fedprox",
+            "unequal epochs",
+            "only B",
+            "preconditioned B",
+            "preconditioned A",
+            "alpha over r",
+            "transformer",
+        ),
         *("one sum in the base", "a sum of rank 64", "sums of their own", "trained head", "heads of their own"),
     ],
 )

@@ -151,6 +151,7 @@ RUNS |= {
         },
     ),
     "proximal term, one by one": ("rbla", {}, {"run": {"rounds": 3, "stacking": "never"}, "train": {"proximal_mu": 0.1}}),
+    "preconditioned": ("rolora", {}, {"train": {"precondition": True, "local_steps": 5}}),
     "private examples": ("raflora", {}, {"privacy": PRIVATE}),
     "private clients": ("ffa_lora", {}, {"privacy": PRIVATE | {"level": "client"}}),
 }

@@ -25,7 +25,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "lora": ("alpha", "scaling", "target_modules"),
     "train": (
         *("optimizer", "learning_rate", "final_learning_rate", "schedule", "momentum", "weight_decay", "batch_size"),
-        *("accumulation_steps", "gradient_checkpointing", "local_steps", "local_epochs", "proximal_mu"),
+        *("accumulation_steps", "gradient_checkpointing", "local_steps", "local_epochs", "proximal_mu", "precondition"),
     ),
     "method": ("name",),  # and its options
     "privacy": (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from anyrank.config.sections import ClientsConfig, Config
 from anyrank.federation import cohort
-from anyrank.federation.checks import check_private, check_rounds
+from anyrank.federation.checks import check_precondition, check_private, check_rounds
 from anyrank.federation.federation import Federation
 from anyrank.federation.reported import reporting_of, unscored
 from anyrank.federation.standing import Clients, Labels, Sites
@@ -27,6 +27,7 @@ def assemble(config: Config, method: Method, roster: Roster) -> Federation:
         step_factor, population = population.cohort_size, population.pooled(roster.pooled)
     privacy = plan_privacy(config, population.sizes)
     check_rounds(config, population, privacy)
+    check_precondition(config, method)
     rules.check(config.robust, method, privacy is not None and privacy.central, population.cohort_size)
     facts = roster.facts
     if privacy:

@@ -26,6 +26,15 @@ def check_ranks(config: Config, method: methods.Method) -> None:
         raise needs_one_rank(method.name, ranks, taking_mixed_ranks())
 
 
+def check_precondition(config: Config, method: methods.Method) -> None:
+    """Raise `ConfigError` for `train.precondition = true` with a method that trains A and B together."""
+    if config.train.precondition and len(method.train) != 1:
+        raise ConfigError(
+            f"train.precondition: {method.name} trains A and B together, and B is zero at the start, so that its Gram matrix "
+            f"has no inverse; expected a method that trains one factor per round ({_of_one_factor()}), or precondition = false"
+        )
+
+
 def check_secure_sum(config: Config, method: methods.Method) -> None:
     """Raise `ConfigError` for `privacy.secure_sum = true`: uploads are visible to the server in this version."""
     if config.privacy.secure_sum:
@@ -56,10 +65,9 @@ def check_rounds(config: Config, population: Population, plan: PrivacyPlan | Non
 def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
     """Raise `ConfigError` for a method whose local training the privacy plan does not cover."""
     if plan.level == "client" and not plan.central and len(method.train) != 1:
-        both = ", ".join(sorted(name for name, kind in REGISTRY.items() if len(kind.train) == 1 and not kind.reference))
         raise ConfigError(
             f"method.name: {method.name} trains A and B together, so that noise would be multiplied; privacy.level = "
-            f"'client' is for methods that train one factor per round: {both}"
+            f"'client' is for methods that train one factor per round: {_of_one_factor()}"
         )
     if method.pools_data:
         raise ConfigError(
@@ -76,6 +84,11 @@ def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
             f"method.prune: {method.name} would prune ranks by norms that are mostly noise; set method.prune=false, or choose "
             "another method"
         )
+
+
+def _of_one_factor() -> str:
+    """The names of the methods that train one factor per round."""
+    return ", ".join(sorted(name for name, kind in REGISTRY.items() if len(kind.train) == 1 and not kind.reference))
 
 
 class Unhealthy(Exception):

@@ -103,10 +103,10 @@ def _check(config: Config) -> None:
             "[privacy]: expected level = 'example', which protects single examples; otherwise there is nothing to audit"
         )
     train = config.train
-    if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
+    if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu or train.precondition:
         raise ConfigError(
             "train: an audit reads uploads as sums of gradients; expected optimizer = 'sgd' without momentum, "
-            "weight_decay and proximal_mu"
+            "weight_decay, proximal_mu and precondition"
         )
 
 

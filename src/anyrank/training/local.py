@@ -16,6 +16,7 @@ from anyrank.config.sections import TrainConfig
 from anyrank.errors import RunFailed
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Download, Pruning
+from anyrank.training import precondition
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
 
@@ -28,7 +29,8 @@ def train(model: LoraModel, client: str, download: Download, examples: np.ndarra
     parameters = model.load(download)
     start = [parameter.detach().clone() for parameter in parameters] if plan.config.proximal_mu else []
     tails = _tails(model, download.pruning)
-    optimizer = Optimizer(parameters, plan.config, plan.learning_rate)
+    inverses = precondition.of_download(download, plan.config, model.device)
+    optimizer = Optimizer(parameters, plan.config, plan.learning_rate, inverses)
     losses = []
     for step, index in enumerate(batches(len(examples), plan, client), 1):
         losses.append(_backward(model, torch.from_numpy(examples[index]), plan.config))

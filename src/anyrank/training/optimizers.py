@@ -14,14 +14,21 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from anyrank.config.sections import TrainConfig
+from anyrank.training.precondition import Inverse
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch's defaults
 
 
 class Optimizer:
-    """A fresh optimizer of `config.optimizer` over `parameters`, at a fixed learning rate."""
+    """A fresh optimizer of `config.optimizer` over `parameters`, at a fixed learning rate.
 
-    def __init__(self, parameters: Sequence[Tensor], config: TrainConfig, learning_rate: float) -> None:
+    `inverses`: the preconditioners of the first parameters, in their order; the gradients of the others are taken as they are.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], config: TrainConfig, learning_rate: float, inverses: Sequence[Inverse] = ()
+    ) -> None:
+        self.inverses = inverses
         self.parameters, self.config, self.learning_rate = list(parameters), config, learning_rate
         self.fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
         self.steps = [torch.zeros((), device=parameter.device if self.fused else "cpu") for parameter in parameters]
@@ -33,6 +40,8 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """One update by the parameters' gradients, which are then cleared."""
+        for parameter, inverse in zip(self.parameters, self.inverses, strict=False):
+            parameter.grad = inverse(parameter.grad)
         gradients = [parameter.grad for parameter in self.parameters]
         common = {"lr": self.learning_rate, "weight_decay": self.config.weight_decay, "maximize": False, "fused": self.fused}
         if self.config.optimizer == "adamw":
@@ -49,7 +58,8 @@ class Optimizer:
 
     def select(self, parameters: Sequence[Tensor], index: Tensor) -> Optimizer:
         """The optimizer of `parameters`, the rows `index` of the old ones, with their moments."""
-        chosen = Optimizer(parameters, self.config, self.learning_rate)
+        inverses = [inverse.select(index) for inverse in self.inverses]
+        chosen = Optimizer(parameters, self.config, self.learning_rate, inverses)
         chosen.steps = self.steps
         chosen.memory = [[None if kept is None else kept[index] for kept in memory] for memory in self.memory]
         return chosen

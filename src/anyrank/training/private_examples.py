@@ -26,6 +26,7 @@ from anyrank.messages.records import BOTH, ClientUpdate, Download, Scaling
 from anyrank.privacy.grid import Gaussian
 from anyrank.privacy.noise import Mechanism
 from anyrank.tasks.base import Examples
+from anyrank.training import precondition
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
 
@@ -43,7 +44,8 @@ def train(
     parameters = model.load(download)
     start = [parameter.detach().clone() for parameter in parameters]
     sums = PerExample(model, parameters)
-    optimizer = Optimizer(parameters, plan.config, plan.learning_rate)
+    inverses = precondition.of_download(download, plan.config, model.device)
+    optimizer = Optimizer(parameters, plan.config, plan.learning_rate, inverses)
     rate, numbers = privacy.sampling_rate(declared), sum(parameter.numel() for parameter in parameters)
     noise = Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)
     for _ in range(privacy.local_steps):

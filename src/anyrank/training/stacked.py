@@ -23,7 +23,7 @@ from anyrank.adapter.adapter import Adapter
 from anyrank.adapter.layer import LoraLayer
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job
-from anyrank.training import local
+from anyrank.training import local, precondition
 from anyrank.training.forward import Term
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
@@ -56,7 +56,7 @@ class _Stack:
             parameter.requires_grad_(True)
         pulled = self.trained if plan.config.proximal_mu else {}
         self.start = {key: parameter.detach().clone() for key, parameter in pulled.items()}
-        self.optimizer = Optimizer(list(self.trained.values()), plan.config, plan.learning_rate)
+        self.optimizer = Optimizer(list(self.trained.values()), plan.config, plan.learning_rate, self._inverses())
         self.losses: list[list[float]] = [[] for _ in jobs]
         self.seconds = [0.0] * len(jobs)
 
@@ -64,6 +64,12 @@ class _Stack:
         kinds = sorted(self.jobs[0].download.train)
         factors = {(name, kind): layer[kind] for name, layer in self.layers.items() for kind in kinds}
         return factors | {(name,): values for name, values in self.tensors.items()}
+
+    def _inverses(self) -> list[precondition.Inverse]:
+        """The preconditioners of the layers, in the order of `_trained`, if the plan asks for them."""
+        layers, train = self.layers.values(), self.jobs[0].download.train
+        wanted = self.plan.config.precondition
+        return [precondition.inverse(layer["A"], layer["B"], layer["s"], train) for layer in layers] if wanted else []
 
     def train(self) -> Iterator[ClientUpdate | Failure]:
         step = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyrank.config.describe import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, key
+from anyrank.config.describe import COUNT, LATER, NATURAL, NOT_NEGATIVE, POSITIVE, key
 from anyrank.config.sections.values import expect, one_of
 from anyrank.errors import ConfigError
 
@@ -85,6 +85,13 @@ class TrainConfig:
         "Weight of FedProx's proximal term, which keeps a client close to its download. 0: none.",
         NOT_NEGATIVE,
         {"FedProx": "mu"},
+    )
+    precondition: bool = key(
+        False,
+        "Whether the gradient of B is multiplied by (s^2 A A^T)^-1, so that a step does not depend on how the rows of A are "
+        "scaled (LoRA-FA). With B frozen, the gradient of A by (s^2 B^T B)^-1. For methods that train one factor per round.",
+        also={"PEFT": "LoraFAOptimizer"},
+        metadata=LATER,
     )
 
     def __post_init__(self) -> None:
