@@ -198,3 +198,28 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tmp_path: Path) 
             export(**{"adapter": tmp_path / "client-1", "out": tmp_path / "out"} | given)
         assert "\n" not in str(raised.value), name
         assert sorted(path for path in tmp_path.rglob("*")) == before, name
+
+
+def test_the_command_takes_runs_and_adapters_and_names_what_it_cannot_do(anyrank: Any, tmp_path: Path) -> None:
+    assert anyrank("run", "digits.toml", "--out", "run", "--set", "method.name=flora").returncode == 0
+    done = anyrank("export", "run", "--out", "one", "--format", "vllm", "--json")
+    found = json.loads(done.stdout)
+    assert found["base_update"].endswith("run/base-update"), "the part for the base model lies beside the adapter"
+    whole = Adapter.load(tmp_path / "one")
+    parts = [Adapter.load(tmp_path / "run" / part) for part in ("adapter", "base-update")]
+    for name, layer in whole.layers.items():
+        assert torch.allclose(layer.delta(), sum(part.layers[name].delta() for part in parts), atol=1e-5)
+    wrong = {
+        ("run", "--format", "merged"): "the run's model (digits-mlp) is not one of transformers",
+        ("run", "--format", "onnx"): "--format: expected one of peft, vllm, merged, got onnx",
+        ("run", "--rank", "-4"): "--rank: expected a rank of at least 1",
+        ("run/config.toml",): "is neither a run folder",
+        ("nowhere",): "is neither a run folder",
+        ("run", "--out", "run"): "exists already",
+        ("run", "--out", "a/b/c"): "is not there; make it first",
+    }
+    for arguments, says in wrong.items():
+        done = anyrank("export", "--out", "two", *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), arguments
+        assert says in done.stderr
+        assert not (tmp_path / "two").exists()

@@ -64,7 +64,7 @@ def export(
             raise RunFailed(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return {"format": format, "out": str(out), **figures}
+    return {"format": format, "out": str(out), "base_update": str(base_update) if base_update else "", **figures}
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------------

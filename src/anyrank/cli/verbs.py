@@ -319,7 +319,7 @@ def export(
     ] = "peft",
     base: Annotated[str, typer.Option("--base", help="Base model for merged; default: the one that the adapter names.")] = "",
     base_update: Annotated[
-        Path | None, typer.Option("--base-update", help="The part of a merge for the base model (OUT/base-update).")
+        Path | None, typer.Option("--base-update", help="Part of a merge for the base model; default: the one beside it.")
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Rank of the adapter; 0: as large as needed, nothing is lost.")] = 0,
     as_json: Json = False,
@@ -330,8 +330,8 @@ def export(
     """
     from anyrank.cli import exporting
 
-    adapter, below, base = exporting.parts(source, base_update, base)
     exporting.check(out, format, rank)
+    adapter, below, base = exporting.parts(source, base_update, base, format)
     from anyrank.aggregation.exports import export as write
     from anyrank.cli import console
 
