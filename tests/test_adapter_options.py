@@ -79,7 +79,7 @@ def test_every_field_of_the_installed_peft_is_in_the_table() -> None:
 
 
 def test_each_variant_of_lora_that_peft_names_is_refused() -> None:
-    """PEFT marks the options that make another forward pass. VeLoRA changes the backward pass, aLoRA when the update applies."""
+    """PEFT marks options that make another forward pass. VeLoRA changes the backward pass, aLoRA where the update applies."""
     variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     refused = {name for name, option in OPTIONS.items() if option.use is Use.REFUSED}
     assert variants - refused == {"velora_config", "alora_invocation_tokens"} & variants

@@ -312,6 +312,39 @@ def aggregate(
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A finished run, or a PEFT adapter folder.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder.")],
+    format: Annotated[
+        str, typer.Option("--format", metavar="peft|vllm|merged", help="An adapter, one of a single scaling, or a whole model.")
+    ] = "peft",
+    base: Annotated[str, typer.Option("--base", help="Base model for merged; default: the one that the adapter names.")] = "",
+    base_update: Annotated[
+        Path | None, typer.Option("--base-update", help="Part of a merge for the base model; default: the one beside it.")
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the adapter; 0: as large as needed, nothing is lost.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a trained adapter for other programs: one PEFT folder, one without patterns (vLLM), or the whole merged model.
+
+    Example: [cyan]anyrank export runs/mine --format merged --out model[/cyan]
+    """
+    from anyrank.cli import exporting
+
+    exporting.check(out, format, rank)
+    adapter, below, base = exporting.parts(source, base_update, base, format)
+    from anyrank.aggregation.exports import export as write
+    from anyrank.cli import console
+
+    _use_all_cores()
+    with console.Preparing("layers", quiet=as_json) as progress:
+        done = write(adapter, out, format, below, base, rank, progress)
+    if as_json:
+        return _print_json(done)
+    console.out.print(exporting.table(done))
+
+
+@app.command()
 def inspect(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER_DIR ...", help="PEFT adapter folders.")],
     as_json: Json = False,
