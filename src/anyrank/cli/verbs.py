@@ -418,7 +418,7 @@ def audit(
         int,
         typer.Option(
             "--canaries",
-            help="Instead: so many examples with a wrong label, each included by a coin toss, which is guessed from the uploads.",
+            help="Instead: so many examples with wrong labels, each included by a coin toss that is guessed from the uploads.",
             min=0,
         ),
     ] = 0,
