@@ -301,7 +301,7 @@ def test_the_command_says_what_it_does_and_what_it_found(tmp_path: Path) -> None
     found = json.loads(told)
     assert found["kind"] == "known noise"
     assert {"claimed", "lower_bound", "delta", "confidence", "rows", "short", "repeats", "faults", "refuted"} <= found.keys()
-    assert {row.keys() >= {"what", "numbers", "noise", "low", "high", "epsilon"} for row in found["rows"]} == {True}
+    assert {row.keys() >= {"what", "numbers", "noise", "low", "high", "most"} for row in found["rows"]} == {True}
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,13 @@ def noise_table(verdict: Mapping[str, Any]) -> Group:
     """The noise of each group over the promised noise, and the verdict."""
     rows = Table(title="known noise", title_justify="left", header_style="bold")
     rows.add_column("noise of", overflow="fold")
-    for heading in ("numbers", "over the promised", "between", "ε at least"):
+    for heading in ("numbers", "over the promised", "between", "by guesses, at most"):
         rows.add_column(heading, justify="right")
     shown = sorted(verdict["rows"], key=lambda row: row["high"])[:_MOST_ROWS]
     for row in (row for row in verdict["rows"] if row in shown):
         between = f"{row['low']:.3f} and {row['high']:.3f}"
         style = "bold red" if row["what"] in verdict["short"] else None
-        figures = (f"{row['numbers']:,}", f"{row['noise']:.3f}", between, f"{row['epsilon']:.3f}")
+        figures = (f"{row['numbers']:,}", f"{row['noise']:.3f}", between, "–" if row["most"] is None else f"{row['most']:.3f}")
         rows.add_row(Text(row["what"]), *figures, style=style)
     if len(shown) < len(verdict["rows"]):
         rows.caption = f"the {len(shown)} of {len(verdict['rows'])} groups with the least noise; --json has all"

@@ -218,13 +218,13 @@ class _Audit:
         """What was found, and whether it refutes the plan."""
         alpha = self.tally.alpha(confidence)
         rows, repeats = self.tally.rows(alpha), self.tally.repeats(alpha)
-        rows = [row | {"epsilon": self._epsilon(row.pop("hides"))} for row in rows]
-        claimed, bound = self._epsilon(1.0), max((row["epsilon"] for row in rows), default=0.0)
-        short = [row["what"] for row in rows if row["high"] < 1 or row["epsilon"] > claimed]
+        short = [row["what"] for row in rows if row["high"] < 1 or row["most"] < 1]
+        rows = [row | {"most": row["most"] if math.isfinite(row["most"]) else None} for row in rows]
+        bound = self._epsilon(min((row["most"] for row in rows if row["most"] is not None), default=math.inf))
         faults = [_FAULTS[name] for name, count in self.faults.items() if count]
         return {
             **{"kind": "known noise", "level": self.plan.level, "noise_at": self.plan.noise_at, "releases": self.releases},
-            **{"claimed": claimed, "lower_bound": bound, "delta": self.plan.delta, "confidence": confidence},
+            **{"claimed": self._epsilon(1.0), "lower_bound": bound, "delta": self.plan.delta, "confidence": confidence},
             **{"rows": rows, "short": short, "repeats": repeats, "faults": faults},
             "refuted": bool(short or repeats or faults),
         }

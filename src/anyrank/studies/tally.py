@@ -105,11 +105,11 @@ class Tally:
         return (1 - confidence) / max(1, 2 * len(self.sizes) + len(self.signs))
 
     def rows(self, alpha: float) -> list[dict[str, Any]]:
-        """A row for each group: its numbers, the ratio with its interval, and the upper bound from guesses."""
+        """A row for each group: its numbers, the ratio, its interval (`low`, `high`), and the `most` that guesses allow."""
         made = []
         for group, sizes in self.sizes.items():
             low, high = sizes.interval(alpha)
-            figures = {"numbers": sizes.count, "noise": sizes.ratio, "low": low, "high": high, "hides": sizes.hides(alpha)}
+            figures = {"numbers": sizes.count, "noise": sizes.ratio, "low": low, "high": high, "most": sizes.hides(alpha)}
             made.append({"what": group, **figures})
         return made
 
