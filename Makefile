@@ -13,6 +13,7 @@
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
 # make sites     workers, and systems on NVFlare and on Flower, in real processes that are killed in turn; every method in
 #                workers and in one process (about half an hour); makes an environment for Flower in .venv/flower
+# make audits    repeats audits of honest noise and of too little over keys (half an hour)
 # make lint      style and imports
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ FLOWER := $(VENV)/flower
 FUZZ   ?= --seconds 300 --seed 0
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants fuzz bench experiments faults sites flower lint clean
+.PHONY: demo test mutants fuzz bench experiments faults sites flower audits lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -65,6 +66,9 @@ experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/alpha.py
 	$(BIN)/python experiments/private_rates.py
 	$(BIN)/python experiments/attacks.py
+
+audits: $(VENV)/.installed-test
+	ANYRANK_AUDITS=all $(BIN)/python -m pytest -q -rP tests/test_noise_audit.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix src tests

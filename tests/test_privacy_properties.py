@@ -207,6 +207,37 @@ def releases(mechanism: Mechanism, round: int, level: str):
     yield (0, *(w.numbers(each, train) for each in (state.adapter, *after)))
 
 
+class Ladder:
+    """Normal numbers that differ by less than a float32 could hold, and no example drawn."""
+
+    def random(self, size: int) -> np.ndarray:
+        return np.ones(size)
+
+    def standard_normal(self, size: int) -> np.ndarray:
+        return 3.5 + np.arange(size) * 2.0**-26
+
+
+@pytest.mark.parametrize("level", ["example", "client"])
+def test_normal_numbers_keep_their_digits(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise is their multiple up to half a step: no number is rounded to fewer digits on the way."""
+    monkeypatch.setattr(Mechanism, "draws", lambda self, round, client: Ladder())
+    monkeypatch.setattr(Muted, "draws", lambda self, round, client: Quiet(Ladder()))
+    plan = plan_of(level, noise_at="client" if level == "example" else "server")
+    checked = 0
+    for declared, before, loud, silent in releases(Mechanism(plan, KEY), 1, level):
+        for name in before:
+            factor = BATCH / (SIGMAS[declared] * CLIP) if level == "example" else 1 / (plan.noise[64] * CLIP * w._OF_ALL)
+            noise = abs(loud[name] - silent[name]).ravel() * factor  # in promised standard deviations
+            if noise.size < 64 or (level == "client" and name.endswith((".A", ".B"))):
+                continue  # each slice of a factor has a scale of its own
+            places = np.arange(noise.size)
+            slope, start = np.polyfit(places, noise - noise[0], 1)
+            assert start + noise[0] == pytest.approx(3.5, rel=1e-3)
+            assert abs(noise - noise[0] - start - slope * places).max() <= 0.6 * 2.0**-24
+            checked += 1
+    assert checked
+
+
 # --- the key -----------------------------------------------------------------------------------------------------------
 
 

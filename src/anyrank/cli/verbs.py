@@ -451,34 +451,58 @@ def privacy(
 @app.command()
 def audit(
     config: ConfigFile,
+    rounds: Annotated[
+        int,
+        typer.Option("--rounds", help="Rounds whose noise is audited. 0: the first three, or all if there are fewer.", min=0),
+    ] = 0,
     canaries: Annotated[
         int,
-        typer.Option("--canaries", help="Number of training examples with a wrong label, each included or not by a coin toss."),
-    ] = 500,
+        typer.Option(
+            "--canaries",
+            help="Instead: so many examples with wrong labels, each included by a coin toss that is guessed from the uploads.",
+            min=0,
+        ),
+    ] = 0,
     noise_factor: Annotated[
         float,
         typer.Option(
             "--noise-factor", help="Multiply the actual noise, but not the planned noise, to test whether the audit notices."
         ),
     ] = 1.0,
+    confidence: Annotated[
+        float, typer.Option("--confidence", help="At most one minus this share of audits of honest noise refute it.")
+    ] = 0.99,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Train privately with canaries among the examples, and test whether their presence can be guessed too often for ε.
+    """Train privately, compare the noise of every release with the promised noise, and test whether ε can be refuted.
 
-    Example: [cyan]anyrank audit private.toml --canaries 1000[/cyan]
+    It trains on the clients' data, here, and discards what it trains. Its figures are those of the noise. With --canaries, they
+    are counts of right guesses about the data itself, which no ε covers.
+
+    Example: [cyan]anyrank audit private.toml[/cyan]
     """
     from anyrank.cli import arguments
 
     chosen = arguments.configuration(config, overrides)
-    from anyrank.cli import console, tables
-    from anyrank.studies import audit
+    from anyrank.cli import audits, console, tables
 
-    with console.Rounds(chosen.run.rounds, "audit", quiet=as_json) as rounds:
-        verdict = audit.audit(chosen, canaries, noise_factor, on_round=lambda metrics: rounds("", metrics))
+    audits.check(canaries, rounds, noise_factor, confidence)
+    if not as_json:
+        console.err.print(audits.OF_GUESSES if canaries else audits.OF_NOISE)
+    if canaries:
+        from anyrank.studies import audit
+
+        with console.Rounds(chosen.run.rounds, "audit", quiet=as_json) as progress:
+            verdict = audit.audit(chosen, canaries, noise_factor, confidence, on_round=lambda metrics: progress("", metrics))
+    else:
+        from anyrank.studies import noise_audit
+
+        with console.Preparing("audit", quiet=as_json) as preparing:
+            verdict = noise_audit.audit(chosen, rounds, noise_factor, confidence, on_round=preparing)
     if as_json:
         return _print_json(verdict)
-    console.out.print(tables.audit_table(verdict))
+    console.out.print((tables.audit_table if canaries else audits.noise_table)(verdict))
 
 
 @app.command()

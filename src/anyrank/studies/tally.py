@@ -4,12 +4,13 @@ Numbers are given over the standard deviation that the plan promises, so that ho
 
 * Size: `sum z^2` of n such numbers has a chi-square distribution with n degrees of freedom, which gives an exact interval for
   the ratio of the actual to the promised standard deviation.
-* Hiding: a change of `_SHIFT` promised standard deviations along one number is guessed from a threshold half way. The errors of
-  both kinds are counted, and bounded by Clopper and Pearson (1934). Under mu-Gaussian differential privacy, the two error rates
-  obey `Phi^-1(1 - fpr) + Phi^-1(1 - fnr) <= mu` (Dong, Roth and Su, "Gaussian Differential Privacy", 2022), so that their bounds
-  give a lower bound on mu. This is how Nasr et al., "Tight Auditing of Differentially Private Machine Learning" (USENIX Security
-  2023), audit one step. Nothing is assumed about the noise here, but that numbers are drawn independently. A change of one
-  example has a norm of at most the clip; the larger one is that of a group, whose mu is the sum of its members'.
+* Hiding: a change of `_SHIFT` promised standard deviations along one number is guessed from a threshold half way. The errors
+  of both kinds are counted, and bounded by Clopper and Pearson (1934). Under mu-Gaussian differential privacy, the two error
+  rates obey `Phi^-1(1 - fpr) + Phi^-1(1 - fnr) <= mu` (Dong, Roth and Su, "Gaussian Differential Privacy", 2022), so that
+  their bounds give a lower bound on mu. This is how Nasr et al., "Tight Auditing of Differentially Private Machine Learning"
+  (USENIX Security 2023), audit one step. Nothing is assumed about the noise here, but that numbers are drawn independently. A
+  change of one example has a norm of at most the clip; the larger one is that of a group, whose mu is the sum of its
+  members'.
 * Repeats: signs of two independent numbers agree with probability 1/2, which is a binomial test.
 """
 
@@ -104,11 +105,11 @@ class Tally:
         return (1 - confidence) / max(1, 2 * len(self.sizes) + len(self.signs))
 
     def rows(self, alpha: float) -> list[dict[str, Any]]:
-        """A row for each group: its numbers, the ratio with its interval, and the upper bound from guesses."""
+        """A row for each group: its numbers, the ratio, its interval (`low`, `high`), and the `most` that guesses allow."""
         made = []
         for group, sizes in self.sizes.items():
             low, high = sizes.interval(alpha)
-            figures = {"numbers": sizes.count, "noise": sizes.ratio, "low": low, "high": high, "hides": sizes.hides(alpha)}
+            figures = {"numbers": sizes.count, "noise": sizes.ratio, "low": low, "high": high, "most": sizes.hides(alpha)}
             made.append({"what": group, **figures})
         return made
 
