@@ -13,6 +13,7 @@
 # make experiments  runs the studies of configs/papers and writes docs/results.md (data sets in ANYRANK_DATA=FOLDER)
 # make sites     workers, and systems on NVFlare and on Flower, in real processes that are killed in turn; every method in
 #                workers and in one process (about half an hour); makes an environment for Flower in .venv/flower
+# make neighbours  compares private runs on neighbouring data byte by byte, for all tasks and levels (a few minutes)
 # make lint      style and imports
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ FLOWER := $(VENV)/flower
 FUZZ   ?= --seconds 300 --seed 0
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants fuzz bench experiments faults sites flower lint clean
+.PHONY: demo test neighbours mutants fuzz bench experiments faults sites flower lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -34,6 +35,9 @@ test: $(VENV)/.installed-test
 faults: $(VENV)/.installed-test
 	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q -rP tests/test_faults.py tests/test_kills.py \
 		tests/test_processes.py
+
+neighbours: $(VENV)/.installed-test
+	ANYRANK_NEIGHBOURS=all $(BIN)/python -m pytest -q tests/test_neighbours.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py
