@@ -104,8 +104,10 @@ def check(folder: Path, config: Config) -> None:
 
 def check_held(folder: Path, config: Config, held: Mapping[str, str] | None) -> None:
     """Raise `RunError` if a private run would continue with other data in memory, another base model or other versions of the
-    packages than it began with: its noise would be the same. Versions may differ where no round is repeated with the same noise:
-    in a run that is finished, over sites (no `held`), and with noise of the system."""
+    packages than it began with: its noise would be the same.
+
+    Versions may differ where no round is repeated with the same noise: in a run that is finished, over sites (no `held`), and
+    with noise of the system."""
     if not os.path.lexists(folder / IDENTITY):
         return
     stored, over = read_object(folder / IDENTITY), os.path.lexists(folder / SUMMARY)
