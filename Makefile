@@ -14,6 +14,7 @@
 # make sites     workers, and systems on NVFlare and on Flower, in real processes that are killed in turn; every method in
 #                workers and in one process (about half an hour); makes an environment for Flower in .venv/flower
 # make audits    repeats audits of honest noise and of too little over keys (half an hour)
+# make neighbours  compares private runs on neighbouring data byte by byte, for all tasks and levels (a few minutes)
 # make lint      style and imports
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ FLOWER := $(VENV)/flower
 FUZZ   ?= --seconds 300 --seed 0
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test mutants fuzz bench experiments faults sites flower audits lint clean
+.PHONY: demo test neighbours mutants fuzz bench experiments faults sites flower audits lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/anyrank demo
@@ -35,6 +36,9 @@ test: $(VENV)/.installed-test
 faults: $(VENV)/.installed-test
 	ANYRANK_FAULTS=all $(BIN)/python -m pytest -q -rP tests/test_faults.py tests/test_kills.py \
 		tests/test_processes.py
+
+neighbours: $(VENV)/.installed-test
+	ANYRANK_NEIGHBOURS=all $(BIN)/python -m pytest -q tests/test_neighbours.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants.py

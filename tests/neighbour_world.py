@@ -254,8 +254,9 @@ def different(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> set[str]:
 
 def _within(name: str, one: bytes, other: bytes) -> Iterator[str]:
     if name.endswith(".jsonl"):
-        lines = [list(map(json.loads, text.splitlines())) for text in (one, other)]
-        yield from ["", *(f":{where}" for pair in zip(*lines, strict=False) for where in _leaves(*pair))][len(lines[0]) == len(lines[1]) :]
+        lines, others = (list(map(json.loads, text.splitlines())) for text in (one, other))
+        yield from [""] if len(lines) != len(others) else ()
+        yield from (f":{where}" for pair in zip(lines, others, strict=False) for where in _leaves(*pair))
     elif name.endswith(".json"):
         yield from (f":{where}" for where in _leaves(json.loads(one), json.loads(other)))
     else:

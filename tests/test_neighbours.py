@@ -173,6 +173,20 @@ def test_counts_and_times_are_not_said(place: Path) -> None:
     assert "time" not in out
 
 
+def test_what_is_planned_says_declared_counts_alone(place: Path) -> None:
+    """`anyrank privacy` and `anyrank plan`; the latter measures a step on the data, for whoever holds them."""
+    kind, told = KINDS["causal"], []
+    world.make(place, kind, "example")
+    for rows in (world.rows_of(kind), changed(kind, "one more"), changed(kind, "longer")):
+        world.write(place, kind, rows)
+        planned = json.loads(command("plan", "c.toml", "--json")[1])
+        del planned["round_s"], planned["training_s"], planned["memory_bytes"]["activations"]
+        for level in planned["levels"]:
+            del level["step_s"]
+        told.append((planned, command("privacy", "c.toml", "--json")[1]))
+    assert told[0] == told[1] == told[2]
+
+
 # --- failures ----------------------------------------------------------------------------------------------------------
 
 

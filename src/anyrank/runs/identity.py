@@ -10,6 +10,7 @@ also has the versions of the packages that compute its releases, because a round
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -103,7 +104,10 @@ def check(folder: Path, config: Config) -> None:
 
 def check_held(folder: Path, config: Config, held: Mapping[str, str] | None) -> None:
     """Raise `RunError` if a private run would continue with other data in memory, another base model or other versions of the
-    packages than it began with: its noise would be the same. Versions of a run that is finished may differ."""
+    packages than it began with: its noise would be the same.
+
+    Versions may differ where no round is repeated with the same noise: in a run that is finished, over sites (no `held`), and
+    with noise of the system."""
     if not os.path.lexists(folder / IDENTITY):
         return
     stored, over = read_object(folder / IDENTITY), os.path.lexists(folder / SUMMARY)
@@ -122,7 +126,8 @@ def check_held(folder: Path, config: Config, held: Mapping[str, str] | None) -> 
                 f"{folder}: the private run in it began with another {part} than it has now; go on with the same, or choose "
                 "another --out"
             )
-    for package in _COMPUTE if not over else ():
+    repeats = held is not None and not config.privacy.secure and not over  # a round has the same noise again
+    for package in _COMPUTE if repeats else ():
         if began[_VERSIONS].get(package) != now[_VERSIONS].get(package):
             raise RunError(
                 f"{folder}: the private run in it began with {package} {began[_VERSIONS].get(package)}, and this is "
@@ -170,7 +175,11 @@ def _stored_tags(folder: Path, noted: Mapping[str, Any]) -> Tags | None:
 
 
 def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in _COMPUTE}
+    found = {}
+    for package in _COMPUTE:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # one that is not installed, but on the path
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _check_config(folder: Path, noted: Any, config: Config) -> None:

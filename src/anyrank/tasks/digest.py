@@ -151,8 +151,8 @@ def of_text(text: str) -> str:
 
 
 def _of_examples(examples: Examples, texts: Sequence[str], items: int | None) -> str:
-    read = pieces(examples.inputs, len(examples) if items is None else items)
-    return _whole([type(examples.inputs).__name__, *texts], itertools.chain(read, [("labels", examples.labels)]))
+    read = itertools.chain(pieces(examples.inputs, items), [("labels", examples.labels)])
+    return _whole([type(examples.inputs).__name__, *texts], read)
 
 
 def _of(texts: Iterable[str], tensors: Iterable[tuple[str, Tensor]]) -> str:

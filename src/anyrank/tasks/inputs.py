@@ -232,20 +232,27 @@ def named(inputs: Inputs, module: nn.Module) -> Inputs:
     return replace(inputs, name=known[0])
 
 
-def pieces(inputs: Inputs, most: int) -> Iterator[tuple[str, Tensor]]:
+_AT_ONCE = 256  # examples that are read together, where all are read
+
+
+def pieces(inputs: Inputs, most: int | None) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `inputs`, by name, for a digest: all tensors in memory, and of other inputs at most `most` evenly spaced
-    examples.
+    examples (`None`: all).
     """
     if isinstance(inputs, TensorInputs):
         yield inputs.name, inputs.values
     elif isinstance(inputs, FieldInputs):
         yield from sorted(inputs.fields.items())
     else:
-        chosen = np.unique(np.linspace(0, len(inputs) - 1, min(most, len(inputs))).astype(int))
-        for i in chosen.tolist():
-            for name, value in sorted(inputs.batch(torch.tensor([i])).items()):
+        count = len(inputs)
+        some = count if most is None else min(most, count)
+        chosen = np.unique(np.linspace(0, count - 1, some).astype(int))
+        alone = most is not None or isinstance(getattr(inputs, "inputs", inputs), ItemInputs)  # items may differ in shape
+        step = 1 if alone else _AT_ONCE
+        for index in (chosen[first : first + step] for first in range(0, len(chosen), step)):
+            for name, value in sorted(inputs.batch(torch.from_numpy(index)).items()):
                 yield (
-                    f"{i}/{name}",
+                    f"{index[0]}/{name}",
                     value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()), dtype=torch.uint8),
                 )
 
