@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from anyrank.engines.flower import relay
-from anyrank.engines.nvflare import parcels
-from anyrank.engines.nvflare.kits import Limits
-from anyrank.engines.nvflare.parcels import ABOUT, FRAMES, OPEN, Code, Question, Reply
 from anyrank.errors import FrameError, in_a_line
 from anyrank.messages.frame import Frame, Header, read, to_bytes
+from anyrank.remote import parcels
+from anyrank.remote.kits import Limits
+from anyrank.remote.parcels import ABOUT, FRAMES, OPEN, Code, Question, Reply
 from anyrank.worker.supervisor import Died, Late, Supervised
 
 _SETUP = "setup"  # the kind of the frame that opens a worker

@@ -23,10 +23,11 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
-from anyrank.engines.nvflare import fetching, kits, parcels
-from anyrank.engines.nvflare.parcels import OPEN, Code, Question, Reply
+from anyrank.engines.nvflare import fetching
 from anyrank.errors import AnyRankError, FrameError, in_a_line
 from anyrank.messages.frame import Frame, relay, size_of
+from anyrank.remote import kits, parcels
+from anyrank.remote.parcels import OPEN, Code, Question, Reply
 from anyrank.worker.supervisor import Died, Late, Supervised
 
 TASK, STOP = "anyrank", "anyrank.stop"
