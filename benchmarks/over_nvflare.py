@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import socket
 import ssl
 import statistics
@@ -405,6 +406,7 @@ def main() -> int:
     options.add_argument("--ways", nargs="+", default=["ours", "stock"], choices=list(ways))
     options.add_argument("--folder", type=Path, help="where temporary files go")
     asked = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}\n")
     heads = [
         "way",

@@ -110,8 +110,8 @@ STOPPED_S = 30
 
 
 def _lying_executor(deeds: dict[str, str]) -> None:
-    from anyrank.engines.nvflare import parcels
     from anyrank.engines.nvflare.executor import AnyRankExecutor
+    from anyrank.remote import parcels
 
     honest = AnyRankExecutor._sent
 

@@ -9,9 +9,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from anyrank.engines.flower import clientapp, mail, serverapp
-from anyrank.engines.nvflare import parcels
-from anyrank.engines.nvflare.parcels import ABOUT, FRAMES, Reply
 from anyrank.messages.frame import Frame, Header, read, to_bytes
+from anyrank.remote import parcels
+from anyrank.remote.parcels import ABOUT, FRAMES, Reply
 
 
 def inflated(record: RecordDict) -> RecordDict:

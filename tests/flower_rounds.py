@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from anyrank.engines.flower import attendant, launch, relay, runs, settings
-from anyrank.engines.nvflare.kits import Limits
+from anyrank.remote.kits import Limits
 
 SITES = ("a", "b")
 MOST = 1 << 30

@@ -154,6 +154,7 @@ def test_what_processes_write_stays_in_the_kit_and_private(place: Path, world) -
         assert {path.stat().st_mode & 0o077 for path in written if path.name != "start.lock"} == {0}, name
         (engine,) = [psutil.Process(world[name].engine)]
         assert engine.environ()["TMPDIR"] == str(place / "kits" / name / "state/tmp")
+        assert engine.environ()["MALLOC_ARENA_MAX"] == "1"
 
 
 def test_a_kit_is_started_once(place: Path, world) -> None:

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyrank.engines.nvflare import parcels
-from anyrank.engines.nvflare.parcels import Reply
 from anyrank.errors import FrameError, RunFailed
 from anyrank.messages.frame import Frame, Header, Later, read, size_of, to_bytes
+from anyrank.remote import parcels
+from anyrank.remote.parcels import Reply
 from anyrank.worker.supervisor import Late
 
 pytest.importorskip("nvflare")

@@ -33,12 +33,12 @@ from anyrank.engines.flower import attendant, carrier, guarded, launch, relay, r
 from anyrank.engines.flower import settings as folders
 from anyrank.engines.flower.attendant import Attendant
 from anyrank.engines.flower.carrier import Carrier, Letter
-from anyrank.engines.nvflare import parcels
-from anyrank.engines.nvflare.kits import Limits
-from anyrank.engines.nvflare.link import Asked
-from anyrank.engines.nvflare.parcels import ABOUT, ASK, FRAMES, OPEN, Question, Reply
 from anyrank.errors import ConfigError, FrameError, RunFailed
 from anyrank.messages.frame import Frame, Header, read, to_bytes
+from anyrank.remote import parcels
+from anyrank.remote.kits import Limits
+from anyrank.remote.link import Asked
+from anyrank.remote.parcels import ABOUT, ASK, FRAMES, OPEN, Question, Reply
 from anyrank.worker.supervisor import Died, Late
 
 WORKER = Path(__file__).with_name("flower_worker.py")

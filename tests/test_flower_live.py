@@ -190,7 +190,7 @@ def test_a_site_whose_worker_is_killed_loses_at_most_one_reply(system: flower_wo
 def test_a_wrong_configuration_is_refused_before_it_is_submitted(system: flower_world.System, folder: Path) -> None:
     table = site_world.table("rbla", run={"name": "wrong"})
     path = folder / "wrong.toml"
-    path.write_text(tomli_w.dumps(table | {"sites": [one | {"source": "x"} for one in table["sites"]]}))
+    path.write_text(tomli_w.dumps(table | {"sites": [one | {"source": f"{one['name']}.csv"} for one in table["sites"]]}))
     status, said = finished(system.submit(path))
     assert (status, said.count("\n")) == (2, 1)
     assert "eval.where" in said

@@ -21,11 +21,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyrank.engines.nvflare import kits, link, parcels
-from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
-from anyrank.engines.nvflare.parcels import ASK, OPEN, Code, Question, Reply
 from anyrank.errors import ConfigError, FrameError, RunFailed
 from anyrank.messages.frame import Frame, Header, read, size_of, to_bytes
+from anyrank.remote import kits, link, parcels
+from anyrank.remote.link import Asked, Came, RemoteWorker
+from anyrank.remote.parcels import ASK, OPEN, Code, Question, Reply
 from anyrank.worker.supervisor import Died, Late, Supervised
 
 pytest.importorskip("nvflare")

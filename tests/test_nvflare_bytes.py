@@ -25,7 +25,7 @@ import site_world
 from anyrank import simulation
 from anyrank.config.tables import from_table, to_table
 from anyrank.engines.nvflare import job as jobs
-from anyrank.engines.nvflare import kits
+from anyrank.remote import kits
 from anyrank.worker.site import spent
 from anyrank.worker.sitefile import load
 

@@ -569,6 +569,7 @@ WRONG = [
     ({"sites": [A, A]}, "sites: expected different names, whatever the case of their letters, got 'a' and 'a'"),
     ({"sites": [A, A | {"name": "A"}]}, "got 'a' and 'A'"),
     ({"sites": [A | {"name": "\u00e9"}, A | {"name": "e\u0301"}]}, "sites: expected different names"),
+    ({"sites": [A, A | {"name": "b"}]}, "sites: a and b have the same source, 'a.csv', whose examples would count twice"),
     ({"sites": [A | {"rank": "Auto"}]}, "sites.a.rank: expected a whole number of at least 1, or auto, got 'Auto'"),
     ({"sites": [A | {"memory_gb": -1.0}]}, "sites.a.memory_gb: expected a number of at least 0, got -1.0"),
     ({"sites": [A], "clients": {"ranks": [4, 8]}}, "clients.ranks = [4, 8]: the [[sites]] say"),

@@ -218,6 +218,27 @@ def test_a_site_that_hangs_is_named_while_the_others_wait_for_it(
     assert said(tmp_path / "run") is None
 
 
+def test_who_has_not_replied_in_the_exchange_after_the_last_round_is_named(
+    world: Any,  # noqa: F811
+    tmp_path: Path,
+    soon: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every site scores the last state, in what counts as round 2 of a run of one round."""
+    scored, told = Sites.score, []
+
+    def slow(engine: Sites, *values: Any) -> Iterator[Any]:
+        until(lambda: said(tmp_path / "run"), "never written")
+        told.append(said(tmp_path / "run"))
+        yield from scored(engine, *values)
+
+    monkeypatch.setattr(Sites, "score", slow)
+    chosen = config(world, run={"rounds": 1})
+    federate(world, chosen, tmp_path / "run")
+    assert [(each["round"], each["waiting_for"]) for each in told] == [(2, [site.name for site in chosen.sites])]
+    assert said(tmp_path / "run") is None
+
+
 def test_sites_that_have_not_come_are_named_before_a_run_goes_on(
     world: Any,  # noqa: F811
     tmp_path: Path,
@@ -227,11 +248,11 @@ def test_sites_that_have_not_come_are_named_before_a_run_goes_on(
     federate(world, config(world, run={"rounds": 1}), tmp_path / "run")
     opened, told = Sites.open, []
 
-    def late(engine: Sites, wait_s: float, missing: Any) -> Any:
+    def late(engine: Sites, wait_s: float, missing: Any, folder: Path) -> Any:
         missing(["county"])
         until(lambda: said(tmp_path / "run"), "never written")
         told.append(said(tmp_path / "run"))
-        return opened(engine, wait_s, missing)
+        return opened(engine, wait_s, missing, folder)
 
     monkeypatch.setattr(Sites, "open", late)
     federate(world, config(world, run={"rounds": 2}), tmp_path / "run", resume=True)

@@ -18,6 +18,8 @@ from anyrank.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+_TRIM_BYTES = 1 << 26
+
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -109,6 +111,19 @@ def trim() -> None:
     of many sizes, that is more than what is in use. Takes about a millisecond."""
     if (give_back := _trimming()) is not None:
         give_back(0)
+
+
+class Trimming:
+    """`trim` whenever `_TRIM_BYTES` more have been freed: pages that were given back cost more than what is put in them."""
+
+    def __init__(self) -> None:
+        self._freed = 0
+
+    def freed(self, size: int) -> None:
+        self._freed += size
+        if self._freed >= _TRIM_BYTES:
+            self._freed = 0
+            trim()
 
 
 @functools.cache

@@ -27,9 +27,9 @@ from typing import Any
 from anyrank import stopping
 from anyrank.config.tables import from_table, read_toml, to_table
 from anyrank.engines.flower import attendant, launch, relay, runs, settings
-from anyrank.engines.nvflare import kits
 from anyrank.errors import AnyRankError, ConfigError, RunFailed
 from anyrank.files import write_whole_text
+from anyrank.remote import kits
 from anyrank.runs import names
 
 ROUNDS = "anyrank.deployment.flower:Rounds"

@@ -55,7 +55,8 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
             on_round(metrics)
         patience = patience.after(round, advanced.idle)
     patience.check(state.round, str(store.metrics()[-1].get("idle", "")))  # for a run that failed in its last round
-    last = scoring.final(federation, state, end, quarantine)  # `end` is missing if the run was interrupted just here
+    # `end` is missing if the run was interrupted just here
+    last = scoring.final(federation, state, end, quarantine, store.path)
     summary = summarize(federation, before, last.standing, store.metrics()) | last.entries | ledger.summary(state.round)
     store.finish(shares(federation, state), summary)
     ledger.close()

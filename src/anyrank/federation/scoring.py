@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from anyrank.federation.federation import Federation
@@ -20,6 +21,7 @@ from anyrank.federation.standing import Standing
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import Counts, Job, Reported, ServerState
 from anyrank.privacy.noise import Mechanism
+from anyrank.runs import waiting
 
 _NONE = Standing(None, None)
 
@@ -58,15 +60,17 @@ class Final:
     entries: dict[str, Any]
 
 
-def final(federation: Federation, state: ServerState, last: Standing | None, quarantine: Quarantine) -> Final:
-    """The standing of the last `state`; `last`: it, if the last round has scored it already."""
+def final(federation: Federation, state: ServerState, last: Standing | None, quarantine: Quarantine, folder: Path) -> Final:
+    """The standing of the last `state`; `last`: it, if the last round has scored it already. `folder`: that of the run, which
+    says meanwhile who has not replied."""
     reporting, entries = federation.reporting, {"unscored": federation.unscored} if federation.unscored else {}
     if not (reporting or federation.hands_over):
         return Final(_NONE if federation.unscored else last or score(federation, state), entries)
     jobs = _jobs(federation, state, quarantine)
     plan = replace(federation.plan(state.round), round=state.round + 1)
-    replies = federation.engine.score(jobs, plan, federation.config.rounds.deadline_s or None)
-    answered = _collected(replies, jobs, reporting)
+    with waiting.shown(folder, plan.round, [job.client.name for job in jobs]) as wait:
+        replies = federation.engine.score(jobs, plan, federation.config.rounds.deadline_s or None)
+        answered = _collected(wait.heard(replies), jobs, reporting)
     if reporting:
         asked = sum(_has_examples(federation, job.client.name) for job in jobs)
         entries |= {"scored_by": sum(map(bool, answered.values())), "scored_of": asked}

@@ -280,6 +280,12 @@ def factor_bytes(adapter: Adapter, factors: frozenset[str]) -> int:
     )
 
 
+def layer_bytes(adapter: Adapter, name: str) -> int:
+    """Bytes of a layer's factors."""
+    layer = outlined(adapter.layers)[name]
+    return layer.A.nbytes + layer.B.nbytes
+
+
 def tensor_bytes(adapter: Adapter) -> int:
     """Bytes of the plain tensors (head, biases)."""
     return sum(tensor.nbytes for tensor in outlined(adapter.tensors).values())

@@ -21,7 +21,7 @@ from anyrank.adapter.adapter import Adapter, iter_names
 from anyrank.adapter.layer import LoraLayer
 from anyrank.adapter.lazy import outlined
 from anyrank.errors import AnyRankError, MethodError, in_a_line
-from anyrank.messages.records import BOTH, Client, ClientUpdate, Download, Scaling, ServerState
+from anyrank.messages.records import BOTH, Client, ClientUpdate, Download, Scaling, ServerState, layer_bytes
 from anyrank.messages.spooled import layers_in, spool_of
 from anyrank.methods.averages import EmptySlice, average_layer, average_slices, mean_a, mean_b
 from anyrank.methods.parts import Part, client_weights, mean_tensors, ownership, padded_weights, slice_weights
@@ -176,14 +176,14 @@ class Method(ABC):
         self._refuse_ranks_above(state, updates)
         spool = spool_of(updates)
         spool = spool and spool.fresh()
-        layers, into_base = layers_in(spool), layers_in(spool)
+        layers, into_base, trimming = layers_in(spool), layers_in(spool), devices.Trimming()
         for some in [[name] for name in names] if spool else [names]:  # updates in a spool are read one layer at a time
             for name, layer, base in self._merged_layers(state, some, updates):
                 layers[name] = layer
                 if base is not None:
                     into_base[name] = base
             if spool:
-                devices.trim()
+                trimming.freed(sum(layer_bytes(update.adapter, name) for name in some for update in updates))
         tensors = mean_tensors(state.adapter.tensors, updates)
         adapter = replace(state.adapter, layers=layers, tensors=tensors)
         merged = Adapter(into_base, {}, state.adapter.config) if into_base else state.merged

@@ -43,7 +43,9 @@ _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # before the process is started again, 
 _MOST_ENDS = 5  # ends in a row, each within `_SHORT_S`, after which `start` gives up
 _SHORT_S = 60.0
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
-_MEMORY = {"MALLOC_ARENA_MAX": "1"}  # glibc else keeps freed memory for each of NVFlare's hundreds of threads
+# For glibc. It else keeps freed memory for each of NVFlare's hundreds of threads, and asks the system anew for the pages of
+# each large array.
+_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 27)}
 _GRACE_S = 8.0  # seconds that processes have for ending by themselves
 _PORT_S = 3.0  # that a port may be taken before it counts as taken
 _UNREACHED_S = 6.0  # that a site may be without a connection before it is looked whether the server can be reached
@@ -236,7 +238,7 @@ def _clear(kit: Kit) -> None:
 def _process(kit: Kit) -> Iterator[subprocess.Popen[bytes]]:
     """The engine process, in a session of its own, so that the terminal's Ctrl-C comes to us alone. At the end, it and all that
     it started are ended."""
-    env = {**os.environ, **_MEMORY, "TMPDIR": str((kit.state / "tmp").absolute()), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**_MEMORY, **os.environ, "TMPDIR": str((kit.state / "tmp").absolute()), "PYTHONDONTWRITEBYTECODE": "1"}
     if given := env.get("PYTHONPATH"):  # NVFlare changes to the kit's folder
         env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(each) for each in given.split(os.pathsep))
     with stopping.starting_a_child():

@@ -90,8 +90,9 @@ def alike(name: str) -> str:
 
 
 def in_order(sites: Sequence[SiteConfig]) -> tuple[SiteConfig, ...]:
-    """The sites in the order of their names. Raises `ConfigError` for two sites of one name."""
+    """The sites in the order of their names. Raises `ConfigError` for two sites of one name, or of one source."""
     seen: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for site in sites:
         if alike(site.name) in seen:
             raise ConfigError(
@@ -99,6 +100,12 @@ def in_order(sites: Sequence[SiteConfig]) -> tuple[SiteConfig, ...]:
                 f"{site.name!r}; rename one of them"
             )
         seen[alike(site.name)] = site.name
+        other = owners.setdefault(site.source, site.name)
+        if other != site.name and site.source != AT_THE_SITE:
+            raise ConfigError(
+                f"sites: {other} and {site.name} have the same source, {shortened(site.source, 200)!r}, whose examples would "
+                f"count twice; give each its own, or {AT_THE_SITE!r} where each site's own file names it"
+            )
     return tuple(sorted(sites, key=lambda site: site.name))
 
 

@@ -14,20 +14,18 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from anyrank.engines.flower import relay
-from anyrank.engines.nvflare import parcels
-from anyrank.engines.nvflare.kits import Limits
-from anyrank.engines.nvflare.parcels import ABOUT, FRAMES, OPEN, Code, Question, Reply
 from anyrank.errors import FrameError, in_a_line
-from anyrank.messages.frame import Frame, Header, read, to_bytes
-from anyrank.worker.supervisor import Died, Late, Supervised
+from anyrank.messages.frame import Frame, read
+from anyrank.remote import parcels
+from anyrank.remote.answering import Unanswered, check_frames, check_site, coded, same
+from anyrank.remote.kits import Limits
+from anyrank.remote.parcels import ABOUT, FRAMES, OPEN, Code, Question, Reply
+from anyrank.worker.supervisor import Supervised
 
-_SETUP = "setup"  # the kind of the frame that opens a worker
-_KINDS = ("cohort", "download", "start", "evaluate")  # the kinds of all others
 _GLANCE_S = 0.1  # between two looks whether somebody still waits for the reply
 _TURN_S = 30.0  # that a question waits for the end of the one before it
 
@@ -102,7 +100,7 @@ class Attendant:
         except FrameError as error:
             log.error("refused: %s", in_a_line(error))
             return self._reply(number, Code.REFUSED)
-        except _Coded as error:
+        except Unanswered as error:
             log.error("question %d: %s: %s", number, error.code, error.text)
             return self._reply(number, error.code)
         except Exception as error:
@@ -111,27 +109,19 @@ class Attendant:
 
     def _frames(self, asked: Question, parts: Any) -> list[Frame]:
         """The frames of a question, after all checks that need no worker."""
-        if asked.site != self.site:
-            raise FrameError(f"question: expected one to {self.site}, got one to {asked.site}")
+        check_site(asked, self.site)
         parcels.check_declared(asked, self._limits.download)
         parcels.check_parts(asked, parts)
         frames = [read(parcels.Stream(part), self._limits.download, last=True) for part in parts]
-        kinds = (_SETUP,) if asked.kind == OPEN else _KINDS
-        if not frames or (asked.kind == OPEN and len(frames) > 1):
-            raise FrameError(f"question: expected at least one frame, and one alone to open a worker, got {len(frames)}")
-        for header in (frame.header for frame in frames):
-            if header.kind not in kinds or header.client not in ("", self.site):
-                raise FrameError(f"question: expected {' or '.join(kinds)} for {self.site}, got {header.kind}")
-            if header.run != asked.run or header.round not in (0, asked.round):
-                raise FrameError(f"question: expected run {asked.run} and round {asked.round}, got another one")
+        check_frames(asked, self.site, frames)
         return frames
 
     def _in_turn(self, asked: Question, frames: list[Frame], watched: Any) -> relay.Message:
         if not self._turn.acquire(timeout=_TURN_S):
-            raise _Coded(Code.FAILED, "another question is being answered; one server at a time may ask a site")
+            raise Unanswered(Code.FAILED, "another question is being answered; one server at a time may ask a site")
         try:
             if self._closed.is_set():
-                raise _Coded(Code.DIED, "the site stops")
+                raise Unanswered(Code.DIED, "the site stops")
             with watched or contextlib.nullcontext():
                 return self._sent(asked, self._open(asked, frames) if asked.kind == OPEN else self._ask(asked, frames))
         finally:
@@ -142,23 +132,23 @@ class Attendant:
         came: list[Frame] = []
         if self._worker is not None:
             self._worker.close()
-        self._run, self._worker = asked.run, self._make(lambda: opening, _same(came))
-        with _coded():
+        self._run, self._worker = asked.run, self._make(lambda: opening, same(came))
+        with coded():
             self._worker.start(asked.seconds)
         return came
 
     def _ask(self, asked: Question, frames: list[Frame]) -> list[Frame]:
         if self._worker is None or self._run != asked.run:
-            raise _Coded(Code.CLOSED, "its worker has not been opened for this run")
+            raise Unanswered(Code.CLOSED, "its worker has not been opened for this run")
         self._worker.revive()
-        with _coded():
+        with coded():
             return list(self._worker.ask(frames, asked.replies, asked.seconds))
 
     def _sent(self, asked: Question, frames: Sequence[Frame]) -> relay.Message:
         parts = parcels.cut(frames)
         sizes, most = parcels.sizes(parts), min(asked.most, self._limits.upload)
         if sum(sizes) > most:
-            raise _Coded(Code.TOO_LARGE, f"expected at most {most} bytes, got {sum(sizes)}")
+            raise Unanswered(Code.TOO_LARGE, f"expected at most {most} bytes, got {sum(sizes)}")
         return self._reply(asked.number, Code.OK, sizes, parts)
 
     def _reply(self, number: int, code: Code, sizes: Sequence[int] = (), parts: Sequence[Any] = ()) -> relay.Message:
@@ -186,49 +176,6 @@ class _Watched:
             if poller.poll(_GLANCE_S * 1000) and not self._over.is_set():  # nothing may come now but the end
                 return self._gone()
         return None
-
-
-class _Coded(Exception):
-    """A question without a reply: the code that leaves the site, and the text that does not."""
-
-    def __init__(self, code: Code, text: str) -> None:
-        super().__init__(text)
-        self.code, self.text = code, text
-
-
-@contextlib.contextmanager
-def _coded() -> Any:
-    """Within it what goes wrong with a worker has its code."""
-    try:
-        yield
-    except Died as error:
-        raise _Coded(Code.DIED, str(error)) from None
-    except Late as error:
-        raise _Coded(Code.LATE, str(error)) from None
-    except _Changed:
-        raise _Coded(Code.CHANGED, "its worker, started anew, answers the opening otherwise") from None
-
-
-class _Changed(Exception):
-    """A worker that was started anew answers the opening otherwise than the first one."""
-
-
-def _same(came: list[Frame]) -> Callable[[Frame], None]:
-    """Takes a worker's reply to the opening: the first one is kept in `came`, and all later ones have to equal it."""
-
-    def opened(reply: Frame) -> None:
-        if came and _plain(came[0]) != _plain(reply):
-            raise _Changed
-        came[:] = came or [reply]
-
-    return opened
-
-
-def _plain(frame: Frame) -> bytes:
-    """A reply to the opening without what differs between two processes."""
-    header = frame.header
-    body = {key: value for key, value in header.body.items() if key != "memory"}
-    return to_bytes(replace(frame, header=Header(header.kind, header.run, header.round, header.client, body)))
 
 
 def maker(limits: Limits, words: Sequence[str], env: Mapping[str, str]) -> Make:

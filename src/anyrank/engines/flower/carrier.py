@@ -1,4 +1,4 @@
-"""Carries questions to sites over Flower's Grid: the port of `anyrank.engines.nvflare.link`. No torch and no flwr here.
+"""Carries questions to sites over Flower's Grid: the port of `anyrank.remote.link`. No torch and no flwr here.
 
 One thread alone uses the Grid. Every question is a message of its own to one node, and what comes belongs to the question whose
 message it replies to: Flower's own error replies come from another node. Sites have names, nodes have numbers that change: a
@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from anyrank.engines.nvflare import parcels
-from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
-from anyrank.engines.nvflare.parcels import ABOUT, FRAMES
 from anyrank.errors import FrameError, RunFailed, in_a_line
 from anyrank.messages.frame import Readable
 from anyrank.messages.limits import check_text
+from anyrank.remote import parcels
+from anyrank.remote.link import Asked, Came, RemoteWorker
+from anyrank.remote.parcels import ABOUT, FRAMES
 from anyrank.worker.supervisor import Died, Late
 
 NAME = "name"  # in a node's reply to a hello

@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 from anyrank.engines.flower import clientapp_keys as keys
 from anyrank.engines.flower import mail, relay
 from anyrank.engines.flower.carrier import NAME
-from anyrank.engines.nvflare import parcels
-from anyrank.engines.nvflare.parcels import ABOUT, FRAMES, Code, Question, Reply
 from anyrank.errors import FrameError
+from anyrank.remote import parcels
+from anyrank.remote.parcels import ABOUT, FRAMES, Code, Question, Reply
 
 _MORE_S, _MOST_S = 60.0, 86_400.0  # beside the time that the worker has; at most
 

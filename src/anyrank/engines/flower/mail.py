@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from anyrank.engines.flower.carrier import Letter
-from anyrank.engines.nvflare.parcels import ABOUT, FRAMES, MOST_FRAMES
+from anyrank.remote.parcels import ABOUT, FRAMES, MOST_FRAMES
 
 HELLO, QUESTION = "query", "train"  # types of messages: two of those that Flower has
 _TABLE, _BYTES = "table", "anyrank.bytes"

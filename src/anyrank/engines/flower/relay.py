@@ -1,7 +1,7 @@
 """From a ClientApp to the site's attendant: one question, one reply, over a Unix socket in a private folder. No torch, no flwr.
 
     length    unsigned 64-bit integer, little-endian: bytes of the table
-    table     JSON in UTF-8: the table of `anyrank.engines.nvflare.parcels` about the frames, with their `sizes`
+    table     JSON in UTF-8: the table of `anyrank.remote.parcels` about the frames, with their `sizes`
     frames    one after another, as many bytes as `sizes` says
 
 Both sides read within limits: a table of a few hundred kilobytes, frames as large as the limit that the caller gives, memory
@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from anyrank.engines.nvflare.parcels import ABOUT, FRAMES, MOST_FRAMES
 from anyrank.errors import ConfigError, FrameError
 from anyrank.messages.limits import LARGEST
+from anyrank.remote.parcels import ABOUT, FRAMES, MOST_FRAMES
 
 SOCKET = "attendant.sock"
 PIECE_S = 60.0  # for each piece of a message

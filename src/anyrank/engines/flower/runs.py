@@ -15,9 +15,9 @@ from typing import Any
 import tomli_w
 
 from anyrank.engines.flower.settings import RUNS, STATE
-from anyrank.engines.nvflare.kits import check_run
 from anyrank.errors import ConfigError
 from anyrank.files import write_whole_text
+from anyrank.remote.kits import check_run
 
 NAME = "run"  # the one key of a run's configuration in Flower: its name
 SUBMITTED, STANDING, RUN = "submitted.toml", "standing.json", "run"

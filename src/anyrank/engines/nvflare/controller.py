@@ -25,10 +25,11 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
-from anyrank.engines.nvflare import fetching, kits, parcels
-from anyrank.engines.nvflare.link import Asked, Came, RemoteWorker
+from anyrank.engines.nvflare import fetching
 from anyrank.errors import AnyRankError, RunFailed, in_a_line
 from anyrank.messages.frame import Readable
+from anyrank.remote import kits, parcels
+from anyrank.remote.link import Asked, Came, RemoteWorker
 from anyrank.worker import memory
 from anyrank.worker.supervisor import Died
 

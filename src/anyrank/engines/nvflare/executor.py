@@ -23,16 +23,16 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
-from anyrank.engines.nvflare import fetching, kits, parcels
-from anyrank.engines.nvflare.parcels import OPEN, Code, Question, Reply
+from anyrank.engines.nvflare import fetching
 from anyrank.errors import AnyRankError, FrameError, in_a_line
 from anyrank.messages.frame import Frame, relay, size_of
-from anyrank.worker.supervisor import Died, Late, Supervised
+from anyrank.remote import kits, parcels
+from anyrank.remote.answering import Unanswered, check_frames, check_site, coded, same
+from anyrank.remote.parcels import OPEN, Code, Question, Reply
+from anyrank.worker.supervisor import Supervised
 
 TASK, STOP = "anyrank", "anyrank.stop"
 COMMAND = (sys.executable, "-P", "-m", "anyrank.worker", "--site")
-_SETUP = "setup"  # the kind of the frame that opens a worker
-_KINDS = ("cohort", "download", "start", "evaluate")  # the kinds of all others
 _CHECK_S = 0.2
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class AnyRankExecutor(Executor):
         try:
             frames = self._frames(asked, reference)
             return self._sent(asked, self._open(asked, frames) if asked.kind == OPEN else self._ask(asked, frames))
-        except _Coded as error:
+        except Unanswered as error:
             log.error("question %d: %s: %s", asked.number, error.code, error.text)
             return self._reply(asked.number, error.code)
         finally:
@@ -128,22 +128,10 @@ class AnyRankExecutor(Executor):
 
     def _frames(self, asked: Question, reference: Any) -> list[Frame]:
         """The frames of a question, after all checks that need no worker."""
-        if asked.site != self._site:
-            raise FrameError(f"question: expected one to {self._site}, got one to {asked.site}")
+        check_site(asked, self._site)
         parcels.check_declared(asked, self._limits.download)
         frames = self._fetched(asked, reference)
-        kinds = (_SETUP,) if asked.kind == OPEN else _KINDS
-        if not frames or (asked.kind == OPEN and len(frames) > 1):
-            raise FrameError(f"question: expected at least one frame, and one alone to open a worker, got {len(frames)}")
-        for header in (frame.header for frame in frames):
-            if header.kind not in kinds or header.client not in ("", self._site):
-                raise FrameError(
-                    f"question: expected {' or '.join(kinds)} for {self._site}, got {header.kind} for {header.client}"
-                )
-            if header.run != asked.run or header.round not in (0, asked.round):
-                raise FrameError(
-                    f"question: expected run {asked.run} and round {asked.round}, got {header.run} and {header.round}"
-                )
+        check_frames(asked, self._site, frames)
         return frames
 
     def _fetched(self, asked: Question, reference: Any) -> list[Frame]:
@@ -158,7 +146,7 @@ class AnyRankExecutor(Executor):
                 return list(parcels.frames(asked, stream, lambda part: relay(part, self._limits.download)))
         except FrameError:
             if self._fetching[1].is_set():
-                raise _Coded(Code.DIED, "nobody waits for it any more") from None
+                raise Unanswered(Code.DIED, "nobody waits for it any more") from None
             raise
 
     @property
@@ -170,36 +158,36 @@ class AnyRankExecutor(Executor):
         (opening,) = frames
         came: list[Frame] = []
         command = (*self.command, str(self._path))
-        worker = Supervised(lambda: opening, _same(came), self._limits.upload, command=command, receive=relay)
+        worker = Supervised(lambda: opening, same(came), self._limits.upload, command=command, receive=relay)
         if self._worker is not None:
             self._worker.close()
         self._turn(asked, worker)
-        with _told():
+        with coded():
             worker.start(asked.seconds)
         return came
 
     def _ask(self, asked: Question, frames: list[Frame]) -> list[Frame]:
         """A worker that has ended is opened by the server: loading the base model has more time than a question."""
         if self._worker is None:
-            raise _Coded(Code.CLOSED, "its worker has not been opened")
+            raise Unanswered(Code.CLOSED, "its worker has not been opened")
         if not self._worker.is_ready:
-            raise _Coded(Code.CLOSED, "its worker has ended, or has sent what nobody asked for; it is started anew")
+            raise Unanswered(Code.CLOSED, "its worker has ended, or has sent what nobody asked for; it is started anew")
         self._turn(asked, self._worker)
-        with _told():
+        with coded():
             return list(self._worker.ask(frames, asked.replies, asked.seconds))
 
     def _turn(self, asked: Question, worker: Supervised) -> None:
         """It is this worker's turn, with this question: what stops the question or the job from now on ends the worker."""
         with self._lock:
             if self._fetching[1].is_set():
-                raise _Coded(Code.DIED, "nobody waits for it any more")
+                raise Unanswered(Code.DIED, "nobody waits for it any more")
             worker.revive()
             self._worker, self._number = worker, asked.number
 
     def _sent(self, asked: Question, frames: Sequence[Frame]) -> Shareable:
         sizes, most = [size_of(frame) for frame in frames], min(asked.most, self._limits.upload)
         if sum(sizes) > most:
-            raise _Coded(Code.TOO_LARGE, f"expected at most {most} bytes, got {sum(sizes)}")
+            raise Unanswered(Code.TOO_LARGE, f"expected at most {most} bytes, got {sum(sizes)}")
         self._offer = fetching.Offer(self._cell, self._server, frames, lambda error: log.error("%s", in_a_line(error)))
         return self._reply(asked.number, Code.OK, sizes, self._offer.reference)
 
@@ -211,41 +199,3 @@ class AnyRankExecutor(Executor):
     def _reply(self, number: int, code: Code, sizes: Sequence[int] = (), reference: str = "") -> Shareable:
         known = Reply(max(number, 0), self._site, code.value, tuple(sizes))
         return Shareable({parcels.ABOUT: parcels.table(known), parcels.FRAMES: reference})
-
-
-class _Coded(Exception):
-    """A question without a reply: the code that leaves the site, and the text that does not."""
-
-    def __init__(self, code: Code, text: str) -> None:
-        super().__init__(text)
-        self.code, self.text = code, text
-
-
-class _told:
-    """Within it what goes wrong with a worker has its code."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Died):
-            raise _Coded(Code.DIED, str(error)) from None
-        if isinstance(error, Late):
-            raise _Coded(Code.LATE, str(error)) from None
-        if isinstance(error, _Changed):
-            raise _Coded(Code.CHANGED, "its worker, started anew, answers the opening otherwise") from None
-
-
-class _Changed(Exception):
-    """A worker that was started anew answers the opening otherwise than the first one."""
-
-
-def _same(came: list[Frame]) -> Any:
-    """What takes a worker's reply to the opening: the first one is kept in `came`, and all later ones have to equal it."""
-
-    def opened(reply: Frame) -> None:
-        if came and parcels.plain(came[0]) != parcels.plain(reply):
-            raise _Changed
-        came[:] = came or [reply]
-
-    return opened

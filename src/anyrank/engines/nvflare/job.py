@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyrank.engines.nvflare import kits
 from anyrank.errors import ConfigError
+from anyrank.remote import kits
 
 CONTROLLER = "anyrank.engines.nvflare.controller.AnyRankController"
 EXECUTOR = "anyrank.engines.nvflare.executor.AnyRankExecutor"

@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from anyrank.engines.nvflare import parcels
-from anyrank.engines.nvflare.parcels import ASK, OPEN, Code
 from anyrank.errors import FrameError
 from anyrank.messages.frame import Frame, Readable, read, size_of
+from anyrank.remote import parcels
+from anyrank.remote.parcels import ASK, OPEN, Code
 from anyrank.worker.supervisor import ERROR, Died, Late
 
 _LOAD_S = 60.0
