@@ -96,13 +96,21 @@ class Grant:
             steps[more.level, more.sampling_rate, more.noise_multiplier] += more.steps
         kinds: Counter[tuple[float, float]] = Counter()
         for (level, rate, noise), count in steps.items():
-            if level != unit and unit == "client":
+            own = noise_for(unit, level, noise)
+            if own is None:
                 return None
-            kinds[rate, noise if level == unit else noise / 2] += count
+            kinds[rate, own] += count
         return tuple(Spending(rate, noise, count) for (rate, noise), count in sorted(kinds.items()))
 
     def _note(self, row: Mapping[str, Any]) -> None:
         self._steps[row["level"], row["sampling_rate"], row["noise_multiplier"]] += row["steps"]
+
+
+def noise_for(unit: str, level: str, noise: float) -> float | None:
+    """The noise multiplier that a release of `level` has for `unit` (example or client); `None` where it bounds nothing."""
+    if level != unit and unit == "client":
+        return None
+    return noise if level == unit else noise / 2
 
 
 def _epsilon(spendings: tuple[Spending, ...] | None, delta: float) -> float:
