@@ -150,8 +150,8 @@ def alike(data: DataSet) -> list[str]:
             continue
         if data.path and any(form.path == data.path for form in each.forms):
             lines.append(
-                f"privacy: {data.name} has changed since earlier private runs trained on it; their ledger does not count for it "
-                f"as it is now, although rows that are in both were used by both ({each.folder})"
+                f"privacy: {data.name} has changed since earlier private runs trained on it; their ledger does not count for "
+                f"it as it is now, although rows that are in both were used by both ({each.folder})"
             )
             continue
         share = max(form.in_common(data) for form in each.forms)

@@ -2,8 +2,8 @@
 
 A run is charged here for what it releases before the training of the round begins; the charge is on disk when `Account.charge`
 returns. The unit is one example. In one run an example is with one client, so the clients of a run are alternatives, and the
-worst one counts (`anyrank.privacy.worst`). Runs add up by sequential composition, whatever their methods. A run under client-level
-privacy counts for an example as in `anyrank.privacy.grant`: with half its noise.
+worst one counts (`anyrank.privacy.worst`). Runs add up by sequential composition, whatever their methods. A run under
+client-level privacy counts for an example as in `anyrank.privacy.grant`: with half its noise.
 
 A charge has the name of the run's noise key. Rounds that were charged under that name are not charged again: a resumed run, or
 a second run with the same secret and configuration, releases the same numbers again. A run with noise from the system's source
@@ -190,9 +190,7 @@ def check(data: DataSet, planned: Sequence[Planned], ceiling: float) -> None:
         after = before.with_all(planned)
         for limit in asked:
             if not after.within(limit.delta, limit.epsilon):
-                raise ConfigError(
-                    f"{_exceeded(kept, limit, after, before)}; take more noise, fewer rounds or runs, or raise it"
-                )
+                raise ConfigError(f"{_exceeded(kept, limit, after, before)}; lower privacy.epsilon, or raise the ceiling")
 
 
 def _exceeded(kept: Kept, limit: Limit, after: Total, before: Total) -> str:

@@ -1,7 +1,8 @@
 """Compose releases of which an example is in one alternative only, whichever that is.
 
 A run with several clients releases something about each of them, and one example is with one client: only that client's
-releases count for it. Which client has it is not known here, and may be another one in the next run, so the worst choice is taken.
+releases count for it. Which client has it is not known here, and may be another one in the next run, so the worst choice is
+taken.
 """
 
 from __future__ import annotations

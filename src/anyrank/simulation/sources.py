@@ -177,6 +177,7 @@ def _has_held_out(config: Config, source: str) -> bool:
 
 def _lacking(key: str, of: str) -> ConfigError:
     return ConfigError(
-        f"{key}: expected held-out examples that are not private, got none: data.test_fraction {of} would be scored, and scores "
-        f"are published without noise; give {key} (data.test_source for all sites), or eval.where = 'sites' to score nothing"
+        f"{key}: expected held-out examples that are not private, got none: data.test_fraction {of} would be scored, and "
+        f"scores are published without noise; give {key} (data.test_source for all sites), or eval.where = 'sites' to score "
+        "nothing"
     )
