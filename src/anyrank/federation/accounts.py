@@ -13,12 +13,13 @@ from anyrank.privacy import datasets, spent
 from anyrank.privacy.datasets import Source
 from anyrank.privacy.ledger import Ledger, Unlimited
 from anyrank.privacy.spent import Account, Planned
+from anyrank.privacy.statement import DEALT
 from anyrank.runs.names import PRIVACY, read_object
 
 
 def check(federation: Federation, out: Path) -> None:
     """Raise `ConfigError` if the run in `out`, begun or not, would spend more on a data set than a ceiling allows."""
-    key = _key(out)
+    key = name_of(out)
     if federation.privacy is None or key == "":  # noise of the system's source: what was charged has names that are not known
         return
     for source in federation.sources():
@@ -92,10 +93,6 @@ def _about(federation: Federation, out: Path | None) -> dict[str, Any]:
     }
 
 
-def _key(out: Path) -> str | None:
+def name_of(out: Path) -> str | None:
     """The name of the noise key of the run in `out`; `None` if there is no run yet."""
     return str(read_object(out / PRIVACY).get("key")) if (out / PRIVACY).is_file() else None
-
-
-# Partitions in which the client of a row depends on the other rows.
-DEALT = frozenset({"iid", "dirichlet", "pathological", "staircase", "quantity", "sampled"})
