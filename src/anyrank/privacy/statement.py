@@ -36,8 +36,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Spending:
-    """What a run has spent: the largest `epsilon` over clients, that of each client, the `rounds` that are over, and whether the
-    run is `finished`."""
+    """What a run has spent: the largest `epsilon` over clients, that of each client, the `rounds` that are over, and whether
+    the run is `finished`."""
 
     epsilon: float
     by_client: Mapping[str, float]
@@ -64,6 +64,19 @@ class Facts:
     def kind(self) -> str:
         """Who is protected, and where the noise is added."""
         return f"{self.plan['level']} at the {self.plan.get('noise_at', 'client')}"
+
+
+def of_summary(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Facts | None:
+    """The facts of a finished private run, from its configuration and summary as tables; `None` for a run without privacy, or
+    where its figures cannot be read."""
+    try:
+        told = summary["privacy"]
+        by_client = {str(name): float(epsilon) for name, epsilon in told["epsilon_by_client"].items()}
+        facts = Facts(config, told["plan"], Spending(float(summary["epsilon"]), by_client, int(summary["rounds"])))
+        sections(facts)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return None
+    return facts
 
 
 def sections(facts: Facts) -> list[Section]:
@@ -123,8 +136,8 @@ _HOW = {
     "example at the client": "Each client adds noise to every training step (DP-SGD): each example's gradient is cut to the "
     "clip norm, and noise is added to their sum",
     "client at the client": "Each client cuts the change that it uploads to the clip norm and adds noise to it",
-    "client at the server": "Each client cuts the change that it uploads to the clip norm; the server adds noise to the mean of "
-    "a round",
+    "client at the server": "Each client cuts the change that it uploads to the clip norm; the server adds noise to the mean "
+    "of a round",
 }
 _LEAVES = {
     "example at the client": (("trained factors of the adapter, trained head", "with noise from every training step"),),
@@ -149,9 +162,9 @@ def _guarantee(facts: Facts) -> Section:
     state = "" if spent is None or spent.finished else " so far; it is not finished"
     unit = _UNITS.get(level, level).split(":")[0]
     first = (
-        f"This run {what} ε = {epsilon:.4g} at δ = {delta:g}{state}. In plain words: take whatever somebody may conclude from all "
-        f"that leaves. With {unit} in the data, the probability of that is at most e^ε = {_factor(epsilon)} times what it is "
-        "without, plus δ; and the other way round."
+        f"This run {what} ε = {epsilon:.4g} at δ = {delta:g}{state}. In plain words: take whatever somebody may conclude from "
+        f"all that leaves. With {unit} in the data, the probability of that is at most e^ε = {_factor(epsilon)} times what it "
+        "is without, plus δ; and the other way round."
     )
     rows = (
         ("what is protected (unit)", _UNITS.get(level, f"one {level}")),
@@ -188,7 +201,12 @@ def _mechanism(facts: Facts) -> Section:
         ("steps", f"{steps} in each round; a client takes part in at most {plan['max_rounds']} rounds"),
         *(sampled if plan["level"] != "client" else ()),
         ("accountant", f"{_ACCOUNTANTS.get(plan['accountant'], plan['accountant'])}, version {_version(library)}"),
-        ("random numbers", "the system's cryptographic source" if plan["secure"] else "a secret key of 256 random bits"),
+        (
+            "random numbers",
+            "the system's cryptographic source"
+            if plan["secure"]
+            else "a secret key of 256 random bits, which is not in the run folder",
+        ),
     )
     return Section(
         "How",
@@ -211,11 +229,16 @@ def _version(library: str) -> str:
         return "unknown: it is not installed here"
 
 
+# Demonstrations whose base model was made from the same examples.
+_LEARNED = {"digits": ". This does not hold in this demonstration: its base model was made from the same pictures, upright"}
+
+
 def _assumed(facts: Facts) -> Section:
     partition = facts.at("data", "partition", {})
     kind = partition.get("kind", "") if isinstance(partition, Mapping) else ""
+    known = _LEARNED.get(str(facts.at("data", "source")), "")
     rows = [
-        ("base model", "public, and not trained on the clients' data before"),
+        ("base model", f"public, and not trained on the clients' data before{known}"),
         ("held-out examples, label names", "public: the scores of rounds are published without noise"),
         ("number of examples", "the declared count of each client is public"),
         ("clients' programs", "each client runs this software unchanged: a client that leaves out the noise is not protected"),
