@@ -28,6 +28,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns where the system has no locks
     from filelock import FileLock, Timeout
 
+SHARED = "shared:"  # how the group of a run begins in which several clients may have an example
 ABOUT, LOCK = "data-set.json", ".lock"
 _SAMPLE = 128  # digests of rows that are kept of a data set: the smallest ones
 _LETTERS = 16  # of a row's digest in the sample
@@ -70,8 +71,8 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of a run. `group`: runs of one group give each example to the same client; `clients` that have examples of it,
-    `None` for all."""
+    """A data set of a run. `group`: runs of one group give each example to the same client, of the same declared count; it
+    begins with `SHARED` if clients may have examples in common. `clients` that have examples of it, `None` for all."""
 
     data: DataSet
     group: str

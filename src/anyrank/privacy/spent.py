@@ -25,7 +25,7 @@ from anyrank.errors import ConfigError, RunFailed
 from anyrank.privacy import datasets
 from anyrank.privacy.accountants import Spending
 from anyrank.privacy.chain import HEAD, LEDGER, Chain
-from anyrank.privacy.datasets import DataSet, Kept
+from anyrank.privacy.datasets import SHARED, DataSet, Kept
 from anyrank.privacy.grant import MOST_CHARGES, is_charge, noise_for
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.privacy.worst import within, worst
@@ -38,8 +38,7 @@ _ABOUT = ("name", "method", "seed", "out", "delta", "noise_at")  # entries of a 
 @dataclass(frozen=True)
 class Planned:
     """What a run releases on a data set: `rounds`, `{declared count: the most rounds that a client of it is charged for}`; its
-    name `run`; `group`: runs of one group give each example to the same client; `about`: entries for whoever reads the
-    ledger."""
+    name `run`; its `group`, as `Source.group`; `about`: entries for whoever reads the ledger."""
 
     run: str
     group: str
@@ -112,7 +111,7 @@ class Total:
             if only and run != only:
                 continue
             own = noise_for(unit, level, noise)
-            if own is None:
+            if own is None or (unit == "example" and group.startswith(SHARED)):
                 return None
             groups[group][count].append(Spending(rate, own, steps))
         return [list(alternatives.values()) for alternatives in groups.values()]
@@ -214,8 +213,9 @@ def is_entry(row: Mapping[str, Any]) -> bool:
 
 
 def _state(folder: Path) -> bytes:
-    """What changes whenever a charge is added."""
+    """What changes whenever the ledger does."""
     try:
-        return (folder / HEAD).read_bytes() + str((folder / LEDGER).stat().st_size).encode()
+        signs = (folder / LEDGER).stat()
+        return (folder / HEAD).read_bytes() + f"{signs.st_size} {signs.st_mtime_ns}".encode()
     except OSError:
         return b""

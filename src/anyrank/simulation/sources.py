@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from anyrank.config.sections import HANDED_IN, Config, DataConfig, ModelConfig
 from anyrank.data import images, instructions, texts
 from anyrank.errors import AnyRankError, ConfigError, RunError
 from anyrank.files import walk
-from anyrank.privacy.datasets import DataSet, Source
+from anyrank.privacy.datasets import SHARED, DataSet, Source
 from anyrank.tasks import digest
 from anyrank.tasks.base import Task
 from anyrank.tasks.inputs import FieldInputs, TensorInputs
@@ -38,18 +39,35 @@ def sources(config: Config, task: Task | None = None) -> Callable[[], Sequence[S
 def _sources(config: Config, task: Task | None) -> tuple[Source, ...]:
     if config.sites:
         own = [(site.name, replace(config.data, source=site.source, test_source="")) for site in config.sites]
-        found = [(name, _read(config.model, data)) for name, data in own]
-        return tuple(Source(data, _digest("site", name), frozenset({name})) for name, data in found)
-    data = _of_task(config, task) if task is not None and _is_own(config) else _read(config.model, config.data)
-    return (Source(data, group(config)),)
+        found = [(name, data, _read(config.model, data)) for name, data in own]
+        return tuple(
+            Source(read, _group(config, read, "site", name, _text(data)), frozenset({name})) for name, data, read in found
+        )
+    if _is_own(config):
+        data = _of_task(config, task) if task is not None else _of_file(config)
+        order = digest.digest(task)[2] if task is not None else ""
+    else:
+        data, order = _read(config.model, config.data), ""
+    clients = _text((config.clients.count, config.clients.names, config.run.seed))
+    return (Source(data, _group(config, data, order, clients, _of_code(config.data.partition.file)), None),)
 
 
-def group(config: Config) -> str:
-    """What runs have in common that give each example to the same client."""
-    clients = (config.clients.count, config.clients.names)
+def _group(config: Config, data: DataSet, *more: str) -> str:
+    """What runs have in common that give each example to the same client, and each client the same declared count: all that the
+    division depends on, and the rows in their order with their labels, as the files have them."""
+    shared = SHARED if config.data.partition.kind == "sampled" and not config.sites else ""
     version = importlib.metadata.version("anyrank")
-    told = (asdict(config.data), config.model.task, config.model.file, clients, config.run.seed, version)
-    return _digest(json.dumps(told, sort_keys=True))
+    own = (_text(config.data), config.model.task, _of_code(config.model.file), config.privacy.counts, version)
+    return shared + _digest(data.files, data.rows, *own, *more)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(asdict(value) if isinstance(value, DataConfig) else value, sort_keys=True)
+
+
+def _of_code(path: str) -> str:
+    """The digest of a file of the user's own; empty if there is none."""
+    return _of_files(Path(path)) if path else ""
 
 
 def named(source: str, config: Config | None = None) -> DataSet:
@@ -69,13 +87,18 @@ def _is_own(config: Config) -> bool:
     return bool(config.model.file) or config.model.task == HANDED_IN
 
 
-@functools.lru_cache(maxsize=32)
 def _read(model: ModelConfig, data: DataConfig) -> DataSet:
     """The data set of `data.source`, with its rows where they can be read."""
     path, files = _place(data.source)
-    reader = None if model.file or data.source in EMBEDDED else _READERS.get(model.task)
+    return _rows(model, data, path, files)
+
+
+@functools.lru_cache(maxsize=32)
+def _rows(model: ModelConfig, data: DataConfig, path: str, files: str) -> DataSet:
+    """A data set whose `files` have this digest: the same files are read once, whatever the number of runs."""
+    reader = None if data.source in EMBEDDED else _READERS.get(model.task)
     if reader is None:
-        return DataSet(data.source, path, files or _digest("task", model.file, data.source))
+        return DataSet(data.source, path, files or _digest("source", data.source))
     return DataSet.of_rows(data.source, path, files, _ROWS[reader](reader.training(replace(data, label_names=()))))
 
 
@@ -95,13 +118,13 @@ def _of_files(path: Path) -> str:
     try:
         found = list(walk(path)) if path.is_dir() else [path]
         whole = sum(each.stat().st_size for each in found) <= _MOST
-        return _digest("files", *sorted(_of_file(each, whole) for each in found))
+        return _digest("files", *sorted(_of_one(each, whole) for each in found))
     except OSError as error:
         at = error.filename or path
         raise RunError(f"{at}: cannot be read ({error.strerror or error}); correct that, and give the command again") from None
 
 
-def _of_file(path: Path, whole: bool) -> str:
+def _of_one(path: Path, whole: bool) -> str:
     with open(path, "rb") as file:
         if whole:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -130,6 +153,13 @@ def _of_instructions(held: instructions.Instructions) -> Iterator[bytes]:
 
 
 _ROWS = {texts: _of_texts, images: _of_images, instructions: _of_instructions}
+
+
+def _of_file(config: Config) -> DataSet:
+    """The data set of a task of the user's own that other processes load: by its code, and by the source that it is given."""
+    path, files = _place(config.data.source) if config.data.source not in EMBEDDED else ("", "")
+    name = config.model.file if not files else config.data.source
+    return DataSet(name, path, files or _digest("code", _of_code(config.model.file), _text(config.data)))
 
 
 def _of_task(config: Config, task: Task) -> DataSet:
