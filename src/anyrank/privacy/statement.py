@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from anyrank.errors import printable
 
 # Partitions in which the client of a row depends on the other rows.
 DEALT = frozenset({"iid", "dirichlet", "pathological", "staircase", "quantity", "sampled"})
@@ -97,7 +100,7 @@ def title(facts: Facts) -> str:
 
 def markdown(facts: Facts) -> str:
     """The page as Markdown."""
-    parts = [f"# {title(facts)}"]
+    parts = [f"# {_escaped(title(facts))}"]
     for section in sections(facts):
         parts += [f"## {section.heading}", *map(_escaped, section.paragraphs)]
         if section.rows:
@@ -107,13 +110,13 @@ def markdown(facts: Facts) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    told = " | ".join(_escaped(cell).replace("|", r"\|") for cell in cells)
-    return f"| {told} |"
+    return f"| {' | '.join(map(_escaped, cells))} |"
 
 
 def _escaped(text: str) -> str:
     """A text in one line, in which somebody's names are no markup."""
-    return " ".join(text.split()).replace("<", "&lt;").replace("`", "'").replace("[[", r"\[[")
+    plain = printable(" ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain).replace("&", "&amp;").replace("<", "&lt;")
 
 
 # --- the parts -----------------------------------------------------------------------------------------------------------
