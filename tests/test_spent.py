@@ -306,9 +306,7 @@ def read(path: Path, **data: object) -> DataSet:
 
 @settings(max_examples=10)
 @given(st.randoms(use_true_random=False))
-def test_a_data_set_is_known_again_in_any_order_under_any_name_and_in_any_form(
-    tmp_path_factory, shuffle: random.Random
-) -> None:
+def test_a_data_set_is_known_again_in_any_order_name_and_form(tmp_path_factory, shuffle: random.Random) -> None:
     folder = tmp_path_factory.mktemp("data")
     other = ROWS[:]
     shuffle.shuffle(other)
