@@ -768,8 +768,8 @@ MISTAKES = (
     ),
     Mistake(
         "site: charges before the start forgotten",
-        "privacy/grant.py",
-        "            self._note(row, line)\n        if not",
+        "privacy/chain.py",
+        "            self._take(row, line)\n        if not",
         '            self.count, self._last = row["number"], _digest(line)\n        if not',
         SITE,
     ),
@@ -783,8 +783,8 @@ MISTAKES = (
         'Mechanism(held.privacy, b"0" * 32)',
         SITE,
     ),
-    Mistake("site: a line changed in the ledger", "privacy/grant.py", ' or row["before"] != digests[-1]', "", SITE),
-    Mistake("site: an older ledger", "privacy/grant.py", ' or len(lines) - head["charges"] > 1', "", SITE),
+    Mistake("site: a line changed in the ledger", "privacy/chain.py", ' or row["before"] != digests[-1]', "", SITE),
+    Mistake("site: an older ledger", "privacy/chain.py", ' or len(lines) - head["charges"] > 1', "", SITE),
     Mistake("site: an older copy of both files", "worker/store.py", "if answered > charges:", "if False:", SITE),
     Mistake(
         "site: half the noise for a whole site taken as all",

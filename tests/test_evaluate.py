@@ -339,7 +339,8 @@ def test_the_command_prints_json_or_tables_that_fit(world) -> None:
 
 def test_under_privacy_scores_are_given_with_a_remark(world, tmp_path) -> None:
     private = {"privacy": {"level": "client", "epsilon": 8.0, "delta": 0.01, "clip": 0.5}, "method": {"name": "ffa_lora"}}
-    same = [each | {"rank": 4} for each in world.table["sites"]]
+    public = next(each["test_source"] for each in world.table["sites"] if each["name"] == "county")
+    same = [{"test_source": public} | each | {"rank": 4} for each in world.table["sites"]]
     simulation.execute(from_table(world.table | private | {"sites": same}), tmp_path / "run")
     done = call(str(tmp_path / "run"), "--site", "county")
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ from anyrank.messages.frame import Frame, Header, to_bytes
 from anyrank.messages.plan import Plan, plan_round
 from anyrank.messages.records import Client, Job, Scaling, ServerState
 from anyrank.messages.scores import KIND as SCORES
-from anyrank.privacy import grant
+from anyrank.privacy import chain, grant
 from anyrank.privacy.grant import Grant, Release, Spent
 from anyrank.worker import site as site_module
 from anyrank.worker.site import spent
@@ -686,11 +686,11 @@ def test_a_disk_that_is_full_twice_leaves_a_ledger_that_is_read_again(tmp_path: 
     """The charge stands, its summary cannot be written: the next charge writes that first, or does not begin."""
     found = ledger(tmp_path, 1)
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, write: object) -> None:
         raise RunError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(grant, "write_whole_text", full)
+        patched.setattr(chain, "write_whole", full)
         for _ in range(2):
             with pytest.raises(RunError, match="disk full"):
                 found.charge(ONE, {})

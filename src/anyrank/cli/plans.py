@@ -9,6 +9,7 @@ from rich.table import Table
 
 from anyrank.cli.console import megabytes, shown
 from anyrank.cli.folding import folded
+from anyrank.privacy.spent import in_words
 
 
 def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
@@ -24,6 +25,7 @@ def plan_tables(figures: Mapping[str, Any]) -> list[Table]:
         "traffic in total": f"{_both_ways(figures, '')}, expected",
         "memory": f"{megabytes(sum(memory.values()))} MB: " + ", ".join(f"{k} {megabytes(v)}" for k, v in memory.items()),
         **({"privacy": _promise(figures["privacy"])} if figures["privacy"] else {}),
+        **({"spent": "\n".join(map(_spent_with, figures["data_sets"]))} if figures["data_sets"] else {}),
         "guard": _guard(figures["guard"], figures["cohort"]),
         "training": "not measured" if figures["training_s"] is None else _guess(figures),
     }
@@ -82,6 +84,12 @@ def _promise(budget: Mapping[str, Any]) -> str:
         f"epsilon {budget['epsilon']:.4g} at delta {budget['delta']:g} for one {budget['level']}, noise multiplier {noise}"
         f"{_where(budget)}, for {budget['max_rounds']} rounds per client"
     )
+
+
+def _spent_with(row: Mapping[str, Any]) -> str:
+    """What is spent on a data set, without and with the run."""
+    told = f"{shown(row['name'])}: epsilon {in_words(row['spent'])} so far, {in_words(row['together'])} with this run"
+    return f"{told}, at delta {row['delta']:g} for one example"
 
 
 def _where(budget: Mapping[str, Any]) -> str:

@@ -201,12 +201,15 @@ def study(
     folder = out or Path("runs") / chosen.name
     from anyrank import report
     from anyrank.cli import console, tables
+    from anyrank.studies import spending
 
     with console.Preparing("preparing", quiet=as_json) as preparing:
-        studies.check(chosen, preparing, folder)
+        planned = studies.check(chosen, preparing, folder)
+    _tell(spending.before(planned), as_json)
     with console.Rounds(sum(cell.config.run.rounds for cell in chosen.cells(folder)), chosen.name, quiet=as_json) as rounds:
         tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
         results = studies.execute(chosen, folder, jobs, tell)
+    _tell(spending.after(chosen.cells(folder)), as_json)
     written = [f"table   {console.shown(folder / studies.TABLE)}"]
     if chosen.figure != "none":
         settings = [(setting.name, _started(setting.cells(folder))) for setting in chosen.settings]
@@ -427,18 +430,46 @@ def privacy(
     steps: Annotated[int, typer.Option("--steps", help="Number of steps of the client in the whole run.")] = 0,
     epsilon: Annotated[float, typer.Option("--epsilon", help="Privacy budget; prints the noise for it.")] = 0.0,
     noise_multiplier: Annotated[float, typer.Option("--noise-multiplier", help="Noise; prints the epsilon for it.")] = 0.0,
-    delta: Annotated[float, typer.Option("--delta", help="Delta of the budget; below 1 over the number of examples.")] = 1e-5,
+    delta: Annotated[
+        float | None,
+        typer.Option("--delta", help="Delta of the budget, default 1e-5; of --spent, default the smallest delta of its runs."),
+    ] = None,
     accountant: Annotated[str, typer.Option("--accountant", help="pld, prv or rdp.")] = "pld",
+    spent: Annotated[
+        str | None,
+        typer.Option(
+            "--spent", metavar="DATA", help="What all private runs on a file, a folder or a configuration's data spent."
+        ),
+    ] = None,
+    ceiling: Annotated[
+        float | None,
+        typer.Option("--ceiling", help="With --spent: the most epsilon that all runs on it may spend; 0: no limit."),
+    ] = None,
+    statement: Annotated[
+        bool, typer.Option("--statement", help="Print the privacy statement of a configuration, or of the run in a folder.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="With --statement: also write it there, as Markdown.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute the noise for a privacy budget, or the budget for a noise, before a run. Trains nothing.
+    """Compute the noise for a privacy budget, or the budget for a noise, before a run; or what was spent. Trains nothing.
 
     Example: [cyan]anyrank privacy --examples 1000 --batch-size 50 --steps 400 --epsilon 6[/cyan]
     """
-    from anyrank.cli import arguments, console, plans
+    from anyrank.cli import arguments, console, plans, private
 
+    private.check(config, spent, ceiling, statement, out)
+    if spent is not None:
+        told = private.spent(spent, config, overrides, ceiling, delta, as_json)
+        return _print_json(told) if as_json else _print_parts(private.spent_tables(told))
+    if statement:
+        facts = private.facts(config, overrides, as_json)
+        written = private.write(facts, out) if out else None
+        if as_json:
+            return _print_json(private.statement_object(facts) | {"out": str(written) if written else None})
+        return _print_parts(private.statement_tables(facts))
     if config is None:
-        figures = arguments.budget(examples, batch_size, steps, epsilon, noise_multiplier, delta, accountant)
+        budget = (examples, batch_size, steps, epsilon, noise_multiplier, 1e-5 if delta is None else delta, accountant)
+        figures = arguments.budget(*budget)
     else:
         chosen = arguments.configuration(config, overrides)
         with console.Preparing("preparing", quiet=as_json) as preparing:
@@ -533,17 +564,26 @@ app.command()(serving.serve)
 def _compare(cells: list[Cell], out: Path, jobs: int, resume: bool, quiet: bool) -> Results:
     from anyrank import report
     from anyrank.cli import console
-    from anyrank.studies import comparison
+    from anyrank.studies import comparison, spending
 
     with console.Preparing("preparing", quiet) as preparing:
-        comparison.check(cells, out, resume, preparing)
+        planned = comparison.check(cells, out, resume, preparing)
+    _tell(spending.before(planned), quiet)
     rounds = console.Rounds(sum(cell.config.run.rounds for cell in cells), "rounds", quiet)
     with rounds:
         tell = lambda label, seed, metrics: rounds(f"{label} seed {seed}", metrics)  # noqa: E731
         results = comparison.execute(cells, out, jobs, tell)
+    _tell(spending.after(cells), quiet)
     report.build(_started(cells), out / "report.html")
     report.figure(_started(cells), out / "figure.png")
     return results
+
+
+def _tell(lines: Sequence[str], quiet: bool) -> None:
+    from anyrank.cli import console
+
+    for line in () if quiet else lines:
+        console.err.print(line, soft_wrap=True)
 
 
 def _show_comparison(results: Results, out: Path, as_json: bool, title: str) -> None:
@@ -591,6 +631,13 @@ def _use_all_cores() -> None:
     import torch
 
     torch.set_num_threads(cores())
+
+
+def _print_parts(parts: Sequence[Any]) -> None:
+    from anyrank.cli import console
+
+    for part in parts:
+        console.out.print(part, soft_wrap=isinstance(part, str))
 
 
 def _print_json(value: dict[str, Any]) -> None:

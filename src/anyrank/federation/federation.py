@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from anyrank import keys
@@ -14,6 +15,7 @@ from anyrank.federation.standing import Clients
 from anyrank.messages.plan import Plan, plan_round
 from anyrank.messages.records import Facts
 from anyrank.methods import Method
+from anyrank.privacy.datasets import Source
 from anyrank.privacy.plan import PrivacyPlan
 
 
@@ -23,7 +25,8 @@ class Federation:
     for `centralized`); `labels`: the held-out examples or the label shares of each client, if clients are reported separately;
     `privacy`: the privacy plan of their uploads; `reporting`: the clients that score what they download, if they do so instead
     of the server; `unscored`: why nobody scores, if nobody does; `hands_over`: whether clients keep the last state that they
-    are sent, so that it is sent to all of them, whether they score it or not.
+    are sent, so that it is sent to all of them, whether they score it or not; `sources()`: the data sets whose ledgers a
+    private run is charged to, none where sites keep ledgers of their own.
     """
 
     config: Config
@@ -37,6 +40,7 @@ class Federation:
     reporting: Reporting | None = None
     unscored: str = ""
     hands_over: bool = False
+    sources: Callable[[], Sequence[Source]] = tuple
 
     def plan(self, round: int) -> Plan:
         """How clients train in `round`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from anyrank.config.tables import identity
-from anyrank.federation import late, scoring
+from anyrank.federation import accounts, late, scoring
 from anyrank.federation.advance import advance
 from anyrank.federation.asking import ask
 from anyrank.federation.federation import Federation
@@ -32,6 +32,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
     first = start(federation)
     (state, held), before, end = late.split(store.restore() or first), scoring.before(federation, first), None
     ledger = open_ledger(federation.privacy, identity(config), store, state.round, federation.drawn)
+    accounts.join(federation, ledger, store.path)
     patience = Patience.of(config.rounds, config.run.rounds, store.metrics())
     quarantine = Quarantine(config.guard.offences, config.guard.rest, store.clients())
     while state.round < config.run.rounds:

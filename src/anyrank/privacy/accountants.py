@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from anyrank.errors import ConfigError
 
 _PLD_GRIDS = (1e-3, 1e-4)  # of the privacy loss, for an epsilon above 1 and below; rounding is upwards, about 0.1 % of epsilon
-_ORDERS = (*range(2, 64), 96, 128, 192, 256, 512, 1024)  # whole orders of RDP have a closed form that always converges
+ORDERS = (*range(2, 64), 96, 128, 192, 256, 512, 1024)  # whole orders of RDP have a closed form that always converges
 _BEYOND = 1000.0  # an epsilon above this gives no protection: RDP's bound is reported, and no finer figure is computed
 _MOST_NOISE, _LEAST_NOISE = 1e5, 1e-2
 _MOST_KINDS = 32  # kinds of steps whose privacy loss distributions are composed; each takes up to seconds
@@ -65,6 +65,11 @@ def composed(spendings: tuple[Spending, ...], delta: float) -> float:
     grid = _PLD_GRIDS[0 if bound > 1 else 1]
     steps = [_pld_of_a_step(each.sampling_rate, each.noise_multiplier, grid).self_compose(each.steps) for each in taken]
     return min(bound, float(functools.reduce(lambda one, other: one.compose(other), steps).get_epsilon_for_delta(delta)))
+
+
+def renyi(spendings: Iterable[Spending], delta: float, order: int) -> float:
+    """The upper bound of epsilon at `delta` that Rényi differential privacy of one `order` gives for all `spendings`."""
+    return _rdp_of_all(spendings, delta, (order,))
 
 
 def within(spendings: tuple[Spending, ...], delta: float, target: float) -> bool:
@@ -137,12 +142,12 @@ def _rdp(spending: Spending, delta: float) -> float:
     return _rdp_of_all([spending], delta)
 
 
-def _rdp_of_all(spendings: Iterable[Spending], delta: float) -> float:
+def _rdp_of_all(spendings: Iterable[Spending], delta: float, orders: Sequence[int] = ORDERS) -> float:
     """Rényi differential privacy (Mironov et al. 2019), turned into epsilon after Canonne, Kamath and Steinke (2020)."""
     dp = _library("dp_accounting", "dp-accounting")
     from dp_accounting.rdp import RdpAccountant
 
-    accountant = RdpAccountant(_ORDERS)
+    accountant = RdpAccountant(orders)
     for each in spendings:
         step = dp.PoissonSampledDpEvent(each.sampling_rate, dp.GaussianDpEvent(each.noise_multiplier))
         accountant.compose(step, each.steps)

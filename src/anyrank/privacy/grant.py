@@ -6,15 +6,11 @@ that the site protects counts by what it reveals about that unit: noise for a wh
 half the size, because replacing one upload by another counts as twice the clip norm. Noise for one example does not bound what
 is revealed about a whole site.
 
-`ledger.jsonl` has a line for each charge, with the digest of the line before it, and `ledger.json` the number of charges and
-the last digest. A line that was changed, removed or cut, and an older copy of one of the two files, are found when the ledger
-is opened: it is then refused. Older copies of both files together are not found here (see `anyrank.worker.store`).
+Its files are those of `anyrank.privacy.chain`. Older copies of both together are not found there (see `anyrank.worker.store`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -22,15 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyrank.errors import RunError
-from anyrank.files import append, cut, parse_json, read_bounded, write_whole_text
 from anyrank.privacy.accountants import Spending, composed, within
+from anyrank.privacy.chain import HEAD, LEDGER, Chain
 
-LEDGER, HEAD = "ledger.jsonl", "ledger.json"
 MOST_CHARGES = 100_000  # of a ledger
-_MOST_BYTES = 1 << 27
 _LEVELS = ("example", "client")
-_FIRST = "0" * 64  # what stands for the digest of the line before the first one
 
 
 class Spent(Exception):
@@ -58,10 +50,15 @@ class Grant:
     `delta` in all. Whoever opens it holds the folder's lock. Raises `RunError` for a ledger that is not as it was written."""
 
     def __init__(self, folder: Path, level: str, epsilon: float, delta: float, reading: bool = False) -> None:
-        self.folder, self.level, self.epsilon, self.delta, self._reading = folder, level, epsilon, delta, reading
+        self.folder, self.level, self.epsilon, self.delta = folder, level, epsilon, delta
         self._steps: Counter[tuple[str, float, float]] = Counter()
-        self.count, self._last, self._head = 0, _FIRST, 0
-        self._open()
+        remedy = f"restore the newest {LEDGER} and {HEAD}, or take no more part in private runs with this data"
+        self._chain = Chain(folder, is_charge, self._note, remedy, reading)
+
+    @property
+    def count(self) -> int:
+        """The number of charges."""
+        return self._chain.count
 
     def charge(self, release: Release, about: Mapping[str, Any]) -> int:
         """Charge a release, and return the charge's number: it is on disk when this returns. `about`: what it was for, for the
@@ -71,14 +68,7 @@ class Grant:
         if self.count >= MOST_CHARGES:
             raise Spent(f"the ledger has {MOST_CHARGES} charges, and takes no more")
         self._check(release)
-        if self._head < self.count:  # a failed write: a second one would look like damage
-            self._write_head()
-        row = {"number": self.count + 1, "before": self._last, **release.table(), **about}
-        line = json.dumps(row, sort_keys=True)
-        append(self.folder / LEDGER, line.encode() + b"\n")
-        self._note(row, line)
-        self._write_head()
-        return self.count
+        return self._chain.add({**release.table(), **about})
 
     def spent(self) -> float:
         """Epsilon of all charges, at `delta`, for the unit that the site protects; infinite where nothing bounds it."""
@@ -106,98 +96,31 @@ class Grant:
             steps[more.level, more.sampling_rate, more.noise_multiplier] += more.steps
         kinds: Counter[tuple[float, float]] = Counter()
         for (level, rate, noise), count in steps.items():
-            if level != unit and unit == "client":
+            own = noise_for(unit, level, noise)
+            if own is None:
                 return None
-            kinds[rate, noise if level == unit else noise / 2] += count
+            kinds[rate, own] += count
         return tuple(Spending(rate, noise, count) for (rate, noise), count in sorted(kinds.items()))
 
-    # --- files ---
-
-    def _open(self) -> None:
-        lines, torn = self._lines()
-        head = self._read_head()
-        self._head = head["charges"]
-        digests = [_FIRST]
-        for number, line in enumerate(lines, 1):
-            row = _row(line)
-            if row is None or row["number"] != number or row["before"] != digests[-1]:
-                raise self._damaged(f"line {number} is not the one that was written")
-            digests.append(_digest(line))
-            self._note(row, line)
-        if not 0 <= head["charges"] <= len(lines) or len(lines) - head["charges"] > 1:
-            raise self._damaged(f"it has {len(lines)} charges, {HEAD} says {head['charges']}")
-        if digests[head["charges"]] != head["last"]:
-            raise self._damaged(f"charge {head['charges']} is not the one that {HEAD} names")
-        if self._reading:
-            return
-        if torn is not None:
-            cut(self.folder / LEDGER, torn)
-        if head["charges"] < len(lines):  # the worker was ended between the two writes
-            self._write_head()
-
-    def _lines(self) -> tuple[list[str], int | None]:
-        """The whole lines, and the length of the file without a last line that was not finished (`None`: all were)."""
-        data = self._bytes(LEDGER)
-        if data is None:
-            return [], None
-        whole = data.rfind(b"\n") + 1
-        try:
-            lines = data[:whole].decode().split("\n")[:-1]
-        except UnicodeDecodeError:
-            raise self._damaged("it is no text") from None
-        return lines, whole if whole < len(data) else None
-
-    def _read_head(self) -> Mapping[str, Any]:
-        data = self._bytes(HEAD)
-        if data is None:
-            return {"charges": 0, "last": _FIRST}
-        try:
-            table = parse_json(data)
-        except ValueError:
-            table = None
-        if not isinstance(table, dict) or type(table.get("charges")) is not int or not isinstance(table.get("last"), str):
-            raise self._damaged(f"{HEAD} cannot be read")
-        return table
-
-    def _bytes(self, name: str) -> bytes | None:
-        try:
-            return read_bounded(self.folder / name, _MOST_BYTES)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self._damaged(f"{name} cannot be read ({error.strerror or error})") from None
-
-    def _note(self, row: Mapping[str, Any], line: str) -> None:
+    def _note(self, row: Mapping[str, Any]) -> None:
         self._steps[row["level"], row["sampling_rate"], row["noise_multiplier"]] += row["steps"]
-        self.count, self._last = row["number"], _digest(line)
 
-    def _write_head(self) -> None:
-        write_whole_text(self.folder / HEAD, json.dumps({"charges": self.count, "last": self._last}) + "\n")
-        self._head = self.count
 
-    def _damaged(self, what: str) -> RunError:
-        return RunError(
-            f"{self.folder / LEDGER}: {what}, so that what was spent is not known; restore the newest {LEDGER} and {HEAD}, "
-            "or take no more part in private runs with this data"
-        )
+def noise_for(unit: str, level: str, noise: float) -> float | None:
+    """The noise multiplier that a release of `level` has for `unit` (example or client); `None` where it bounds nothing."""
+    if level != unit and unit == "client":
+        return None
+    return noise if level == unit else noise / 2
 
 
 def _epsilon(spendings: tuple[Spending, ...] | None, delta: float) -> float:
     return math.inf if spendings is None else composed(spendings, delta)
 
 
-def _digest(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()
-
-
-def _row(line: str) -> Mapping[str, Any] | None:
-    """The charge of a line; `None` for what is none."""
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    keys = {"number": int, "before": str, "level": str, "sampling_rate": float, "noise_multiplier": float, "steps": int}
-    if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in keys.items()):
-        return None
-    right = row["level"] in _LEVELS and 0 < row["sampling_rate"] <= 1 and 0 < row["noise_multiplier"] < math.inf
-    return row if right and row["steps"] >= 1 else None
+def is_charge(row: Mapping[str, Any]) -> bool:
+    """Whether the object of a line is a charge: a release with noise."""
+    keys = {"level": str, "sampling_rate": float, "noise_multiplier": float, "steps": int}
+    if any(type(row.get(key)) is not kind for key, kind in keys.items()):
+        return False
+    noisy = 0 < row["sampling_rate"] <= 1 and 0 < row["noise_multiplier"] < math.inf
+    return row["level"] in _LEVELS and noisy and row["steps"] >= 1

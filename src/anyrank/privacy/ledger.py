@@ -8,6 +8,7 @@ charged again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from anyrank.errors import RunError
@@ -16,6 +17,17 @@ from anyrank.privacy.noise import Mechanism
 from anyrank.privacy.plan import PrivacyPlan
 
 SPENT = "its privacy budget is spent"
+EMPTY: Mapping[str, int] = MappingProxyType({})
+
+
+class Account(Protocol):
+    """A ledger outside of the run folder, which is charged too. `clients`: those that it is about, `None` for all."""
+
+    clients: frozenset[str] | None
+
+    def charge(self, rounds: Mapping[int, int]) -> None:
+        """Charge until each declared count has that many rounds; on disk when this returns."""
+        ...
 
 
 class Books(Protocol):
@@ -68,6 +80,7 @@ class Ledger:
         self.plan, self.books, self.key_name = plan, books, key_name
         self.rounds: dict[str, list[int]] = {}  # rounds for which each client was charged, including interrupted rounds
         self.declared: dict[str, int] = {}
+        self.accounts: list[Account] = []
         self._note(self._readable(books.charges()))
 
     def mechanism(self) -> Mechanism:
@@ -81,6 +94,8 @@ class Ledger:
     def charge(self, round: int, counts: Mapping[str, int]) -> None:
         """Charge each client for `round`, by its declared count: on disk when this returns."""
         new = {name: count for name, count in sorted(counts.items()) if self.plan.secure or not self._has(name, round)}
+        for account in self.accounts:
+            account.charge(self.most(account.clients, new))
         rows = [
             {"round": round, "client": name, "num_examples": count, **vars(self.plan.spending(count, 1))}
             for name, count in new.items()
@@ -104,6 +119,19 @@ class Ledger:
         """Finish the run: its key is no longer needed and is deleted."""
         if self.key_name:
             noise.forget_key(self.key_name)
+
+    def most(self, clients: frozenset[str] | None, more: Mapping[str, int] = EMPTY) -> dict[int, int]:
+        """For each declared count, the most rounds that one of these clients is charged for, with one round more for each
+        client in `more`, `{client: declared count}`."""
+        found: dict[int, int] = {}
+        for name, count in {**self.declared, **more}.items():
+            if clients is None or name in clients:
+                found[count] = max(found.get(count, 0), self._charged(name) + (name in more))
+        return {count: rounds for count, rounds in found.items() if rounds}
+
+    def _charged(self, client: str) -> int:
+        own = self.rounds.get(client, [])
+        return len(own) if self.plan.secure else len(set(own))
 
     def _note(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:

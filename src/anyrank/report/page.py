@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from anyrank.report import charts, clients, faults, sites, words
+from anyrank.report import charts, clients, faults, sites, statements, words
 from anyrank.report.groups import Group, Stat, metric_names, seed_count, tells_accuracy
 from anyrank.report.runs import Run
 from anyrank.report.style import DARK, LIGHT
@@ -36,6 +36,7 @@ def contents(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
         "conduct": faults.conduct(groups),
         "idle": faults.idle(groups),
         "privacy": charts.privacy(groups),
+        "statements": statements.statements(groups),
         "configs": [
             (group.label, group.runs[0].seed, group.runs[0].config_text) for group in groups if group.runs[0].config_text
         ],

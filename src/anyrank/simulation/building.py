@@ -17,7 +17,7 @@ from anyrank.data import partition
 from anyrank.data.partition import ByName
 from anyrank.engines.inprocess import InProcess
 from anyrank.errors import ConfigError
-from anyrank.federation import assembly, loop
+from anyrank.federation import accounts, assembly, loop
 from anyrank.federation.checks import check_ranks, check_secure_sum
 from anyrank.federation.engine import Engine
 from anyrank.federation.federation import Federation
@@ -29,7 +29,7 @@ from anyrank.runs import removal
 from anyrank.runs.folder import RunDir
 from anyrank.runs.matching import with_stored_ranks
 from anyrank.runs.names import CONFIG
-from anyrank.simulation import ranks, workers
+from anyrank.simulation import ranks, sources, workers
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.dealing import dealt, held_out, roster
 from anyrank.tasks.load import load_task
@@ -82,9 +82,11 @@ def build(
     method = method or _method(config)
     check_ranks(config, method)
     check_secure_sum(config, method)
+    sources.check_held_out(config)
     if config.run.engine == "workers" and engine is in_process:
-        return workers.build(config, method, progress)
+        return replace(workers.build(config, method, progress), sources=sources.sources(config))
     task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
+    trained_on = sources.sources(config, task)
     if shards is None and config.data.partition.kind == HANDED_IN:
         raise ConfigError("data.partition.kind = 'handed-in': its shards were handed in by a Python program; run that")
     named: tuple[str, ...] = ()
@@ -99,7 +101,7 @@ def build(
     setting = Setting(
         task, ByName(shards, place), config, settle.population.levels()[-1], settle.privacy, own, settle.method.train
     )
-    return replace(settle, engine=engine(setting))
+    return replace(settle, engine=engine(setting), sources=trained_on)
 
 
 def settled(config: Config, progress: Progress | None = None, tell: Callable[[str], None] | None = None) -> Config:
@@ -133,7 +135,8 @@ def execute(
 ) -> dict[str, Any]:
     """Build and run a configuration in the folder `out`; returns the summary. Nothing is written before all is checked.
 
-    `tell`: as for `settled`, which decides on ranks that are `auto` before a run begins; `instead`: `task`, `shards` and
+    `tell`: as for `settled`, which decides on ranks that are `auto` before a run begins, and for what a person should know of
+    the ledgers of a private run's data; `instead`: `task`, `shards` and
     `method`, as for `build`.
     """
     config = with_stored_ranks(out, config)
@@ -143,6 +146,9 @@ def execute(
     with removal.unless_begun(out), devices.threads(config.run.threads), torch.enable_grad():
         built = build(config, progress, **instead)
         try:
+            accounts.check(built, out)
+            for line in accounts.notices(built) if tell else ():
+                tell(line)
             held = built.engine.held if config.privacy.level != "none" else None
             with RunDir.open(out, config, resume, held=held) as store:
                 workers.keep_replies(built, out)

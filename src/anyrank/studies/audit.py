@@ -89,7 +89,8 @@ def audit(config: Config, canaries: int, noise_factor: float = 1.0, confidence: 
                 stopping.unfinished(Path(folder)),
                 RunDir.open(Path(folder) / "run", config) as store,
             ):
-                loop.run(_with(built, noise_factor), store, on_round)
+                uncharged = dataclasses.replace(_with(built, noise_factor), sources=tuple)  # no model of it is kept
+                loop.run(uncharged, store, on_round)
                 claimed = _claimed(built.privacy, store.charges())
         finally:
             built.close()

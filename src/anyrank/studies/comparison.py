@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyrank import simulation
 from anyrank.algebra import spectra
 from anyrank.errors import RunError
 from anyrank.files import contents, make_folder, sweep, write_whole_text
@@ -17,6 +16,7 @@ from anyrank.runs import lock
 from anyrank.runs.finding import is_done
 from anyrank.runs.folder import RunDir
 from anyrank.runs.names import COMPARISON, METRICS, SUMMARY, lower_is_better
+from anyrank.studies import spending
 from anyrank.studies.grid import OnRound, finished, run_cells
 from anyrank.studies.variants import Cell, disturbances, folder, make_cells, variant
 
@@ -31,17 +31,18 @@ class Results:
     failures: list[dict[str, Any]]
 
 
-def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> None:
+def check(cells: Sequence[Cell], out: Path, resume: bool, progress=None) -> list[dict[str, Any]]:
     """Build the first run of each method, so that whatever is wrong with the request stops before anything is trained: runs
-    in `out` of another configuration, too.
+    in `out` of another configuration, too. Returns what private runs would spend, as `spending.forecast`.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: expected a folder for the runs, got a file; choose another --out")
     if not (resume and (out / COMPARISON).exists()) and any(not path.name.startswith(".") for path in contents(out)):
         raise RunError(f"{out}: is not empty; go on with the comparison in it by --resume, or choose another --out")
     check_begun(cells)
-    for cell in {cell.label: cell for cell in reversed(cells)}.values():
-        simulation.build(cell.config, progress).close()
+    work = spending.of_cells(cells, progress)
+    spending.check(work)
+    return spending.forecast(work)
 
 
 def check_begun(cells: Sequence[Cell]) -> None:

@@ -25,7 +25,7 @@ from anyrank.robust.norm_bound import FEWEST, NormBound
 from anyrank.robust.owners import SingleOwner
 from anyrank.robust.rules import bound_of, merges, rule_of
 from anyrank.simulation import building
-from anyrank.studies import budget
+from anyrank.studies import budget, spending
 
 
 def cost(config: Config, measure: bool = True, progress: Progress | None = None) -> dict[str, Any]:
@@ -116,6 +116,7 @@ def _figures(built: Federation, state: ServerState, levels: list[dict[str, Any]]
         "download_bytes": round(down * rounds),
         "memory_bytes": _memory(built, state, levels) | {"activations": activations},
         "privacy": budget.of_run(built) if built.privacy else None,
+        "data_sets": spending.forecast(spending.of_run(built)),
         "guard": _guard(built),
         "round_s": round_s,
         "training_s": round_s * rounds if timed else None,

@@ -194,19 +194,16 @@ def load(path: Path) -> Study:
     return Study(path.stem, settings=settings, columns=tuple(table["columns"]), **told, **options)
 
 
-def check(study: Study, progress=None, out: Path | None = None) -> None:
+def check(study: Study, progress=None, out: Path = Path()) -> list[dict[str, Any]]:
     """Build the first run of each setting and method, so that whatever is wrong stops before anything is trained: runs in
-    `out` of another configuration, too.
+    `out` of another configuration, too. Returns what private runs would spend, as `spending.forecast`.
     """
-    from anyrank import simulation
-    from anyrank.studies import comparison
+    from anyrank.studies import comparison, spending
 
-    if out is not None:
-        comparison.check_begun(study.cells(out))
-
-    for setting in study.settings:
-        for label in setting.methods:
-            simulation.build(variants.variant(setting.config, label), progress).close()
+    comparison.check_begun(study.cells(out))
+    work = [each for setting in study.settings for each in spending.of_cells(setting.cells(out), progress)]
+    spending.check(work)
+    return spending.forecast(work)
 
 
 def execute(study: Study, out: Path, jobs: int, on_round: OnRound | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from anyrank.config.describe import NATURAL, POSITIVE, key
+from anyrank.config.describe import LATER, NATURAL, POSITIVE, key
 from anyrank.config.sections.values import expect, one_of
 from anyrank.errors import ConfigError
 
@@ -14,6 +14,7 @@ PRIVACY_LEVELS = ("none", "example", "client")
 NOISE_AT = ("client", "server")
 ACCOUNTANTS = ("pld", "prv", "rdp")
 COUNTS = ("rounded", "exact")
+_LIMIT = "a number of at least 0"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class PrivacyConfig:
         "The probability with which the guarantee of epsilon may fail.",
         "a number above 0, below 1 over the number of examples",
         {"Opacus": "target_delta"},
+    )
+    ceiling: float = key(
+        0.0,
+        "The most epsilon, at delta, that all private runs on this data together may spend, this one included: a run that "
+        "would spend more is refused. 0: no such limit. See anyrank privacy --spent.",
+        _LIMIT,
+        metadata=LATER,
     )
     clip: float = key(
         1.0,
@@ -96,6 +104,7 @@ class PrivacyConfig:
         value = self.noise_multiplier or self.epsilon
         expect(0 < value < math.inf, given, "a number above 0 (or the other of epsilon and noise_multiplier)", value)
         expect(0 < self.delta < 1, "privacy.delta", "a number above 0, below 1 over the number of examples", self.delta)
+        expect(0 <= self.ceiling < math.inf, "privacy.ceiling", _LIMIT, self.ceiling)
         expect(0 < self.clip < math.inf, "privacy.clip", POSITIVE, self.clip)
         if self.noise_at == "server" and self.level != "client":
             raise ConfigError(
