@@ -114,7 +114,7 @@ def ours(way: str, encoder, tokens, labels):
 
     from anyrank.config.sections import TrainConfig
     from anyrank.messages.plan import plan_round
-    from anyrank.messages.records import Download, Scaling
+    from anyrank.messages.records import BOTH, Download, Scaling
     from anyrank.privacy.noise import Mechanism
     from anyrank.privacy.plan import PrivacyPlan
     from anyrank.tasks.base import Examples, Task, TensorInputs
@@ -132,6 +132,7 @@ def ours(way: str, encoder, tokens, labels):
     module, examples = Logits(), Examples(TensorInputs(tokens), labels)
     task = Task(module=module, targets=("query", "value"), train=examples, test=examples)
     model = LoraModel(task)
+    private_examples.check(model, [BOTH])
     adapter = model.start(RANK, Scaling(16, "standard"), 0)
     download = Download(adapter, {name: tuple(range(RANK)) for name in adapter.layers})
 

@@ -75,7 +75,7 @@ seconds = 3600.0        # of training in a round
 memory_gb = 0.0         # of the training process; 0: no limit
 
 [privacy]
-level = ""              # REQUIRED: none, example or client: what every run must protect
+level = ""              # REQUIRED: none, example, person or client: what every run must protect
 epsilon = 0.0           # the budget for all runs together; above 0 unless level = "none"
 delta = 1e-5
 

@@ -2,9 +2,11 @@
 
 A release is charged before the training begins: the charge is on disk when `charge` returns. For the budget it does not matter
 for which run it was: all charges add up, by an accountant for steps of different noise. A release of another unit than the one
-that the site protects counts by what it reveals about that unit: noise for a whole site's data is, for one example, noise of
-half the size, because replacing one upload by another counts as twice the clip norm. Noise for one example does not bound what
-is revealed about a whole site.
+that the site protects counts by what it reveals about that unit. Noise for a larger unit (a person for an example; a whole site
+for both) is, for the smaller one, noise of half the size without sampling: the larger unit stays there with other data, and
+replacing what it adds by something else counts as twice the clip norm. (With sampling, twice the clip is not what the
+accountants bound, which add or remove a unit; that a step draws the unit or not is therefore taken as known.) Noise for a
+smaller unit does not bound what is revealed about a larger one.
 
 `ledger.jsonl` has a line for each charge, with the digest of the line before it, and `ledger.json` the number of charges and
 the last digest. A line that was changed, removed or cut, and an older copy of one of the two files, are found when the ledger
@@ -29,7 +31,7 @@ from anyrank.privacy.accountants import Spending, composed, within
 LEDGER, HEAD = "ledger.jsonl", "ledger.json"
 MOST_CHARGES = 100_000  # of a ledger
 _MOST_BYTES = 1 << 27
-_LEVELS = ("example", "client")
+_LEVELS = ("example", "person", "client")  # units, from the smallest to the largest
 _FIRST = "0" * 64  # what stands for the digest of the line before the first one
 
 
@@ -40,7 +42,7 @@ class Spent(Exception):
 @dataclass(frozen=True)
 class Release:
     """What one reply releases: `steps` of noise `noise_multiplier` on Poisson samples of rate `sampling_rate`, protecting one
-    `level` (example or client)."""
+    `level` (example, person or client)."""
 
     level: str
     sampling_rate: float
@@ -106,9 +108,9 @@ class Grant:
             steps[more.level, more.sampling_rate, more.noise_multiplier] += more.steps
         kinds: Counter[tuple[float, float]] = Counter()
         for (level, rate, noise), count in steps.items():
-            if level != unit and unit == "client":
+            if _LEVELS.index(level) < _LEVELS.index(unit):
                 return None
-            kinds[rate, noise if level == unit else noise / 2] += count
+            kinds[(rate, noise) if level == unit else (1.0, noise / 2)] += count
         return tuple(Spending(rate, noise, count) for (rate, noise), count in sorted(kinds.items()))
 
     # --- files ---

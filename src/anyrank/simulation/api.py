@@ -328,7 +328,9 @@ def _handed_in(config: Config, task: Task) -> Config:
             "model: device and train_dtype are the module's own, which is used where and as it is; leave them out"
         )
     model = dataclasses.replace(type(config.model)(), task=HANDED_IN, handed_in=digest.digest(task))
-    data = dataclasses.replace(type(config.data)(), source=HANDED_IN, partition=config.data.partition)
+    data = dataclasses.replace(
+        type(config.data)(), source=HANDED_IN, partition=config.data.partition, person=config.data.person
+    )
     return dataclasses.replace(config, model=model, data=data)
 
 

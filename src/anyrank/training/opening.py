@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anyrank.config.sections import HANDED_IN, Config
+from anyrank.tasks import people
 from anyrank.tasks.base import Task
 from anyrank.training import private_examples, probe
 from anyrank.training.lora import LoraModel
@@ -22,7 +23,9 @@ def open_model(task: Task, config: Config, largest_rank: int, train: frozenset[s
         if config.model.task == HANDED_IN or config.model.file:
             probe.check(model)
             stacking = "never" if stacking == "auto" and not probe.stacks(model, config.train.batch_size) else stacking
-        if config.privacy.level == "example":
+        if config.privacy.level == "person":
+            model.people = people.of(task, config.data)
+        if config.privacy.level in ("example", "person"):
             private_examples.check(model, private_examples.trained_by(train))
     except BaseException:
         model.close()

@@ -12,7 +12,7 @@ training, anything that would still mix examples or affect the loss without goin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from anyrank.errors import ModelError, in_a_line
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import BOTH, ClientUpdate, Download, Scaling
 from anyrank.privacy.grid import Gaussian
-from anyrank.privacy.noise import Mechanism
+from anyrank.privacy.noise import Draws, Mechanism
 from anyrank.tasks.base import Examples
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
@@ -37,6 +37,19 @@ def train(
 
     It reports no losses, and only the number of examples that the plan declares.
     """
+    clip_norm, parts = mechanism.plan.clip_norm, plan.config.accumulation_steps
+
+    def clipped(sums: PerExample, draws: Draws, rate: float) -> list[Tensor]:
+        return sums.clipped(torch.from_numpy(examples[draws.random(len(examples)) < rate]), clip_norm, parts)
+
+    return descend(model, client, download, declared, plan, mechanism, clipped)
+
+
+def descend(
+    model: LoraModel, client: str, download: Download, declared: int, plan: Plan, mechanism: Mechanism, clipped: Clipped
+) -> ClientUpdate:
+    """The client's update after the plan's steps. `clipped`: a step's sum over what it draws, `[...]` for each parameter, in
+    which each unit (an example or a person) has at most the clip norm."""
     if download.train not in model.probed:
         raise ModelError(f"private training of {' and '.join(sorted(download.train))}: the model was not checked for that")
     privacy, draws = mechanism.plan, mechanism.draws(plan.round, client)
@@ -47,9 +60,7 @@ def train(
     rate, numbers = privacy.sampling_rate(declared), sum(parameter.numel() for parameter in parameters)
     noise = Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)
     for _ in range(privacy.local_steps):
-        index = torch.from_numpy(examples[draws.random(len(examples)) < rate])
-        clipped = sums.clipped(index, privacy.clip_norm, plan.config.accumulation_steps)
-        for parameter, then, total in zip(parameters, start, clipped, strict=True):
+        for parameter, then, total in zip(parameters, start, clipped(sums, draws, rate), strict=True):
             noisy = noise.added(total.cpu().numpy(), draws) / privacy.batch_size
             parameter.grad = torch.from_numpy(noisy).to(parameter.dtype).to(parameter.device)  # rounded once
             if plan.config.proximal_mu:  # FedProx's term depends only on the weights, which are not secret
@@ -73,21 +84,11 @@ class PerExample:
         The examples go through the model in `parts` parts. A gradient that is not finite counts as zero, so that its example
         does not change the sum by more than any other.
         """
-        totals = [_wide(torch.zeros_like(parameter)) for parameter in self.parameters]
+        totals = [wide(torch.zeros_like(parameter)) for parameter in self.parameters]
         for part in index.split(-(-len(index) // parts)) if len(index) else ():
-            for total, own in zip(totals, self._clipped(part, clip_norm), strict=True):
+            for total, own in zip(totals, clipped_sum(self.gradients(part), clip_norm), strict=True):
                 total.add_(own)
         return totals
-
-    def _clipped(self, index: Tensor, clip_norm: float) -> list[Tensor]:
-        gradients = self.gradients(index)
-        squares = sum(torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) ** 2 for gradient in gradients)
-        finite = torch.isfinite(squares)
-        if not finite.all():
-            gradients = [torch.where(finite.view(-1, *(1,) * (g.ndim - 1)), g, 0.0) for g in gradients]
-        scales = clip_norm / squares.sqrt().clamp_min(clip_norm)
-        scales = torch.where(finite, scales, 0.0)
-        return [_weighted_sum(scales, gradient) for gradient in gradients]
 
     def gradients(self, index: Tensor, examples: Examples | None = None) -> list[Tensor]:
         """The gradient of each example's own loss, `[b, ...]` for each parameter; `examples`: instead of the training set."""
@@ -105,19 +106,33 @@ class PerExample:
             self.model.leave_stack()
 
 
+Clipped = Callable[[PerExample, Draws, float], list[Tensor]]
+
+
+def clipped_sum(gradients: Sequence[Tensor], clip_norm: float) -> list[Tensor]:
+    """The sum of gradients `[b, ...]`, each scaled down to `clip_norm` over all tensors, in float64."""
+    squares = sum(torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) ** 2 for gradient in gradients)
+    finite = torch.isfinite(squares)
+    if not finite.all():
+        gradients = [torch.where(finite.view(-1, *(1,) * (g.ndim - 1)), g, 0.0) for g in gradients]
+    scales = clip_norm / squares.sqrt().clamp_min(clip_norm)
+    scales = torch.where(finite, scales, 0.0)
+    return [_weighted_sum(scales, gradient) for gradient in gradients]
+
+
 _NUMBERS = 1 << 18  # of gradients that are held in float64 at a time
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """In float64, on a device that has it."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _weighted_sum(weights: Tensor, each: Tensor) -> Tensor:
     """`sum_i weights[i] each[i]` of `each` `[b, ...]`, computed in float64, a part of the numbers at a time."""
-    columns, weights = each.flatten(1), _wide(weights)
+    columns, weights = each.flatten(1), wide(weights)
     parts = columns.split(max(1, _NUMBERS // max(1, len(columns))), dim=1)
-    return torch.cat([weights @ _wide(part) for part in parts]).view(each.shape[1:])
+    return torch.cat([weights @ wide(part) for part in parts]).view(each.shape[1:])
 
 
 def _losses(model: LoraModel, index: Tensor, examples: Examples | None = None) -> Tensor:

@@ -68,6 +68,11 @@ class Config:
         if self.model.head in OWN_HEADS and task != _TEXT and not self.model.file:
             raise ConfigError(f"model.head: '{self.model.head}' is only for {_TEXT}; use trained or frozen")
 
+        if self.privacy.level == "person" and not self.data.person:
+            raise ConfigError(
+                "data.person: expected the column that names whose each example is, for privacy.level = 'person', got none"
+            )
+
     def _take_sites(self) -> None:
         """Put the sites in order, and their names and ranks into `clients`. `ConfigError` for keys that say otherwise."""
         if self.model.file or self.model.task == HANDED_IN:
