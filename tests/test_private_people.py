@@ -1,4 +1,4 @@
-"""A person as the unit of privacy: all of a person's examples together count by at most the clip norm, in sampling as in sums."""
+"""A person as the unit of privacy: all of a person's examples together count by at most the clip norm."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def trained(model: LoraModel, mechanism: Mechanism, persons: int, way=private_pe
 
 
 def by_hand(model: LoraModel, parameters: list[nn.Parameter], people: list[list[int]], clip_norm: float) -> list[Tensor]:
-    """For each person: every example's gradient by itself, as torch gives it; their mean; scaled down to the clip norm; the sum."""
+    """Every example's gradient by itself, as torch gives it; the mean of a person's, scaled down to the clip norm; the sum."""
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     for own in people:
         each = [alone(model, parameters, example) for example in own]
@@ -132,6 +132,16 @@ def test_no_persons_are_a_sum_of_zero() -> None:
     assert all(not total.any() and total.dtype == torch.float64 for total in found)
 
 
+def noted(drawn: list):
+    """In the place of the sum: what is drawn is noted, and nothing is trained."""
+
+    def zero(sums: PerExample, groups: list[Tensor], *_: object) -> list[Tensor]:
+        drawn.append([own.tolist() for own in groups])
+        return [torch.zeros_like(parameter) for parameter in sums.parameters]
+
+    return zero
+
+
 # --- what a step draws ------------------------------------------------------------------------------------------------
 
 
@@ -139,10 +149,7 @@ def test_persons_are_drawn_not_examples(monkeypatch) -> None:
     """Persons of 1 to 7 examples: each is drawn with one rate, with all of their examples or none, independently of others."""
     people = np.repeat(np.arange(6), [1, 2, 3, 4, 7, 7])
     model, drawn = opened(features(COUNT, 6), people), []
-    monkeypatch.setattr(
-        private_people, "clipped",
-        lambda sums, groups, *_: drawn.append([own.tolist() for own in groups]) or [torch.zeros_like(p) for p in sums.parameters],
-    )  # fmt: skip
+    monkeypatch.setattr(private_people, "clipped", noted(drawn))
     persons, steps = 12, 2000  # a declared count of 12 gives a rate of 6 / 12, whoever is there
     trained(model, Mechanism(plan_of(1.0, persons, steps), b"k" * 32), persons)
     whole = {tuple(np.flatnonzero(people == person).tolist()): person for person in range(6)}
@@ -157,10 +164,7 @@ def test_what_a_person_contributes_is_bounded_and_drawn_anew(monkeypatch) -> Non
     """Two of nine examples, uniformly: each pair in 1 of 36 steps; one with fewer keeps them all, in their order."""
     people = np.array([0] * 9 + [1, 1])
     model, drawn = opened(features(11, 6), people), []
-    monkeypatch.setattr(
-        private_people, "clipped",
-        lambda sums, groups, *_: drawn.append([own.tolist() for own in groups]) or [torch.zeros_like(p) for p in sums.parameters],
-    )  # fmt: skip
+    monkeypatch.setattr(private_people, "clipped", noted(drawn))
     steps = 3600
     trained(model, Mechanism(plan_of(1.0, BATCH, steps, most=2), b"k" * 32), BATCH)  # a rate of 1
     assert all(small == [9, 10] for _, small in drawn)
@@ -196,7 +200,7 @@ def test_a_budget_costs_a_person_what_it_costs_an_example() -> None:
 
 
 def test_a_step_is_the_sum_and_its_noise_over_the_expected_number_of_persons(monkeypatch) -> None:
-    """Persons 1 and 3 of four drawn, six expected: the sum of two is divided by six, with noise of sigma times the clip norm."""
+    """Persons 1 and 3 of four drawn, six expected: the sum of two is divided by six, with noise of sigma times the clip."""
     people = np.array([0, 1, 1, 2, 3, 3, 3, 0])
     model = opened(features(8, 6), people)
     draws = Recorded([np.array([0.9, 0.0, 0.9, 0.0])])  # with a declared count of 12 the rate is one half
