@@ -25,7 +25,7 @@ def open_model(task: Task, config: Config, largest_rank: int, train: frozenset[s
             stacking = "never" if stacking == "auto" and not probe.stacks(model, config.train.batch_size) else stacking
         if config.privacy.level == "person":
             model.people = people.of(task, config.data)
-        if config.privacy.level in ("example", "person"):
+        if config.privacy.draws_units:
             private_examples.check(model, private_examples.trained_by(train))
     except BaseException:
         model.close()

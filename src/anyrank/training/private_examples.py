@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from anyrank.messages.records import BOTH, ClientUpdate, Download, Scaling
 from anyrank.privacy.grid import Gaussian
 from anyrank.privacy.noise import Draws, Mechanism
 from anyrank.tasks.base import Examples
+from anyrank.training import private_checks
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
 
@@ -155,10 +157,12 @@ def trained_by(method_trains: frozenset[str]) -> tuple[frozenset[str], ...]:
 def check(model: LoraModel, trains: Iterable[frozenset[str]]) -> None:
     """Raise `ModelError`, with the name of the layer, if the clipping of `model`'s per-example gradients could be bypassed.
 
-    First the module's parts are checked. Then held-out examples are passed through with random factors, once for each set of
-    factors in `trains`: each example's gradient in a batch must equal its gradient alone, computed in the ordinary way.
+    First the module's parts are checked. Then held-out examples, of different lengths where they have lengths, are passed
+    through with random factors, once for each set of factors in `trains`: each example's gradient in a batch must equal its
+    gradient alone, computed in the ordinary way, and nothing may be computed in narrow numbers or written by the forward pass.
     """
     _check_parts(model)
+    private_checks.check_numbers(model.module)
     draw = keys.generator(0, "privacy probe")
     start = model.start(_PROBE_RANK, Scaling(1.0, "constant"), seed=0)
     layers = {
@@ -176,16 +180,17 @@ def check(model: LoraModel, trains: Iterable[frozenset[str]]) -> None:
 def _probe(model: LoraModel, download: Download) -> None:
     """Compare gradients of examples in a batch with those of each example alone."""
     parameters, names = model.load(download), _names(model, download.train)
-    index = torch.arange(min(_PROBED, len(model.task.test)))
+    index = _probed(model.task.test)
     try:
-        together = PerExample(model, parameters).gradients(index, model.task.test)
+        with private_checks.watched(model.module):
+            together = PerExample(model, parameters).gradients(index, model.task.test)
     except RuntimeError as error:  # shapes that only fit one example at a time
         trained = " and ".join(sorted(download.train))
         raise ModelError(
             f"{names[0]}: with {trained} trained, gradients of single examples cannot be computed ({in_a_line(error)}); choose "
             "other lora.target_modules, or another method"
         ) from None
-    for place in index.tolist():
+    for place in range(len(index)):
         loss = _losses(model, index[place : place + 1], model.task.test).sum()
         alone = torch.autograd.grad(loss, parameters, materialize_grads=True)
         scale = max(float(gradient.norm()) for gradient in alone)
@@ -195,6 +200,18 @@ def _probe(model: LoraModel, download: Download) -> None:
                     f"{name}: its gradient for one example depends on the batch, or it is used past its own module, so that "
                     "clipping would not bound what one example does; choose other lora.target_modules or model.head"
                 )
+
+
+def _probed(examples: Examples) -> Tensor:
+    """Which examples are passed through, `[b]`: the first ones, and the longest and the shortest where they have lengths."""
+    inputs: Any = examples.inputs
+    while hasattr(inputs, "inputs"):  # of a part, or on a device
+        inputs = inputs.inputs
+    lengths = getattr(inputs, "lengths", None)
+    first = list(range(min(_PROBED, len(examples))))
+    if isinstance(lengths, Tensor) and len(lengths) == len(examples):
+        first += [int(lengths.argmax()), int(lengths.argmin())]
+    return torch.tensor(list(dict.fromkeys(first)))
 
 
 def _names(model: LoraModel, train: frozenset[str]) -> list[str]:

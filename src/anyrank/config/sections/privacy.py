@@ -79,6 +79,11 @@ class PrivacyConfig:
         "false",
     )
 
+    @property
+    def draws_units(self) -> bool:
+        """Whether each step draws what is protected, an example or a person, and adds noise."""
+        return self.level in ("example", "person")
+
     def __post_init__(self) -> None:
         one_of(self.level, PRIVACY_LEVELS, "privacy.level")
         one_of(self.accountant, ACCOUNTANTS, "privacy.accountant")
