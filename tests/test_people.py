@@ -495,7 +495,11 @@ def test_a_site_declares_and_charges_its_persons(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "privacy"),
-    [({}, SITE_PRIVACY), ({"person": "whom"}, SITE_PRIVACY), ({"person": "who"}, SITE_PRIVACY | {"level": "example"})],
+    [
+        ({"person": "whom"}, SITE_PRIVACY),
+        ({"person": "who"}, SITE_PRIVACY | {"level": "example"}),
+        ({}, {"level": "none"}),
+    ],
 )
 def test_a_site_that_cannot_protect_persons_refuses_and_says_nothing(place: Path, data: dict, privacy: dict) -> None:
     as_csv(place, name="county.csv")
@@ -526,6 +530,11 @@ def test_what_a_release_for_one_unit_costs_another(tmp_path: Path, unit: str, le
     Grant(tmp_path, level, 1e6, 1e-5).charge(Release(level, 0.1, 4.0, 6), {})
     found = Grant(tmp_path, unit, 1e6, 1e-5).spent()
     assert found == (math.inf if counts is None else composed((counts,), 1e-5))
+
+
+def test_a_site_file_that_protects_persons_names_their_column(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.person: expected the column that names whose each example is"):
+        load_site(site_file(tmp_path, "county", data={"source": "x.csv"}, privacy=SITE_PRIVACY))
 
 
 def test_the_levels_of_a_site_file_are_those_of_a_run(tmp_path: Path) -> None:

