@@ -352,13 +352,19 @@ MISTAKES = (
     Mistake("rounding that nothing makes up for", "privacy/grid.py", "* 2.0**-self.bits)", "* 0.0)", PRIVATE),
     Mistake("large values cut off", "privacy/grid.py", "_LARGEST = 2.0**900", "_LARGEST = 2.0**52", PRIVATE),
     Mistake(
-        "divided by what was drawn", "training/private_examples.py", "/ privacy.batch_size\n", "/ max(1, len(index))\n", PRIVATE
+        "divided by what was drawn",
+        "training/private_examples.py",
+        "/ privacy.batch_size\n",
+        "/ max(1.0, float(total.norm()))\n",
+        PRIVATE,
     ),
     Mistake(
         "an empty draw is no step",
         "training/private_examples.py",
-        "        clipped = sums.clipped(index,",
-        "        if not len(index): continue\n        clipped = sums.clipped(index,",
+        "        for parameter, then, total in zip(parameters, start, clipped(sums, draws, rate), strict=True):",
+        "        totals = clipped(sums, draws, rate)\n"
+        "        if not any(total.any() for total in totals): continue\n"
+        "        for parameter, then, total in zip(parameters, start, totals, strict=True):",
         PRIVATE,
     ),
     Mistake(
@@ -386,7 +392,7 @@ MISTAKES = (
         "batches of one size",
         "training/private_examples.py",
         "examples[draws.random(len(examples)) < rate]",
-        "examples[draws.random(len(examples)).argsort()[: privacy.batch_size]]",
+        "examples[draws.random(len(examples)).argsort()[: mechanism.plan.batch_size]]",
         PRIVATE,
     ),
     Mistake("the probe passes everything", "training/private_examples.py", "_TOLERANCE = 1e-3", "_TOLERANCE = 1e9", PRIVATE),
@@ -789,8 +795,8 @@ MISTAKES = (
     Mistake(
         "site: half the noise for a whole site taken as all",
         "privacy/grant.py",
-        "noise if level == unit else noise / 2",
-        "noise",
+        "(rate, noise) if level == unit else (1.0, noise / 2)",
+        "rate, noise",
         SITE,
     ),
     Mistake(

@@ -255,7 +255,7 @@ def test_a_method_of_ones_own_takes_part(anyrank, tmp_path: Path) -> None:
         (("run", "digits.toml", "--set", "method.name=fedavg"), "needs clients of one rank"),
         (
             ("run", "digits.toml", "--set", "privacy.epsilon=3"),
-            "expected level = 'example' or 'client' to be set too",
+            "expected level = 'example', 'person' or 'client' to be set too",
         ),
         (("run", "digits.toml", "--set", "method.file=absent.py"), "no such file"),
         (("compare", "digits.toml", "--methods", "raflora,raflora"), "expected different methods"),

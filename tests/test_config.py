@@ -57,7 +57,7 @@ def test_whole_numbers_do_for_numbers_and_nothing_else_changes_type() -> None:
         ({"model": {"name": "a", "path": "b"}}, r"either name or path"),
         (
             {"privacy": {"epsilon": 3}},
-            r"privacy.epsilon: expected level = 'example' or 'client' to be set too, got 3.0",
+            r"privacy.epsilon: expected level = 'example', 'person' or 'client' to be set too, got 3.0",
         ),
         ({"track": {}}, r"\[track\]"),
         ({"run": 3}, r"run: expected a table of keys, got 3"),

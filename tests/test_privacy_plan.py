@@ -153,8 +153,8 @@ REFUSED = {
     "a client with fewer examples than a batch": ({"train": {"batch_size": 41}}, r"train.batch_size: expected at most .* 40"),
     "shared examples": ({"data": {"partition": "sampled"}}, r"data.partition.kind: with 'sampled', clients share examples"),
     "an accountant that is not there": ({"privacy": {"accountant": "moments"}}, r"accountant: expected one of pld, prv, rdp"),
-    "an unknown level": ({"privacy": {"level": "user"}}, r"privacy.level: expected one of none, example, client"),
-    "keys without a level": ({"privacy": {"level": "none"}}, r"privacy.epsilon: expected level = 'example' or 'client'"),
+    "an unknown level": ({"privacy": {"level": "user"}}, r"privacy.level: expected one of none, example, person, client"),
+    "keys without a level": ({"privacy": {"level": "none"}}, r"privacy.epsilon: expected level = 'example', 'person' or 'client'"),
 }  # fmt: skip
 
 

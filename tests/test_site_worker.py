@@ -385,10 +385,10 @@ WRONG: dict[str, tuple[dict, str]] = {
     "no source": ({"data": {}}, "data.source: expected the site's own training examples"),
     "no model": ({"model": {}}, "model: expected either folder or name"),
     "two models": ({"model": {"folder": "m", "name": "n"}}, "model: expected either folder or name"),
-    "no level": ({"privacy": {}}, "privacy.level: expected one of none, example, client, got nothing"),
+    "no level": ({"privacy": {}}, "privacy.level: expected one of none, example, person, client, got nothing"),
     "an unknown level": (
         {"privacy": {"level": "exemple"}},
-        "privacy.level: expected one of none, example, client, got 'exemple'",
+        "privacy.level: expected one of none, example, person, client, got 'exemple'",
     ),
     "no budget": ({"privacy": {"level": "example"}}, "privacy.epsilon: expected a number above 0, the budget"),
     "delta of 1": ({"privacy": {"level": "example", "epsilon": 1.0, "delta": 1.0}}, "privacy.delta"),
@@ -487,7 +487,7 @@ def test_a_wrong_site_file_ends_its_worker_with_a_line_and_an_error_to_who_asks(
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        f"{path}: privacy.level: expected one of none, example, client, got nothing; say what every run must protect"
+        f"{path}: privacy.level: expected one of none, example, person, client, got nothing; say what every run must protect"
     ]
     worker = started(path, table("rbla"), found := [])
     worker.start(60.0)

@@ -158,7 +158,7 @@ def budget(
     """The privacy figures for options given without a configuration; `ConfigError` if they are not possible."""
     if not (examples and batch_size and steps):
         raise ConfigError("anyrank privacy: expected a configuration, or all of --examples, --batch-size and --steps")
-    asked = PrivacyConfig("example", epsilon, delta, noise_multiplier=noise_multiplier, accountant=accountant)
+    asked = PrivacyConfig("example", epsilon=epsilon, delta=delta, noise_multiplier=noise_multiplier, accountant=accountant)
     from anyrank.studies import budget as budgets
 
     return budgets.of_steps(examples, batch_size, steps, asked)

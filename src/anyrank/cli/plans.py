@@ -105,7 +105,8 @@ def privacy_table(figures: Mapping[str, Any]) -> Table:
         title = f"{shown(figures['name'])}: {title}\n{figures['max_rounds']} of {figures['rounds']} rounds per client; "
         title += f"the seed draws each client in {least} to {most} rounds"
     table = Table(title=title, title_justify="left", header_style="bold")
-    for heading in ("examples", "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):
+    units = "persons" if figures["level"] == "person" else "examples"
+    for heading in (units, "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["counts"]:
         counts = (f"{row['num_examples']:,}", f"{row['clients']:,}", f"{row['sampling_rate']:.4g}", f"{row['steps']:,}")

@@ -18,9 +18,10 @@ from anyrank import keys
 from anyrank.config.sections import DataConfig
 from anyrank.data import hub
 from anyrank.data.arrays import IDX, idx_folder, npz
+from anyrank.data.people import set_aside
 from anyrank.data.pictures import dataset_source, picture_folder
 from anyrank.data.pixels import HELD_OUT, Concatenated, Pixels, Rows, Splits
-from anyrank.data.split import held_out, ordered
+from anyrank.data.split import ordered
 from anyrank.errors import DataError, nearest
 from anyrank.files import check_regular, walk
 
@@ -172,7 +173,7 @@ def _split(splits: Splits, name: str, usual: Sequence[str], source: str, key: st
 
 
 def _divided(images: Images, config: DataConfig) -> tuple[Images, Images]:
-    chosen = held_out(images.labels, config.test_fraction)
+    chosen = set_aside(images, config)
     if not chosen.any():
         raise DataError(
             f"{config.source}: {len(images)} images of {len(images.label_names)} labels leave none to hold out at "

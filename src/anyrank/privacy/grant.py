@@ -2,9 +2,11 @@
 
 A release is charged before the training begins: the charge is on disk when `charge` returns. For the budget it does not matter
 for which run it was: all charges add up, by an accountant for steps of different noise. A release of another unit than the one
-that the site protects counts by what it reveals about that unit: noise for a whole site's data is, for one example, noise of
-half the size, because replacing one upload by another counts as twice the clip norm. Noise for one example does not bound what
-is revealed about a whole site.
+that the site protects counts by what it reveals about that unit. Noise for a larger unit (a person for an example; a whole site
+for both) is, for the smaller one, noise of half the size without sampling: the larger unit stays there with other data, and
+replacing what it adds by something else counts as twice the clip norm. (With sampling, twice the clip is not what the
+accountants bound, which add or remove a unit; that a step draws the unit or not is therefore taken as known.) Noise for a
+smaller unit does not bound what is revealed about a larger one.
 
 Its files are those of `anyrank.privacy.chain`. Older copies of both together are not found there (see `anyrank.worker.store`).
 """
@@ -22,7 +24,7 @@ from anyrank.privacy.accountants import Spending, composed, within
 from anyrank.privacy.chain import HEAD, LEDGER, Chain
 
 MOST_CHARGES = 100_000  # of a ledger
-_LEVELS = ("example", "client")
+UNITS = ("example", "person", "client")  # from the smallest to the largest
 
 
 class Spent(Exception):
@@ -32,7 +34,7 @@ class Spent(Exception):
 @dataclass(frozen=True)
 class Release:
     """What one reply releases: `steps` of noise `noise_multiplier` on Poisson samples of rate `sampling_rate`, protecting one
-    `level` (example or client)."""
+    `level` (example, person or client)."""
 
     level: str
     sampling_rate: float
@@ -82,7 +84,7 @@ class Grant:
         }
 
     def _check(self, release: Release) -> None:
-        if self.level not in _LEVELS and not self.epsilon:
+        if self.level not in UNITS and not self.epsilon:
             return
         after = self._spendings(release)
         if after is None or not within(after, self.delta, self.epsilon):
@@ -90,27 +92,27 @@ class Grant:
 
     def _spendings(self, more: Release | None = None) -> tuple[Spending, ...] | None:
         """All charges, and one `more`, by kind of step; `None` if one of them does not protect the site's unit."""
-        unit = self.level if self.level in _LEVELS else "example"
+        unit = self.level if self.level in UNITS else "example"
         steps = Counter(self._steps)
         if more:
             steps[more.level, more.sampling_rate, more.noise_multiplier] += more.steps
         kinds: Counter[tuple[float, float]] = Counter()
         for (level, rate, noise), count in steps.items():
-            own = noise_for(unit, level, noise)
+            own = counted(unit, level, rate, noise)
             if own is None:
                 return None
-            kinds[rate, own] += count
+            kinds[own] += count
         return tuple(Spending(rate, noise, count) for (rate, noise), count in sorted(kinds.items()))
 
     def _note(self, row: Mapping[str, Any]) -> None:
         self._steps[row["level"], row["sampling_rate"], row["noise_multiplier"]] += row["steps"]
 
 
-def noise_for(unit: str, level: str, noise: float) -> float | None:
-    """The noise multiplier that a release of `level` has for `unit` (example or client); `None` where it bounds nothing."""
-    if level != unit and unit == "client":
+def counted(unit: str, level: str, rate: float, noise: float) -> tuple[float, float] | None:
+    """The sampling rate and noise multiplier that a release of `level` has for one `unit`; `None` where it bounds nothing."""
+    if UNITS.index(level) < UNITS.index(unit):
         return None
-    return noise if level == unit else noise / 2
+    return (rate, noise) if level == unit else (1.0, noise / 2)
 
 
 def _epsilon(spendings: tuple[Spending, ...] | None, delta: float) -> float:
@@ -123,4 +125,4 @@ def is_charge(row: Mapping[str, Any]) -> bool:
     if any(type(row.get(key)) is not kind for key, kind in keys.items()):
         return False
     noisy = 0 < row["sampling_rate"] <= 1 and 0 < row["noise_multiplier"] < math.inf
-    return row["level"] in _LEVELS and noisy and row["steps"] >= 1
+    return row["level"] in UNITS and noisy and row["steps"] >= 1

@@ -6,6 +6,9 @@ of their epsilons holds for the federation. Every step draws each example with p
 and adds noise; a client takes `local_steps` steps in each round that it takes part in. The random choice of the cohort is not
 used to reduce the noise, because the server, and anybody who knows the run seed, knows which clients were drawn.
 
+The guarantee at `level = "person"` is the same for one person, whatever the number of their examples, all of which are at one
+client. Every step draws each person with probability `batch_size / count`; counts, and `batch_size`, are of persons.
+
 The guarantee at `level = "client"`: everything that a client ever uploads is (epsilon, delta) differentially private with
 respect to the presence or absence of its whole data set; each upload is one release. With `noise_at = "server"`, the same holds
 for everything that leaves the server, with respect to whether the client's training changed its uploads; each round that the
@@ -24,6 +27,7 @@ from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
 from anyrank.privacy.accountants import Spending, epsilon, noise_for
 
+_SAMPLED = {"example": "examples", "person": "persons"}  # levels whose steps draw units, and what these are called
 _DIGITS = 3  # binary digits that a rounded count keeps: it is within 25 % of the exact one
 
 
@@ -33,7 +37,8 @@ class PrivacyPlan:
 
     `epsilon`: the target, 0 if the noise was given instead; `noise`: `{declared count: noise multiplier}` for every count
     in the federation; `local_steps` in one round; `max_rounds` of the `rounds` that one client may take part in;
-    `noise_at`: who adds the noise, each client or the server.
+    `noise_at`: who adds the noise, each client or the server; `examples_per_person`: the most examples of a person that a step
+    uses, 0 for all.
     """
 
     level: str
@@ -50,6 +55,7 @@ class PrivacyPlan:
     participation: float
     noise: Mapping[int, float]
     noise_at: str = "client"
+    examples_per_person: int = 0
 
     @property
     def central(self) -> bool:
@@ -66,12 +72,12 @@ class PrivacyPlan:
         return declare(num_examples, self.counts)
 
     def sampling_rate(self, declared: int) -> float:
-        """The probability with which each example of a client enters a step; a whole client's is 1."""
-        return self.batch_size / declared if self.level == "example" else 1.0
+        """The probability with which each example, or person, of a client enters a step; a whole client's is 1."""
+        return self.batch_size / declared if self.level in _SAMPLED else 1.0
 
     def spending(self, declared: int, rounds: int) -> Spending:
         """What a client of that declared count has spent after this many rounds."""
-        steps = self.local_steps if self.level == "example" else 1
+        steps = self.local_steps if self.level in _SAMPLED else 1
         return Spending(self.sampling_rate(declared), self.noise[declared], steps * rounds)
 
     def epsilon_after(self, declared: int, rounds: int) -> float:
@@ -83,7 +89,7 @@ class PrivacyPlan:
 
 
 def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
-    """The plan that `config` asks for, for clients of `sizes` examples; `None` without privacy.
+    """The plan that `config` asks for, for clients of `sizes` examples (persons at their level); `None` without privacy.
 
     Each declared count gets its own noise, the least that keeps its clients within the budget if they take part in
     `max_rounds` rounds. Raises `ConfigError` for a plan that could not be kept.
@@ -91,7 +97,7 @@ def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
     asked, train = config.privacy, config.train
     if asked.level == "none":
         return None
-    if asked.level == "example":
+    if asked.level in _SAMPLED:
         _check_sampling(config)
     max_rounds = min(asked.max_rounds or config.run.rounds, config.run.rounds)
     counts = sorted({declare(int(size), asked.counts) for size in sizes})
@@ -111,6 +117,7 @@ def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
         participation=config.clients.participation,
         noise=dict.fromkeys(counts, asked.noise_multiplier),
         noise_at=asked.noise_at,
+        examples_per_person=asked.examples_per_person,
     )
     if asked.noise_multiplier:
         return base
@@ -151,14 +158,15 @@ def _check_counts(config: Config, counts: list[int], clients: int) -> None:
         if asked.delta >= 1 / clients:
             raise ConfigError(f"privacy.delta: expected less than 1 over the {clients} clients, got {asked.delta}")
         return
+    units = _SAMPLED[asked.level]
     if smallest < config.train.batch_size:
         raise ConfigError(
-            f"train.batch_size: expected at most the declared examples of the smallest client, {smallest} "
+            f"train.batch_size: expected at most the declared {units} of the smallest client, {smallest} "
             f"(privacy.counts = {asked.counts!r}), got {config.train.batch_size}; lower it, or raise "
             "data.partition.min_examples"
         )
     if asked.delta >= 1 / largest:
         raise ConfigError(
-            f"privacy.delta: expected less than 1 over the {largest} examples that the largest client declares, got "
-            f"{asked.delta}: with such a delta, a whole example could be published"
+            f"privacy.delta: expected less than 1 over the {largest} {units} that the largest client declares, got "
+            f"{asked.delta}: with such a delta, a whole {asked.level} could be published"
         )

@@ -26,11 +26,10 @@ from anyrank.privacy import datasets
 from anyrank.privacy.accountants import Spending
 from anyrank.privacy.chain import HEAD, LEDGER, Chain
 from anyrank.privacy.datasets import SHARED, DataSet, Kept
-from anyrank.privacy.grant import MOST_CHARGES, is_charge, noise_for
+from anyrank.privacy.grant import MOST_CHARGES, UNITS, counted, is_charge
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.privacy.worst import within, worst
 
-UNITS = ("example", "client")
 _REMEDY = f"restore the newest {LEDGER} and {HEAD}, or train on this data no more with privacy"
 _ABOUT = ("name", "method", "seed", "out", "delta", "noise_at")  # entries of a charge that say what it was for
 
@@ -110,10 +109,10 @@ class Total:
         for (run, group, count, level, rate, noise), steps in sorted(self._steps.items()):
             if only and run != only:
                 continue
-            own = noise_for(unit, level, noise)
+            own = counted(unit, level, rate, noise)
             if own is None or (unit == "example" and group.startswith(SHARED)):
                 return None
-            groups[group][count].append(Spending(rate, own, steps))
+            groups[group][count].append(Spending(*own, steps))
         return [list(alternatives.values()) for alternatives in groups.values()]
 
 

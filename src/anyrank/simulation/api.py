@@ -332,7 +332,9 @@ def _handed_in(config: Config, task: Task) -> Config:
         )
     found = (_PRIVATE,) if config.privacy.level != "none" else digest.digest(task)
     model = dataclasses.replace(type(config.model)(), task=HANDED_IN, handed_in=found)
-    data = dataclasses.replace(type(config.data)(), source=HANDED_IN, partition=config.data.partition)
+    data = dataclasses.replace(
+        type(config.data)(), source=HANDED_IN, partition=config.data.partition, person=config.data.person
+    )
     return dataclasses.replace(config, model=model, data=data)
 
 

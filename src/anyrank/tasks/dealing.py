@@ -12,6 +12,7 @@ from anyrank.config.sections.sites import alike, fault_of
 from anyrank.data import partition, sites
 from anyrank.errors import ConfigError, DataError
 from anyrank.messages.roster import MOST_CLIENTS, POOLED, Roster
+from anyrank.tasks import people
 from anyrank.tasks.base import Task
 
 
@@ -24,8 +25,17 @@ def dealt(config: Config, task: Task) -> tuple[Any, tuple[str, ...]]:
         return sites.shards(task.columns, config.clients.names), config.clients.names
     split, count = config.data.partition, config.clients.count
     shards = partition.partition(split, task.train.labels.cpu(), count, config.run.seed, task.columns)
-    values = partition.names_of(split, count, task.columns)
+    values = _values(config, task)
     return shards, _checked(config.clients.names, values, split.column) if values else ()
+
+
+def _values(config: Config, task: Task) -> tuple[str, ...]:
+    """The values of a column that name the clients, each of which has one; empty if there are none, or if a value names a
+    person who is protected."""
+    split = config.data.partition
+    if config.privacy.level == "person" and split.column == config.data.person:
+        return ()
+    return partition.names_of(split, config.clients.count, task.columns)
 
 
 def _checked(given: tuple[str, ...], values: tuple[str, ...], column: str) -> tuple[str, ...]:
@@ -46,20 +56,20 @@ def _checked(given: tuple[str, ...], values: tuple[str, ...], column: str) -> tu
 
 def roster(config: Config, task: Task, shards: Any, named: tuple[str, ...] = (), pools: bool = False) -> Roster:
     """What a server is to know of `shards`, the clients' examples; `named`: the names that their examples give them; `pools`:
-    whether the method gathers all examples in one place."""
+    whether the method gathers all examples in one place. Where persons are protected (`privacy.level`), sizes count persons."""
     if config.eval.where == "sites" and task.metrics:
         raise ConfigError(
             f"eval.where = 'sites': the task has metrics of its own ({', '.join(task.metrics)}), which need the results of all "
             "clients in one place; use 'server'"
         )
-    owners = _owners(config, task)
+    owners, persons = _owners(config, task), people.counted(config, task, shards)
     return Roster(
         names=named or config.clients.names,
-        sizes=np.asarray(shards.sizes, np.int64),
+        sizes=np.asarray(shards.sizes if persons is None else persons, np.int64),
         pooled=len(partition.pooled(shards)[0]) if pools else 0,
         facts=task.facts(bare=config.privacy.level != "none"),
         in_order=bool(named),
-        by_label=_by_label(shards, task),
+        by_label=_by_label(shards, task) if persons is None else None,
         owners=owners,
         held_out=None if owners is None else np.bincount(owners[owners >= 0], minlength=len(shards)).astype(np.int64),
     )
@@ -81,7 +91,7 @@ def _owners(config: Config, task: Task) -> np.ndarray | None:
         column, values = sites.OWNER, config.clients.names
     else:
         column = config.data.partition.column
-        values = partition.names_of(config.data.partition, config.clients.count, task.columns)
+        values = _values(config, task)
     if not values or column not in task.test_columns or len(values) > MOST_CLIENTS:
         return None
     return sites.owners(task.test_columns[column], values)

@@ -35,8 +35,15 @@ def load_task(config: Config, progress: Progress | None = None) -> Task:
             "program, with resume=True"
         )
     sites = tuple(replace(site, rank=1) for site in config.sites)  # the task does not depend on ranks
-    task = _load_task(config.model, config.data, config.lora, sites, progress)
+    task = _load_task(_numbers_of(config), config.data, config.lora, sites, progress)
     return judged(task, config.eval)
+
+
+def _numbers_of(config: Config) -> ModelConfig:
+    """The model's section. Where single examples or persons are protected, frozen features are float32: in bfloat16, rounding
+    makes them depend on the other examples that are encoded with them."""
+    automatic = config.privacy.draws_units and config.model.dtype == "auto"
+    return replace(config.model, dtype="float32") if automatic else config.model
 
 
 @functools.lru_cache(maxsize=1)

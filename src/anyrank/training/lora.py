@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -115,6 +116,7 @@ class LoraModel:
     def __init__(self, task: Task, checkpointing: bool = False) -> None:
         self.task, self.module = task, task.module
         self.probed: set[frozenset[str]] = set()  # factors that may be trained privately together: see `private_examples.check`
+        self.people: np.ndarray | None = None  # whose each training example is, [n], where persons are protected
         self._open, self._closed = contextlib.ExitStack(), False
         self._open.enter_context(_taken(self.module))
         self.device = next(self.module.parameters()).device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anyrank.config.sections import HANDED_IN, Config
+from anyrank.tasks import people
 from anyrank.tasks.base import Task
 from anyrank.training import private_examples, probe
 from anyrank.training.lora import LoraModel
@@ -25,7 +26,9 @@ def open_model(task: Task, config: Config, largest_rank: int, train: frozenset[s
             stacking = (
                 "never" if stacking == "auto" and (private or not probe.stacks(model, config.train.batch_size)) else stacking
             )
-        if config.privacy.level == "example":
+        if config.privacy.level == "person":
+            model.people = people.of(task, config.data)
+        if config.privacy.draws_units:
             private_examples.check(model, private_examples.trained_by(train))
     except BaseException:
         model.close()

@@ -12,8 +12,9 @@ training, anything that would still mix examples or affect the loss without goin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ from anyrank.errors import ModelError, in_a_line
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import BOTH, ClientUpdate, Download, Scaling
 from anyrank.privacy.grid import Gaussian
-from anyrank.privacy.noise import Mechanism
+from anyrank.privacy.noise import Draws, Mechanism
 from anyrank.tasks.base import Examples
-from anyrank.training import precondition
+from anyrank.training import precondition, private_checks
 from anyrank.training.lora import LoraModel
 from anyrank.training.optimizers import Optimizer
 
@@ -38,6 +39,19 @@ def train(
 
     It reports no losses, and only the number of examples that the plan declares.
     """
+    clip_norm, parts = mechanism.plan.clip_norm, plan.config.accumulation_steps
+
+    def clipped(sums: PerExample, draws: Draws, rate: float) -> list[Tensor]:
+        return sums.clipped(torch.from_numpy(examples[draws.random(len(examples)) < rate]), clip_norm, parts)
+
+    return descend(model, client, download, declared, plan, mechanism, clipped)
+
+
+def descend(
+    model: LoraModel, client: str, download: Download, declared: int, plan: Plan, mechanism: Mechanism, clipped: Clipped
+) -> ClientUpdate:
+    """The client's update after the plan's steps. `clipped`: a step's sum over what it draws, `[...]` for each parameter, in
+    which each unit (an example or a person) has at most the clip norm."""
     if download.train not in model.probed:
         raise ModelError(f"private training of {' and '.join(sorted(download.train))}: the model was not checked for that")
     privacy, draws = mechanism.plan, mechanism.draws(plan.round, client)
@@ -49,9 +63,7 @@ def train(
     rate, numbers = privacy.sampling_rate(declared), sum(parameter.numel() for parameter in parameters)
     noise = Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)
     for _ in range(privacy.local_steps):
-        index = torch.from_numpy(examples[draws.random(len(examples)) < rate])
-        clipped = sums.clipped(index, privacy.clip_norm, plan.config.accumulation_steps)
-        for parameter, then, total in zip(parameters, start, clipped, strict=True):
+        for parameter, then, total in zip(parameters, start, clipped(sums, draws, rate), strict=True):
             noisy = noise.added(total.cpu().numpy(), draws) / privacy.batch_size
             parameter.grad = torch.from_numpy(noisy).to(parameter.dtype).to(parameter.device)  # rounded once
             if plan.config.proximal_mu:  # FedProx's term depends only on the weights, which are not secret
@@ -76,29 +88,22 @@ class PerExample:
         The examples go through the model in `parts` parts. A gradient that is not finite counts as zero, so that its example
         does not change the sum by more than any other.
         """
-        totals = [_wide(torch.zeros_like(parameter)) for parameter in self.parameters]
+        totals = [wide(torch.zeros_like(parameter)) for parameter in self.parameters]
         for part in index.split(-(-len(index) // parts)) if len(index) else ():
-            for total, own in zip(totals, self._clipped(part, clip_norm), strict=True):
+            for total, own in zip(totals, clipped_sum(self.each(part), clip_norm), strict=True):
                 total.add_(own)
         return totals
 
-    def _clipped(self, index: Tensor, clip_norm: float) -> list[Tensor]:
-        """The sum over `index` `[b]`. An example that the module cannot take counts as zero, so that neither the failure of a
-        batch nor that of the client says that it is there: after a failed batch, each of its examples is tried alone."""
+    def each(self, index: Tensor) -> list[Tensor]:
+        """`gradients`, of an example that the module cannot take zero, so that neither the failure of a batch nor that of the
+        client says that it is there: after a failed batch, each of its examples is tried alone."""
         try:
-            gradients = self.gradients(index)
+            return self.gradients(index)
         except Exception:
             if len(index) == 1:
-                return [_wide(torch.zeros_like(parameter)) for parameter in self.parameters]
-            alone = [self._clipped(one, clip_norm) for one in index.split(1)]
-            return [torch.stack(sums).sum(dim=0) for sums in zip(*alone, strict=True)]
-        squares = sum(torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) ** 2 for gradient in gradients)
-        finite = torch.isfinite(squares)
-        if not finite.all():
-            gradients = [torch.where(finite.view(-1, *(1,) * (g.ndim - 1)), g, 0.0) for g in gradients]
-        scales = clip_norm / squares.sqrt().clamp_min(clip_norm)
-        scales = torch.where(finite, scales, 0.0)
-        return [_weighted_sum(scales, gradient) for gradient in gradients]
+                return [torch.zeros_like(parameter)[None] for parameter in self.parameters]
+            alone = [self.each(one) for one in index.split(1)]
+            return [torch.cat(found) for found in zip(*alone, strict=True)]
 
     def gradients(self, index: Tensor, examples: Examples | None = None) -> list[Tensor]:
         """The gradient of each example's own loss, `[b, ...]` for each parameter; `examples`: instead of the training set."""
@@ -116,19 +121,33 @@ class PerExample:
             self.model.leave_stack()
 
 
+Clipped = Callable[[PerExample, Draws, float], list[Tensor]]
+
+
+def clipped_sum(gradients: Sequence[Tensor], clip_norm: float) -> list[Tensor]:
+    """The sum of gradients `[b, ...]`, each scaled down to `clip_norm` over all tensors, in float64."""
+    squares = sum(torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) ** 2 for gradient in gradients)
+    finite = torch.isfinite(squares)
+    if not finite.all():
+        gradients = [torch.where(finite.view(-1, *(1,) * (g.ndim - 1)), g, 0.0) for g in gradients]
+    scales = clip_norm / squares.sqrt().clamp_min(clip_norm)
+    scales = torch.where(finite, scales, 0.0)
+    return [_weighted_sum(scales, gradient) for gradient in gradients]
+
+
 _NUMBERS = 1 << 18  # of gradients that are held in float64 at a time
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """In float64, on a device that has it."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _weighted_sum(weights: Tensor, each: Tensor) -> Tensor:
     """`sum_i weights[i] each[i]` of `each` `[b, ...]`, computed in float64, a part of the numbers at a time."""
-    columns, weights = each.flatten(1), _wide(weights)
+    columns, weights = each.flatten(1), wide(weights)
     parts = columns.split(max(1, _NUMBERS // max(1, len(columns))), dim=1)
-    return torch.cat([weights @ _wide(part) for part in parts]).view(each.shape[1:])
+    return torch.cat([weights @ wide(part) for part in parts]).view(each.shape[1:])
 
 
 def _losses(model: LoraModel, index: Tensor, examples: Examples | None = None) -> Tensor:
@@ -151,10 +170,12 @@ def trained_by(method_trains: frozenset[str]) -> tuple[frozenset[str], ...]:
 def check(model: LoraModel, trains: Iterable[frozenset[str]]) -> None:
     """Raise `ModelError`, with the name of the layer, if the clipping of `model`'s per-example gradients could be bypassed.
 
-    First the module's parts are checked. Then held-out examples are passed through with random factors, once for each set of
-    factors in `trains`: each example's gradient in a batch must equal its gradient alone, computed in the ordinary way.
+    First the module's parts are checked. Then held-out examples, of different lengths where they have lengths, are passed
+    through with random factors, once for each set of factors in `trains`: each example's gradient in a batch must equal its
+    gradient alone, computed in the ordinary way, and nothing may be computed in narrow numbers or written by the forward pass.
     """
     _check_parts(model)
+    private_checks.check_numbers(model.module)
     draw = keys.generator(0, "privacy probe")
     start = model.start(_PROBE_RANK, Scaling(1.0, "constant"), seed=0)
     layers = {
@@ -172,16 +193,17 @@ def check(model: LoraModel, trains: Iterable[frozenset[str]]) -> None:
 def _probe(model: LoraModel, download: Download) -> None:
     """Compare gradients of examples in a batch with those of each example alone."""
     parameters, names = model.load(download), _names(model, download.train)
-    index = torch.arange(min(_PROBED, len(model.task.test)))
+    index = _probed(model.task.test)
     try:
-        together = PerExample(model, parameters).gradients(index, model.task.test)
+        with private_checks.watched(model.module):
+            together = PerExample(model, parameters).gradients(index, model.task.test)
     except RuntimeError as error:  # shapes that only fit one example at a time
         trained = " and ".join(sorted(download.train))
         raise ModelError(
             f"{names[0]}: with {trained} trained, gradients of single examples cannot be computed ({in_a_line(error)}); choose "
             "other lora.target_modules, or another method"
         ) from None
-    for place in index.tolist():
+    for place in range(len(index)):
         loss = _losses(model, index[place : place + 1], model.task.test).sum()
         alone = torch.autograd.grad(loss, parameters, materialize_grads=True)
         scale = max(float(gradient.norm()) for gradient in alone)
@@ -191,6 +213,18 @@ def _probe(model: LoraModel, download: Download) -> None:
                     f"{name}: its gradient for one example depends on the batch, or it is used past its own module, so that "
                     "clipping would not bound what one example does; choose other lora.target_modules or model.head"
                 )
+
+
+def _probed(examples: Examples) -> Tensor:
+    """Which examples are passed through, `[b]`: the first ones, and the longest and the shortest where they have lengths."""
+    inputs: Any = examples.inputs
+    while hasattr(inputs, "inputs"):  # of a part, or on a device
+        inputs = inputs.inputs
+    lengths = getattr(inputs, "lengths", None)
+    first = list(range(min(_PROBED, len(examples))))
+    if isinstance(lengths, Tensor) and len(lengths) == len(examples):
+        first += [int(lengths.argmax()), int(lengths.argmin())]
+    return torch.tensor(list(dict.fromkeys(first)))
 
 
 def _names(model: LoraModel, train: frozenset[str]) -> list[str]:

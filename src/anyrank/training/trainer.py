@@ -16,13 +16,13 @@ from anyrank.errors import RunFailed, in_a_line
 from anyrank.messages.plan import Plan
 from anyrank.messages.records import ClientUpdate, Code, Failure, Job, Reported
 from anyrank.privacy.noise import Mechanism
-from anyrank.training import local, private_examples, private_upload, stacked
+from anyrank.training import local, private_examples, private_people, private_upload, stacked
 from anyrank.training.deadline import Overdue, each, limited
 from anyrank.training.lora import LoraModel
 from anyrank.training.scoring import Score, score_each
 
 # The training function for each unit of privacy.
-_PRIVATELY = {"example": private_examples.train, "client": private_upload.train}
+_PRIVATELY = {"example": private_examples.train, "person": private_people.train, "client": private_upload.train}
 
 
 class ExamplesOf(Protocol):

@@ -34,6 +34,7 @@ class SiteData:
     text: str | int | tuple[str | int, ...] = key("text", "The column of texts, or a list of two for pairs.")
     image: str = key("image", "The array or column of images.")
     label: str | int = key("label", "The column or array of labels.")
+    person: str = key("", "The column that names whose each example is. Needed for level person.")
     header: bool = key(True, "Whether the first row of a table has the names of its columns.")
     delimiter: str = key("", "The character between columns. Empty: the usual one of the file's kind.", "one character")
     encoding: str = key("utf-8", "The encoding of text files.")
@@ -110,7 +111,9 @@ class SitePrivacy:
     """`[privacy]`: the privacy that this site requires, and the budget that it grants for all runs together."""
 
     level: str = key(
-        "", "What every run must protect: nothing, one example, or all examples of the site. No default.", PRIVACY_LEVELS
+        "",
+        "What every run must protect: nothing, one example, all examples of one person, or all of the site. No default.",
+        PRIVACY_LEVELS,
     )
     epsilon: float = key(0.0, "The epsilon that the site grants in all, over all runs, federations and attempts.", POSITIVE)
     delta: float = key(
@@ -188,6 +191,8 @@ class SiteFile:
     def __post_init__(self) -> None:
         fault = fault_of(self.name)
         expect(not fault, "name", "the site's name in the federation, one that a folder can have", shortened(self.name, 100))
+        named = bool(self.data.person) or self.privacy.level != "person"
+        expect(named, "data.person", "the column that names whose each example is, for privacy.level = 'person'", "")
 
 
 def load(path: str | Path) -> SiteFile:

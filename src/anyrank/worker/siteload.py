@@ -25,6 +25,7 @@ from anyrank.messages.roster import Names, Roster
 from anyrank.methods import Method
 from anyrank.privacy.plan import PrivacyPlan, plan_privacy
 from anyrank.progress import Progress
+from anyrank.tasks import people
 from anyrank.tasks.dealing import dealt
 from anyrank.tasks.load import load_task
 from anyrank.tasks.pretrained import sha256, weight_files
@@ -43,8 +44,8 @@ _CLOSED = {"text-classification": texts, "image-classification": images}  # read
 @dataclass(frozen=True, eq=False)
 class Held:
     """What a site has loaded for a run: `key` is the folder of its own parts, `rank` its rank as the configuration has it (0:
-    the downloads say it), `declared` its number of examples as it may be known, `privacy` its own plan, `scorer` what scores
-    its held-out examples, if it reports scores."""
+    the downloads say it), `declared` its number of examples (of persons, where these are protected) as it may be known,
+    `privacy` its own plan, `scorer` what scores its held-out examples, if it reports scores."""
 
     name: str
     run: str
@@ -82,9 +83,11 @@ def load(site: SiteFile, run: str, table: Mapping[str, Any], config: Config, lar
     examples = ByName(shards, Names(1, (site.name,)).index)[site.name]
     expect(len(examples) >= 1, "data", "at least one training example", len(examples))
     sitechecks.check_steps(site, config, len(examples))
-    privacy = _plan(site, config, method, len(examples))
+    persons = people.counted(config, task, shards)
+    count = len(examples) if persons is None else int(persons[0])
+    privacy = _plan(site, config, method, count)
     model, _ = open_model(task, config, largest_rank, method.train)
-    declared = privacy.declared(len(examples)) if privacy else len(examples)
+    declared = privacy.declared(count) if privacy else count
     return Held(
         name=site.name,
         run=run,
@@ -110,19 +113,19 @@ def _scorer(site: SiteFile, config: Config, model: LoraModel) -> Scorer | None:
     return Scorer(model, held_out, config.eval.batch_size, site.accept.by_label and config.eval.by_label)
 
 
-def _plan(site: SiteFile, config: Config, method: Method, num_examples: int) -> PrivacyPlan | None:
-    """The site's own privacy plan: from the configuration and its own number of examples."""
+def _plan(site: SiteFile, config: Config, method: Method, count: int) -> PrivacyPlan | None:
+    """The site's own privacy plan: from the configuration and its own number of examples, or of persons."""
     try:
-        plan = plan_privacy(config, [num_examples])
+        plan = plan_privacy(config, [count])
     except AnyRankError as error:
         raise Refused(sitechecks.key_of(error), str(error)) from None
     if plan is None:
         return None
-    one_factor = plan.level == "example" or len(method.train) == 1
+    one_factor = plan.level != "client" or len(method.train) == 1
     expect(one_factor and not method.private and not method.prunes, "method.name", "a method for private runs", method.name)
-    largest = plan.level == "client" or site.privacy.delta < 1 / plan.declared(num_examples)
-    expect(largest, "privacy.delta", "less than 1 over the number of examples", site.privacy.delta)
-    sitechecks.check_noise(site, plan.noise[plan.declared(num_examples)])
+    largest = plan.level == "client" or site.privacy.delta < 1 / plan.declared(count)
+    expect(largest, "privacy.delta", "less than 1 over the number of examples, or of persons", site.privacy.delta)
+    sitechecks.check_noise(site, plan.noise[plan.declared(count)])
     return plan
 
 

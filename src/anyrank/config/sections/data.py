@@ -104,6 +104,12 @@ class DataConfig:
         "The column or array of labels: a name, or a number from 0 if data.header is false.",
         also={"flwr-datasets": "partition_by"},
     )
+    person: str = key(
+        "",
+        "The column that names whose each example is, for privacy.level = 'person'; if data.header is false, its number as "
+        "text. Where the held-out examples are a share of the source, all examples of a person are held out, or none.",
+        "the name of a column",
+    )
     label_names: tuple[str, ...] = key(
         (),
         "Other names for the labels of texts, in the order of the labels. With [[sites]], of any examples: also the labels "

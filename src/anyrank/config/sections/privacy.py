@@ -10,7 +10,7 @@ from anyrank.config.describe import LATER, NATURAL, POSITIVE, key
 from anyrank.config.sections.values import expect, one_of
 from anyrank.errors import ConfigError
 
-PRIVACY_LEVELS = ("none", "example", "client")
+PRIVACY_LEVELS = ("none", "example", "person", "client")
 NOISE_AT = ("client", "server")
 ACCOUNTANTS = ("pld", "prv", "rdp")
 COUNTS = ("rounded", "exact")
@@ -23,9 +23,15 @@ class PrivacyConfig:
 
     level: str = key(
         "none",
-        "What is protected: one example, or all examples of one client. none: no privacy, and no other key of this section "
-        "may be set.",
+        "What is protected: one example, all examples of one person (data.person names whose each is; train.batch_size then "
+        "counts persons), or all examples of one client. none: no privacy, and no other key of this section may be set.",
         PRIVACY_LEVELS,
+    )
+    examples_per_person: int = key(
+        0,
+        "The most examples of one person that a step uses, for level person: drawn anew from all of the person's in each step. "
+        "0: all of them.",
+        f"{NATURAL}; only with level = 'person'",
     )
     epsilon: float = key(
         0.0,
@@ -81,6 +87,11 @@ class PrivacyConfig:
         "false",
     )
 
+    @property
+    def draws_units(self) -> bool:
+        """Whether each step draws what is protected, an example or a person, and adds noise."""
+        return self.level in ("example", "person")
+
     def __post_init__(self) -> None:
         one_of(self.level, PRIVACY_LEVELS, "privacy.level")
         one_of(self.accountant, ACCOUNTANTS, "privacy.accountant")
@@ -94,10 +105,13 @@ class PrivacyConfig:
                 expect(
                     value == each.default,
                     f"privacy.{each.name}",
-                    "level = 'example' or 'client' to be set too",
+                    "level = 'example', 'person' or 'client' to be set too",
                     value,
                 )
             return
+        right = self.examples_per_person >= 0 if self.level == "person" else self.examples_per_person == 0
+        wanted = f"{NATURAL} with level = 'person', and 0 with any other level"
+        expect(right, "privacy.examples_per_person", wanted, self.examples_per_person)
         given = "privacy.noise_multiplier" if self.noise_multiplier else "privacy.epsilon"
         if self.epsilon and self.noise_multiplier:
             raise ConfigError("privacy: give epsilon (the noise follows) or noise_multiplier (epsilon follows), not both")

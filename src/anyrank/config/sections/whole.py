@@ -68,6 +68,24 @@ class Config:
         if self.model.head in OWN_HEADS and task != _TEXT and not self.model.file:
             raise ConfigError(f"model.head: '{self.model.head}' is only for {_TEXT}; use trained or frozen")
 
+        if self.privacy.level == "person" and not self.data.person:
+            raise ConfigError(
+                "data.person: expected the column that names whose each example is, for privacy.level = 'person', got none"
+            )
+
+        if self.privacy.draws_units:
+            self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Raise `ConfigError` for numbers in which an example's gradient depends on other examples by rounding."""
+        for name, expected in (("train_dtype", "'float32'"), ("dtype", "'float32', or 'auto', which is float32 then")):
+            value = getattr(self.model, name)
+            if value == "bfloat16":
+                raise ConfigError(
+                    f"model.{name}: expected {expected}, with privacy.level = '{self.privacy.level}', got {value!r}: rounding "
+                    "depends on the other examples of a batch, more than the noise covers"
+                )
+
     def _take_sites(self) -> None:
         """Put the sites in order, and their names and ranks into `clients`. `ConfigError` for keys that say otherwise."""
         if self.model.file or self.model.task == HANDED_IN:
