@@ -31,6 +31,8 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "privacy": (
         *("level", "epsilon", "delta", "clip", "noise_multiplier", "max_rounds", "accountant", "counts", "secure", "noise_at"),
         "secure_sum",
+        "noise",
+        "bands",
     ),
     "eval": ("every", "batch_size", "score", "extract", "max_new_tokens", "length_normalized", "where", "by_label"),
 }

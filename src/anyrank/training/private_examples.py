@@ -45,12 +45,12 @@ def train(
     sums = PerExample(model, parameters)
     optimizer = Optimizer(parameters, plan.config, plan.learning_rate)
     rate, numbers = privacy.sampling_rate(declared), sum(parameter.numel() for parameter in parameters)
-    noise = Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)
-    for _ in range(privacy.local_steps):
-        index = torch.from_numpy(examples[draws.random(len(examples)) < rate])
+    noise = Gaussian(privacy.multiplier(declared), privacy.clip_norm, numbers)
+    for turn, source in mechanism.steps(plan.round, client, declared, len(examples), numbers, draws):
+        index = torch.from_numpy(examples[turn & (draws.random(len(examples)) < rate)])
         clipped = sums.clipped(index, privacy.clip_norm, plan.config.accumulation_steps)
         for parameter, then, total in zip(parameters, start, clipped, strict=True):
-            noisy = noise.added(total.cpu().numpy(), draws) / privacy.batch_size
+            noisy = noise.added(total.cpu().numpy(), source) / privacy.batch_size
             parameter.grad = torch.from_numpy(noisy).to(parameter.dtype).to(parameter.device)  # rounded once
             if plan.config.proximal_mu:  # FedProx's term depends only on the weights, which are not secret
                 parameter.grad.add_(parameter.detach() - then, alpha=plan.config.proximal_mu)
