@@ -155,7 +155,12 @@ def _bands(plan: PrivacyPlan, declared: int, asked: int) -> int:
         trial = dataclasses.replace(plan, accountant="rdp", bands={declared: bands})
         return _solved(trial, declared) * correlated.error(bands, steps)
 
-    return min(correlated.choices(most), key=error)
+    best = 1
+    for bands in correlated.choices(most)[1:]:  # beyond the best number, more bands are ever worse
+        if error(bands) >= error(best):
+            break
+        best = bands
+    return best
 
 
 def _check_sampling(config: Config) -> None:
