@@ -135,6 +135,10 @@ KINDS = {
     "a trained head": ("method.name=fedsa", "model.head=trained", "run.stacking=never"),
     "a batch in parts": ("method.name=rbla", "train.accumulation_steps=2"),
     "private examples": (*PRIVATE, "privacy.level=example", "privacy.epsilon=3", "privacy.delta=1e-5"),
+    "correlated noise": (
+        *(*PRIVATE, "privacy.level=example", "privacy.epsilon=3", "privacy.delta=1e-5", "privacy.noise=correlated"),
+        *("privacy.bands=3", "privacy.accountant=rdp"),
+    ),
     "private clients": (*PRIVATE, "privacy.level=client", "privacy.noise_multiplier=0.5", "privacy.delta=1e-4"),
     "noise at the server": (
         *(*PRIVATE, "privacy.level=client", "privacy.noise_at=server", "privacy.epsilon=8", "privacy.delta=0.01"),

@@ -31,7 +31,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "method": ("name",),  # and its options
     "privacy": (
         *("level", "epsilon", "delta", "clip", "noise_multiplier", "max_rounds", "accountant", "counts", "secure", "noise_at"),
-        *("secure_sum", "examples_per_person"),
+        *("secure_sum", "examples_per_person", "noise", "bands"),
     ),
     "eval": ("every", "batch_size", "score", "extract", "max_new_tokens", "length_normalized", "where", "by_label"),
 }

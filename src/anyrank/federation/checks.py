@@ -64,6 +64,13 @@ def check_rounds(config: Config, population: Population, plan: PrivacyPlan | Non
 
 def check_private(plan: PrivacyPlan, method: methods.Method) -> None:
     """Raise `ConfigError` for a method whose local training the privacy plan does not cover."""
+    if plan.correlated and (method.alternates or method.traits.linear is methods.Holds.NEVER):
+        kinds = [kind for _, kind in sorted(REGISTRY.items()) if not (kind.reference or kind.private or kind.alternates)]
+        fitting = ", ".join(kind.name for kind in kinds if kind.traits.linear is not methods.Holds.NEVER)
+        raise ConfigError(
+            f"method.name: {method.name} gives a client other coordinates in other rounds (SVDs, merged products, or factors "
+            f"by turns), in which correlated noise would not cancel; privacy.noise = 'correlated' is for {fitting}"
+        )
     if plan.level == "client" and not plan.central and len(method.train) != 1:
         raise ConfigError(
             f"method.name: {method.name} trains A and B together, so that noise would be multiplied; privacy.level = "

@@ -37,7 +37,7 @@ def run(federation: Federation, store: RunDir, on_round: Callable[[Mapping[str, 
     quarantine = Quarantine(config.guard.offences, config.guard.rest, store.clients())
     while state.round < config.run.rounds:
         began, round = time.perf_counter(), state.round + 1
-        mechanism = ledger.mechanism()
+        mechanism = ledger.mechanism(round)
         bound, rule = (make(config, method, mechanism) for make in (bound_of, rule_of))
         work, plan = ask(federation, ledger, quarantine, state), federation.plan(round)
         with waiting.shown(store.path, round, [job.client.name for job in work.answering]) as wait:

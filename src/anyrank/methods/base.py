@@ -124,6 +124,8 @@ class Method(ABC):
     weights: ClassVar[Callable[[Sequence[Part], int], Tensor] | None] = None
     # True for the reference line that gathers all examples in one place: the federation then has one client.
     pools_data: ClassVar[bool] = False
+    # True if other factors are trained in other rounds.
+    alternates: ClassVar[bool] = False
     # Whether clients weigh by their numbers of examples, so that other numbers are other weights.
     by_examples: ClassVar[bool] = True
     # Whether a slice is averaged over the clients that have it, so that a single owner has all of the weight on it.

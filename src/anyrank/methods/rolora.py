@@ -27,6 +27,7 @@ class RoLoRA(Method):
     traits = Traits(mixed_ranks=True, exact=Holds.EQUAL, linear=Holds.ALWAYS, gauge_free=Holds.NEVER, stationary=Holds.ALWAYS)
     by_owners = True
     weights = staticmethod(slice_weights)
+    alternates = True
     train = frozenset({"B"})  # in round 1 and all other odd rounds
 
     def dispatch(self, state: ServerState, client: Client) -> Download:

@@ -8,11 +8,13 @@ charged again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from anyrank.errors import RunError
 from anyrank.privacy import noise
+from anyrank.privacy.accountants import Spending
 from anyrank.privacy.noise import Mechanism
 from anyrank.privacy.plan import PrivacyPlan
 
@@ -54,7 +56,7 @@ class Books(Protocol):
 class Unlimited:
     """The ledger of a run without privacy: everything is allowed and nothing is written."""
 
-    def mechanism(self) -> None:
+    def mechanism(self, round: int) -> None:
         return None
 
     def has_left(self, client: str, round: int) -> bool:
@@ -83,9 +85,10 @@ class Ledger:
         self.accounts: list[Account] = []
         self._note(self._readable(books.charges()))
 
-    def mechanism(self) -> Mechanism:
-        """The plan with its key, for the remaining rounds."""
-        return Mechanism(self.plan, noise.find_key(self.key_name) if self.key_name else None)
+    def mechanism(self, round: int) -> Mechanism:
+        """The plan with its key, for `round`."""
+        earlier = {name: self._spent(name, round - 1) for name in sorted(self.rounds)} if self.plan.correlated else None
+        return Mechanism(self.plan, noise.find_key(self.key_name) if self.key_name else None, earlier)
 
     def has_left(self, client: str, round: int) -> bool:
         """Whether a client may take part in `round`."""
@@ -97,11 +100,17 @@ class Ledger:
         for account in self.accounts:
             account.charge(self.most(account.clients, new))
         rows = [
-            {"round": round, "client": name, "num_examples": count, **vars(self.plan.spending(count, 1))}
+            {"round": round, "client": name, "num_examples": count, **vars(self._more(name, count, round))}
             for name, count in new.items()
         ]
         self.books.charge(rows)
         self._note(rows)
+
+    def _more(self, client: str, count: int, round: int) -> Spending:
+        """What a round adds to what the client has spent. With correlated noise, several rounds may share one draw."""
+        before = self._spent(client, round - 1)
+        after, steps = self.plan.spending(count, before + 1), self.plan.spending(count, before).steps
+        return replace(after, steps=after.steps - steps)
 
     def figures(self, round: int) -> dict[str, Any]:
         """The entry in a round's metrics: the largest epsilon over clients after it."""

@@ -7,13 +7,14 @@ that was killed resumes with the same key: the repeated round releases the same 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ import numpy as np
 
 from anyrank import files
 from anyrank.errors import RunError
+from anyrank.privacy import correlated
 from anyrank.privacy.plan import PrivacyPlan
 
 SEED = "ANYRANK_PRIVACY_SEED"
@@ -57,21 +59,65 @@ class SystemDraws:
         return (radius * np.cos(2 * np.pi * self.random(4 * size))).reshape(4, size).sum(axis=0) / 2
 
 
+@dataclass
+class Row:
+    """A source whose noise is a row of numbers that are known already, given one after another. It has no uniform numbers."""
+
+    values: np.ndarray
+    given: int = 0
+
+    def random(self, size: int) -> np.ndarray:
+        raise RunError(f"noise: a row of correlated noise was asked for {size} uniform numbers, which it does not have")
+
+    def standard_normal(self, size: int) -> np.ndarray:
+        self.given += size
+        if self.given > len(self.values):
+            raise RunError(f"noise: expected at most the {len(self.values)} numbers of a step, {self.given} were asked for")
+        return self.values[self.given - size : self.given]
+
+
 @dataclass(frozen=True)
 class Mechanism:
-    """A plan with the source of its randomness: `key`, or the system's own source if it is `None`."""
+    """A plan with the source of its randomness: `key`, or the system's own source if it is `None`.
+
+    `earlier`: the rounds that each client was charged for before this one; correlated noise goes on from there.
+    """
 
     plan: PrivacyPlan
     key: bytes | None = field(default=None, repr=False)
+    earlier: Mapping[str, int] | None = None
 
     def draws(self, round: int, client: str) -> Draws:
         """The random numbers of one client in one round. Without the key, they cannot be predicted.
 
         Philox has a key of 128 bits; torch's own generator would use only 32 bits of its seed, which could be searched.
         """
-        if self.key is None:
-            return SystemDraws()
-        digest = hmac.digest(self.key, f"private\x1f{round}\x1f{client}".encode(), "sha256")
+        return SystemDraws() if self.key is None else self._drawn("private", round, client)
+
+    def steps(
+        self, round: int, client: str, declared: int, examples: int, numbers: int, draws: Draws
+    ) -> Iterator[tuple[np.ndarray, Draws]]:
+        """For each local step of a client of `examples` examples in a round: whose turn it is, bool `[examples]`, and the
+        source of the step's noise, of `numbers` numbers. `draws`: the source of the round, which independent noise comes from.
+        """
+        plan = self.plan
+        if not plan.correlated:
+            yield from ((np.ones(examples, dtype=bool), draws) for _ in range(plan.local_steps))
+            return
+        if self.key is None or self.earlier is None:
+            raise RunError("noise: correlated noise needs the run's key and the rounds that were charged before; got none")
+        bands, first = plan.bands[declared], self.earlier.get(client, 0) * plan.local_steps
+        groups = (self._drawn("group", 0, client).random(examples) * bands).astype(np.int64)  # of each example, for the run
+        fresh = functools.partial(self._fresh, client, numbers)
+        for step, row in enumerate(correlated.combined(fresh, bands, first, plan.local_steps), first):
+            yield groups == step % bands, Row(row)
+
+    def _fresh(self, client: str, numbers: int, step: int) -> np.ndarray:
+        """The independent noise of one of a client's steps, counted over all its rounds; `[numbers]`."""
+        return self._drawn("step", step, client).standard_normal(numbers)
+
+    def _drawn(self, what: str, place: int, client: str) -> np.random.Generator:
+        digest = hmac.digest(self.key, f"{what}\x1f{place}\x1f{client}".encode(), "sha256")
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
 
     def observe(self, parameters: Sequence[Any]) -> None:
@@ -79,14 +125,14 @@ class Mechanism:
 
     def table(self) -> dict[str, Any]:
         """The mechanism as a JSON object, with its key: only for processes that may have the key."""
-        return {"plan": self.plan.table(), "key": self.key.hex() if self.key else None}
+        return {"plan": self.plan.table(), "key": self.key.hex() if self.key else None, "earlier": self.earlier}
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Mechanism:
         """The mechanism of a `table()`."""
         plan = dict(table["plan"])
-        noise = {int(count): value for count, value in plan.pop("noise").items()}
-        return cls(PrivacyPlan(**plan, noise=noise), bytes.fromhex(table["key"]) if table["key"] else None)
+        by_count = {key: {int(count): value for count, value in plan.pop(key).items()} for key in ("noise", "bands")}
+        return cls(PrivacyPlan(**plan, **by_count), bytes.fromhex(table["key"]) if table["key"] else None, table["earlier"])
 
 
 def key_folder() -> Path:

@@ -13,6 +13,9 @@ The guarantee at `level = "client"`: everything that a client ever uploads is (e
 respect to the presence or absence of its whole data set; each upload is one release. With `noise_at = "server"`, the same holds
 for everything that leaves the server, with respect to whether the client's training changed its uploads; each round that the
 client takes part in is one release.
+
+With `noise = "correlated"`, the noise of a client's steps is correlated, and each example is drawn in every `bands`-th step
+only: see `anyrank.privacy.correlated`.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from anyrank.config.sections import Config
 from anyrank.errors import ConfigError
+from anyrank.privacy import correlated
 from anyrank.privacy.accountants import Spending, epsilon, noise_for
 
 _SAMPLED = {"example": "examples", "person": "persons"}  # levels whose steps draw units, and what these are called
@@ -38,7 +42,7 @@ class PrivacyPlan:
     `epsilon`: the target, 0 if the noise was given instead; `noise`: `{declared count: noise multiplier}` for every count
     in the federation; `local_steps` in one round; `max_rounds` of the `rounds` that one client may take part in;
     `noise_at`: who adds the noise, each client or the server; `examples_per_person`: the most examples of a person that a step
-    uses, 0 for all.
+    uses, 0 for all; `bands`: `{declared count: bands}` if the noise of steps is correlated.
     """
 
     level: str
@@ -56,6 +60,12 @@ class PrivacyPlan:
     noise: Mapping[int, float]
     noise_at: str = "client"
     examples_per_person: int = 0
+    bands: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether the noise of a client's steps is correlated."""
+        return bool(self.bands)
 
     @property
     def central(self) -> bool:
@@ -72,20 +82,29 @@ class PrivacyPlan:
         return declare(num_examples, self.counts)
 
     def sampling_rate(self, declared: int) -> float:
-        """The probability with which each example, or person, of a client enters a step; a whole client's is 1."""
-        return self.batch_size / declared if self.level in _SAMPLED else 1.0
+        """The probability with which each example, or person, of a client whose turn it is enters a step; a whole client's is
+        1."""
+        return self.bands.get(declared, 1) * self.batch_size / declared if self.level in _SAMPLED else 1.0
+
+    def multiplier(self, declared: int) -> float:
+        """The standard deviation of the fresh noise of a step over the clip norm: the accountant's, for a change of norm 1 in
+        one step, times how far such a change reaches."""
+        return self.noise[declared] * correlated.norm(self.bands.get(declared, 1))
 
     def spending(self, declared: int, rounds: int) -> Spending:
         """What a client of that declared count has spent after this many rounds."""
-        steps = self.local_steps if self.level in _SAMPLED else 1
-        return Spending(self.sampling_rate(declared), self.noise[declared], steps * rounds)
+        steps = rounds * (self.local_steps if self.level in _SAMPLED else 1)
+        draws = correlated.draws(self.bands.get(declared, 1), steps)
+        return Spending(self.sampling_rate(declared), self.noise[declared], draws)
 
     def epsilon_after(self, declared: int, rounds: int) -> float:
         return epsilon(self.accountant, self.spending(declared, rounds), self.delta)
 
     def table(self) -> dict[str, Any]:
         """The plan as a JSON object."""
-        return dataclasses.asdict(self) | {"noise": {str(count): noise for count, noise in self.noise.items()}}
+        by_count = {"noise": self.noise, "bands": self.bands}
+        texts = {key: {str(count): value for count, value in values.items()} for key, values in by_count.items()}
+        return dataclasses.asdict(self) | texts
 
 
 def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
@@ -119,6 +138,8 @@ def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
         noise_at=asked.noise_at,
         examples_per_person=asked.examples_per_person,
     )
+    if asked.noise == "correlated":
+        base = dataclasses.replace(base, bands={count: _bands(base, count, asked.bands) for count in counts})
     if asked.noise_multiplier:
         return base
     return dataclasses.replace(base, noise={count: _solved(base, count) for count in counts})
@@ -127,6 +148,26 @@ def plan_privacy(config: Config, sizes: Sequence[int]) -> PrivacyPlan | None:
 def _solved(plan: PrivacyPlan, declared: int) -> float:
     whole = plan.spending(declared, plan.max_rounds)
     return noise_for(plan.accountant, plan.epsilon, plan.delta, whole.sampling_rate, whole.steps)
+
+
+def _bands(plan: PrivacyPlan, declared: int, asked: int) -> int:
+    """The bands of a client's noise: as many as `asked` where its examples and steps are enough, or, if that is 0, those with
+    the least noise in the sums of its steps. The quick accountant is enough to choose; the plan's own solves the noise."""
+    steps = plan.local_steps * plan.max_rounds
+    most = min(declared // plan.batch_size, steps)
+    if asked:
+        return min(asked, most)
+
+    def error(bands: int) -> float:
+        trial = dataclasses.replace(plan, accountant="rdp", bands={declared: bands})
+        return _solved(trial, declared) * correlated.error(bands, steps)
+
+    best = 1
+    for bands in correlated.choices(most)[1:]:  # beyond the best number, more bands are ever worse
+        if error(bands) >= error(best):
+            break
+        best = bands
+    return best
 
 
 def _check_sampling(config: Config) -> None:

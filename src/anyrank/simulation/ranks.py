@@ -123,7 +123,7 @@ def _adapter_bytes(built: Federation, job: Job) -> int:
 def _activations(built: Federation, job: Job) -> int:
     """Bytes that one real local step keeps for its gradients."""
     train = replace(built.config.train, local_steps=1, local_epochs=0)
-    mechanism = Mechanism(replace(built.privacy, local_steps=1)) if built.privacy else None
+    mechanism = Mechanism(replace(built.privacy, local_steps=1, bands={})) if built.privacy else None
     return built.engine.profile([job], plan_round(train, 1, 2, built.config.run.seed), mechanism).activations
 
 

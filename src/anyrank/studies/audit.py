@@ -103,6 +103,11 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "[privacy]: expected level = 'example', which protects single examples; otherwise there is nothing to audit"
         )
+    if config.privacy.noise != "independent":
+        raise ConfigError(
+            f"privacy.noise: an audit reads steps whose noise is independent, got {config.privacy.noise!r}; audit the "
+            "configuration with 'independent'"
+        )
     train = config.train
     if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu or train.precondition:
         raise ConfigError(

@@ -24,13 +24,16 @@ def of_run(federation: Federation) -> dict[str, Any]:
     clients = Counter(plan.declared(int(size)) for size in population.sizes)
     whole = {count: plan.spending(count, plan.max_rounds) for count in sorted(clients)}
     rows = [
-        {"num_examples": count, "clients": clients[count], **_row(plan.accountant, spending, plan.delta)}
+        {
+            **{"num_examples": count, "clients": clients[count], **_row(plan.accountant, spending, plan.delta)},
+            **({"bands": plan.bands[count], "step_noise": plan.multiplier(count)} if plan.correlated else {}),
+        }
         for count, spending in whole.items()
     ]
     drawn = Counter(index for round in range(1, plan.rounds + 1) for index in population.draw(round))
     return {
         "name": federation.config.run.name,
-        **{key: value for key, value in plan.table().items() if key != "noise"},
+        **{key: value for key, value in plan.table().items() if key not in ("noise", "bands")},
         "target_epsilon": plan.epsilon or None,
         "epsilon": max(row["epsilon"] for row in rows),
         "drawn": {"least": min(drawn[index] for index in range(len(population))), "most": max(drawn.values())},

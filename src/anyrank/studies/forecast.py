@@ -77,7 +77,7 @@ def _measure(built: Federation, state: ServerState, levels: list[dict[str, Any]]
     """Write the seconds of one local step of each rank into its level; returns the bytes that steps keep for gradients."""
     jobs = [job for level in levels if (job := _job(built, state, level["rank"]))]
     train = replace(built.config.train, local_steps=1, local_epochs=0)
-    mechanism = Mechanism(replace(built.privacy, local_steps=1)) if built.privacy else None
+    mechanism = Mechanism(replace(built.privacy, local_steps=1, bands={})) if built.privacy else None
     profile = built.engine.profile(jobs, plan_round(train, 1, 2, built.config.run.seed), mechanism)
     for job in jobs:
         next(level for level in levels if level["rank"] == job.client.rank)["step_s"] = profile.step_s[job.client.name]

@@ -41,17 +41,26 @@ def train(
     """
     clip_norm, parts = mechanism.plan.clip_norm, plan.config.accumulation_steps
 
-    def clipped(sums: PerExample, draws: Draws, rate: float) -> list[Tensor]:
-        return sums.clipped(torch.from_numpy(examples[draws.random(len(examples)) < rate]), clip_norm, parts)
+    def clipped(sums: PerExample, draws: Draws, rate: float, turn: np.ndarray) -> list[Tensor]:
+        drawn = turn & (draws.random(len(examples)) < rate)
+        return sums.clipped(torch.from_numpy(examples[drawn]), clip_norm, parts)
 
-    return descend(model, client, download, declared, plan, mechanism, clipped)
+    return descend(model, client, download, declared, plan, mechanism, len(examples), clipped)
 
 
 def descend(
-    model: LoraModel, client: str, download: Download, declared: int, plan: Plan, mechanism: Mechanism, clipped: Clipped
+    model: LoraModel,
+    client: str,
+    download: Download,
+    declared: int,
+    plan: Plan,
+    mechanism: Mechanism,
+    units: int,
+    clipped: Clipped,
 ) -> ClientUpdate:
-    """The client's update after the plan's steps. `clipped`: a step's sum over what it draws, `[...]` for each parameter, in
-    which each unit (an example or a person) has at most the clip norm."""
+    """The client's update after the plan's steps. `units`: how many examples, or persons, the client has; `clipped`: a step's sum
+    over those it draws, of those whose turn it is (bool `[units]`), `[...]` for each parameter, in which each unit has at most
+    the clip norm."""
     if download.train not in model.probed:
         raise ModelError(f"private training of {' and '.join(sorted(download.train))}: the model was not checked for that")
     privacy, draws = mechanism.plan, mechanism.draws(plan.round, client)
@@ -61,10 +70,10 @@ def descend(
     inverses = precondition.of_download(download, plan.config, model.device)
     optimizer = Optimizer(parameters, plan.config, plan.learning_rate, inverses)
     rate, numbers = privacy.sampling_rate(declared), sum(parameter.numel() for parameter in parameters)
-    noise = Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)
-    for _ in range(privacy.local_steps):
-        for parameter, then, total in zip(parameters, start, clipped(sums, draws, rate), strict=True):
-            noisy = noise.added(total.cpu().numpy(), draws) / privacy.batch_size
+    noise = Gaussian(privacy.multiplier(declared), privacy.clip_norm, numbers)
+    for turn, source in mechanism.steps(plan.round, client, declared, units, numbers, draws):
+        for parameter, then, total in zip(parameters, start, clipped(sums, draws, rate, turn), strict=True):
+            noisy = noise.added(total.cpu().numpy(), source) / privacy.batch_size
             parameter.grad = torch.from_numpy(noisy).to(parameter.dtype).to(parameter.device)  # rounded once
             if plan.config.proximal_mu:  # FedProx's term depends only on the weights, which are not secret
                 parameter.grad.add_(parameter.detach() - then, alpha=plan.config.proximal_mu)
@@ -121,7 +130,7 @@ class PerExample:
             self.model.leave_stack()
 
 
-Clipped = Callable[[PerExample, Draws, float], list[Tensor]]
+Clipped = Callable[[PerExample, Draws, float, np.ndarray], list[Tensor]]
 
 
 def clipped_sum(gradients: Sequence[Tensor], clip_norm: float) -> list[Tensor]:

@@ -38,12 +38,12 @@ def train(
     privacy, parts = mechanism.plan, plan.config.accumulation_steps
     people = by_person(examples, model.people[examples])
 
-    def clipped_sum(sums: PerExample, draws: Draws, rate: float) -> list[Tensor]:
-        drawn = [people[place] for place in np.flatnonzero(draws.random(len(people)) < rate)]
+    def clipped_sum(sums: PerExample, draws: Draws, rate: float, turn: np.ndarray) -> list[Tensor]:
+        drawn = [people[place] for place in np.flatnonzero(turn & (draws.random(len(people)) < rate))]
         used = [torch.from_numpy(bounded(own, privacy.examples_per_person, draws)) for own in drawn]
         return clipped(sums, used, privacy.clip_norm, parts, -(-privacy.batch_size // parts))
 
-    return private_examples.descend(model, client, download, declared, plan, mechanism, clipped_sum)
+    return private_examples.descend(model, client, download, declared, plan, mechanism, len(people), clipped_sum)
 
 
 def by_person(examples: np.ndarray, owners: np.ndarray) -> list[np.ndarray]:

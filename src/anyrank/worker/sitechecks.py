@@ -150,6 +150,7 @@ def _check_privacy(site: SiteFile, config: Config) -> None:
     if asked.level == "none":
         return
     expect(asked.noise_at == "client", "privacy.noise_at", "client", asked.noise_at)
+    expect(asked.noise == "independent", "privacy.noise", "independent: a site keeps no key to draw noise again", asked.noise)
     expect(own.exact_counts or asked.counts == "rounded", "privacy.counts", "rounded", asked.counts)
     expect(not own.clip or asked.clip <= own.clip, "privacy.clip", f"at most {own.clip}", asked.clip)
 

@@ -15,6 +15,7 @@ NOISE_AT = ("client", "server")
 ACCOUNTANTS = ("pld", "prv", "rdp")
 COUNTS = ("rounded", "exact")
 _LIMIT = "a number of at least 0"
+NOISES = ("independent", "correlated")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ class PrivacyConfig:
         f"{POSITIVE}, or 0 if epsilon is given",
     )
     max_rounds: int = key(0, "Maximum number of rounds that each client may take part in. 0: all rounds.", NATURAL)
+    noise: str = key(
+        "independent",
+        "Whether the noise of a client's steps is independent, or correlated so that it partly cancels in their sum (DP-FTRL); "
+        "each example is then drawn in every bands-th step only.",
+        NOISES,
+    )
+    bands: int = key(
+        0,
+        "Of correlated noise: how many steps are correlated, at most a client's examples over batch_size. 0: as many as give "
+        "the least noise in the sum of the steps.",
+        NATURAL,
+    )
     accountant: str = key("pld", "The accountant that computes what is spent.", ACCOUNTANTS)
     counts: str = key(
         "rounded", "Whether a client's number of examples is rounded (rounded) or exact when it is used or sent.", COUNTS
@@ -96,6 +109,7 @@ class PrivacyConfig:
         one_of(self.level, PRIVACY_LEVELS, "privacy.level")
         one_of(self.accountant, ACCOUNTANTS, "privacy.accountant")
         one_of(self.counts, COUNTS, "privacy.counts")
+        one_of(self.noise, NOISES, "privacy.noise")
         one_of(self.noise_at, NOISE_AT, "privacy.noise_at")
         if self.level == "none":
             for each in dataclasses.fields(self):
@@ -126,3 +140,23 @@ class PrivacyConfig:
                 "'server'; use level = 'client' for noise at the server"
             )
         expect(self.max_rounds >= 0, "privacy.max_rounds", NATURAL, self.max_rounds)
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        """Refuse what correlated noise cannot be combined with."""
+        expect(self.bands >= 0, "privacy.bands", NATURAL, self.bands)
+        if self.noise == "independent":
+            expect(not self.bands, "privacy.bands", "0 with noise = 'independent'", self.bands)
+            return
+        if self.level != "example":
+            raise ConfigError(
+                f"privacy.noise: expected 'independent' with level = {self.level!r}, got 'correlated', for which each "
+                "example is drawn in one of several groups of steps; use level = 'example'"
+            )
+        if self.secure:
+            raise ConfigError(
+                "privacy.noise: 'correlated' draws the noise of earlier steps again, which privacy.secure = true prevents; use "
+                "secure = false, or 'independent'"
+            )
+        if self.noise_multiplier and not self.bands:
+            raise ConfigError("privacy.bands: expected a number above 0 with noise_multiplier; 0 is chosen for an epsilon")
