@@ -1,4 +1,4 @@
-"""Where a frozen A helps private training: `python experiments/ffa.py --minutes 60` runs, `--write` makes `docs/ffa-lora.md`'s tables.
+"""Where a frozen A helps private training: `python experiments/ffa.py --write` runs, and writes tables into `docs/results.md`.
 
 Six ways to train LoRA under example-level privacy, on frozen features (Banking77, SST-2) and on pictures (Fashion-MNIST), over
 budgets, ranks, cohorts and label skews. A cell is a whole run of ten rounds of ten steps. The learning rate of each way, data
@@ -51,10 +51,11 @@ WAYS: Mapping[str, tuple[str, tuple[str, ...], float]] = {
     "RoLoRA": ("rolora", (), 2.0),
     "FedSVD": ("fedsvd", (), 4.0),
 }
+ASIDE = "FFA-LoRA, A orthonormal"  # is compared on its own, after the others
 BATCH = {3: 128, 20: 20}  # nearly one sampling rate, and so one noise multiplier, for both cohorts
 SKEW = {"mild": 0.6, "tuning": 0.75, "severe": 0.9}  # share of a client's examples that have its own labels
 TUNING_SEED, BROKEN, LAST = 100, -1.0, 5
-LEAST = 0.25  # the smallest rate that is tried: from there on down, a run hardly leaves its start
+LEAST = 2.0**-5  # the smallest rate that is tried: from there on down, a run hardly leaves its start
 FIXED = (
     *results.UNGUARDED, "clients.participation=1.0", "run.rounds=10", "train.optimizer=sgd", "train.local_steps=10",
     "privacy.level=example", "privacy.delta=1e-5",
@@ -89,7 +90,7 @@ def cells() -> list[Cell]:
     for budgets, ranks, seeds in blocks:
         for seed, rank, epsilon, clients, skew in itertools.product(seeds, ranks, budgets, BATCH, ("mild", "severe")):
             found |= {Cell(data, way, epsilon, rank, clients, skew, seed): None for data in DATA for way in WAYS}
-    return list(found)
+    return sorted(found, key=lambda cell: cell.way == ASIDE)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -266,14 +267,25 @@ def fill(known: Known, bench: Bench, until: float, only: Sequence[str]) -> None:
 
 
 def main() -> None:
+    import ffa_tables
+    import ffa_why
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long to run cells; 0: none")
+    parser.add_argument("--why", type=int, default=0, help="measure what noise does, for this many seeds of what is known")
+    parser.add_argument("--write", action="store_true", help="write the tables of what is known")
     parser.add_argument("--only", nargs="*", default=DATA, choices=DATA)
     parser.add_argument("--pictures", default="/usr/share/datasets/fashion-mnist")
-    asked = parser.parse_args()
+    asked, began = parser.parse_args(), time.monotonic()
     torch.set_num_threads(1)
-    fill(Known(), Bench(asked.pictures), time.monotonic() + 60 * asked.minutes, asked.only)
+    known, bench = Known(), Bench(asked.pictures)
+    fill(known, bench, began + 60 * asked.minutes, asked.only)
+    ffa_why.fill(known, bench, asked.why)
+    if asked.write:
+        ffa_tables.write(known, ffa_why.tables(), time.monotonic() - began)
 
 
 if __name__ == "__main__":
-    main()
+    import ffa
+
+    ffa.main()  # as a module: the other files know its records by that name

@@ -42,7 +42,7 @@ def train(model: LoraModel, jobs: Sequence[Job], shards: ExamplesOf, plan: Plan,
     like, kinds = downloads[0], sorted(downloads[0].train)
     if model.trained or any(each.merged for each in downloads):
         raise ValueError("quick: expected downloads of A and B alone, got a trained head or a sum in the base")
-    layers = {name: _stacked([each.adapter.layers[name] for each in downloads], kinds) for name in like.adapter.layers}
+    layers = {name: stacked([each.adapter.layers[name] for each in downloads], kinds) for name in like.adapter.layers}
     trained = [getattr(layer, kind) for layer in layers.values() for kind in kinds]
     optimizer = Optimizer(trained, plan.config, plan.learning_rate, _inverses(layers, like.train, plan))
     privacy, rows = mechanism.plan, [shards[job.client.name] for job in jobs]
@@ -61,7 +61,7 @@ def train(model: LoraModel, jobs: Sequence[Job], shards: ExamplesOf, plan: Plan,
     return [_reply(job, layers, place) for place, job in enumerate(jobs)]
 
 
-def _stacked(layers: Sequence, kinds: Sequence[str]) -> _Layer:
+def stacked(layers: Sequence, kinds: Sequence[str]) -> _Layer:
     A, B = (torch.stack([getattr(layer, factor) for layer in layers]).requires_grad_(factor in kinds) for factor in "AB")
     return _Layer(A, B, layers[0].scaling)
 
@@ -81,7 +81,7 @@ def _clipped(
     the loss by its output.
     """
     index, present = _padded(chosen)
-    inputs, outputs = _through(model, layers, index.flatten())
+    inputs, outputs = through(model, layers, index.flatten())
     shape = (*index.shape, -1)
     factors, squares = [], torch.zeros(index.shape)
     for (x, y, g), layer in zip(_rows(inputs, outputs, shape), layers.values(), strict=True):
@@ -101,7 +101,7 @@ def _padded(chosen: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(index), torch.from_numpy(np.stack([np.arange(longest) < len(own) for own in chosen]))
 
 
-def _through(model: LoraModel, layers: dict[str, _Layer], index: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+def through(model: LoraModel, layers: dict[str, _Layer], index: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """The inputs of the layers for the examples `index`, and their outputs with the gradients of the summed loss by these."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     hooks = []
