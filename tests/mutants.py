@@ -43,6 +43,7 @@ PRIVATE = (
     *LEAVES,
     *CHARGED,
 )
+PEOPLE = (("tests/test_private_people.py", "tests/test_private_checks.py", "tests/test_people.py"),)
 SITE = (("tests/test_hostile_server.py",),)
 CENTRAL = (("tests/test_central_noise.py",),)
 DEFENCE = (("tests/test_rounds.py", "tests/test_robust.py", "tests/test_steps.py", "tests/test_coordinates.py"),)
@@ -394,6 +395,80 @@ MISTAKES = (
         "examples[draws.random(len(examples)) < rate]",
         "examples[draws.random(len(examples)).argsort()[: mechanism.plan.batch_size]]",
         PRIVATE,
+    ),
+    Mistake(
+        "every example of a person clipped by itself",
+        "training/private_people.py",
+        "private_examples.clipped_sum(means, clip_norm)",
+        "sums.clipped(torch.cat(list(people[start : start + size])), clip_norm)",
+        PEOPLE,
+    ),
+    Mistake(
+        "a person's gradients added and not averaged",
+        "training/private_people.py",
+        "own.sum(dim=0) / counts[person]",
+        "own.sum(dim=0)",
+        PEOPLE,
+    ),
+    Mistake(
+        "examples drawn and not persons",
+        "training/private_people.py",
+        "drawn = [people[place] for place in np.flatnonzero(draws.random(len(people)) < rate)]",
+        "drawn = [own for each in people if len(own := each[draws.random(len(each)) < rate])]",
+        PEOPLE,
+    ),
+    Mistake(
+        "no bound on what a person contributes",
+        "training/private_people.py",
+        "if not most or len(examples) <= most:",
+        "if True:",
+        PEOPLE,
+    ),
+    Mistake(
+        "the first examples of a person in each step",
+        "training/private_people.py",
+        'np.sort(np.argsort(draws.random(len(examples)), kind="stable")[:most])',
+        "np.arange(most)",
+        PEOPLE,
+    ),
+    Mistake(
+        "persons counted by their examples",
+        "tasks/people.py",
+        "counts = np.array([len(each) for each in at], dtype=np.int64)",
+        "return shards.sizes",
+        PEOPLE,
+    ),
+    Mistake("a person at several clients", "tasks/people.py", "    if shared:", "    if False:", PEOPLE),
+    Mistake("a person who is held out too", "data/people.py", "both = len(set(training) & set(held))", "both = 0", PEOPLE),
+    Mistake("nobody is a person", "data/people.py", "    if missing:", "    if False:", PEOPLE),
+    Mistake(
+        "held out by the order of names",
+        "data/people.py",
+        "_draw(name) < data.test_fraction for name in set(names)}",
+        "place < data.test_fraction * len(set(names)) for place, name in enumerate(sorted(set(names)))}",
+        PEOPLE,
+    ),
+    Mistake(
+        "clients named after persons",
+        "tasks/dealing.py",
+        'if config.privacy.level == "person" and split',
+        "if False and split",
+        PEOPLE,
+    ),
+    Mistake("narrow numbers let through", "training/private_checks.py", "_LEAST_BYTES = 4", "_LEAST_BYTES = 1", PEOPLE),
+    Mistake(
+        "buffers that change let through",
+        "training/private_checks.py",
+        "if name not in before or not _equal(",
+        "if False and not _equal(",
+        PEOPLE,
+    ),
+    Mistake(
+        "probed on examples of one length",
+        "training/private_examples.py",
+        "        first += [int(lengths.argmax()), int(lengths.argmin())]\n",
+        "        pass\n",
+        PEOPLE,
     ),
     Mistake("the probe passes everything", "training/private_examples.py", "_TOLERANCE = 1e-3", "_TOLERANCE = 1e9", PRIVATE),
     Mistake(

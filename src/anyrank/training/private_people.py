@@ -25,6 +25,8 @@ from anyrank.training import private_examples
 from anyrank.training.lora import LoraModel
 from anyrank.training.private_examples import PerExample
 
+_AT_ONCE = 32  # examples that go through the model together, also where a step draws few persons: fewer are slow
+
 
 def train(
     model: LoraModel, client: str, download: Download, declared: int, examples: np.ndarray, plan: Plan, mechanism: Mechanism
@@ -41,7 +43,7 @@ def train(
     def clipped_sum(sums: PerExample, draws: Draws, rate: float, turn: np.ndarray) -> list[Tensor]:
         drawn = [people[place] for place in np.flatnonzero(turn & (draws.random(len(people)) < rate))]
         used = [torch.from_numpy(bounded(own, privacy.examples_per_person, draws)) for own in drawn]
-        return clipped(sums, used, privacy.clip_norm, parts, -(-privacy.batch_size // parts))
+        return clipped(sums, used, privacy.clip_norm, parts, -(-max(privacy.batch_size, _AT_ONCE) // parts))
 
     return private_examples.descend(model, client, download, declared, plan, mechanism, len(people), clipped_sum)
 
