@@ -26,7 +26,7 @@ from anyrank.privacy import datasets
 from anyrank.privacy.accountants import Spending
 from anyrank.privacy.chain import HEAD, LEDGER, Chain
 from anyrank.privacy.datasets import SHARED, DataSet, Kept
-from anyrank.privacy.grant import MOST_CHARGES, UNITS, counted, is_charge
+from anyrank.privacy.grant import MOST_CHARGES, counted, is_charge
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.privacy.worst import within, worst
 

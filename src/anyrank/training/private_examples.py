@@ -58,9 +58,9 @@ def descend(
     units: int,
     clipped: Clipped,
 ) -> ClientUpdate:
-    """The client's update after the plan's steps. `units`: how many examples, or persons, the client has; `clipped`: a step's sum
-    over those it draws, of those whose turn it is (bool `[units]`), `[...]` for each parameter, in which each unit has at most
-    the clip norm."""
+    """The client's update after the plan's steps. `units`: how many examples, or persons, the client has; `clipped`: a step's
+    sum over those that it draws of those whose turn it is (bool `[units]`), `[...]` for each parameter, in which each unit has
+    at most the clip norm."""
     if download.train not in model.probed:
         raise ModelError(f"private training of {' and '.join(sorted(download.train))}: the model was not checked for that")
     privacy, draws = mechanism.plan, mechanism.draws(plan.round, client)
