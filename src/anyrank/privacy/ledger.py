@@ -128,8 +128,8 @@ class Ledger:
         if self.key_name and begun > over + 1:
             raise RunError(
                 f"privacy ledger: round {begun} was begun before, and would be repeated with the same noise after round "
-                f"{over + 1}, which may have other replies this time (rounds.deadline_s); restore the last checkpoint, or start "
-                "the run anew in another --out"
+                f"{over + 1}, which may have other replies this time (rounds.deadline_s); restore the last checkpoint, or "
+                "start the run anew in another --out"
             )
 
     def _readable(self, rows: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
