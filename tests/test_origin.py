@@ -30,6 +30,7 @@ from anyrank.errors import RunError
 from anyrank.privacy import noise, tags
 from anyrank.privacy.noise import Mechanism, SystemDraws
 from anyrank.runs import identity
+from anyrank.runs.folder import RunDir
 from anyrank.tasks import load
 from neighbour_world import KINDS
 
@@ -270,6 +271,42 @@ def test_data_in_memory_count_as_files_do(place: Path, monkeypatch, first, secon
         with pytest.raises(Stopped):
             make().run(place / f"again-{number}")
     assert keys[0] == keys[1] != keys[2]
+
+
+# --- two rounds that are repeated ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [((), False), (("rounds.deadline_s=300",), True), (("rounds.deadline_s=300", "privacy.secure=true"), False)],
+    ids=["no clock", "a deadline", "a deadline, noise of the system"],
+)
+def test_a_round_whose_download_may_be_another_is_not_repeated_with_its_noise(
+    place: Path, monkeypatch, overrides, refused
+) -> None:
+    """The last checkpoint is damaged: the run would go back two rounds. What comes in before a deadline is not the same twice,
+    so that the second of them could begin from other numbers."""
+    world.make(place, KINDS["own"], "example")
+    overrides = ("run.rounds=4", *overrides)
+    load._cached_task.cache_clear()
+
+    def charge(self, rows) -> None:
+        charged(self, rows)
+        if rows[0]["round"] == 4:
+            raise Stopped
+
+    charged = RunDir.charge
+    monkeypatch.setattr(RunDir, "charge", charge)
+    with pytest.raises(Stopped):
+        simulation.execute(configs.load(place / "c.toml", overrides), place / "run")
+    monkeypatch.setattr(RunDir, "charge", charged)
+    state = place / "run" / "checkpoint" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    if not refused:
+        assert run(place, resume=True, overrides=overrides)["rounds"] == 4
+        return
+    with pytest.raises(RunError, match="round 4 was begun before, and would be repeated with the same noise after round 3"):
+        run(place, resume=True, overrides=overrides)
 
 
 # --- a finished run, and its secret ---------------------------------------------------------------------------------------

@@ -156,6 +156,19 @@ class Ledger:
             if self.declared.get(client, count) != count:
                 raise _lost(f"{client} is charged for {self.declared[client]} examples and has {count}")
 
+    def check_repeated(self, over: int) -> None:
+        """Raise `RunError` if rounds after the next one, `over + 1`, were begun before, as after a damaged checkpoint.
+
+        With a deadline, the next one may have other replies than it had; those after it would have the same noise over other
+        numbers."""
+        begun = max((round for rounds in self.rounds.values() for round in rounds), default=0)
+        if self.key_name and begun > over + 1:
+            raise RunError(
+                f"privacy ledger: round {begun} was begun before, and would be repeated with the same noise after round "
+                f"{over + 1}, which may have other replies this time (rounds.deadline_s); restore the last checkpoint, or "
+                "start the run anew in another --out"
+            )
+
     def _readable(self, rows: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
         for row in rows:
             kinds = [type(row.get(key)) for key in ("round", "client", "num_examples")]
@@ -196,6 +209,8 @@ def open_ledger(
     for round in range(1, over + 1):
         ledger.check_round(round, drawn(round))
     books.check_charges()
+    if config.get("rounds", {}).get("deadline_s"):
+        ledger.check_repeated(over)
     return ledger
 
 
