@@ -7,13 +7,16 @@ import random
 import socket
 import ssl
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from anyrank.cli.entry import _called
 from anyrank.config.federation import FederationFile, Person, ServerPlace
-from anyrank.parties import provisioning
+from anyrank.engines.nvflare.session import Commands
+from anyrank.parties import commanding, provisioning
 
 OWNER, VIEWER = "owner@example.org", "viewer@example.org"
 SITES = ("a", "b")
@@ -32,6 +35,11 @@ def founded(place: Path, **keys) -> Path:
     run = place / "run.toml"
     run.write_text(run.read_text().replace("label_names = []", 'label_names = ["in", "out"]'))
     return place
+
+
+def answered_by(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, `server` replies to all commands, in the place of NVFlare's session."""
+    monkeypatch.setattr(commanding.Member, "session", lambda self: nullcontext(Commands(server, "localhost:8002")))
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:

@@ -50,7 +50,7 @@ from anyrank.errors import AnyRankError, ConfigError, DeployError, RunFailed
 from anyrank.parties import certificates, commanding, doctor, kits, policies, provisioning, starting, templates
 from anyrank.parties.kits import open_kit
 from anyrank.worker import sitefile
-from deploy_world import OWNER, PARTIES, SITES, VIEWER, call, federation, founded, handshake, settled, texts
+from deploy_world import OWNER, PARTIES, SITES, VIEWER, answered_by, call, federation, founded, handshake, settled, texts
 
 
 @pytest.fixture(scope="module")
@@ -1055,17 +1055,8 @@ def played(place: Path, monkeypatch):
     server = Server()
     monkeypatch.setattr(session, "_SECOND_LOOK_S", 0.0)
     monkeypatch.setattr(commanding, "_LOST_S", 0.0)
-    owner = commanding.owner(kit_of(place, OWNER))
-
-    class Opened:
-        def __enter__(self):
-            return Commands(server, "localhost:8002")
-
-        def __exit__(self, *error):
-            return None
-
-    monkeypatch.setattr(commanding.Member, "session", lambda self: Opened())
-    return owner, server
+    answered_by(server, monkeypatch)
+    return commanding.owner(kit_of(place, OWNER)), server
 
 
 def first(place: Path) -> commanding.Request:

@@ -15,11 +15,10 @@ pytest.importorskip("nvflare")
 from anyrank import simulation
 from anyrank.cli import evaluated
 from anyrank.config.tables import from_table
-from anyrank.engines.nvflare.session import Commands
 from anyrank.errors import ConfigError, DeployError
 from anyrank.parties import commanding, looking
 from anyrank.parties.kits import open_kit
-from deploy_world import OWNER, VIEWER, call, founded, free_port
+from deploy_world import OWNER, VIEWER, answered_by, call, founded, free_port
 
 ROUNDS = 3
 
@@ -93,14 +92,7 @@ def test_where_nothing_ran_and_no_server_can_be_asked_status_is_one_line(place: 
 def asked_of(server: SimpleNamespace, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The status by a server that is stood in for."""
 
-    class Opened:
-        def __enter__(self):
-            return Commands(server, "localhost:8002")
-
-        def __exit__(self, *error):
-            return None
-
-    monkeypatch.setattr(commanding.Member, "session", lambda self: Opened())
+    answered_by(server, monkeypatch)
     return commanding.status(commanding.owner(place / "kits" / OWNER))
 
 
