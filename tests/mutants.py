@@ -301,7 +301,7 @@ MISTAKES = (
         "dtype=dtypes[-1]",
         FAST,
     ),
-    Mistake("base models not compared", "aggregation/merge.py", "if base != named[0][1]", "if False", FAST),
+    Mistake("base models not compared", "aggregation/fitting.py", "if base != named[0][1]", "if False", FAST),
     Mistake(
         "layers held until the end",
         "aggregation/aggregates.py",

@@ -106,11 +106,13 @@ def privacy_table(figures: Mapping[str, Any]) -> Table:
         title += f"the seed draws each client in {least} to {most} rounds"
     table = Table(title=title, title_justify="left", header_style="bold")
     units = "persons" if figures["level"] == "person" else "examples"
-    for heading in (units, "clients", "sampling rate", "steps", "noise multiplier", "epsilon"):
+    correlated = ("bands",) if "bands" in figures["counts"][0] else ()
+    for heading in (units, "clients", "sampling rate", "steps", "noise multiplier", "epsilon", *correlated):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["counts"]:
         counts = (f"{row['num_examples']:,}", f"{row['clients']:,}", f"{row['sampling_rate']:.4g}", f"{row['steps']:,}")
-        table.add_row(*counts, f"{row['noise_multiplier']:.4g}", f"{row['epsilon']:.4g}")
+        bands = (str(row["bands"]),) if correlated else ()
+        table.add_row(*counts, f"{row['noise_multiplier']:.4g}", f"{row['epsilon']:.4g}", *bands)
     return table
 
 

@@ -163,11 +163,11 @@ def _bands(plan: PrivacyPlan, declared: int, asked: int) -> int:
         return _solved(trial, declared) * correlated.error(bands, steps)
 
     best = 1
-    for bands in correlated.choices(most)[1:]:  # beyond the best number, more bands are ever worse
+    for bands in correlated.choices(most)[1:]:
         if error(bands) >= error(best):
             break
         best = bands
-    return best
+    return min((best, most), key=error)  # with most bands, the fewest draws, whose number is whole
 
 
 def _check_sampling(config: Config) -> None:
