@@ -65,6 +65,7 @@ experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/alpha.py
 	$(BIN)/python experiments/private_rates.py
 	$(BIN)/python experiments/attacks.py
+	$(BIN)/python experiments/ffa.py --why 1 --write
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix src tests
