@@ -70,6 +70,7 @@ experiments: $(VENV)/.installed-test
 	$(BIN)/python experiments/alpha.py
 	$(BIN)/python experiments/private_rates.py
 	$(BIN)/python experiments/attacks.py
+	$(BIN)/python experiments/ffa.py --why 1 --write
 
 audits: $(VENV)/.installed-test
 	ANYRANK_AUDITS=all $(BIN)/python -m pytest -q -rP tests/test_noise_audit.py

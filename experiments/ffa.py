@@ -5,7 +5,8 @@ budgets, ranks, cohorts and label skews. A cell is a whole run of ten rounds of 
 set, budget, rank and cohort is climbed to by factors of 2, on examples held out of the training data, on a seed that no cell
 has, and at a skew between the two of the cells. Cells stand in blocks, so that what is done after any time is a whole design.
 
-Results are kept in `runs/ffa.jsonl`, one line a run; a second call goes on where the first one stopped. `ANYRANK_DATA` has
+Results are kept in `runs/ffa.jsonl`, one line a run; a second call goes on where the first one stopped, a first one where
+`docs/results/ffa.jsonl` ends. `ANYRANK_DATA` has
 the texts; the pictures come from Debian's package dataset-fashion-mnist (`--pictures` for another folder).
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +42,7 @@ from anyrank.tasks.base import Examples, Task
 from anyrank.tasks.inputs import TensorInputs
 from anyrank.tasks.load import load_task
 
-KEPT = results.ROOT / "runs" / "ffa.jsonl"
+KEPT, RAW = results.ROOT / "runs" / "ffa.jsonl", results.PICTURES / "ffa.jsonl"
 DATA = ("Banking77", "SST-2", "Fashion-MNIST")
 # The ways to train, each with its method, further options, and the rate where its first climb begins.
 WAYS: Mapping[str, tuple[str, tuple[str, ...], float]] = {
@@ -208,6 +210,9 @@ class Known:
 
     def __init__(self, path: Path = KEPT) -> None:
         self.path, self.found = path, {}
+        if not path.exists() and RAW.exists():  # what is in the repository
+            path.parent.mkdir(exist_ok=True)
+            shutil.copyfile(RAW, path)
         lines = path.read_text().splitlines() if path.exists() else []
         for line in map(json.loads, lines):
             self.found[Cell(**line["cell"]), line["rate"]] = line
@@ -275,14 +280,14 @@ def main() -> None:
     parser.add_argument("--why", type=int, default=0, help="measure what noise does, for this many seeds of what is known")
     parser.add_argument("--write", action="store_true", help="write the tables of what is known")
     parser.add_argument("--only", nargs="*", default=DATA, choices=DATA)
-    parser.add_argument("--pictures", default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--pictures", default="/usr/share/datasets/fashion-mnist", help="folder of Fashion-MNIST")
     asked, began = parser.parse_args(), time.monotonic()
     torch.set_num_threads(1)
     known, bench = Known(), Bench(asked.pictures)
     fill(known, bench, began + 60 * asked.minutes, asked.only)
     ffa_why.fill(known, bench, asked.why)
     if asked.write:
-        ffa_tables.write(known, ffa_why.tables(), time.monotonic() - began)
+        ffa_tables.write(known, time.monotonic() - began)
 
 
 if __name__ == "__main__":

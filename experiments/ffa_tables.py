@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import results
-from ffa import ASIDE, BATCH, BROKEN, DATA, KEPT, TUNING_SEED, WAYS, Cell, Known
+from ffa import ASIDE, BATCH, BROKEN, DATA, KEPT, RAW, TUNING_SEED, WAYS, Cell, Known
 from scipy import stats
 
-NAME, TITLE, RAW = "9-ffa", "FFA-LoRA's claim again", results.PICTURES / "ffa.jsonl"
+NAME, TITLE = "9-ffa", "FFA-LoRA's claim again"
 CLAIM = (
     "FFA-LoRA: under differential privacy and label skew, A frozen is better than A and B trained, because the noise of both "
     "is multiplied in the product."
@@ -93,7 +93,7 @@ def by_setting(found: Found, rank: int) -> str:
 
 
 def pooled(found: Found, rank: int) -> str:
-    """Means over the skews: for each seed one difference, the mean of its skews, so that seeds are what varies."""
+    """Over skews and seeds together. Pairs of one seed share A's start and the noise's draws: intervals are a little narrow."""
     others = [way for way in MAIN if way != PLAIN]
     groups: dict[tuple, list[Cell]] = {}
     for cell in found.settings():
@@ -101,13 +101,9 @@ def pooled(found: Found, rank: int) -> str:
             groups.setdefault((cell.data, cell.epsilon, cell.clients), []).append(cell)
     rows = []
     for (data, epsilon, clients), cells in groups.items():
-        common = min(len(found.seeds(cell)) for cell in cells)
-        means = {}
-        for way in others:
-            gains = [found.gains(cell, way)[:common] for cell in cells]
-            means[way] = [statistics.fmean(of_a_seed) for of_a_seed in zip(*gains, strict=True)]
-        rows.append([data, f"{epsilon:g}", clients, common, *(shown(means[way]) for way in others)])
-    return table(["data", "ε", "clients", "seeds", *others], rows, 1)
+        gains = [shown([gain for cell in cells for gain in found.gains(cell, way)]) for way in others]
+        rows.append([data, f"{epsilon:g}", clients, *gains])
+    return table(["data", "ε", "clients", *others], rows, 1)
 
 
 def rates(found: Found, rank: int) -> str:
@@ -128,7 +124,25 @@ def rates(found: Found, rank: int) -> str:
     return table(["data", "ε", "clients", "noise multiplier", *MAIN], rows, 1)
 
 
-def write(known: Known, why: Sequence[str], wall_s: float) -> None:
+def frozen(found: Found) -> str:
+    """The ways to freeze A against each other, over all settings and seeds that have both."""
+    plain, rows = "FFA-LoRA", []
+    for data in DATA:
+        cells = [cell for cell in found.by_cell if cell.data == data and cell.way == plain]
+        row: list[object] = [data]
+        for way in ("FFA-LoRA, preconditioned", ASIDE, "FedSVD"):
+            both = [cell for cell in cells if replace(cell, way=way) in found.by_cell]
+            gains = [found.by_cell[replace(cell, way=way)] - found.by_cell[cell] for cell in both]
+            row.append(
+                f"{statistics.fmean(gains):+.1f} ± {statistics.stdev(gains):.1f} ({sum(g > 0 for g in gains)}/{len(gains)})"
+            )
+        rows.append(row)
+    return table(["data", "preconditioned", "A orthonormal", "FedSVD"], rows, 1)
+
+
+def write(known: Known, wall_s: float) -> None:
+    import ffa_why  # it takes `table` from here
+
     found = Found(known)
     runs, ranks = len(found.by_cell), sorted({cell.rank for cell in found.settings()})
     told = f"`python experiments/ffa.py` · {runs} runs, and {found.tuning} to find learning rates · "
@@ -138,8 +152,11 @@ def write(known: Known, why: Sequence[str], wall_s: float) -> None:
             f"**Rank {rank}: accuracy in %, last five rounds, and differences to LoRA in points**",
             by_setting(found, rank),
         ]
-        lines += [f"**Rank {rank}: differences to LoRA, mean of both skews**", pooled(found, rank)]
+        lines += [f"**Rank {rank}: differences to LoRA over both skews and all seeds**", pooled(found, rank)]
         lines += [f"**Rank {rank}: learning rates that were found**", rates(found, rank)]
-    results.put(NAME, TITLE, [*lines, *why])
+    lines += ["**Frozen A: differences to FFA-LoRA over settings and seeds (mean ± standard deviation)**", frozen(found)]
+    results.put(NAME, TITLE, [*lines, *ffa_why.tables()])
     RAW.parent.mkdir(exist_ok=True)
     shutil.copyfile(KEPT, RAW)
+    if ffa_why.KEPT.exists():
+        shutil.copyfile(ffa_why.KEPT, ffa_why.RAW)

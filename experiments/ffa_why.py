@@ -10,6 +10,7 @@ change the weight outside of that space.
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ from anyrank.messages.records import Scaling
 from anyrank.privacy.noise import Mechanism
 from anyrank.training.lora import LoraModel
 
-KEPT = results.ROOT / "runs" / "ffa-why.jsonl"
+KEPT, RAW = results.ROOT / "runs" / "ffa-why.jsonl", results.PICTURES / "ffa-why.jsonl"
 COMPARED, NEXT_TO_NONE, MOST = ("LoRA", "FFA-LoRA"), 1e-6, 2000
 
 
@@ -93,6 +94,8 @@ def _start(built):
 
 def fill(known: Known, bench: Bench, seeds: int) -> None:
     """Measure what is missing, at the rates that are known."""
+    if not KEPT.exists() and RAW.exists():
+        shutil.copyfile(RAW, KEPT)
     done = {Cell(**line["cell"]) for line in lines()}
     rates = {cell: rate for cell, rate in known.found if cell.skew != "tuning"}
     for cell in cells():
@@ -104,7 +107,8 @@ def fill(known: Known, bench: Bench, seeds: int) -> None:
 
 
 def lines() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
+    path = KEPT if KEPT.exists() else RAW
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def tables() -> list[str]:
