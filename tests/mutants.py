@@ -105,7 +105,7 @@ MISTAKES = (
     Mistake("pad with B that is not zero", "methods/slices.py", "layer.B.new_zeros(layer", "layer.B.new_ones(layer"),
     Mistake("pad with A that is dead", "methods/slices.py", "torch.cat([layer.A, fresh])", "torch.cat([layer.A, 0 * fresh])"),
     Mistake("empty slice zeroed by raFLoRA", "methods/raflora.py", 'if self.empty_slice == "keep"', "if False"),
-    Mistake("empty slice zeroed by RBLA", "methods/rbla.py", 'previous if self.empty_slice == "keep" else None', "None"),
+    Mistake("empty slice zeroed by RBLA", "methods/rbla.py", 'self.empty_slice == "keep" and bool(', "False and bool("),
     Mistake(
         "empty slice zeroed by FFA",
         "methods/averages.py",
@@ -323,15 +323,15 @@ MISTAKES = (
     Mistake(
         "noise without the clip norm",
         "training/private_examples.py",
-        "Gaussian(privacy.noise[declared], privacy.clip_norm, numbers)",
-        "Gaussian(privacy.noise[declared], 1.0, numbers)",
+        "Gaussian(privacy.multiplier(declared), privacy.clip_norm, numbers)",
+        "Gaussian(privacy.multiplier(declared), 1.0, numbers)",
         PRIVATE,
     ),
     Mistake(
         "noise divided by the batch twice",
         "training/private_examples.py",
-        "noise.added(total.cpu().numpy(), draws) / privacy.batch_size",
-        "noise.added(total.cpu().numpy() / privacy.batch_size, draws) / privacy.batch_size",
+        "noise.added(total.cpu().numpy(), source) / privacy.batch_size",
+        "noise.added(total.cpu().numpy() / privacy.batch_size, source) / privacy.batch_size",
         PRIVATE,
     ),
     Mistake(
@@ -362,8 +362,8 @@ MISTAKES = (
     Mistake(
         "an empty draw is no step",
         "training/private_examples.py",
-        "        for parameter, then, total in zip(parameters, start, clipped(sums, draws, rate), strict=True):",
-        "        totals = clipped(sums, draws, rate)\n"
+        "        for parameter, then, total in zip(parameters, start, clipped(sums, draws, rate, turn), strict=True):",
+        "        totals = clipped(sums, draws, rate, turn)\n"
         "        if not any(total.any() for total in totals): continue\n"
         "        for parameter, then, total in zip(parameters, start, totals, strict=True):",
         PRIVATE,
@@ -392,8 +392,8 @@ MISTAKES = (
     Mistake(
         "batches of one size",
         "training/private_examples.py",
-        "examples[draws.random(len(examples)) < rate]",
-        "examples[draws.random(len(examples)).argsort()[: mechanism.plan.batch_size]]",
+        "torch.from_numpy(examples[drawn])",
+        "torch.from_numpy(examples[draws.random(len(examples)).argsort()[: mechanism.plan.batch_size]])",
         PRIVATE,
     ),
     Mistake(
@@ -413,7 +413,7 @@ MISTAKES = (
     Mistake(
         "examples drawn and not persons",
         "training/private_people.py",
-        "drawn = [people[place] for place in np.flatnonzero(draws.random(len(people)) < rate)]",
+        "drawn = [people[place] for place in np.flatnonzero(turn & (draws.random(len(people)) < rate))]",
         "drawn = [own for each in people if len(own := each[draws.random(len(each)) < rate])]",
         PEOPLE,
     ),
@@ -492,49 +492,52 @@ MISTAKES = (
         "self.batch_size / declared / 2 if",
         PRIVATE,
     ),
-    Mistake(
-        "one key for all clients", "privacy/noise.py", 'private\\x1f{round}\\x1f{client}"', 'private\\x1f{round}"', PRIVATE
-    ),
+    Mistake("one key for all clients", "privacy/noise.py", '{what}\\x1f{place}\\x1f{client}"', '{what}\\x1f{place}"', PRIVATE),
     Mistake("a key cut short", "privacy/noise.py", "hmac.digest(self.key, f", "hmac.digest(self.key[:1], f", PRIVATE),
     Mistake(
-        "one noise for every configuration", "privacy/noise.py", "json.dumps(config, sort_keys=True).encode()", 'b""', PRIVATE
+        "one noise for every configuration",
+        "privacy/noise.py",
+        "json.dumps([config, origin], sort_keys=True).encode()",
+        'b""',
+        PRIVATE,
     ),
     # what leaves: caught by properties of it, in tests that know none of these
-    Mistake("same noise every round", "privacy/noise.py", 'private\\x1f{round}\\x1f{client}"', 'private\\x1f{client}"', LEAVES),
-    Mistake("names run together", "privacy/noise.py", '\\x1f{round}\\x1f{client}"', '{round}{client}"', LEAVES),
+    Mistake("same noise every round", "privacy/noise.py", '{what}\\x1f{place}\\x1f{client}"', '{what}\\x1f{client}"', LEAVES),
+    Mistake("names run together", "privacy/noise.py", '\\x1f{place}\\x1f{client}"', '{place}{client}"', LEAVES),
     Mistake(
         "least noise of any client for all",
         "training/private_examples.py",
-        "Gaussian(privacy.noise[declared],",
-        "Gaussian(min(privacy.noise.values()),",
+        "Gaussian(privacy.multiplier(declared),",
+        "Gaussian(min(map(privacy.multiplier, privacy.noise)),",
         LEAVES,
     ),
     Mistake(
         "a tensor without noise",
         "training/private_examples.py",
-        "noisy = noise.added(total.cpu().numpy(), draws)",
-        "noisy = (noise.added(total.cpu().numpy(), draws) if total.ndim > 1 else total.cpu().numpy())",
+        "noisy = noise.added(total.cpu().numpy(), source)",
+        "noisy = (noise.added(total.cpu().numpy(), source) if total.ndim > 1 else total.cpu().numpy())",
         LEAVES,
     ),
     Mistake(
         "a layer without noise",
         "training/private_examples.py",
-        "noisy = noise.added(total.cpu().numpy(), draws)",
-        "noisy = noise.added(total.cpu().numpy(), draws) * (total is not clipped[0]) + total.numpy() * (total is clipped[0])",
+        "noisy = noise.added(total.cpu().numpy(), source)",
+        "noisy = noise.added(total.cpu().numpy(), source) if parameter is not parameters[0] else total.numpy()",
         LEAVES,
     ),
     Mistake(
         "all tensors with one noise",
         "training/private_examples.py",
-        "noise.added(total.cpu().numpy(), draws)",
-        "noise.added(total.cpu().numpy(), __import__('copy').deepcopy(draws))",
+        "noise.added(total.cpu().numpy(), source)",
+        "noise.added(total.cpu().numpy(), __import__('copy').deepcopy(source))",
         LEAVES,
     ),
     Mistake(
         "noise of the first step in every step",
         "training/private_examples.py",
-        "    for _ in range(privacy.local_steps):\n",
-        "    for _ in range(privacy.local_steps):\n        draws = mechanism.draws(plan.round, client)\n",
+        "    for turn, source in mechanism.steps(plan.round, client, declared, units, numbers, draws):\n",
+        "    for turn, source in mechanism.steps(plan.round, client, declared, units, numbers, draws):\n"
+        "        source = mechanism.draws(plan.round, client)\n",
         LEAVES,
     ),
     Mistake(
@@ -574,9 +577,9 @@ MISTAKES = (
     ),
     Mistake(
         "one step fewer than is charged, with the noise of all",
-        "training/private_examples.py",
-        "for _ in range(privacy.local_steps):",
-        "for _ in range(max(1, privacy.local_steps - 1)):",
+        "privacy/noise.py",
+        "for _ in range(plan.local_steps))",
+        "for _ in range(max(1, plan.local_steps - 1)))",
         LEAVES,
     ),
     Mistake(
@@ -596,8 +599,8 @@ MISTAKES = (
     Mistake(
         "more noise charged than there is",
         "privacy/ledger.py",
-        "**vars(self.plan.spending(count, 1))}",
-        '**vars(self.plan.spending(count, 1)), "noise_multiplier": 1 + int(self.plan.noise[count])}',
+        "**vars(self._more(name, count, round))}",
+        '**vars(self._more(name, count, round)), "noise_multiplier": 1 + int(self.plan.noise[count])}',
         CHARGED,
     ),
     Mistake(
@@ -658,8 +661,8 @@ MISTAKES = (
     Mistake(
         "secure noise from a seeded generator",
         "privacy/noise.py",
-        "            return SystemDraws()\n",
-        "            return np.random.default_rng(int.from_bytes(os.urandom(4), 'big'))\n",
+        "return SystemDraws() if self.key is None",
+        "return np.random.default_rng(int.from_bytes(os.urandom(4), 'big')) if self.key is None",
         LEAVES,
     ),
     Mistake("secure noise too small", "privacy/noise.py", "sum(axis=0) / 2", "sum(axis=0) / 2.2", LEAVES),
