@@ -34,7 +34,7 @@ LONG = pytest.mark.skipif(os.environ.get("ANYRANK_AUDITS") != "all", reason="ANY
 
 
 def config(level: str = "example", **sections: Any) -> Config:
-    privacy = {"level": level, "epsilon": 1.0, "delta": 1e-5 if level == "example" else 1e-3, "clip": 1.0}
+    privacy = {"level": level, "epsilon": 1.0, "delta": 1e-5 if level == "example" else 1e-3, "clip": 1.0, "accountant": "rdp"}
     base = Config().replace(
         run={"rounds": 4},
         model={"name": "digits-mlp", "head": "trained"},
@@ -204,7 +204,7 @@ def test_a_causal_language_model_is_audited_too(tmp_path: Path, monkeypatch: pyt
         "lora": {"target_modules": ["q_proj", "v_proj"]},
         "train": {"optimizer": "adamw", "learning_rate": 0.01, "batch_size": 4, "local_steps": 2},
         "method": {"name": "ffa_lora"},
-        "privacy": {"level": "example", "epsilon": 1.0, "delta": 1e-3},
+        "privacy": {"level": "example", "epsilon": 1.0, "delta": 1e-3, "accountant": "rdp"},
     }
     honest, halved = (noise_audit.audit(from_table(table), 1, factor, key=key(1)) for factor in (1.0, 0.5))
     assert (honest["refuted"], halved["refuted"]) == (False, True)

@@ -97,7 +97,9 @@ PATHS = {
 @pytest.mark.parametrize("clip", [1e-3, 40.0])
 def test_noise_is_as_large_as_the_clip_says(path: str, clip: float) -> None:
     measure, plan, method = PATHS[path]
-    check([n for round in ROUNDS for n in measure(method, round, Mechanism(replace(plan, clip_norm=clip), KEY), w.world())])
+    check(
+        [n for round in range(1, 6) for n in measure(method, round, Mechanism(replace(plan, clip_norm=clip), KEY), w.world())]
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -274,9 +276,9 @@ def test_names_and_rounds_that_look_alike_have_noise_of_their_own() -> None:
 
 
 def test_streams_cannot_be_searched() -> None:
-    """Of 2^32 streams, about five pairs of these would be one by chance; of 2^64, none."""
+    """Of 2^32 streams, about two pairs of these would be one by chance; of 2^64, none."""
     mechanism, seen = Mechanism(EXAMPLE, KEY), set()
-    count = 200_000
+    count = 130_000
     for number in range(count):
         seen.add(mechanism.draws(number >> 8, str(number & 255)).random(2).tobytes())
     assert len(seen) == count
@@ -397,7 +399,7 @@ def test_examples_are_drawn_independently_at_the_declared_rate() -> None:
     held = w.shards()
     held["ada"] = np.arange(80)  # declared as 64
     held["bob"], held["eve"] = held["bob"][16:], held["eve"][:200]
-    drawn = sampled(range(1, 9), 64, 50, held)
+    drawn = sampled(range(1, 7), 64, 50, held)
     for name, own in drawn.items():
         rate, flat = BATCH / COUNTS[name], own.reshape(-1, own.shape[2]).astype(float)
         steps, n = flat.shape
