@@ -119,10 +119,10 @@ def _epsilon(spendings: tuple[Spending, ...] | None, delta: float) -> float:
     return math.inf if spendings is None else composed(spendings, delta)
 
 
-def is_charge(row: Mapping[str, Any]) -> bool:
-    """Whether the object of a line is a charge: a release with noise."""
+def is_charge(row: Mapping[str, Any], least: int = 1) -> bool:
+    """Whether the object of a line is a charge: a release with noise, of at least so many steps."""
     keys = {"level": str, "sampling_rate": float, "noise_multiplier": float, "steps": int}
     if any(type(row.get(key)) is not kind for key, kind in keys.items()):
         return False
     noisy = 0 < row["sampling_rate"] <= 1 and 0 < row["noise_multiplier"] < math.inf
-    return row["level"] in UNITS and noisy and row["steps"] >= 1
+    return row["level"] in UNITS and noisy and row["steps"] >= least

@@ -16,7 +16,6 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,10 +23,10 @@ import numpy as np
 from anyrank import files
 from anyrank.errors import RunError
 from anyrank.privacy import correlated
+from anyrank.privacy.owned import SEED, key_folder, seed, write_for_owner
 from anyrank.privacy.plan import PrivacyPlan
 
-SEED = "ANYRANK_PRIVACY_SEED"
-_LEAST_SEED = 32  # characters, so that the seed cannot be guessed
+__all__ = ["SEED", "Draws", "Mechanism", "SystemDraws", "find_key", "keep_key", "key_folder", "name_of", "new_key"]
 
 
 class Draws(Protocol):
@@ -135,21 +134,6 @@ class Mechanism:
         return cls(PrivacyPlan(**plan, **by_count), bytes.fromhex(table["key"]) if table["key"] else None, table["earlier"])
 
 
-def key_folder() -> Path:
-    """Where keys of unfinished runs are: `$XDG_STATE_HOME/anyrank/privacy`, or `~/.local/state/anyrank/privacy`."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "anyrank" / "privacy"
-
-
-def seed() -> bytes | None:
-    """The secret in `$ANYRANK_PRIVACY_SEED`, if it is set. Raises `RunError` for one that could be guessed."""
-    given = os.environ.get(SEED)
-    if given is not None and len(given) < _LEAST_SEED:
-        raise RunError(
-            f"${SEED}: expected at least {_LEAST_SEED} random characters, got {len(given)}; try: openssl rand -hex 32"
-        )
-    return None if given is None else given.encode()
-
-
 def new_key(config: Mapping[str, Any], origin: str = "") -> bytes:
     """A run's key: 32 fresh random bytes, or, if `$ANYRANK_PRIVACY_SEED` is set, bytes derived from that secret and all that
     the run's releases are computed from: `config`, and `origin`, a digest of data, base model, code and versions.
@@ -178,13 +162,6 @@ def keep_key(key: bytes) -> str:
     files.sweep(folder)
     files.write_whole(folder / name, lambda path: write_for_owner(path, key.hex()))
     return name
-
-
-def write_for_owner(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, where the system has modes."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def find_key(name: str) -> bytes:

@@ -47,13 +47,15 @@ class Planned:
 
     def rows(self, total: Total) -> list[dict[str, Any]]:
         """The charges that `total` lacks."""
-        lacking = {count: rounds - total.rounds[self.run, self.group, count] for count, rounds in sorted(self.rounds.items())}
-        return [self._row(count, rounds) for count, rounds in lacking.items() if rounds > 0]
+        before = {count: total.rounds[self.run, self.group, count] for count in sorted(self.rounds)}
+        return [self._row(count, before[count]) for count in before if self.rounds[count] > before[count]]
 
-    def _row(self, count: int, rounds: int) -> dict[str, Any]:
-        spending = self.plan.spending(count, rounds)
-        release = {name: float(value) for name, value in vars(spending).items()} | {"steps": spending.steps}
-        named = {"run": self.run, "group": self.group, "count": count, "rounds": rounds}
+    def _row(self, count: int, before: int) -> dict[str, Any]:
+        """With correlated noise, rounds may share a draw, so that one of them may add no step."""
+        spending = self.plan.spending(count, self.rounds[count])
+        steps = spending.steps - self.plan.spending(count, before).steps
+        release = {name: float(value) for name, value in vars(spending).items()} | {"steps": steps}
+        named = {"run": self.run, "group": self.group, "count": count, "rounds": self.rounds[count] - before}
         return {"level": self.plan.level, **release, **named, **self.about}
 
 
@@ -208,7 +210,7 @@ def in_words(epsilon: float | None) -> str:
 def is_entry(row: Mapping[str, Any]) -> bool:
     """Whether the object of a line is a charge of a run."""
     keys = {"run": str, "group": str, "count": int, "rounds": int}
-    return is_charge(row) and all(type(row.get(key)) is kind for key, kind in keys.items()) and row["rounds"] >= 1
+    return is_charge(row, least=0) and all(type(row.get(key)) is kind for key, kind in keys.items()) and row["rounds"] >= 1
 
 
 def _state(folder: Path) -> bytes:

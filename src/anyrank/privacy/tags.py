@@ -20,7 +20,7 @@ from typing import Any
 
 from anyrank import files
 from anyrank.errors import RunError
-from anyrank.privacy import noise
+from anyrank.privacy import owned
 
 _BYTES = 32
 _SALT = 16  # bytes
@@ -46,12 +46,12 @@ class Tags:
 
 def folder() -> Path:
     """Where the user's secret is: `identity`, beside the folder of noise keys."""
-    return noise.key_folder().parent / "identity"
+    return owned.key_folder().parent / "identity"
 
 
 def new(config: Mapping[str, Any]) -> Tags:
     """The tags of a new run. If `$ANYRANK_PRIVACY_SEED` is set, its salt follows from that and `config`, as the noise does."""
-    seed = noise.seed()
+    seed = owned.seed()
     if seed is None:
         return Tags(_own(), secrets.token_hex(_SALT))
     text = json.dumps(["identity", config], sort_keys=True)
@@ -74,7 +74,7 @@ def _own() -> bytes:
         if not path.name.startswith("."):
             return _read(path)
     secret = secrets.token_bytes(_BYTES)
-    files.write_whole(folder() / _name_of(secret), lambda path: noise.write_for_owner(path, secret.hex()))
+    files.write_whole(folder() / _name_of(secret), lambda path: owned.write_for_owner(path, secret.hex()))
     return secret
 
 
