@@ -9,7 +9,7 @@ from rich.table import Table
 
 from anyrank.cli.console import megabytes, shown
 from anyrank.cli.folding import folded
-from anyrank.privacy.spent import in_words
+from anyrank.privacy.statement import in_words
 
 
 def plan_tables(figures: Mapping[str, Any]) -> list[Table]:

@@ -13,8 +13,7 @@ from anyrank.cli import arguments, console
 from anyrank.cli.folding import folded
 from anyrank.errors import ConfigError, RunError
 from anyrank.privacy import statement
-from anyrank.privacy.spent import in_words
-from anyrank.privacy.statement import Facts, Section
+from anyrank.privacy.statement import Facts, Section, in_words
 
 if TYPE_CHECKING:
     from anyrank.config.sections import Config

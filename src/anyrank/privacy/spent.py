@@ -202,11 +202,6 @@ def _exceeded(kept: Kept, limit: Limit, after: Total, before: Total) -> str:
     )
 
 
-def in_words(epsilon: float | None) -> str:
-    """An epsilon for a person; `None`: nothing bounds it."""
-    return "without bound" if epsilon is None else f"{epsilon:.4g}"
-
-
 def is_entry(row: Mapping[str, Any]) -> bool:
     """Whether the object of a line is a charge of a run."""
     keys = {"run": str, "group": str, "count": int, "rounds": int}

@@ -94,6 +94,11 @@ def sections(facts: Facts) -> list[Section]:
     ]
 
 
+def in_words(epsilon: float | None) -> str:
+    """An epsilon for a person; `None`: nothing bounds it."""
+    return "without bound" if epsilon is None else f"{epsilon:.4g}"
+
+
 def title(facts: Facts) -> str:
     return f"Privacy statement of the run {facts.at('run', 'name', 'unnamed')}"
 

@@ -15,7 +15,8 @@ from anyrank.federation import accounts
 from anyrank.federation.federation import Federation
 from anyrank.privacy import datasets, spent
 from anyrank.privacy.datasets import DataSet, Kept, Source
-from anyrank.privacy.spent import Planned, Total, in_words
+from anyrank.privacy.spent import Planned, Total
+from anyrank.privacy.statement import in_words
 from anyrank.progress import Progress
 from anyrank.runs.finding import is_done
 from anyrank.runs.names import CONFIG
