@@ -106,13 +106,15 @@ def privacy_table(figures: Mapping[str, Any]) -> Table:
         title += f"the seed draws each client in {least} to {most} rounds"
     table = Table(title=title, title_justify="left", header_style="bold")
     units = "persons" if figures["level"] == "person" else "examples"
-    correlated = ("bands",) if "bands" in figures["counts"][0] else ()
-    for heading in (units, "clients", "sampling rate", "steps", "noise multiplier", "epsilon", *correlated):
+    correlated = "bands" in figures["counts"][0]
+    kind = ("bands", "rate", "draws") if correlated else ("sampling rate", "steps")
+    for heading in (units, "clients", *kind, "noise multiplier", "epsilon"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["counts"]:
-        counts = (f"{row['num_examples']:,}", f"{row['clients']:,}", f"{row['sampling_rate']:.4g}", f"{row['steps']:,}")
-        bands = (str(row["bands"]),) if correlated else ()
-        table.add_row(*counts, f"{row['noise_multiplier']:.4g}", f"{row['epsilon']:.4g}", *bands)
+        counts = (f"{row['num_examples']:,}", f"{row['clients']:,}")
+        counts += (f"{row['bands']}",) if correlated else ()
+        counts += (f"{row['sampling_rate']:.4g}", f"{row['steps']:,}")
+        table.add_row(*counts, f"{row['noise_multiplier']:.4g}", f"{row['epsilon']:.4g}")
     return table
 
 
