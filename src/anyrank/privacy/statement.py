@@ -133,6 +133,8 @@ _UNITS = {
 }
 _NEIGHBOURS = {
     "example at the client": "two data sets of a client of which one has one example more; everything else is the same",
+    "person at the client": "two data sets of a client of which one has one person more, with all rows of that person; "
+    "everything else is the same",
     "client at the client": "two runs of which one has one client's data, and the other has none in its place",
     "client at the server": "two runs that differ in one client: in one its training changes its uploads, in the other it "
     "uploads what it was sent",
@@ -143,12 +145,15 @@ _FROM_WHOM = {
 _HOW = {
     "example at the client": "Each client adds noise to every training step (DP-SGD): each example's gradient is cut to the "
     "clip norm, and noise is added to their sum",
+    "person at the client": "Each client adds noise to every training step (DP-SGD): the mean gradient of each person is cut "
+    "to the clip norm, and noise is added to their sum",
     "client at the client": "Each client cuts the change that it uploads to the clip norm and adds noise to it",
     "client at the server": "Each client cuts the change that it uploads to the clip norm; the server adds noise to the mean "
     "of a round",
 }
 _LEAVES = {
     "example at the client": (("trained factors of the adapter, trained head", "with noise from every training step"),),
+    "person at the client": (("trained factors of the adapter, trained head", "with noise from every training step"),),
     "client at the client": (("trained factors of the adapter, trained head", "cut, with noise"),),
     "client at the server": (
         ("trained factors of the adapter, trained head", "cut, without noise, to the server only; with noise from there on"),
@@ -226,8 +231,11 @@ def _mechanism(facts: Facts) -> Section:
 
 def _noise_row(plan: Mapping[str, Any], count: int, noise: float) -> tuple[str, str]:
     told = f"standard deviation {noise:.4g} × clip norm"
-    rate = f", sampling rate {plan['batch_size'] / count:.4g}" if plan["level"] != "client" else ""
-    return (f"noise of clients that declare {count:,} examples", told + rate)
+    bands = plan.get("bands", {}).get(str(count), 1)
+    rate = f", sampling rate {bands * plan['batch_size'] / count:.4g}" if plan["level"] != "client" else ""
+    groups = f" in one of {bands} groups of steps, whose noise is correlated" if bands > 1 else ""
+    units = "persons" if plan["level"] == "person" else "examples"
+    return (f"noise of clients that declare {count:,} {units}", told + rate + groups)
 
 
 def _version(library: str) -> str:

@@ -72,6 +72,16 @@ def audit(
     """
     if config.privacy.level == "none":
         raise ConfigError("[privacy]: expected level = 'example' or 'client'; otherwise there is nothing to audit")
+    if config.privacy.level not in _LEVELS:
+        raise ConfigError(
+            f"privacy.level: an audit reads the noise of level 'example' or 'client', got {config.privacy.level!r}; audit the "
+            "same configuration with level = 'example'"
+        )
+    if config.privacy.noise != "independent":
+        raise ConfigError(
+            f"privacy.noise: an audit reads steps whose noise is independent, got {config.privacy.noise!r}; audit the same "
+            "configuration with noise = 'independent'"
+        )
     settings: list[Setting] = []
     wanted = min(rounds or ROUNDS, config.run.rounds)
 
