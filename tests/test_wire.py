@@ -68,6 +68,10 @@ class Sites:
     store: dict[str, Adapter] = field(default_factory=dict)
     bytes: list[tuple[int, int]] = field(default_factory=list)  # as counted, as sent
 
+    @property
+    def held(self) -> dict[str, str]:
+        return self.inner.held
+
     def start(self, *arguments: Any) -> Adapter:
         return self.inner.start(*arguments)
 
