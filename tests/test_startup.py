@@ -52,6 +52,7 @@ VERBS = [
     "study",
     "evaluate",
     "aggregate",
+    "export",
     "inspect",
     "methods",
     "explain",
