@@ -42,6 +42,7 @@ WITHHELD: Mapping[str, tuple[str, ...]] = {
     "model": ("path", "features", "device", "file", "handed_in"),
     "data": ("source", "test_source", "split", "test_split", "train_examples", "test_examples", "partition"),
     "method": ("file", "handed_in"),
+    "privacy": ("ceiling",),  # a site's own grant says what may be spent
     "eval": ("metrics", "file"),
 }
 WHOLLY_WITHHELD = ("clients", "rounds", "guard", "robust", "sites")

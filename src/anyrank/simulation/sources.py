@@ -208,6 +208,6 @@ def _has_held_out(config: Config, source: str) -> bool:
 def _lacking(key: str, of: str) -> ConfigError:
     return ConfigError(
         f"{key}: expected held-out examples that are not private, got none: data.test_fraction {of} would be scored, and "
-        f"scores are published without noise; give {key} (data.test_source for all sites), or eval.where = 'sites' to score "
+        f"scores are published without noise; give {key}{' (or data.test_source, for all sites)' if key.startswith('sites') else ''}, or eval.where = 'sites' to score "
         "nothing"
     )
