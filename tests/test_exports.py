@@ -41,7 +41,9 @@ def gpt2() -> PreTrainedModel:
 
 def bert() -> PreTrainedModel:
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes))
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, initializer_range=0.4, **sizes)
+    )
 
 
 MODELS = {

@@ -81,7 +81,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is learned from any example, and the noise is the same: all releases are."""
 
     def zeros(self, *_):
-        return [private_examples._wide(p.detach() * 0) for p in self.parameters]
+        return [private_examples.wide(p.detach() * 0) for p in self.parameters]
 
     monkeypatch.setattr(private_examples.PerExample, "clipped", zeros)
     ended = local.train
@@ -112,6 +112,8 @@ def command(*arguments: str) -> tuple[int, str, str]:
 def run(place: Path, *arguments: str) -> tuple[dict[str, bytes], tuple[int, str, str]]:
     """`anyrank run` in a new folder: all files that it leaves there, and what the command said."""
     shutil.rmtree(place / "run", ignore_errors=True)
+    # Each neighbour is a world of its own, in which the other one was never trained on: the ledgers of data sets would say so.
+    shutil.rmtree(place.parent / "state" / "anyrank" / "spent", ignore_errors=True)
     said = command("run", "c.toml", "--out", "run", *arguments)
     return world.files_of(place / "run"), said
 

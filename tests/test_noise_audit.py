@@ -138,7 +138,7 @@ def test_one_client_with_less_noise_is_refuted_and_named(monkeypatch: pytest.Mon
     assert not {"client-0", "client-2"} & set(found["short"])
 
 
-def unclipped(self: PerExample, index: torch.Tensor, clip_norm: float) -> list[torch.Tensor]:
+def unclipped(self: PerExample, index: torch.Tensor, clip_norm: float, parts: int = 1) -> list[torch.Tensor]:
     return [100 * gradient.double().sum(dim=0) for gradient in self.gradients(index)]
 
 
@@ -150,7 +150,7 @@ def noticed(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, wrong: Any, 
 
 
 def test_gradients_that_are_not_clipped_are_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert noticed(monkeypatch, PerExample, "_clipped", unclipped) == ["one example or client changes more than it may"]
+    assert noticed(monkeypatch, PerExample, "clipped", unclipped) == ["one example or client changes more than it may"]
 
 
 def test_uploads_that_are_not_clipped_are_refuted(monkeypatch: pytest.MonkeyPatch) -> None:

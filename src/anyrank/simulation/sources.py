@@ -206,8 +206,8 @@ def _has_held_out(config: Config, source: str) -> bool:
 
 
 def _lacking(key: str, of: str) -> ConfigError:
+    either = f"{key} (or data.test_source, for all sites)" if key.startswith("sites") else key
     return ConfigError(
         f"{key}: expected held-out examples that are not private, got none: data.test_fraction {of} would be scored, and "
-        f"scores are published without noise; give {key}{' (or data.test_source, for all sites)' if key.startswith('sites') else ''}, or eval.where = 'sites' to score "
-        "nothing"
+        f"scores are published without noise; give {either}, or eval.where = 'sites' to score nothing"
     )

@@ -128,7 +128,7 @@ class _Audit:
         own, promised = np.array(self.shards[job.client.name]), self.promised
         loud = Loud(self.plan, self.key)
         update = self._trained(job, own, plan, loud)
-        quiet = Quiet(self.plan, self.key, loud)
+        quiet = Quiet(self.plan, self.key, loud=loud)
         self._same(update, self._trained(job, own, plan, quiet))
         self.faults["steps"] += len(loud.gradients) != promised.local_steps or len(quiet.gradients) != len(loud.gradients)
         unit = promised.noise[job.num_examples] * promised.clip_norm / promised.batch_size
@@ -140,7 +140,7 @@ class _Audit:
         self._read(job.client.name, plan.round, noise)
         if found := most_drawn(loud.uniform, len(own), promised.sampling_rate(job.num_examples)):
             place, drawn = found
-            other = Quiet(self.plan, self.key, loud, place)
+            other = Quiet(self.plan, self.key, loud=loud, without=place)
             self._same(update, self._trained(job, np.delete(own, place), plan, other))
             for z, one, two, taken in zip(noise, quiet.gradients, other.gradients, drawn, strict=False):
                 sums = [_flat(each) * promised.batch_size for each in (one, two)]
