@@ -195,11 +195,16 @@ def test_a_causal_language_model_is_audited_too(tmp_path: Path, monkeypatch: pyt
     make_model(tmp_path / "model")
     draw = random.Random(0)
     rows = [{"prompt": f"Add {draw.randint(1, 99)} and {draw.randint(1, 99)}.", "completion": f" {n}"} for n in range(60)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, part in (("rows", rows[:50]), ("public", rows[50:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     table = {
         "run": {"rounds": 2},
         "model": {"task": "causal-lm", "path": str(tmp_path / "model")},
-        "data": {"source": str(tmp_path / "rows.jsonl"), "partition": {"kind": "iid"}},
+        "data": {
+            "source": str(tmp_path / "rows.jsonl"),
+            "test_source": str(tmp_path / "public.jsonl"),
+            "partition": {"kind": "iid"},
+        },
         "clients": {"count": 2, "participation": 1.0, "ranks": [4]},
         "lora": {"target_modules": ["q_proj", "v_proj"]},
         "train": {"optimizer": "adamw", "learning_rate": 0.01, "batch_size": 4, "local_steps": 2},

@@ -340,6 +340,8 @@ def test_a_command_that_comes_second_does_not_delete_the_run_of_the_first(tmp_pa
 
 def build_nothing():
     class Nothing:
+        privacy, sources = None, tuple
+
         def close(self) -> None:
             pass
 

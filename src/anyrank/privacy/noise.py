@@ -144,6 +144,11 @@ def new_key(config: Mapping[str, Any], origin: str = "") -> bytes:
     given = seed()
     if given is None:
         return secrets.token_bytes(32)
+    if config.get("rounds", {}).get("deadline_s"):
+        raise RunError(
+            f"${SEED}: with rounds.deadline_s, another client may be late in a second run, whose later rounds would then have the "
+            "same noise over other values; unset the variable, or set deadline_s = 0"
+        )
     return hmac.digest(given, json.dumps([config, origin], sort_keys=True).encode(), "sha256")
 
 

@@ -14,6 +14,7 @@ PRIVACY_LEVELS = ("none", "example", "person", "client")
 NOISE_AT = ("client", "server")
 ACCOUNTANTS = ("pld", "prv", "rdp")
 COUNTS = ("rounded", "exact")
+_LEAST_NOISE = 0.01  # of the clip norm
 _LIMIT = "a number of at least 0"
 NOISES = ("independent", "correlated")
 
@@ -131,6 +132,8 @@ class PrivacyConfig:
             raise ConfigError("privacy: give epsilon (the noise follows) or noise_multiplier (epsilon follows), not both")
         value = self.noise_multiplier or self.epsilon
         expect(0 < value < math.inf, given, "a number above 0 (or the other of epsilon and noise_multiplier)", value)
+        if self.noise_multiplier:
+            expect(value >= _LEAST_NOISE, given, f"at least {_LEAST_NOISE}: with less noise, epsilon has no bound of use", value)
         expect(0 < self.delta < 1, "privacy.delta", "a number above 0, below 1 over the number of examples", self.delta)
         expect(0 <= self.ceiling < math.inf, "privacy.ceiling", _LIMIT, self.ceiling)
         expect(0 < self.clip < math.inf, "privacy.clip", POSITIVE, self.clip)
