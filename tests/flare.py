@@ -70,6 +70,13 @@ def _own_resources(kit: Path) -> None:
     (kit / "local" / "resources.json").write_text(json.dumps(table))
 
 
+def words(process: psutil.Process) -> list[str]:
+    """A process's command line; none of one that has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return process.cmdline()
+    return []
+
+
 class System:
     """Server and sites as processes. `kits`: what `provision` made."""
 
@@ -111,7 +118,7 @@ class System:
         (found,) = [
             each
             for each in self.family(name)[1:]
-            if any("runner_process" in part or "worker_process" in part for part in each.cmdline())
+            if any("runner_process" in part or "worker_process" in part for part in words(each))
         ]
         return found
 

@@ -825,7 +825,7 @@ def test_an_aborted_job_ends_its_workers_while_they_are_busy(system: flare.Syste
         assert (standing["state"], standing["round"], standing["waiting"]) == ("running", 1, list(SITES))
         began = time.monotonic()
         session.abort_job(run.job)
-        flare.wait_for(lambda: not any("flare_worker.py" in " ".join(each.cmdline()) for each in system.alive()), 60)
+        flare.wait_for(lambda: not any("flare_worker.py" in " ".join(flare.words(each)) for each in system.alive()), 60)
         print("workers ended within", time.monotonic() - began)
         flare.wait_for(lambda: only_parents(system), 60)
         print("all ended within", time.monotonic() - began)

@@ -129,7 +129,7 @@ def session(system: flare.System) -> Iterator[Any]:
 
 def workers_gone(system: flare.System) -> bool:
     """Whether no worker of a site is left: one at a time may use a site's store."""
-    return not any("anyrank.worker" in " ".join(each.cmdline()) for each in system.alive())
+    return not any("anyrank.worker" in " ".join(flare.words(each)) for each in system.alive())
 
 
 def over_sites(system: flare.System, session: Any, folder: Path, name: str, table: dict[str, Any]) -> tuple[Submitted, str]:
