@@ -12,9 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
 from anyrank.errors import printable
+from anyrank.privacy import correlated
 
 # Partitions in which the client of a row depends on the other rows.
 DEALT = frozenset({"iid", "dirichlet", "pathological", "staircase", "quantity", "sampled"})
@@ -68,18 +70,25 @@ class Facts:
         """Who is protected, and where the noise is added."""
         return f"{self.plan['level']} at the {self.plan.get('noise_at', 'client')}"
 
+    @property
+    def units(self) -> str:
+        """What a client has a declared count of."""
+        return "persons" if self.plan["level"] == "person" else "examples"
 
-def of_summary(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Facts | None:
-    """The facts of a finished private run, from its configuration and summary as tables; `None` for a run without privacy, or
-    where its figures cannot be read."""
-    try:
-        told = summary["privacy"]
-        by_client = {str(name): float(epsilon) for name, epsilon in told["epsilon_by_client"].items()}
-        facts = Facts(config, told["plan"], Spending(float(summary["epsilon"]), by_client, int(summary["rounds"])))
-        sections(facts)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-        return None
-    return facts
+    @property
+    def sampled(self) -> bool:
+        """Whether noise is added to training steps, which draw examples or persons."""
+        return self.plan["level"] != "client"
+
+    @property
+    def steps(self) -> int:
+        """The most steps that a client takes in the whole run; of uploads, at the level of clients."""
+        return self.plan["max_rounds"] * (self.plan["local_steps"] if self.sampled else 1)
+
+    @property
+    def bands(self) -> Mapping[str, int]:
+        """`{declared count: bands}` of correlated noise."""
+        return self.plan.get("bands") or {}
 
 
 def sections(facts: Facts) -> list[Section]:
@@ -89,14 +98,24 @@ def sections(facts: Facts) -> list[Section]:
         _mechanism(facts),
         _assumed(facts),
         _excluded(facts),
-        Section("What leaves a client", headings=("what", "how"), rows=_LEAVES[facts.kind] + _COMMON),
+        Section("What leaves a client", headings=("what", "how"), rows=_LEAVES[facts.kind] + _common(facts)),
         *_clients(facts),
     ]
 
 
 def in_words(epsilon: float | None) -> str:
-    """An epsilon for a person; `None`: nothing bounds it."""
-    return "without bound" if epsilon is None else f"{epsilon:.4g}"
+    """An epsilon for a person, in four digits and never rounded down; `None`: nothing bounds it.
+
+    >>> in_words(2.5), in_words(0.80001), in_words(1e-5)
+    ('2.5', '0.8001', '1e-05')
+    """
+    return "without bound" if epsilon is None else _up(epsilon, 4)
+
+
+def _up(value: float, digits: int) -> str:
+    """A number in so many significant digits, rounded up."""
+    exact = Decimal(repr(float(value)))  # the decimal number that a person gave, not the binary one
+    return f"{float(Context(digits, ROUND_CEILING).plus(exact)) if exact.is_finite() else value:.{digits}g}"
 
 
 def title(facts: Facts) -> str:
@@ -159,12 +178,15 @@ _LEAVES = {
         ("trained factors of the adapter, trained head", "cut, without noise, to the server only; with noise from there on"),
     ),
 }
-_COMMON = (
-    ("number of examples", "as a declared count, which is taken as public"),
-    ("who took part, ranks, names of clients", "as they are; they say nothing of examples"),
-    ("scores, norms, spectra", "computed from values that have noise, and from held-out examples"),
-    ("training loss, label shares, times and failures of a client", "not at all"),
-)
+
+
+def _common(facts: Facts) -> tuple[tuple[str, str], ...]:
+    return (
+        (f"number of {facts.units}", "as a declared count, which is taken as public"),
+        ("who took part, ranks, names of clients", "as they are; they say nothing of examples"),
+        ("scores, norms, spectra", "computed from values that have noise, and from held-out examples"),
+        ("training loss, label shares, times and failures of a client", "not at all"),
+    )
 
 
 def _guarantee(facts: Facts) -> Section:
@@ -175,9 +197,9 @@ def _guarantee(facts: Facts) -> Section:
     state = "" if spent is None or spent.finished else " so far; it is not finished"
     unit = _UNITS.get(level, level).split(":")[0]
     first = (
-        f"This run {what} ε = {epsilon:.4g} at δ = {delta:g}{state}. In plain words: take whatever somebody may conclude from "
-        f"all that leaves. With {unit} in the data, the probability of that is at most e^ε = {_factor(epsilon)} times what it "
-        "is without, plus δ; and the other way round."
+        f"This run {what} ε = {in_words(epsilon)} at δ = {_up(delta, 6)}{state}. In plain words: take whatever somebody may "
+        f"conclude from all that leaves. With {unit} in the data, the probability of that is at most e^ε = "
+        f"{_factor(epsilon)} times what it is without, plus δ; and the other way round."
     )
     rows = (
         ("what is protected (unit)", _UNITS.get(level, f"one {level}")),
@@ -186,9 +208,9 @@ def _guarantee(facts: Facts) -> Section:
             "protected from",
             _FROM_WHOM.get(facts.kind, "everybody but the client: the server, and whoever gets the model"),
         ),
-        ("ε that was asked for", f"{plan['epsilon']:.4g}" if plan["epsilon"] else "none: the noise was given"),
-        ("ε " + ("spent" if spent else "planned"), f"{epsilon:.4g}"),
-        ("δ", f"{delta:g}"),
+        ("ε that was asked for", in_words(plan["epsilon"]) if plan["epsilon"] else "none: the noise was given"),
+        ("ε " + ("spent" if spent else "planned"), in_words(epsilon)),
+        ("δ", _up(delta, 6)),
         ("rounds", f"{spent.rounds} of {plan['rounds']}" if spent else f"{plan['rounds']}"),
     )
     return Section("What is promised", (first,), ("", "value"), rows)
@@ -201,18 +223,17 @@ def _epsilon(facts: Facts) -> float:
 
 
 def _factor(epsilon: float) -> str:
-    return f"{math.exp(epsilon):.3g}" if epsilon < 700 else "infinity"
+    return _up(math.exp(epsilon), 3) if epsilon < 700 else "infinity"
 
 
 def _mechanism(facts: Facts) -> Section:
     plan = facts.plan
     library = _LIBRARIES.get(plan["accountant"], "")
-    steps = plan["local_steps"] if plan["level"] != "client" else 1
-    sampled = (("sampling", "each step draws each example by itself, with the rate below (Poisson sampling)"),)
+    steps = f"{plan['local_steps'] if facts.sampled else 1} in each round; a client takes part in at most {plan['max_rounds']} "
     rows = (
         ("clip norm", f"{plan['clip_norm']:g}"),
-        ("steps", f"{steps} in each round; a client takes part in at most {plan['max_rounds']} rounds"),
-        *(sampled if plan["level"] != "client" else ()),
+        ("steps", f"{steps}rounds, which are {facts.steps:,} steps"),
+        *_sampling(facts),
         ("accountant", f"{_ACCOUNTANTS.get(plan['accountant'], plan['accountant'])}, version {_version(library)}"),
         (
             "random numbers",
@@ -221,21 +242,44 @@ def _mechanism(facts: Facts) -> Section:
             else "a secret key of 256 random bits, which is not in the run folder",
         ),
     )
+    how = _HOW.get(facts.kind, "Noise is added before anything leaves") + _CORRELATED * any(
+        bands > 1 for bands in facts.bands.values()
+    )
     return Section(
         "How",
-        (f"{_HOW.get(facts.kind, 'Noise is added before anything leaves')}. The noise was computed before the first round.",),
+        (f"{how}. The noise was computed before the first round.",),
         ("", "value"),
-        rows + tuple(_noise_row(plan, int(count), noise) for count, noise in plan["noise"].items()),
+        rows + tuple(_noise_row(facts, int(count), noise) for count, noise in plan["noise"].items()),
     )
 
 
-def _noise_row(plan: Mapping[str, Any], count: int, noise: float) -> tuple[str, str]:
-    told = f"standard deviation {noise:.4g} × clip norm"
-    bands = plan.get("bands", {}).get(str(count), 1)
-    rate = f", sampling rate {bands * plan['batch_size'] / count:.4g}" if plan["level"] != "client" else ""
-    groups = f" in one of {bands} groups of steps, whose noise is correlated" if bands > 1 else ""
-    units = "persons" if plan["level"] == "person" else "examples"
-    return (f"noise of clients that declare {count:,} {units}", told + rate + groups)
+_CORRELATED = ". The noise of a client's steps is correlated (DP-FTRL, banded), so that it partly cancels in their sum"
+
+
+def _sampling(facts: Facts) -> tuple[tuple[str, str], ...]:
+    """Whom a step draws, and how much of a person it uses."""
+    level, most = facts.plan["level"], facts.plan.get("examples_per_person", 0)
+    if not facts.sampled:
+        return ()
+    how = f"each step draws each {level} by itself, with the rate below (Poisson sampling)"
+    if any(bands > 1 for bands in facts.bands.values()):
+        how = (
+            f"each {level} belongs to one group, drawn for the whole run; groups take turns, and a step draws only from the "
+            f"group whose turn it is: each {level} of it by itself, with the rate below (Poisson sampling)"
+        )
+    used = f"at most {most:,}, chosen anew in each step that draws the person" if most else "all"
+    return (("sampling", how), *([("examples of a drawn person", used)] if level == "person" else []))
+
+
+def _noise_row(facts: Facts, count: int, noise: float) -> tuple[str, str]:
+    plan, bands = facts.plan, facts.bands.get(str(count), 1)
+    told = f"standard deviation {noise * correlated.norm(bands):.4g} × clip norm"
+    rate = f", sampling rate {bands * plan['batch_size'] / count:.4g}" if facts.sampled else ""
+    name = f"noise of clients that declare {count:,} {facts.units}"
+    if bands == 1:
+        return name, told + rate
+    fresh = f"{told} of each step's own part (the accountant's noise multiplier {noise:.4g} times {correlated.norm(bands):.4g})"
+    return name, f"{fresh}{rate} in one of {bands} groups, each of which has every {bands}th step"
 
 
 def _version(library: str) -> str:
@@ -256,7 +300,7 @@ def _assumed(facts: Facts) -> Section:
     rows = [
         ("base model", f"public, and not trained on the clients' data before{known}"),
         ("held-out examples, label names", "public: the scores of rounds are published without noise"),
-        ("number of examples", "the declared count of each client is public"),
+        (f"number of {facts.units}", "the declared count of each client is public"),
         ("clients' programs", "each client runs this software unchanged: a client that leaves out the noise is not protected"),
         ("floating point", "the noise is rounded to a grid together with what it covers; that normal numbers themselves are "
          "computed in 64-bit floating point is ignored"),
@@ -269,22 +313,39 @@ def _assumed(facts: Facts) -> Section:
                 "division into clients",
                 f"the rows of one source were divided by their number and labels (data.partition.kind = '{kind}'), as in a "
                 "simulation: with one row more, other rows would be with other clients. What is promised is for each client's "
-                "examples as they were divided, not for the source as a whole",
+                f"{facts.units} as they were divided, not for the source as a whole",
             )
         )
     else:
         rows.append(("division into clients", f"a row's client does not depend on other rows (data.partition.kind = '{kind}')"))
+    if facts.units == "persons":
+        rows.append(
+            (
+                "a person",
+                "all rows of a person are at one client, under one name: for a person at several clients, their ε and δ add up",
+            )
+        )
     if facts.kind == "client at the server":
         rows.append(("server", "trusted: it sees uploads without noise, keeps them to itself, and adds the noise"))
     return Section("What is assumed", headings=("", "assumed to be"), rows=tuple(rows))
 
 
+_LEDGER = (
+    "That ledger adds runs by the smaller of two bounds: privacy loss distributions, and Rényi differential privacy (both of "
+    "dp-accounting)"
+)
+_ADDED = {"pld": f"{_LEDGER}."}
+_OTHER = f"{_LEDGER}. The figure above is of another accountant, so that the ledger's figure for this run alone differs."
+
+
 def _excluded(facts: Facts) -> Section:
     paragraphs = [
         "Other runs on the same data, also those by which settings were chosen, spend privacy of their own. Their sum is in "
-        "the ledger of the data set on the machine where they ran (anyrank privacy --spent), not in the figure above.",
+        "the ledger of the data set on the machine where they ran (anyrank privacy --spent), not in the figure above. "
+        + _ADDED.get(facts.plan["accountant"], _OTHER),
         "What is common to many examples is learned: that is the purpose of training, and no privacy of one of them.",
         "Scores of the trained model on a client's own rows, and an audit of the run, are not covered by the figure above.",
+        *(["Persons who are held out for scores are not protected."] if facts.units == "persons" else []),
         *facts.others,
     ]
     return Section("What is not covered", tuple(paragraphs))
@@ -293,15 +354,26 @@ def _excluded(facts: Facts) -> Section:
 def _clients(facts: Facts) -> list[Section]:
     """What each client has spent, or would, in a table of clients or of declared counts."""
     if facts.spent is None:
-        rows = tuple(
-            (f"{row['num_examples']:,}", f"{row['clients']:,}", f"{row['steps']:,}", f"{row['epsilon']:.4g}")
-            for row in facts.planned
-        )
-        return [Section("By declared count", (), ("examples", "clients", "steps at most", "ε at most"), rows)] if rows else []
+        return _planned(facts)
     by_client = facts.spent.by_client
     if len(by_client) <= _MOST_CLIENTS:
-        rows = tuple((name, f"{epsilon:.4g}") for name, epsilon in by_client.items())
+        rows = tuple((name, in_words(epsilon)) for name, epsilon in by_client.items())
         return [Section("By client", (), ("client", "ε spent"), rows)] if rows else []
-    counted = sorted(Counter(f"{epsilon:.4g}" for epsilon in by_client.values()).items(), key=lambda pair: -float(pair[0]))
+    counted = sorted(Counter(map(in_words, by_client.values())).items(), key=lambda pair: -float(pair[0]))
     shown = tuple((epsilon, f"{clients:,}") for epsilon, clients in counted[:_MOST_CLIENTS])
     return [Section("By client", (), ("ε spent", "clients"), shown)]
+
+
+def _planned(facts: Facts) -> list[Section]:
+    """One row for each declared count; with correlated noise, an example is drawn in some of the steps only."""
+    drawn = (f"draws of one {facts.plan['level']} at most",) if facts.bands else ()
+    rows = tuple(
+        (
+            *(f"{row['num_examples']:,}", f"{row['clients']:,}", f"{facts.steps:,}"),
+            *(f"{row['steps']:,}" for _ in drawn),
+            in_words(row["epsilon"]),
+        )
+        for row in facts.planned
+    )
+    headings = (facts.units, "clients", "steps at most", *drawn, "ε at most")
+    return [Section("By declared count", (), headings, rows)] if rows else []

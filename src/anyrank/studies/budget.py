@@ -20,7 +20,9 @@ def of_run(federation: Federation) -> dict[str, Any]:
     """
     plan, population = federation.privacy, federation.population
     if plan is None:
-        raise ConfigError("[privacy]: expected level = 'example' with epsilon and delta, got a run without privacy")
+        raise ConfigError(
+            "[privacy]: expected level = 'example', 'person' or 'client', with epsilon and delta, got a run without privacy"
+        )
     clients = Counter(plan.declared(int(size)) for size in population.sizes)
     whole = {count: plan.spending(count, plan.max_rounds) for count in sorted(clients)}
     rows = [
