@@ -23,6 +23,8 @@ ALL = "all"
 
 def check(config: Path | None, spent: str | None, ceiling: float | None, stated: bool, out: Path | None) -> None:
     """Raise `ConfigError` for options of `anyrank privacy` that do not belong together."""
+    if spent == "":
+        raise ConfigError("--spent '': expected a configuration, a file or folder of data, an embedded source, or all")
     if spent is not None and stated:
         raise ConfigError("anyrank privacy: --spent and --statement print different things; give one of them")
     if ceiling is not None and (spent is None or spent == ALL):
@@ -37,13 +39,14 @@ def spent(
     word: str, config: Path | None, overrides: Sequence[str], ceiling: float | None, delta: float | None, quiet: bool
 ) -> dict[str, Any]:
     """What is spent on the data that `word` names: a configuration, a file, a folder, an embedded source, or all."""
+    from anyrank.studies import spending
+
+    spending.check_delta(delta)
     named = Path(word)
     own = named.suffix == ".toml" and named.is_file()
     if own and config is not None:
         raise ConfigError(f"--spent {word}: is a configuration, and {config} is given too; leave one of them out")
     chosen = _configured(named if own else config, overrides)
-    from anyrank.studies import spending
-
     if word == ALL and not named.exists():
         return spending.table(None, delta)
     with console.Preparing("reading", quiet=quiet):
@@ -67,8 +70,9 @@ def spent_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
 
 def _of_data(row: Mapping[str, Any]) -> list[RenderableType]:
     runs = row["runs"]
-    told = f"{console.shown(row['name'])}: ε {in_words(row['epsilon'])} spent at δ = {row['delta']:g} for one example, by "
-    told += f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
+    number = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
+    told = f"ε {in_words(row['epsilon'])} spent at δ = {row['delta']:g} for one example, by {number}"
+    told = f"{console.shown(row['name'])}: {told if runs else 'no private run on it is known'}"
     if row["ceiling"]:
         told += f"\nceiling ε {row['ceiling']['epsilon']:g} at δ = {row['ceiling']['delta']:g}: {row['left']:.4g} left"
     if any(run["level"] != "example" for run in runs):

@@ -23,7 +23,8 @@ def check(federation: Federation, out: Path) -> None:
     if federation.privacy is None or key == "":  # noise of the system's source: what was charged has names that are not known
         return
     for source in federation.sources():
-        spent.check(source.data, [planned(federation, source, key or "planned", out)], federation.config.privacy.ceiling)
+        work = planned(federation, source, key or "planned", out)
+        spent.check(source.data, [work], {work.plan.delta: federation.config.privacy.ceiling})
 
 
 def notices(federation: Federation) -> list[str]:

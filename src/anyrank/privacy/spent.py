@@ -181,11 +181,12 @@ def total(kept: Kept) -> Total:
     return found
 
 
-def check(data: DataSet, planned: Sequence[Planned], ceiling: float) -> None:
-    """Raise `ConfigError` if planned runs, together with all earlier ones on the data set, would spend more than a ceiling."""
+def check(data: DataSet, planned: Sequence[Planned], ceilings: Mapping[float, float]) -> None:
+    """Raise `ConfigError` if planned runs, together with all earlier ones on the data set, would spend more than a ceiling: the
+    one of the data set, or one of `ceilings`, `{delta: epsilon}` (0: none)."""
     found = datasets.find(data) or [Kept(Path(), (data,))]
     for kept in found:
-        asked = limits(kept, ceiling, planned[0].plan.delta)
+        asked = dict.fromkeys(limit for delta in ceilings for limit in limits(kept, ceilings[delta], delta))
         before = total(kept) if kept.folder.name and asked else Total()
         after = before.with_all(planned)
         for limit in asked:

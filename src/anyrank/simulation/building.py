@@ -30,6 +30,8 @@ from anyrank.runs.folder import RunDir
 from anyrank.runs.matching import with_stored_ranks
 from anyrank.runs.names import CONFIG
 from anyrank.simulation import ranks, sources, workers
+from anyrank.simulation.sources import Division
+from anyrank.tasks import digest
 from anyrank.tasks.base import Task, judged
 from anyrank.tasks.dealing import dealt, held_out, roster
 from anyrank.tasks.load import load_task
@@ -84,15 +86,17 @@ def build(
     check_secure_sum(config, method)
     sources.check_held_out(config)
     if config.run.engine == "workers" and engine is in_process:
-        return replace(workers.build(config, method, progress), sources=sources.sources(config))
+        built = workers.build(config, method, progress)
+        split = built.engine.held[digest.SPLIT] if built.privacy else ""
+        return replace(built, sources=sources.sources(config, None, Division.of(built.population, split)))
     task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
-    trained_on = sources.sources(config, task)
     if shards is None and config.data.partition.kind == HANDED_IN:
         raise ConfigError("data.partition.kind = 'handed-in': its shards were handed in by a Python program; run that")
     named: tuple[str, ...] = ()
     if shards is None:
         shards, named = dealt(config, task)
     known = roster(config, task, shards, named, method.pools_data)
+    split = digest.split(shards) if config.privacy.level != "none" else ""
     if method.pools_data:
         shards = partition.pooled(shards)
     settle = assembly.assemble(config, method, known)
@@ -101,6 +105,7 @@ def build(
     setting = Setting(
         task, ByName(shards, place), config, settle.population.levels()[-1], settle.privacy, own, settle.method.train
     )
+    trained_on = sources.sources(config, task, Division.of(settle.population, split))
     return replace(settle, engine=engine(setting), sources=trained_on)
 
 

@@ -6,8 +6,9 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from anyrank.config.sections import HANDED_IN, Config, DataConfig, ModelConfig
 from anyrank.data import images, instructions, texts
 from anyrank.errors import AnyRankError, ConfigError, RunError
-from anyrank.files import walk
+from anyrank.federation.cohort import Population
+from anyrank.files import check_regular, walk
 from anyrank.privacy.datasets import SHARED, DataSet, Source
+from anyrank.runs.names import CONFIG, IDENTITY, METRICS, PRIVACY, SUMMARY
 from anyrank.tasks import digest
 from anyrank.tasks.base import Task
 from anyrank.tasks.inputs import FieldInputs, TensorInputs
@@ -30,18 +33,32 @@ _PIECE = 1 << 20
 _MOST = 2 << 30  # bytes of a folder, or file, of which every byte is read
 
 
-def sources(config: Config, task: Task | None = None) -> Callable[[], Sequence[Source]]:
-    """A function that gives the data sets of a configuration, or of a `task` that was handed in. They are read when they are
-    first asked for."""
-    return functools.cache(functools.partial(_sources, config, task))
+@dataclass(frozen=True)
+class Division:
+    """How the examples of a run are divided: the count that each client `declared`, and a digest of the `split`."""
+
+    declared: Mapping[str, int] = field(default_factory=dict)
+    split: str = ""
+
+    @classmethod
+    def of(cls, population: Population, split: str) -> Division:
+        """The division of a federation's clients."""
+        return cls({population.name(i): int(size) for i, size in enumerate(population.sizes)}, split)
 
 
-def _sources(config: Config, task: Task | None) -> tuple[Source, ...]:
+def sources(config: Config, task: Task | None = None, division: Division | None = None) -> Callable[[], Sequence[Source]]:
+    """A function that gives the data sets of a configuration, or of a `task` that was handed in, and of the `division` of its
+    examples if it is known. They are read when they are first asked for."""
+    return functools.cache(functools.partial(_sources, config, task, division or Division()))
+
+
+def _sources(config: Config, task: Task | None, division: Division) -> tuple[Source, ...]:
     if config.sites:
         own = [(site.name, replace(config.data, source=site.source, test_source="")) for site in config.sites]
         found = [(name, data, _read(config.model, data)) for name, data in own]
         return tuple(
-            Source(read, _group(config, read, "site", name, _text(data)), frozenset({name})) for name, data, read in found
+            Source(read, _group(config, read, "site", name, _text(data), _count(division, name)), frozenset({name}))
+            for name, data, read in found
         )
     if _is_own(config):
         data = _of_task(config, task) if task is not None else _of_file(config)
@@ -49,16 +66,23 @@ def _sources(config: Config, task: Task | None) -> tuple[Source, ...]:
     else:
         data, order = _read(config.model, config.data), ""
     clients = _text((config.clients.count, config.clients.names, config.run.seed))
-    return (Source(data, _group(config, data, order, clients, _of_code(config.data.partition.file)), None),)
+    more = (_of_code(config.data.partition.file), division.split, _text(division.declared))
+    return (Source(data, _group(config, data, order, clients, *more), None),)
+
+
+def _count(division: Division, site: str) -> str:
+    """What a site declared. The rows of a site's own source are all with it, whatever the other sites have."""
+    return str(division.declared.get(site, ""))
 
 
 def _group(config: Config, data: DataSet, *more: str) -> str:
-    """What runs have in common that give each example to the same client, and each client the same declared count: all that the
-    division depends on, and the rows in their order with their labels, as the files have them."""
+    """What runs have in common that give each example to the same client, and each client the same declared count: the division
+    itself, what it depends on, the unit of counts, and the rows in their order with their labels, as the files have them."""
     shared = SHARED if config.data.partition.kind == "sampled" and not config.sites else ""
     version = importlib.metadata.version("anyrank")
     own = (_text(config.data), config.model.task, _of_code(config.model.file), config.privacy.counts, version)
-    return shared + _digest(data.files, data.rows, *own, *more)
+    unit = (config.privacy.level, str(config.model.pretrained))  # a model that is pretrained here takes some of the examples
+    return shared + _digest(data.files, data.rows, *own, *unit, *more)
 
 
 def _text(value: Any) -> str:
@@ -72,14 +96,41 @@ def _of_code(path: str) -> str:
 
 def named(source: str, config: Config | None = None) -> DataSet:
     """The data set of a file, a folder, or an embedded source, read as `config` says. Raises `RunError` if there is none."""
+    _check_named(source)
     if config is not None:
         try:
             return _read(config.model, replace(config.data, source=source))
         except AnyRankError:  # its rows have other columns: its files are known
             pass
-    if source not in EMBEDDED and not Path(source).exists():
-        raise RunError(f"--spent {source}: expected a configuration, a file or folder of data, or one of {', '.join(EMBEDDED)}")
     return DataSet(source, *_place(source))
+
+
+def _check_named(source: str) -> None:
+    """Raise `RunError` for what is no data, or has none."""
+    if source in EMBEDDED:
+        return
+    path, wanted = Path(source), f"expected a configuration, a file or folder of data, or one of {', '.join(EMBEDDED)}"
+    if not source or not os.path.exists(path):
+        raise RunError(f"--spent {source or repr(source)}: {wanted}")
+    if (path / CONFIG).is_file() and any((path / name).exists() for name in (IDENTITY, METRICS, PRIVACY, SUMMARY)):
+        raise RunError(f"--spent {source}: is a run folder; give its data, or its configuration ({path / CONFIG})")
+    if not _has_rows(path):
+        raise RunError(f"--spent {source}: has no rows; {wanted}")
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether there may be rows in a file or folder: its files are not all empty, and a table is not only a line of names."""
+    try:
+        if path.is_dir():
+            return any(each.stat().st_size for each in walk(path))
+        check_regular(path)
+        if path.suffix not in (".csv", ".tsv"):
+            return path.stat().st_size > 0
+        with open(path, "rb") as file:
+            start = file.read(_PIECE)
+        return len(start) == _PIECE or len(start.strip().splitlines()) > 1
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def _is_own(config: Config) -> bool:
@@ -120,11 +171,16 @@ def _of_files(path: Path) -> str:
         whole = sum(each.stat().st_size for each in found) <= _MOST
         return _digest("files", *sorted(_of_one(each, whole) for each in found))
     except OSError as error:
-        at = error.filename or path
-        raise RunError(f"{at}: cannot be read ({error.strerror or error}); correct that, and give the command again") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    at = error.filename or path
+    return RunError(f"{at}: cannot be read ({error.strerror or error}); correct that, and give the command again")
 
 
 def _of_one(path: Path, whole: bool) -> str:
+    check_regular(path)  # a pipe or a device has no end
     with open(path, "rb") as file:
         if whole:
             return hashlib.file_digest(file, "sha256").hexdigest()

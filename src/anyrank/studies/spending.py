@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,11 +86,17 @@ def set_ceiling(data: Sequence[DataSet], epsilon: float, delta: float | None) ->
     """Keep a ceiling for data sets. Raises `ConfigError` for one that could not be kept."""
     if not 0 <= epsilon < math.inf:
         raise ConfigError(f"--ceiling {epsilon:g}: expected an epsilon above 0, or 0 for no ceiling")
-    delta = _USUAL_DELTA if delta is None else delta
-    if not 0 < delta < 1:
-        raise ConfigError(f"--delta {delta:g}: expected a number above 0 and below 1")
+    if epsilon and delta is None:
+        raise ConfigError(f"--ceiling {epsilon:g}: holds at one delta; give that too, as in --ceiling {epsilon:g} --delta 1e-5")
+    check_delta(delta)
     for each in data:
-        datasets.set_ceiling(each, epsilon, delta)
+        datasets.set_ceiling(each, epsilon, delta or 0.0)
+
+
+def check_delta(delta: float | None) -> None:
+    """Raise `ConfigError` for a delta that is none."""
+    if delta is not None and not 0 < delta < 1:
+        raise ConfigError(f"--delta {delta:g}: expected a number above 0 and below 1")
 
 
 # --- runs that are to come -----------------------------------------------------------------------------------------------
@@ -105,26 +112,38 @@ def of_run(built: Federation, run: str = "planned", out: Path | None = None) -> 
 
 def of_cells(cells: Sequence[Cell], progress: Progress | None = None) -> Work:
     """What the runs of a grid are to release, apart from those that are finished. The first run of each label is built, which
-    checks the request; the others of a label count as releasing the same."""
+    checks the request, and so is one private run of each seed, which says how the examples are divided; the others of a label
+    count as releasing the same."""
     work: Work = []
     first: dict[str, Federation] = {}
+    divided: dict[tuple[str, ...], Sequence[Source]] = {}
     for cell in cells:
+        like, private = first.get(cell.label), cell.config.privacy.level != "none"
         begun = (cell.out / CONFIG).exists()
-        if cell.label not in first or (begun and cell.config.privacy.level != "none"):
+        same = divided.get(_division(cell.config, like)) if like and private and not begun else None
+        if like is None or (private and same is None):
             built = simulation.build(cell.config, progress)
             built.close()
             first.setdefault(cell.label, built)
+            if private:
+                divided[_division(cell.config, first[cell.label])] = built.sources()
         else:
-            built = dataclasses.replace(first[cell.label], sources=sources.sources(cell.config))
+            built = dataclasses.replace(like, sources=functools.partial(tuple, same or ()))
         if not is_done(cell.out, cell.config):
             work += of_run(built, accounts.name_of(cell.out) or f"planned {cell.out}", cell.out)
     return work
 
 
+def _division(config: Config, first: Federation) -> tuple[str, ...]:
+    """What runs have in common that divide examples in the same way: the configuration says so, and the first runs of their
+    labels did."""
+    return tuple(source.group for source in (*sources.sources(config)(), *first.sources()))
+
+
 def check(work: Work) -> None:
     """Raise `ConfigError` if runs together would spend more on a data set than a ceiling of theirs allows."""
-    for data, planned, ceiling in _by_data(work):
-        spent.check(data, planned, ceiling)
+    for data, planned, ceilings in _by_data(work):
+        spent.check(data, planned, ceilings)
 
 
 def forecast(work: Work) -> list[dict[str, Any]]:
@@ -171,13 +190,14 @@ def _runs(number: int) -> str:
     return "1 run" if number == 1 else f"{number} runs"
 
 
-def _by_data(work: Work) -> list[tuple[DataSet, list[Planned], float]]:
-    """For each data set, what is planned on it, and the least ceiling of the runs that have one."""
-    found: list[tuple[DataSet, list[Planned], list[float]]] = []
+def _by_data(work: Work) -> list[tuple[DataSet, list[Planned], dict[float, float]]]:
+    """For each data set, what is planned on it, and for each delta the least ceiling of the runs that have one (0: none)."""
+    found: list[tuple[DataSet, list[Planned], dict[float, float]]] = []
     for source, planned, ceiling in work:
         own = next((each for each in found if each[0].is_same(source.data)), None)
         if own is None:
-            found.append(own := (source.data, [], []))
+            found.append(own := (source.data, [], {}))
         own[1].append(planned)
-        own[2].extend([ceiling] if ceiling else [])
-    return [(data, planned, min(ceilings, default=0.0)) for data, planned, ceilings in found]
+        before = own[2].get(planned.plan.delta, 0.0)
+        own[2][planned.plan.delta] = min(before, ceiling) if before and ceiling else before or ceiling
+    return found

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from anyrank.tasks.base import Examples, OwnLoss, Task
 from anyrank.tasks.inputs import pieces
 
+SPLIT = "split of examples over clients"
 _LETTERS = 16
 _ITEMS = 256  # number of examples to read from a data set that makes items on request
 
@@ -34,10 +35,15 @@ def held(task: Task, shards: Any) -> dict[str, str]:
     """`{part: digest}` of all that a private run's releases are computed from: of every example, however it is read, of the
     base model, and of the split of examples over clients, `shards`."""
     parts = {_WORDS.get(part, part): found for part, found in _parts(task, None).items()}
+    return {**parts, SPLIT: split(shards)}
+
+
+def split(shards: Any) -> str:
+    """A digest of the split of examples over clients: `shards`, a table of indices or the indices `[n]` of each client."""
     values = vars(shards) if hasattr(shards, "__dict__") else {str(i): np.asarray(own) for i, own in enumerate(shards)}
     texts = [f"{name}={value!r}" for name, value in sorted(values.items()) if not isinstance(value, np.ndarray)]
     arrays = [(name, torch.from_numpy(value.copy())) for name, value in sorted(values.items()) if isinstance(value, np.ndarray)]
-    return {**parts, "split of examples over clients": _whole([type(shards).__name__, *texts], arrays)}
+    return _whole([type(shards).__name__, *texts], arrays)
 
 
 _WORDS = {"module": "base model", "targets": "choice of layers", "train": "set of training examples", "test": "held-out set"}

@@ -49,8 +49,9 @@ class PrivacyConfig:
     )
     ceiling: float = key(
         0.0,
-        "The most epsilon, at delta, that all private runs on this data together may spend, this one included: a run that "
-        "would spend more is refused. 0: no such limit. See anyrank privacy --spent.",
+        "The most epsilon, at delta, that all private runs on this data together may spend for one example, this one included: "
+        "a run that would spend more is refused. Whatever its level: a step at level person or client counts for an example "
+        "with half its noise and at rate 1. 0: no such limit. See anyrank privacy --spent.",
         _LIMIT,
         metadata=LATER,
     )
