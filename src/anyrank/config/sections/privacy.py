@@ -134,7 +134,7 @@ class PrivacyConfig:
         value = self.noise_multiplier or self.epsilon
         expect(0 < value < math.inf, given, "a number above 0 (or the other of epsilon and noise_multiplier)", value)
         if self.noise_multiplier:
-            expect(value >= _LEAST_NOISE, given, f"at least {_LEAST_NOISE}: with less noise, epsilon has no bound of use", value)
+            expect(value >= _LEAST_NOISE, given, f"at least {_LEAST_NOISE}, since less noise protects nobody", value)
         expect(0 < self.delta < 1, "privacy.delta", "a number above 0, below 1 over the number of examples", self.delta)
         expect(0 <= self.ceiling < math.inf, "privacy.ceiling", _LIMIT, self.ceiling)
         expect(0 < self.clip < math.inf, "privacy.clip", POSITIVE, self.clip)
