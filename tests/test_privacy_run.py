@@ -93,6 +93,17 @@ def keys(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace / "state" / "anyrank" / "privacy"
 
 
+def test_a_secret_of_ones_own_and_a_deadline_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs with one key, in one of which a client is late: from then on, the same noise would hide other values."""
+    config = {"rounds": {"deadline_s": 30.0}}
+    monkeypatch.delenv(noise.SEED, raising=False)
+    assert len(noise.new_key(config)) == 32
+    monkeypatch.setenv(noise.SEED, "x" * 32)
+    assert noise.new_key({"rounds": {"deadline_s": 0.0}}) == noise.new_key({"rounds": {"deadline_s": 0.0}})
+    with pytest.raises(RunError, match=r"with rounds\.deadline_s, another client may be late in a second run"):
+        noise.new_key(config)
+
+
 def command(workplace: Path, out: str, *arguments: str, prelude: str = "") -> tuple[int, str]:
     """`anyrank run` in a process of its own: its exit status (minus the signal that ended it), and what it said."""
     said = workplace / f"{out}.err"

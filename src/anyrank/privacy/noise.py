@@ -146,8 +146,8 @@ def new_key(config: Mapping[str, Any], origin: str = "") -> bytes:
         return secrets.token_bytes(32)
     if config.get("rounds", {}).get("deadline_s"):
         raise RunError(
-            f"${SEED}: with rounds.deadline_s, another client may be late in a second run, whose later rounds would have the same "
-            "noise over other values; unset the variable, or set deadline_s = 0"
+            f"${SEED}: with rounds.deadline_s, another client may be late in a second run, whose later rounds would have the "
+            "same noise over other values; unset the variable, or set deadline_s = 0"
         )
     return hmac.digest(given, json.dumps([config, origin], sort_keys=True).encode(), "sha256")
 
