@@ -12,18 +12,22 @@ import random
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import anyrank
 from anyrank import config as configs
 from anyrank import files, report, simulation
 from anyrank.cli import main
 from anyrank.config.sections import Config
+from anyrank.data.partition import Shards
 from anyrank.errors import ConfigError, RunError, RunFailed
 from anyrank.privacy import chain, datasets, noise, spent
 from anyrank.privacy.accountants import Spending, composed
@@ -388,6 +392,121 @@ def test_two_sites_with_one_file_are_added_and_others_have_a_ledger_each(tmp_pat
     assert not found["a"].data.is_same(found["c"].data)
 
 
+# --- which runs divide examples in the same way ----------------------------------------------------------------------------
+
+
+def own_task(owners: int = 72) -> anyrank.Task:
+    """144 examples of `owners` persons, in two hospitals: a person's examples are all in one of them."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(144, 4, generator=draw), torch.arange(144) % 2
+    columns = {
+        "who": np.array([f"p{i % owners}" for i in range(144)], dtype=object),
+        "hospital": np.array([("north", "south")[i % owners % 3 == 0] for i in range(144)], dtype=object),
+    }
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    return anyrank.Task(module=net, targets=("0",), train=(x, y), test=(x[:20], y[:20]), columns=columns)
+
+
+def released(run: str, shards: Sequence | None = None, **sections: dict) -> Planned:
+    """What a run of two clients would release in 12 steps of noise 1, a mean batch of 12."""
+    column = configs.sections.PartitionConfig(kind="column", column="hospital")
+    asked = {
+        **{"run": {"rounds": 6}, "clients": {"count": 2, "ranks": (2,), "participation": 1.0}, "method": {"name": "ffa_lora"}},
+        **{"train": {"batch_size": 12, "local_steps": 2}, "data": {} if shards else {"person": "who", "partition": column}},
+        "privacy": {"level": "example", "noise_multiplier": 1.0, "delta": 1e-4, "counts": "exact"},
+    }
+    asked = {name: keys | sections.get(name, {}) for name, keys in asked.items()}
+    made = own_task()
+    own = shards and Shards.of_owners(np.repeat(np.arange(len(shards)), shards), len(shards))
+    built = simulation.build(Config().replace(**asked), task=made, shards=own)
+    built.close()
+    ((_, work, _),) = spending.of_run(built, run)
+    return work
+
+
+def together(*works: Planned) -> float:
+    return Total().with_all(works).epsilon(1e-4)
+
+
+def test_other_shards_from_python_are_another_division() -> None:
+    """An example may be with the smaller client of the first run and the larger of the second, or the other way round."""
+    first, second = released("one", [96, 48]), released("two", [64, 80])
+    choices = itertools.product((96, 48), (64, 80))
+    # An example with 48 and then 64 others: 12 steps at rate 12/48, then 12 at 12/64. The worst of all four choices.
+    by_hand = [composed((Spending(12 / a, 1.0, 12), Spending(12 / b, 1.0, 12)), 1e-4) for a, b in choices]
+    assert together(first, second) == pytest.approx(max(by_hand), rel=1e-6)
+    moved = released("three", [48, 96])
+    assert moved.rounds == first.rounds, "the same counts, of other examples"
+    assert together(first, moved) >= composed((Spending(12 / 48, 1.0, 24),), 1e-4) * 0.9
+    assert first.group != moved.group
+    assert first.group == released("four", [96, 48], train={"learning_rate": 0.5}).group
+
+
+def test_a_run_of_persons_and_one_of_examples_are_added() -> None:
+    """One file, once for examples and once for persons: counts of persons are not those of other clients."""
+    examples, persons = released("one"), released("two", privacy={"level": "person"})
+    assert (dict(examples.rounds), dict(persons.rounds)) == ({96: 6, 48: 6}, {48: 6, 24: 6})
+    # The worst client: 12 steps at rate 12/48, and 12 steps for a person, for an example without sampling and half the noise.
+    by_hand = composed((Spending(12 / 48, 1.0, 12), Spending(1.0, 0.5, 12)), 1e-4)
+    assert together(examples, persons) == pytest.approx(by_hand, rel=1e-6)
+    assert examples.group != persons.group
+    assert together(examples, released("three", train={"learning_rate": 0.5})) < by_hand
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), st.integers(1, 99), min_size=1), st.data())
+def test_runs_are_alike_only_if_all_clients_declare_the_same(declared: dict[str, int], choice: st.DataObject) -> None:
+    def group(counts: dict[str, int], split: str = "s") -> str:
+        return sources.sources(Config(), None, sources.Division(counts, split))()[0].group
+
+    name = choice.draw(st.sampled_from(sorted(declared)))
+    assert group(declared) == group(dict(reversed(declared.items())))
+    assert group(declared) != group(declared | {name: declared[name] + 1})
+    assert group(declared) != group(declared, "another split")
+
+
+def test_the_unit_and_the_examples_that_the_base_model_takes_are_part_of_it(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", image=np.arange(2560, dtype=np.uint8).reshape(40, 8, 8), label=np.arange(40) % 2)
+    own = {"model": {"name": "fashion-mlp", "task": "image-classification"}, "data": {"source": str(tmp_path / "images.npz")}}
+    client, example = ({"privacy": {"level": level, "epsilon": 3.0, "delta": 1e-3}} for level in ("client", "example"))
+    groups = {
+        sources.sources(Config().replace(**(own | {"model": own["model"] | {"pretrained": pretrained}} | unit)))()[0].group
+        for pretrained in (True, False)
+        for unit in (client, example)
+    }
+    assert len(groups) == 4
+
+
+def test_the_division_of_a_worker_is_that_of_this_process(tmp_path: Path, base: Path) -> None:
+    groups = set()
+    for engine in ("process", "workers"):
+        (tmp_path / "private.toml").write_text(CONFIG)
+        built = simulation.build(configs.load(tmp_path / "private.toml", [f"run.engine={engine}", "run.workers=1"]))
+        groups.add(built.sources()[0].group)
+        built.close()
+    assert len(groups) == 1
+
+
+def test_planned_runs_of_several_deltas_keep_each_delta() -> None:
+    """15 rounds spend 4.4 or so at delta 1e-3 and more at 1e-7: the first run's delta is not that of the second."""
+    at = {delta: together_at(delta) for delta in (1e-3, 1e-7)}
+    between = sum(at.values()) / 2
+    works = [planned("one", {160: 8}, delta=1e-3), planned("two", {160: 7}, delta=1e-7, group="h")]
+    spent.check(data(), works, {1e-3: between})
+    for ceilings in ({1e-3: between, 1e-7: between}, {1e-7: between}):
+        with pytest.raises(ConfigError, match=r"^privacy\.ceiling: expected at most .* at delta = 1e-07 "):
+            spent.check(data(), works, ceilings)
+    of = sources.Source(data(), "g")
+    with pytest.raises(ConfigError, match=r"at delta = 1e-07 "):
+        spending.check([(of, work, between) for work in works])
+    spending.check([(of, works[0], between), (of, works[1], 0.0)])
+    spending.check([(of, works[0], between), (of, works[1], at[1e-7])])
+
+
+def together_at(delta: float) -> float:
+    return composed((Spending(0.1, 1.0, 2 * 15),), delta) * (1 + 1e-9)
+
+
 # --- runs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -660,8 +779,6 @@ def test_held_out_rows_of_a_private_source_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity", "column"])
 def test_one_row_more_moves_others_unless_a_column_names_the_client(tmp_path: Path, base: Path, kind: str) -> None:
     """Why the notice is there: the division of one source depends on all rows; a column's does not."""
-    import numpy as np
-
     from anyrank.config.sections import PartitionConfig
     from anyrank.data import partition
 
@@ -692,13 +809,21 @@ def test_the_notice_names_the_partition_and_only_where_it_matters(tmp_path: Path
         ("--spent", "digits", "--ceiling", "-1"),
         ("--spent", "digits", "--ceiling", "nan"),
         ("--spent", "digits", "--ceiling", "2", "--delta", "2"),
+        ("--spent", "digits", "--ceiling", "2"),
+        ("--spent", "digits", "--delta", "0"),
+        ("--spent", "digits", "--delta", "nan"),
+        ("--spent", "all", "--delta", "nan"),
+        ("--spent", ""),
+        ("--spent", "", "private.toml"),
+        ("--spent", "/dev/zero"),
+        ("--spent", "n" * 5000),
         ("--spent", "all", "--ceiling", "2"),
         ("--spent", "digits", "--statement"),
         ("--statement",),
         ("private.toml", "--out", "there.md"),
         ("private.toml", "--spent", "private.toml"),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(words)[:60],
 )
 def test_requests_that_make_no_sense_are_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
     status, said, line = command(tmp_path, "privacy", *words)
@@ -706,7 +831,32 @@ def test_requests_that_make_no_sense_are_one_line(tmp_path: Path, words: tuple[s
     assert datasets.kept() == []
 
 
+NO_DATA: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a pipe in a folder": lambda path: (path.mkdir(), os.mkfifo(path / "inside")),
+    "an empty file": lambda path: path.touch(),
+    "an empty folder": lambda path: path.mkdir(),
+    "a table of one line": lambda path: path.write_text("text,label\n\n"),
+    "a run folder": lambda path: (path.mkdir(), (path / "config.toml").touch(), (path / "metrics.jsonl").write_text("{}")),
+}
+SAID = {"pipe": "a pipe", "empty": "has no rows", "one line": "has no rows", "run": "is a run folder; give its data"}
+
+
+@pytest.mark.parametrize("kind", NO_DATA)
+def test_what_is_no_data_is_one_line_in_time(tmp_path: Path, kind: str) -> None:
+    NO_DATA[kind](tmp_path / "there.csv")
+    for more in ((), ("--ceiling", "2", "--delta", "1e-5")):
+        status, said, line = command(
+            tmp_path, "privacy", "--spent", "there.csv", *more, prelude="import signal; signal.alarm(60)"
+        )
+        assert (status, said, line.count("\n")) == (2, "", 1), line
+        assert next(text for word, text in SAID.items() if word in kind) in line
+    assert datasets.kept() == []
+
+
 def test_a_data_set_that_nobody_trained_on_has_spent_nothing(tmp_path: Path) -> None:
+    status, said, _ = command(tmp_path, "privacy", "--spent", "digits")
+    assert (status, said.strip()) == (0, "digits: no private run on it is known")
     told = json.loads(command(tmp_path, "privacy", "--spent", "digits", "--json")[1])["data_sets"]
     assert [(row["epsilon"], row["charges"], row["runs"], row["ledger"]) for row in told] == [(0.0, 0, [], None)]
     assert json.loads(command(tmp_path, "privacy", "--spent", "all", "--json")[1])["data_sets"] == []

@@ -443,7 +443,9 @@ def privacy(
     ] = None,
     ceiling: Annotated[
         float | None,
-        typer.Option("--ceiling", help="With --spent: the most epsilon that all runs on it may spend; 0: no limit."),
+        typer.Option(
+            "--ceiling", help="With --spent and --delta: the most epsilon for one example of all runs on it; 0: no limit."
+        ),
     ] = None,
     statement: Annotated[
         bool, typer.Option("--statement", help="Print the privacy statement of a configuration, or of the run in a folder.")

@@ -87,8 +87,8 @@ def build(
     sources.check_held_out(config)
     if config.run.engine == "workers" and engine is in_process:
         built = workers.build(config, method, progress)
-        split = built.engine.held[digest.SPLIT] if built.privacy else ""
-        return replace(built, sources=sources.sources(config, None, Division.of(built.population, split)))
+        division = Division.of(built.population, built.engine.held[digest.SPLIT]) if built.privacy else None
+        return replace(built, sources=sources.sources(config, None, division))
     task = judged(where_it_is(task), config.eval) if task else load_task(config, progress)
     if shards is None and config.data.partition.kind == HANDED_IN:
         raise ConfigError("data.partition.kind = 'handed-in': its shards were handed in by a Python program; run that")
@@ -105,8 +105,8 @@ def build(
     setting = Setting(
         task, ByName(shards, place), config, settle.population.levels()[-1], settle.privacy, own, settle.method.train
     )
-    trained_on = sources.sources(config, task, Division.of(settle.population, split))
-    return replace(settle, engine=engine(setting), sources=trained_on)
+    division = Division.of(settle.population, split) if settle.privacy else None
+    return replace(settle, engine=engine(setting), sources=sources.sources(config, task, division))
 
 
 def settled(config: Config, progress: Progress | None = None, tell: Callable[[str], None] | None = None) -> Config:

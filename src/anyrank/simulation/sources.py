@@ -122,7 +122,7 @@ def _has_rows(path: Path) -> bool:
     """Whether there may be rows in a file or folder: its files are not all empty, and a table is not only a line of names."""
     try:
         if path.is_dir():
-            return any(each.stat().st_size for each in walk(path))
+            return any(each.stat().st_size or not each.is_file() for each in walk(path))  # a pipe is refused when it is read
         check_regular(path)
         if path.suffix not in (".csv", ".tsv"):
             return path.stat().st_size > 0
