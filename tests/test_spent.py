@@ -34,6 +34,7 @@ from anyrank.privacy.accountants import Spending, composed
 from anyrank.privacy.datasets import DataSet
 from anyrank.privacy.plan import PrivacyPlan
 from anyrank.privacy.spent import Account, Planned, Total
+from anyrank.privacy.statement import in_words
 from anyrank.privacy.worst import merged, worst
 from anyrank.simulation import sources
 from anyrank.studies import audit, spending
@@ -732,8 +733,8 @@ def test_a_comparison_says_what_all_its_runs_spend_and_runs_are_charged_once(tmp
     assert len(found.runs) == 2
     assert {row["method"] for row in found.runs.values()} == {"ffa_lora", "rolora"}
     both = found.epsilon(DELTA)
-    assert f"2 runs would spend ε {both:.4g} on digits" in said
-    assert f"ε {both:.4g} spent on digits by 2 runs in all" in said
+    assert f"2 runs would spend ε {in_words(both)} on digits" in said
+    assert f"ε {in_words(both)} spent on digits by 2 runs in all" in said
     status, _, said = command(tmp_path, *words, "--resume", prelude=prelude)
     assert status == 0, said
     assert total(DIGITS).epsilon(DELTA) == both
