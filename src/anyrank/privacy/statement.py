@@ -16,7 +16,6 @@ from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
 from anyrank.errors import printable
-from anyrank.privacy import correlated
 
 # Partitions in which the client of a row depends on the other rows.
 DEALT = frozenset({"iid", "dirichlet", "pathological", "staircase", "quantity", "sampled"})
@@ -272,6 +271,8 @@ def _sampling(facts: Facts) -> tuple[tuple[str, str], ...]:
 
 
 def _noise_row(facts: Facts, count: int, noise: float) -> tuple[str, str]:
+    from anyrank.privacy import correlated  # it loads NumPy, which a refusal does not need
+
     plan, bands = facts.plan, facts.bands.get(str(count), 1)
     told = f"standard deviation {noise * correlated.norm(bands):.4g} × clip norm"
     rate = f", sampling rate {bands * plan['batch_size'] / count:.4g}" if facts.sampled else ""
