@@ -336,7 +336,7 @@ _LEDGER = (
     "dp-accounting)"
 )
 _ADDED = {"pld": f"{_LEDGER}."}
-_OTHER = f"{_LEDGER}. The figure above is of another accountant, so that the ledger's figure for this run alone differs."
+_OTHER = f"{_LEDGER}. The figure above is of another accountant, so that the ledger's figure for this run alone may differ."
 
 
 def _excluded(facts: Facts) -> Section:
