@@ -316,6 +316,8 @@ def test_a_share_like_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(AdapterError, match=says):
             merged.share(like=like)
+    with pytest.raises(AdapterError, match="like: expected an Adapter, got a str"):
+        merged.share(like="folder")
     for wrong in ({}, {"rank": 1, "like": adapter}):
         with pytest.raises(AdapterError, match="expected a rank, or like=ADAPTER"):
             merged.share(**wrong)

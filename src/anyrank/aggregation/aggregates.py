@@ -71,6 +71,10 @@ class AggregateResult:
         return _storable(self.method.share(self.state, Client(f"rank-{rank}", rank)))
 
     def _share_like(self, like: Adapter) -> Adapter:
+        if not isinstance(like, Adapter):
+            raise AdapterError(
+                f"share: like: expected an Adapter, got a {type(like).__name__}; read it with Adapter.load(folder)"
+            )
         theirs = outlined(like.layers)
         for name, layer in theirs.items():
             merged = self.state.adapter.layers.get(name)

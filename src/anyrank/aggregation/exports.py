@@ -75,7 +75,12 @@ def _write_adapter(parts: list[Adapter], folder: Path, rank: int, one_scaling: b
     ranks = {name: rank or sum(layer.rank for layer in layers) for name, layers in held.items()}
     if one_scaling:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
+    most = max(sum(layer.rank for layer in layers) for layers in held.values())
+    if rank > most:
+        raise AdapterError(f"rank: expected at most {most}, at which nothing is lost, got {rank}")
     tensors = _tensors(parts)
+    if one_scaling:  # such servers have the base model's own embeddings
+        tensors = Lazy({name: each for name, each in tensors.outline.items() if not is_frozen(name)}, tensors.__getitem__)
     if one_scaling and tensors:
         raise AdapterError(
             f"format vllm: the adapter has {len(tensors)} trained tensors beside its factors ({shortened(min(tensors), 100)}), "

@@ -21,6 +21,8 @@ def parts(source: Path, base_update: Path | None, base: str, format: str) -> tup
     """The folders of the adapter and of the part for the base model, and the base model's name, of a run or an adapter."""
     if (source / _ADAPTER_CONFIG).exists():
         return source, base_update or _beside(source), base
+    if (source / "global" / _ADAPTER_CONFIG).exists():
+        raise RunError(f"{shown(source)}: is a merge of adapters; name one of its folders, such as {shown(source)}/global")
     if not (source / CONFIG).exists():
         raise RunError(f"{shown(source)}: is neither a run folder ({CONFIG}) nor a PEFT adapter folder ({_ADAPTER_CONFIG})")
     from anyrank.runs.finding import finished
