@@ -881,12 +881,20 @@ def test_what_is_measured_is_measured_in_this_process(start: Start, tmp_path: Pa
     process = start(*words, "--json")
     most = 0
     while process.poll() is None:
-        most = max(most, len(marked(str(tmp_path))))
+        most = max(most, sum(map(is_worker, marked(str(tmp_path)))))
         time.sleep(0.05)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert json.loads(out)
-    assert most == 1
+    assert most == 0
+
+
+def is_worker(pid: int) -> bool:
+    """Whether a process is a worker; what a library starts for a moment, to ask for the processor, is none."""
+    try:
+        return b"anyrank.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def test_progress_is_that_of_the_first_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
